@@ -1,0 +1,30 @@
+"""What zoscope raises when it cannot go on; each class knows the exit code of the command line."""
+
+
+class ZoscopeError(Exception):
+    """A failed run. The message is one paragraph: what happened, where, what was expected, what to do."""
+
+    exit_code = 3
+
+
+class UsageError(ZoscopeError):
+    """A mistake in an option, a config file or a call: exit code 2."""
+
+    exit_code = 2
+
+
+class SpecError(UsageError):
+    """A spec, or the problem that it returns, cannot be used: exit code 2.
+
+    Args:
+        message: One paragraph.
+        frame: The user's own traceback lines (file, line, source), already formatted; empty when no user code raised.
+    """
+
+    def __init__(self, message: str, *, frame: str = "") -> None:
+        super().__init__(message)
+        self.frame = frame
+
+
+class NumericalError(ZoscopeError):
+    """Non-finite loss or curvature, precision not reached under ``strict``, or out of memory: exit code 3."""

@@ -1,0 +1,140 @@
+"""Spectra as theory sees them: nodes and weights, exact or sampled, with what is known of their error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+NodeFunction = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its uncertainty.
+
+    Args:
+        value: The estimate.
+        stderr: Standard error from random sampling; 0 for an exact number.
+        quadrature: Bound on the deterministic error of the quadrature rule, in the unit of ``value``.
+    """
+
+    value: float
+    stderr: float = 0.0
+    quadrature: float = 0.0
+
+    @property
+    def half_width(self) -> float:
+        """Half-width of the 95 % interval: ``1.96 stderr + quadrature``; the second part does not average out."""
+        return 1.96 * self.stderr + self.quadrature
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval ``(lo, hi)``."""
+        return self.value - self.half_width, self.value + self.half_width
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues with multiplicities: ``Tr f(M) = sum_j weights_j f(nodes_j)``.
+
+    Args:
+        nodes: ``(n,)`` eigenvalues or quadrature nodes, loss/param² for a Hessian.
+        weights: ``(n,)`` multiplicities, non-negative; ones when left out.
+    """
+
+    nodes: Array
+    weights: Array = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        nodes = np.atleast_1d(np.asarray(self.nodes, dtype=np.float64))
+        weights = np.ones_like(nodes) if self.weights is None else np.asarray(self.weights, dtype=np.float64)
+        if nodes.ndim != 1 or weights.shape != nodes.shape:
+            raise ValueError(f"nodes and weights must be vectors of one length, got {nodes.shape} and {weights.shape}")
+        if not (np.isfinite(nodes).all() and np.isfinite(weights).all()):
+            raise ValueError("nodes and weights must be finite")
+        if (weights < 0).any():
+            raise ValueError("weights must be non-negative")
+        object.__setattr__(self, "nodes", nodes)
+        object.__setattr__(self, "weights", weights)
+
+    @classmethod
+    def of(cls, eigenvalues: ArrayLike) -> "Spectrum":
+        """Exact spectrum from a list of eigenvalues."""
+        return cls(np.asarray(eigenvalues, dtype=np.float64))
+
+    def trace_of(self, f: NodeFunction) -> float:
+        """``Tr f(M)`` for a vectorised ``f``."""
+        return float(self.weights @ f(self.nodes)) if self.nodes.size else 0.0
+
+    @cached_property
+    def trace(self) -> float:
+        """``Tr M``."""
+        return self.trace_of(lambda x: x)
+
+    @cached_property
+    def frobenius_sq(self) -> float:
+        """``‖M‖_F²``."""
+        return self.trace_of(np.square)
+
+    @cached_property
+    def lambda_max(self) -> float:
+        """Largest node (algebraic) of positive weight; 0 for an empty spectrum."""
+        nodes = self.nodes[self.weights > 0]
+        return float(nodes.max()) if nodes.size else 0.0
+
+    @cached_property
+    def positive(self) -> "Spectrum":
+        """The positive part: nodes ≤ 0 dropped."""
+        keep = (self.nodes > 0) & (self.weights > 0)
+        return Spectrum(self.nodes[keep], self.weights[keep])
+
+
+@dataclass(frozen=True)
+class SampledSpectrum:
+    """A spectrum of which a part was estimated with random probe vectors.
+
+    Args:
+        fine: Best estimate of the whole spectrum.
+        coarse: The same measure under a poorer quadrature rule; ``fine - coarse`` bounds the quadrature error.
+        sampled: The part of ``fine`` that comes from random probe vectors, averaged over them; empty when exact.
+        num_probes: Number of independent probe vectors; 0 when exact.
+        dimension: Dimension of the subspace that the probe vectors sample.
+    """
+
+    fine: Spectrum
+    coarse: Spectrum
+    sampled: Spectrum
+    num_probes: int
+    dimension: int
+
+    @classmethod
+    def exact(cls, eigenvalues: ArrayLike) -> "SampledSpectrum":
+        """A spectrum known without error."""
+        spectrum = Spectrum.of(eigenvalues)
+        return cls(fine=spectrum, coarse=spectrum, sampled=Spectrum.of([]), num_probes=0, dimension=0)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every eigenvalue is known."""
+        return self.num_probes == 0
+
+    def stderr_of(self, f: NodeFunction) -> float:
+        """Standard error of ``Tr f(M)`` from sampling.
+
+        A probe vector uniform on the sphere of radius √d has ``Var zᵀAz = 2 (d Tr A² - (Tr A)²) / (d + 2)``. Both traces
+        are averages over the same quadrature nodes, far better known than a variance over a handful of probes.
+        """
+        if self.is_exact:
+            return 0.0
+        first = self.sampled.trace_of(f)
+        second = self.sampled.trace_of(lambda x: f(x) ** 2)
+        variance = 2.0 * max(self.dimension * second - first**2, 0.0) / (self.dimension + 2)
+        return float(np.sqrt(variance / self.num_probes))
+
+    def trace_of(self, f: NodeFunction) -> Estimate:
+        """``Tr f(M)`` with its sampling and quadrature errors."""
+        value = self.fine.trace_of(f)
+        return Estimate(value, self.stderr_of(f), abs(value - self.coarse.trace_of(f)))
