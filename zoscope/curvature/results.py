@@ -1,0 +1,56 @@
+"""What a curvature measurement returns."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zoscope.theory.spectrum import Estimate, SampledSpectrum
+
+Method = Literal["dense", "deflated-slq", "forward"]
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """An algebraic end of the spectrum.
+
+    Args:
+        value: Eigenvalue in loss/param².
+        residual: ``‖Mv - λv‖`` of the unit Ritz vector; some eigenvalue lies within this distance.
+        converged: Whether the residual fell below 1 % of the spectral radius.
+    """
+
+    value: float
+    residual: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Everything that one measuring pass learns about a symmetric operator ``M`` of dimension d.
+
+    Args:
+        trace: ``Tr M``.
+        frobenius_sq: ``‖M‖_F²``.
+        lambda_max: Largest eigenvalue (algebraic).
+        lambda_min: Smallest eigenvalue (algebraic).
+        trace_positive: Sum of the positive eigenvalues.
+        negative_mass: Sum of ``|λ|`` over the negative eigenvalues, ≥ 0.
+        effective_rank: ``(Σλ)²/Σλ²`` over the positive eigenvalues; 0 when there are none.
+        method: How it was measured.
+        num_hvps: Matrix-vector products spent.
+        seconds: Wall time spent.
+        spectrum: Nodes and weights from which every threshold is computed.
+        notes: What the user should know about how the measurement went.
+    """
+
+    trace: Estimate
+    frobenius_sq: Estimate
+    lambda_max: Eigenvalue
+    lambda_min: Eigenvalue
+    trace_positive: Estimate
+    negative_mass: float
+    effective_rank: float
+    method: Method
+    num_hvps: int
+    seconds: float
+    spectrum: SampledSpectrum
+    notes: tuple[str, ...] = ()
