@@ -1,0 +1,1 @@
+"""Use cases: each measures, applies the theory and returns a frozen dataclass."""
