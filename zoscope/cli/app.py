@@ -1,0 +1,145 @@
+"""The Typer application and the one way out of it."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from zoscope._version import __version__
+from zoscope.errors import SpecError, ZoscopeError
+
+# Order of the help page. Each is a module of this package whose ``command`` is the command of that name.
+COMMANDS = ("bounds", "probe", "check", "init")
+
+EXIT_USAGE = 2
+EXIT_FAILED = 3
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for a program that the signal ends
+
+# Newer releases of Typer ship a click of their own, so that click itself may be absent or another one.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"zoscope {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """How large may the step size be? First- and zeroth-order stability bounds from your model's own curvature."""
+
+
+def build() -> typer.Typer:
+    """The application with its commands."""
+    app = typer.Typer(
+        name="zoscope",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name in COMMANDS:
+        if find_spec(f"zoscope.cli.{name}") is not None:
+            app.command(name)(import_module(f"zoscope.cli.{name}").command)
+    return app
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; every exit code of zoscope leaves through here."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without η prints '?' rather than a traceback
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command line on ``args`` and return the exit code, with any error already reported on stderr."""
+    try:
+        code = _invoke(list(args) or ["--help"])
+        sys.stdout.flush()
+    except BaseException as error:
+        return _report(error)
+    return code if args else EXIT_USAGE
+
+
+def _invoke(args: list[str]) -> int:
+    # Not command.main(): it turns a broken pipe and every usage error into exits of its own.
+    command: Any = typer.main.get_command(build())
+    try:
+        with command.make_context("zoscope", args) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+        return _broken_pipe()  # rich raises SystemExit out of it
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, (KeyboardInterrupt, EOFError, typer.Abort)):
+        complain("interrupted.", label="")
+        return EXIT_INTERRUPTED
+    if isinstance(error, ZoscopeError):
+        complain(str(error), frame=error.frame if isinstance(error, SpecError) else "")
+        return error.exit_code
+    if isinstance(error, ClickException):
+        complain(_usage_message(error))
+        return EXIT_USAGE
+    if _is_out_of_memory(error):
+        complain(
+            f"out of memory ({_first_line(error)}). A smaller --micro-batch, fewer batches in the spec, "
+            "or --params with fewer parameters needs less."
+        )
+        return EXIT_FAILED
+    traceback.print_exception(error)
+    complain(f"{type(error).__name__} inside zoscope: this is a bug in zoscope, the lines above show where.")
+    return EXIT_FAILED
+
+
+def complain(message: str, *, frame: str = "", label: str = "Error: ") -> None:
+    """One paragraph on stderr, with the user's own traceback lines below it."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text(label, style="bold red") + Text(" ".join(message.split()), style="default"))
+    if frame:
+        console.print(Text(frame.rstrip("\n"), style="dim"))
+
+
+def _usage_message(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "zoscope"
+    message = error.format_message()
+    return f"{message}{'' if message.endswith(('.', '?')) else '.'} See '{where} --help'."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    runtime = sys.modules.get("zoscope.runtime")  # not loaded: then torch was not, and it is none of its errors
+    return runtime is not None and bool(runtime.is_out_of_memory(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _broken_pipe() -> int:
+    # The interpreter flushes stdout once more on exit; there must be something that takes it.
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return EXIT_BROKEN_PIPE

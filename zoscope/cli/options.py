@@ -1,0 +1,263 @@
+"""The options that commands share, in groups: a command names a group as a parameter and ``flatten`` does the rest.
+
+A field is an option; its default is the command line's. ``__post_init__`` checks the values, and nothing here imports
+torch. Values that repeat (``--set``, ``--optimizer``) are lists or ``None`` because that is what Typer passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from zoscope.cli import validate
+
+if TYPE_CHECKING:
+    from zoscope.spec import LoadedSpec
+
+METHODS = ("auto", "dense", "deflated-slq")
+CURVATURES = ("hessian", "ggn", "forward")
+DTYPES = ("auto", "float32", "float64", "bfloat16")
+DIRECTIONS = ("gaussian", "sphere")
+HVPS = ("auto", "reverse", "linearize")
+THRESHOLDS = ("exact", "descent", "horizon", "binding")
+FAMILIES = ("gd", "gdm", "adam")
+OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
+
+Quiet = Annotated[
+    bool, Option("--quiet", "-q", help="No progress and no warnings on stderr.", rich_help_panel="Output")
+]
+Threshold = Annotated[
+    str, Option("--threshold", metavar="|".join(THRESHOLDS), help="Which threshold; 'exact' is the infinite-time one.")
+]
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """Which problem: SPEC and what changes it."""
+
+    spec: Annotated[
+        str | None,
+        Argument(
+            metavar="SPEC",
+            help="path/to/model.py, path/to/model.py:name or package.module:name (default name: problem). Left out: "
+            "'problem' of ./zoscope.yaml or of \\[tool.zoscope] in ./pyproject.toml, else ./model.py.",
+            show_default=False,
+        ),
+    ] = None
+    settings: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Keyword argument for the spec's callable, a YAML scalar; repeatable.",
+            rich_help_panel="Problem",
+        ),
+    ] = None
+    params: Annotated[
+        str | None,
+        Option("--params", metavar="REGEX", help="Only parameters whose name matches.", rich_help_panel="Problem"),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        Option(
+            "--checkpoint",
+            metavar="FILE",
+            help="Weights to load first: a state_dict, .pt or .safetensors.",
+            rich_help_panel="Problem",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.params is not None:
+            validate.regex("--params", self.params)
+        if self.checkpoint is not None:
+            validate.existing("--checkpoint", self.checkpoint)
+
+    def load(self) -> LoadedSpec:
+        """The problem; from here on torch is loaded."""
+        from zoscope.spec import load_spec, parse_settings, resolve_spec
+
+        settings = parse_settings(self.settings or [])
+        spec, _ = resolve_spec(self.spec, cwd=Path.cwd())
+        return load_spec(spec, settings=settings, params=self.params, checkpoint=self.checkpoint)
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How the curvature is measured."""
+
+    rtol: Annotated[
+        float,
+        Option(help="Relative 95 % half-width wanted for the thresholds.", rich_help_panel="Measurement"),
+    ] = 0.02
+    max_hvps: Annotated[
+        int, Option(help="Most Hessian-vector products to spend per operator.", rich_help_panel="Measurement")
+    ] = 600
+    method: Annotated[
+        str,
+        Option(
+            metavar="|".join(METHODS), help="Dense eigenvalues or stochastic quadrature.", rich_help_panel="Measurement"
+        ),
+    ] = "auto"
+    curvature: Annotated[
+        str,
+        Option(
+            metavar="|".join(CURVATURES),
+            help="Hessian, Gauss-Newton matrix, or forward passes only (no second derivatives).",
+            rich_help_panel="Measurement",
+        ),
+    ] = "hessian"
+    hvp: Annotated[
+        str,
+        Option(metavar="|".join(HVPS), help="How Hessian-vector products are computed.", rich_help_panel="Measurement"),
+    ] = "auto"
+    device: Annotated[
+        str, Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Measurement")
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        Option(
+            metavar="|".join(DTYPES),
+            help="Floating-point type of the copy that is measured.",
+            rich_help_panel="Measurement",
+        ),
+    ] = "auto"
+    seed: Annotated[int, Option(help="Seed of every random number drawn.", rich_help_panel="Measurement")] = 0
+    micro_batch: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            help="Examples per forward and backward pass (default: the batches as they are).",
+            rich_help_panel="Measurement",
+            show_default=False,
+        ),
+    ] = None
+    strict: Annotated[
+        bool,
+        Option("--strict", help="Exit 3 when the precision of --rtol was not reached.", rich_help_panel="Measurement"),
+    ] = False
+
+    def __post_init__(self) -> None:
+        validate.relative("--rtol", self.rtol)
+        validate.at_least("--max-hvps", self.max_hvps, 1)
+        validate.choice("--method", self.method, METHODS)
+        validate.choice("--curvature", self.curvature, CURVATURES)
+        validate.choice("--hvp", self.hvp, HVPS)
+        validate.device("--device", self.device)
+        validate.choice("--dtype", self.dtype, DTYPES)
+        validate.at_least("--seed", self.seed, 0)
+        if self.micro_batch is not None:
+            validate.at_least("--micro-batch", self.micro_batch, 1)
+
+    def kwargs(self) -> dict[str, Any]:
+        """As keyword arguments of the functions that measure; ``strict`` is left to the command."""
+        return {
+            "rtol": self.rtol,
+            "max_hvps": self.max_hvps,
+            "method": self.method,
+            "curvature": self.curvature,
+            "hvp": self.hvp,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "micro_batch": self.micro_batch,
+        }
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Which optimizers, their constants, and the gradient estimate that feeds them."""
+
+    optimizer: Annotated[
+        list[str] | None,
+        Option(
+            metavar="|".join(OPTIMIZERS),
+            help="Optimizer; repeatable.",
+            rich_help_panel="Optimizer",
+            show_default=False,
+        ),
+    ] = None
+    steps: Annotated[
+        int, Option(metavar="N", help="Training steps planned: the horizon.", rich_help_panel="Optimizer")
+    ] = 1000
+    beta: Annotated[float, Option(help="Momentum of GDM.", rich_help_panel="Optimizer")] = 0.9
+    betas: Annotated[str, Option(metavar="B1,B2", help="Both coefficients of Adam.", rich_help_panel="Optimizer")] = (
+        "0.9,0.999"
+    )
+    eps: Annotated[float, Option(help="ε of Adam.", rich_help_panel="Optimizer")] = 1e-8
+    preconditioner: Annotated[
+        str,
+        Option(
+            metavar="expected|state:FILE",
+            help="Adam's preconditioner: its expected value here, or from a saved optimizer state.",
+            rich_help_panel="Optimizer",
+        ),
+    ] = "expected"
+    directions: Annotated[
+        str,
+        Option(metavar="|".join(DIRECTIONS), help="Law of the random directions.", rich_help_panel="Optimizer"),
+    ] = "gaussian"
+    queries: Annotated[
+        int, Option(metavar="Q", help="Two-point queries averaged per step.", rich_help_panel="Optimizer")
+    ] = 1
+
+    def __post_init__(self) -> None:
+        for name in self.optimizer or ():
+            validate.choice("--optimizer", name, OPTIMIZERS)
+        validate.at_least("--steps", self.steps, 1)
+        validate.momentum("--beta", self.beta)
+        validate.pair("--betas", self.betas)
+        validate.positive("--eps", self.eps)
+        validate.preconditioner("--preconditioner", self.preconditioner)
+        validate.choice("--directions", self.directions, DIRECTIONS)
+        validate.at_least("--queries", self.queries, 1)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Optimizers without their ``zo-``, once each, in the order given; all of them when none is."""
+        return tuple(dict.fromkeys(name.removeprefix("zo-") for name in self.optimizer or FAMILIES))
+
+    def kwargs(self) -> dict[str, Any]:
+        """As keyword arguments, without the optimizers themselves: one command takes several, another one."""
+        return {
+            "steps": self.steps,
+            "beta": self.beta,
+            "betas": validate.pair("--betas", self.betas),
+            "eps": self.eps,
+            "preconditioner": self.preconditioner,
+            "directions": self.directions,
+            "queries": self.queries,
+        }
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where the result goes and in which form."""
+
+    json: Annotated[
+        bool, Option("--json", help="One JSON document on stdout and nothing else.", rich_help_panel="Output")
+    ] = False
+    output: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="Write the result to FILE too, whole or not at all; JSON with --json or a .json name, else text.",
+            rich_help_panel="Output",
+        ),
+    ] = None
+    quiet: Quiet = False
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            from zoscope.cli.output import check_writable
+
+            check_writable(self.output)
+
+    @property
+    def file_format(self) -> Literal["json", "text"]:
+        """What ``--output`` holds."""
+        as_json = self.json or (self.output is not None and self.output.suffix == ".json")
+        return "json" if as_json else "text"

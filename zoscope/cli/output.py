@@ -1,0 +1,126 @@
+"""Results to stdout, files whole or not at all, warnings to stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from zoscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from zoscope.cli.options import OutputOptions
+    from zoscope.problem import Notice
+
+
+class Document(Protocol):
+    """A result: a JSON document that renders itself in rich."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+
+    def __rich__(self) -> RenderableType:
+        """The same for a terminal."""
+
+
+class PipeConsole(Console):
+    """A console on which a closed pipe is an error like any other, not an exit of its own."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise what rich would turn into exit code 1, which means "no" here."""
+        raise BrokenPipeError
+
+
+def emit(result: Document, options: OutputOptions) -> None:
+    """Write ``result`` to stdout and, if asked, to a file: JSON or tables."""
+    if options.output is not None:
+        write_whole(options.output, as_json(result) if options.file_format == "json" else as_text(result))
+    if options.json:
+        sys.stdout.write(as_json(result))
+    else:
+        PipeConsole().print(result)
+    sys.stdout.flush()
+
+
+def as_json(result: Document) -> str:
+    """One JSON document; never NaN or Infinity."""
+    return json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_text(result: Document, *, width: int = 120) -> str:
+    """The tables without colours."""
+    console = Console(width=width, no_color=True, force_terminal=False, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
+    with console.file:
+        console.print(result)
+    return console.export_text(styles=False)
+
+
+def warn(notices: Iterable[Notice], *, quiet: bool) -> None:
+    """Warnings on stderr, one paragraph each."""
+    if quiet:
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for notice in notices:
+        console.print(Text("Warning: ", style="yellow") + Text(notice.message, style="default"))
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an ``--output`` that cannot be written, before the work and not after it."""
+    target = path.resolve()
+    if path.is_dir():
+        raise UsageError(f"--output: {path} is a folder. Expected the path of a file.")
+    if not _is_special(path) and not target.parent.is_dir():
+        raise UsageError(f"--output: there is no folder {path.parent} to write {path.name} in. Create it first.")
+    try:
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, "permission denied")
+        else:
+            tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {path} ({error.strerror}). Choose another place.") from None
+
+
+def write_whole(path: Path, text: str, *, option: str = "--output") -> None:
+    """Write ``text`` to ``path`` so that no reader ever sees a part of it; an old file stays until then."""
+    try:
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path.resolve(), text)  # resolved: a link keeps pointing where it did
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path} ({error.strerror}). Nothing was written there.") from None
+
+
+def _replace(target: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, _mode_of(target))
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _mode_of(target: Path) -> int:
+    if target.exists():
+        return target.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()  # /dev/stderr, a named pipe: replacing those would destroy them
