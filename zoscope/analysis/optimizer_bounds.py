@@ -1,0 +1,209 @@
+"""The row of one optimizer: its thresholds, what binds, what is recommended.
+
+Step sizes are in param²/loss. ``inf`` stands for "stable at every step size", ``None`` for "not defined here"; both
+become null in JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from zoscope.theory.spectrum import Estimate
+
+if TYPE_CHECKING:
+    from zoscope.theory.mean_square import HorizonPoint
+    from zoscope.theory.rules import UpdateRule
+
+ThresholdName = Literal["horizon", "descent", "exact"]
+Outlook = Literal["stable", "uncertain", "unstable"]
+Pair = tuple[float, float]
+
+
+def number(value: float | None) -> float | None:
+    """A JSON number: ``None`` for what is not defined or not finite."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def estimate_dict(estimate: Estimate) -> dict[str, float | None]:
+    """The JSON object of a number with its error."""
+    return {
+        "value": number(estimate.value),
+        "stderr": number(estimate.stderr),
+        "quadrature": number(estimate.quadrature),
+    }
+
+
+def ci95(estimate: Estimate) -> Pair:
+    """The 95 % interval of a positive quantity: the lower end is cut at 0."""
+    low, high = estimate.interval
+    return max(low, 0.0), high
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Stable for how many steps: η*(N).
+
+    Args:
+        steps: The planned number of steps N.
+        lower: η*(N) with all eigenvalues (full).
+        upper: η*(N) with the positive ones only (positive).
+        ci95: From the lower 95 % end of ``lower`` to the upper 95 % end of ``upper``.
+        curve: η*(T) at other horizons, N among them, sorted by steps.
+    """
+
+    steps: int
+    lower: float
+    upper: float
+    ci95: Pair
+    curve: tuple[HorizonPoint, ...]
+
+    @property
+    def planned(self) -> HorizonPoint:
+        """The point of the curve at the planned number of steps, with its error bars."""
+        return next(point for point in self.curve if point.steps == self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "steps": self.steps,
+            "lower": number(self.lower),
+            "upper": number(self.upper),
+            "ci95": [number(end) for end in self.ci95],
+            "curve": [
+                {
+                    "steps": point.steps,
+                    "lower": number(point.lower.value),
+                    "upper": number(point.upper.value),
+                    "ci95": [number(ci95(point.lower)[0]), number(ci95(point.upper)[1])],
+                }
+                for point in self.curve
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The threshold that a run of the planned length meets first; ``inf`` when nothing limits the step size."""
+
+    name: ThresholdName
+    value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"name": self.name, "value": number(self.value)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a given step size does in the planned number of steps.
+
+    Args:
+        lr: The step size asked about.
+        steps: The planned number of steps N.
+        ratio: ``lr`` over the binding threshold; 0 where nothing limits the step size.
+        outlook: ``stable`` when neither version of the horizon blows up within N steps, ``unstable`` when both do,
+            ``uncertain`` when only the full one does.
+        blow_up: Steps until the blow-up ``(T_full, T_positive)``; ``inf`` for never.
+        descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold.
+    """
+
+    lr: float
+    steps: int
+    ratio: float
+    outlook: Outlook
+    blow_up: Pair
+    descends: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lr": self.lr,
+            "steps": self.steps,
+            "ratio": number(self.ratio),
+            "outlook": self.outlook,
+            "blow_up": [number(end) for end in self.blow_up],
+            "descends": self.descends,
+        }
+
+
+@dataclass(frozen=True)
+class OptimizerBounds:
+    """Step-size bounds of one update rule, first- and zeroth-order.
+
+    Args:
+        name: ``gd``, ``gdm`` or ``adam``.
+        rule: The update rule of theory.
+        operator: Key of the curvature that the bounds come from.
+        settings: What identifies the rule: ``beta``; or ``betas``, ``eps`` and ``preconditioner``.
+        fo: First-order threshold.
+        zo_lower: The paper's lower bound (assumes ``H ⪰ 0``).
+        zo_upper: The paper's upper bound (assumes ``H ⪰ 0``).
+        lower_tight: Lower bound from two moments of the positive part.
+        upper_tight: Upper bound from two moments of the positive part.
+        exact: Infinite-time threshold of the positive part.
+        horizon: η*(N) and its curve; ``None`` where the spectrum is not known (forward passes only).
+        descent: Largest step size with a falling expected loss; ``None`` at a stationary point.
+        binding: The threshold that binds for the planned steps; ``None`` where neither is known.
+        recommended: Suggested step size; ``None`` when nothing limits it.
+        recommended_reason: One sentence on where it comes from.
+        predicted_lr: Step size with the lowest predicted loss after the planned steps.
+        commutator: ``‖PH−HP‖_F/‖PH‖_F`` of a preconditioned rule.
+        verdict: On the step size asked about, if any.
+    """
+
+    name: str
+    rule: UpdateRule
+    operator: str
+    settings: Mapping[str, Any]
+    fo: float | None
+    zo_lower: float | None
+    zo_upper: float | None
+    lower_tight: float | None
+    upper_tight: float | None
+    exact: Estimate | None
+    horizon: Horizon | None
+    descent: float | None
+    binding: Binding | None
+    recommended: float | None
+    recommended_reason: str
+    predicted_lr: float | None = None
+    commutator: Estimate | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def exact_ci95(self) -> Pair | None:
+        """95 % interval of the infinite-time threshold."""
+        return None if self.exact is None else ci95(self.exact)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        document: dict[str, Any] = {
+            "operator": self.operator,
+            **self.settings,
+            "fo": number(self.fo),
+            "zo": self._zeroth_order(),
+        }
+        if self.commutator is not None:
+            document["commutator"] = estimate_dict(self.commutator)
+        if self.verdict is not None:
+            document["verdict"] = self.verdict.to_dict()
+        return document
+
+    def _zeroth_order(self) -> dict[str, Any]:
+        return {
+            "lower": number(self.zo_lower),
+            "upper": number(self.zo_upper),
+            "lower_tight": number(self.lower_tight),
+            "upper_tight": number(self.upper_tight),
+            "exact": None if self.exact is None else number(self.exact.value),
+            "exact_ci95": None if self.exact_ci95 is None else [number(end) for end in self.exact_ci95],
+            "horizon": None if self.horizon is None else self.horizon.to_dict(),
+            "descent": number(self.descent),
+            "binding": None if self.binding is None else self.binding.to_dict(),
+            "recommended": number(self.recommended),
+            "recommended_reason": self.recommended_reason,
+            "predicted_lr": number(self.predicted_lr),
+        }
