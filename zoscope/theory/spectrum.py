@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,7 +47,7 @@ class Spectrum:
     """
 
     nodes: Array
-    weights: Array = field(default=None)  # type: ignore[assignment]
+    weights: Array = field(default=cast("Array", None))  # replaced by ones
 
     def __post_init__(self) -> None:
         nodes = np.atleast_1d(np.asarray(self.nodes, dtype=np.float64))
@@ -124,8 +125,8 @@ class SampledSpectrum:
     def stderr_of(self, f: NodeFunction) -> float:
         """Standard error of ``Tr f(M)`` from sampling.
 
-        A probe vector uniform on the sphere of radius √d has ``Var zᵀAz = 2 (d Tr A² - (Tr A)²) / (d + 2)``. Both traces
-        are averages over the same quadrature nodes, far better known than a variance over a handful of probes.
+        A probe vector uniform on the sphere of radius √d has ``Var zᵀAz = 2 (d Tr A² - (Tr A)²) / (d + 2)``. Both
+        traces are averages over the same quadrature nodes, far better known than a variance over a handful of probes.
         """
         if self.is_exact:
             return 0.0

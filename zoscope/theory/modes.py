@@ -1,0 +1,86 @@
+"""Second moment of one eigenmode: its transition matrix, its response to noise, and sums of that response over time.
+
+With ``z = ηλ`` the state ``s = (E x², η E xm, η² E m²)`` of a mode obeys ``s ← A(z) s + η² n (1, -1, 1)``, where ``n``
+is the variance of the gradient noise in that mode, and everything depends on η and λ through z alone.
+``k(τ) = [A^τ (1, -1, 1)]₁`` is what one unit of noise leaves in ``E x²`` after τ further steps.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zoscope.theory.moments import EstimatorMoments
+
+Array = NDArray[np.float64]
+
+NOISE = np.array([1.0, -1.0, 1.0])
+"""How gradient noise enters the state of a mode."""
+
+
+def transition(z: Array, *, momentum: float, a: float) -> Array:
+    """``A(z)`` for every z: ``(3, 3, n)`` from ``(n,)``.
+
+    Rows: ``m'² = a z² x² + 2βz xm + β² m²`` (with ``E ĝ² = a λ² E x²``), ``xm' = z x² + β xm - m'²``,
+    ``x'² = x² - 2(z x² + β xm) + m'²``.
+    """
+    beta, one, zero = momentum, np.ones_like(z), np.zeros_like(z)
+    mm = np.array([a * z**2, 2 * beta * z, beta**2 * one])
+    xm = np.array([z, beta * one, zero])
+    xx = np.array([one, zero, zero])
+    return np.array([xx - 2 * xm + mm, xm - mm, mm])
+
+
+def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments) -> Array:
+    """``φ = b z² Σ_{τ≥0} k(τ) = b(1+β) z / (2(1-β²) - c z)``, ``(n,)``, for ``z ≥ 0``; ``inf`` from the pole on."""
+    beta = momentum
+    own = (1 - beta) + (1 + beta) * (moments.a - 1)
+    gap = 2 * (1 - beta**2) - own * z
+    result = np.full_like(z, np.inf)
+    np.divide(moments.b * (1 + beta) * z, gap, out=result, where=gap > 0)
+    return result
+
+
+def horizon_feedback(z: Array, steps: int, *, momentum: float, moments: EstimatorMoments) -> Array:
+    """``φ = b z² Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape ``(n,)``."""
+    # An unstable mode overflows on a long horizon: that is infinite feedback, and so is the inf - inf that may follow.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if momentum == 0:
+            total = geometric_sum(z * (moments.a * z - 2), steps)
+        else:
+            total = _response_sum(transition(z, momentum=momentum, a=moments.a), steps)
+        feedback = moments.b * z**2 * total
+    return np.where(np.isnan(feedback), np.inf, feedback)
+
+
+def geometric_sum(excess: Array, steps: int) -> Array:
+    """``Σ_{τ<T} r^τ`` for ``r = 1 + excess``, to full precision as r → 1. Shape ``(n,)``."""
+    near = np.abs(excess) < 0.5
+    grown = np.expm1(steps * np.log1p(excess, out=np.zeros_like(excess), where=near))
+    grown = np.where(near, grown, np.power(1 + excess, float(steps)) - 1)
+    return np.divide(grown, excess, out=np.full_like(excess, float(steps)), where=excess != 0)
+
+
+def _response_sum(matrices: Array, steps: int) -> Array:
+    """``Σ_{τ<T} [A^τ (1, -1, 1)]₁`` by repeated squaring, ``(n,)`` from ``(3, 3, n)``.
+
+    Carries ``E = A^m - I`` instead of ``A^m``: a slow mode is a small column of E, which keeps its relative precision
+    however long the horizon.
+    """
+    excess = matrices - np.eye(3)[:, :, None]
+    partial = np.broadcast_to(NOISE[:, None], matrices.shape[1:])  # Σ_{τ<m} A^τ w at m = 1, 2, 4, …
+    total = np.zeros_like(partial)
+    while True:
+        if steps & 1:
+            total = partial + total + _apply(excess, total)
+        steps >>= 1
+        if not steps:
+            return np.asarray(total[0], dtype=np.float64)
+        partial = 2 * partial + _apply(excess, partial)
+        excess = 2 * excess + _multiply(excess, excess)
+
+
+def _apply(matrices: Array, vectors: Array) -> Array:
+    return matrices[:, 0] * vectors[0] + matrices[:, 1] * vectors[1] + matrices[:, 2] * vectors[2]
+
+
+def _multiply(left: Array, right: Array) -> Array:
+    return left[:, 0, None] * right[None, 0] + left[:, 1, None] * right[None, 1] + left[:, 2, None] * right[None, 2]
