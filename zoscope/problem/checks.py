@@ -1,0 +1,199 @@
+"""Checks on entry: is the loss a finite, differentiable, deterministic mean over examples?"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoscope import runtime
+from zoscope.errors import NumericalError, SpecError
+from zoscope.problem import nest
+from zoscope.problem.data import examples_in
+from zoscope.problem.layers import ActiveLayers, some, watched
+from zoscope.problem.objective import Objective, Shard
+from zoscope.problem.user_code import user_code
+
+# Two evaluations of one loss may differ by the order of sums, never by more; randomness shows far above this.
+_AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5}
+_MEAN_RTOL = 1e-3  # a mean over examples, or not: rounding stays far below, padding or class weights show above
+_MEAN_LIMIT = 0.05  # beyond this, cutting a batch measures another function
+_LOSS_REMEDY = "The loss is called as loss(model, batch) and returns a scalar tensor."
+
+
+def check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
+    """Refuse what cannot be measured, and note what a reader should know.
+
+    Args:
+        objective: Its shards are evaluated: the first one three times at most, the others once.
+        differentiable: Whether derivatives will be taken.
+        cut: Whether batches were cut into micro-batches.
+
+    Raises:
+        SpecError: For a loss that is no scalar, has no gradient, is random, or ties the examples of shards together.
+        NumericalError: For a loss or a gradient that is not finite.
+    """
+    first = objective.shards[0]
+    before = runtime.rng_fingerprint()
+    with watched(objective.model) as active, torch.set_grad_enabled(differentiable):
+        loss = _evaluated(objective, first, 0)
+    drew = runtime.rng_fingerprint() != before
+    _refuse_batch_statistics(objective, active)
+    value = _finite(loss, 0, objective)
+    if differentiable:
+        _check_gradient(objective, loss)
+    del loss
+    again = _check_all(objective)
+    _refuse_random(objective, value, again, active, drew)
+    _check_mean(objective, value, cut=cut)
+
+
+def _evaluated(objective: Objective, shard: Shard, index: int) -> Tensor:
+    which = f" on batch {index} of {len(objective.shards)}" if len(objective.shards) > 1 else ""
+    with user_code(f"The loss function{which}", remedy=_LOSS_REMEDY):
+        return _scalar(objective.loss(shard))
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        said = f"a {type(loss).__name__}"
+        remedy = "return the tensor itself, without .item() or float()"
+        if isinstance(getattr(loss, "loss", None), Tensor):
+            remedy = "return its .loss"
+        elif loss is None:
+            said, remedy = "None", "end the function with a return statement"
+        raise SpecError(f"The loss function returned {said}: expected a scalar torch.Tensor; {remedy}.")
+    if not loss.is_floating_point():
+        raise SpecError(
+            f"The loss is a tensor of dtype {str(loss.dtype).removeprefix('torch.')}: expected a floating-point "
+            "scalar, since others have no derivative (argmax, counts and accuracies do not)."
+        )
+    if loss.ndim != 0:
+        raise SpecError(
+            f"The loss has shape {tuple(loss.shape)}: expected a scalar, the mean over the batch. Use "
+            "reduction='mean', or end with .mean()."
+        )
+    return loss
+
+
+def _finite(loss: Tensor, index: int, objective: Objective) -> float:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        which = f" on batch {index} of {len(objective.shards)}" if len(objective.shards) > 1 else ""
+        half = " float16 overflows above 65,504: use --dtype float32." if objective.dtype == torch.float16 else ""
+        raise NumericalError(
+            f"The loss is {value}{which} at the given parameters: expected a finite number. Check the data for NaN, "
+            f"the checkpoint, and logarithms or divisions in the loss.{half}"
+        )
+    return value
+
+
+def _check_gradient(objective: Objective, loss: Tensor) -> None:
+    if loss.grad_fn is None:
+        raise SpecError(
+            "The loss has no gradient: it does not depend on any parameter that is varied. Likely causes: "
+            "torch.no_grad(), .detach(), .item() or argmax on the way, a model other than the one that loss(model, "
+            "batch) receives, or --params that select unused parameters."
+        )
+    with user_code("Differentiating the loss", remedy="Every operation in it needs a derivative."):
+        grads = torch.autograd.grad(loss, objective.params, allow_unused=True)
+    unused = [name for name, grad in zip(objective.names, grads, strict=True) if grad is None]
+    if len(unused) == len(grads):
+        raise SpecError(
+            f"The loss depends on none of the {len(grads)} selected parameter tensors ({some(unused)}). It must use "
+            "the model that loss(model, batch) receives, which may be a copy; or select others with --params."
+        )
+    if unused:
+        scalars = sum(p.numel() for p, g in zip(objective.params, grads, strict=True) if g is None)
+        objective.notify(
+            "unused-parameters",
+            f"{len(unused)} of {len(grads)} parameter tensors ({scalars:,} of {objective.num_params:,} numbers: "
+            f"{some(unused)}) have no effect on the first batch's loss; their curvature counts as zero.",
+        )
+    bad = [n for n, g in zip(objective.names, grads, strict=True) if g is not None and not bool(g.isfinite().all())]
+    if bad:
+        raise NumericalError(
+            f"The loss is finite but its gradient is not, for {some(bad)}: expected finite numbers. Typical causes are "
+            "sqrt, norm or log at zero; add a small constant inside."
+        )
+
+
+def _check_all(objective: Objective) -> float:
+    """Evaluate every shard without gradients; the value of the first one."""
+    values = []
+    with torch.no_grad():
+        for index, shard in enumerate(objective.shards):
+            values.append(_finite(_evaluated(objective, shard, index), index, objective))
+    return values[0]
+
+
+def _refuse_random(objective: Objective, a: float, b: float, active: ActiveLayers, drew: bool) -> None:
+    tolerance = _AGREEMENT.get(objective.dtype, 2e-2)
+    if a == b or abs(a - b) <= tolerance * max(abs(a), abs(b)):
+        return
+    if active.random:
+        cause = f"{some(list(active.random.values()))} is active in train mode"
+        remedy = "Call model.eval() in the spec, or set its probability to 0"
+    elif any(module.training for module in objective.model.modules()) and drew:
+        cause = "it draws random numbers while the model is in train mode, as a functional dropout does"
+        remedy = "Call model.eval() in the spec, or pass training=self.training to F.dropout"
+    elif drew:
+        cause = "it draws random numbers (noise, sampling, an augmentation, F.dropout without training=self.training)"
+        remedy = "Draw them once, outside of the loss, and put them into the batches"
+    else:
+        cause = "it keeps state from one call to the next, or has its own source of randomness"
+        remedy = "Make it a function of the model and the batch alone; model.eval() stops layers that update themselves"
+    raise SpecError(
+        f"Two evaluations of the loss on one batch gave {a:.9g} and {b:.9g}, so it is not a function that has a "
+        f"curvature: {cause}. {remedy}."
+    )
+
+
+def _refuse_batch_statistics(objective: Objective, active: ActiveLayers) -> None:
+    if not active.batch_statistics:
+        return
+    layers = some(list(active.batch_statistics.values()))
+    objective.indivisible = f"{layers} uses the statistics of the whole batch"
+    if len(objective.shards) > 1:
+        raise SpecError(
+            f"{layers} normalises with the statistics of each batch, so the mean over {len(objective.shards)} "
+            "(micro-)batches is not the loss of all examples. Call model.eval() in the spec to use the running "
+            "statistics, or pass all examples as one batch without --micro-batch."
+        )
+
+
+def _check_mean(objective: Objective, whole: float, *, cut: bool) -> None:
+    """Compare the loss of one batch with those of its halves: a mean over examples is their weighted mean."""
+    shard = objective.shards[0]
+    if objective.indivisible is not None or shard.rows is None or shard.rows < 2 or whole == 0:
+        return
+    halves = nest.split(shard.batch, [shard.rows // 2, shard.rows - shard.rows // 2])
+    if halves is None:
+        return
+    counts = [examples_in(half, objective.batch_size_of) for half in halves]
+    try:
+        with torch.no_grad():
+            parts = [float(objective.loss(Shard(h, 1.0, n, None))) for h, n in zip(halves, counts, strict=True)]
+    except Exception as error:
+        if runtime.is_out_of_memory(error):
+            raise
+        return  # a loss with a fixed batch size, which tells nothing
+    mean = sum(n * part for n, part in zip(counts, parts, strict=True)) / max(1, sum(counts))
+    deviation = abs(whole - mean) / abs(whole)
+    if not math.isfinite(deviation) or deviation <= max(_MEAN_RTOL, 10 * _AGREEMENT.get(objective.dtype, 2e-2)):
+        return
+    if abs(whole - sum(parts)) <= _MEAN_RTOL * abs(whole):
+        said = "The loss grows with the batch size: it is a sum over examples, not a mean"
+        remedy = "Use reduction='mean' (or divide by the number of examples)"
+        objective.notify(
+            "sum-reduced", f"{said}, so step sizes are for the sum. {remedy} if that is not how you train."
+        )
+    else:
+        said = f"The loss of a batch differs by {deviation:.1%} from the mean of its halves"
+        remedy = "Weight batches with batch_size_of, for example by tokens, or leave --micro-batch out"
+        if cut:
+            objective.notify("not-a-mean", f"{said}, so micro-batches measure a slightly different function. {remedy}.")
+    if deviation > _MEAN_LIMIT:
+        objective.indivisible = said[0].lower() + said[1:]
+        if cut:
+            raise SpecError(f"{said}, so cutting batches changes the function that is measured. {remedy}.")

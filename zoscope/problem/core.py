@@ -1,0 +1,205 @@
+"""Problem: what a user hands over."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from zoscope.errors import SpecError
+from zoscope.problem import data
+from zoscope.problem.model import Selection, select, unwrapped
+from zoscope.problem.objective import CriterionLoss, LossFunction, Objective
+from zoscope.problem.session import prepared
+
+
+class Problem:
+    """A model, its batches and a loss.
+
+    The batches are read on first use, once, and kept as a list. The model is never changed for good.
+
+    Args:
+        model: On any device, in train or eval mode; the mode is respected.
+        batches: A list of batches, any iterable of batches (such as a DataLoader), or tensors in memory such as
+            ``(inputs, targets)`` together with ``batch_size``.
+        loss: ``loss(model, batch)`` returns the mean loss of the batch, a scalar tensor.
+        params: Regular expression (``re.search``) on parameter names; None takes those with ``requires_grad``.
+        batch_size: Examples per batch where ``batches`` is a dataset in memory.
+        batch_size_of: Number of examples of a batch, its weight in the mean. By default the leading dimension of the
+            first tensor in it; a batch without tensors counts as one example.
+
+    Raises:
+        SpecError: If the model is not a module or the loss cannot be called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Any,
+        loss: LossFunction,
+        *,
+        params: str | None = None,
+        batch_size: int | None = None,
+        batch_size_of: Callable[[Any], int] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+            raise SpecError(
+                f"model is {given}: expected an instance of torch.nn.Module; for a function of one tensor use "
+                "Problem.from_function(f, x0)."
+            )
+        if not callable(loss):
+            raise SpecError(
+                f"loss is a {type(loss).__name__}: expected a function loss(model, batch) that returns a scalar."
+            )
+        self.model = model
+        self.loss = loss
+        self.criterion: Callable[[Any, Any], Tensor] | None = None
+        self.name: str | None = None
+        self.params = params
+        self.batch_size_of = batch_size_of
+        self.own_device_only = False
+        self._source = batches
+        self._batch_size = batch_size
+
+    @classmethod
+    def from_criterion(
+        cls,
+        model: nn.Module,
+        batches: Any,
+        criterion: Callable[[Any, Any], Tensor],
+        *,
+        params: str | None = None,
+        batch_size: int | None = None,
+        batch_size_of: Callable[[Any], int] | None = None,
+    ) -> Self:
+        """A problem with the loss ``criterion(model(x), y)`` over batches ``(x, y)``, which has a GGN matrix.
+
+        Args:
+            model: As for :class:`Problem`.
+            batches: Pairs ``(inputs, targets)``, otherwise as for :class:`Problem`.
+            criterion: Mean loss of a batch, such as ``nn.CrossEntropyLoss()``.
+            params: As for :class:`Problem`.
+            batch_size: As for :class:`Problem`.
+            batch_size_of: As for :class:`Problem`.
+        """
+        if not callable(criterion) or isinstance(criterion, type):
+            raise SpecError(
+                f"criterion is {criterion!r}: expected something to call as criterion(outputs, targets), such as "
+                "nn.CrossEntropyLoss()."
+            )
+        problem = cls(
+            model,
+            batches,
+            CriterionLoss(criterion),
+            params=params,
+            batch_size=batch_size,
+            batch_size_of=batch_size_of,
+        )
+        problem.criterion = criterion
+        return problem
+
+    @classmethod
+    def from_function(cls, f: Callable[[Tensor], Tensor], x0: Tensor) -> Self:
+        """A problem without model and data: minimise ``f`` from ``x0``.
+
+        Args:
+            f: Takes a tensor like ``x0``, returns a scalar tensor.
+            x0: Floating-point tensor of any shape; it is copied.
+        """
+        if not callable(f):
+            raise SpecError(
+                f"f is a {type(f).__name__}: expected a function of one tensor that returns a scalar tensor."
+            )
+        if not isinstance(x0, Tensor) or not x0.is_floating_point():
+            kind = str(x0.dtype) if isinstance(x0, Tensor) else type(x0).__name__
+            raise SpecError(f"x0 is {kind}: expected a floating-point torch.Tensor.")
+        problem = cls(Point(x0), [None], _at_point(f))
+        problem.own_device_only = True  # f closes over tensors that cannot be moved along
+        return problem
+
+    @cached_property
+    def batches(self) -> list[Any]:
+        """All batches, as the user made them.
+
+        Raises:
+            SpecError: If there are none, or a second pass over a loader gives others.
+        """
+        return data.materialise(self._source, batch_size=self._batch_size)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Examples of each batch."""
+        return data.count_examples(self.batches, self.batch_size_of)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples over all batches."""
+        return sum(self.counts)
+
+    @property
+    def num_params(self) -> int:
+        """Number of scalars that are varied; tied weights count once."""
+        return self.selection().num_params
+
+    def selection(self) -> Selection:
+        """Which parameters are varied."""
+        with unwrapped(self.model) as model:
+            return select(model, self.params)
+
+    def with_params(self, regex: str | None) -> "Problem":
+        """The same problem with other parameters varied; None takes those with ``requires_grad``."""
+        twin = copy.copy(self)
+        twin.params = regex
+        return twin
+
+    def prepare(
+        self,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        micro_batch: int | None = None,
+        check: bool = True,
+        differentiable: bool = True,
+    ) -> AbstractContextManager[Objective]:
+        """Enter a session in which the loss can be evaluated and differentiated twice.
+
+        The model is used in place where it already is on ``device`` and in ``dtype``, else a copy is. On exit
+        parameters, buffers, modes, ``requires_grad``, ``.grad``, hooks and the global generators are as they were.
+
+        Args:
+            device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+            dtype: ``"auto"`` (that of the model, at least float32) or a name such as ``"float64"``.
+            micro_batch: Largest number of examples evaluated at once; None keeps the batches as they are.
+            check: Evaluate the loss on entry and refuse what cannot be measured.
+            differentiable: Whether derivatives will be taken; False leaves the checks of them out.
+
+        Raises:
+            SpecError: On entry, for a loss or a model that cannot be measured.
+            NumericalError: On entry, for a loss that is not finite, or if one example does not fit into memory.
+        """
+        return prepared(
+            self, device=device, dtype=dtype, micro_batch=micro_batch, check=check, differentiable=differentiable
+        )
+
+    def __repr__(self) -> str:
+        kind = type(self.model).__name__
+        return f"Problem({kind}{f', name={self.name!r}' if self.name else ''})"
+
+
+class Point(nn.Module):
+    """A model that is nothing but its parameter ``x``."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(x.detach().clone())
+
+
+def _at_point(f: Callable[[Tensor], Tensor]) -> LossFunction:
+    def loss(model: nn.Module, _: Any) -> Tensor:
+        return f(model.get_parameter("x"))
+
+    return loss

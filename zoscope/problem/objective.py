@@ -1,0 +1,261 @@
+"""The loss as a function of one flat parameter vector, valid while a problem is prepared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from zoscope.errors import SpecError
+from zoscope.problem import nest
+from zoscope.problem.data import examples_in
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a reader of the result should know.
+
+    Args:
+        code: Stable name, for programs.
+        message: One sentence or two, for people.
+    """
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A micro-batch.
+
+    Args:
+        batch: What the loss function receives.
+        weight: Its share of the examples; the weights of all shards add up to 1.
+        examples: What it counts for.
+        rows: Length along which it can be cut further; None where it cannot.
+    """
+
+    batch: Any
+    weight: float
+    examples: int
+    rows: int | None
+
+
+class CriterionLoss:
+    """``criterion(model(x), y)`` as a loss of a model and a batch."""
+
+    def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
+        self.criterion = criterion
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of one pair ``(x, y)``."""
+        inputs, targets = pair(batch)
+        return self.criterion(model(inputs), targets)
+
+
+class _LossModule(nn.Module):
+    """Makes ``loss(model, batch)`` a forward pass, so that torch can run it with other parameter tensors."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+class Objective:
+    """Loss over all batches, ``L(θ) = sum_s weight_s loss(shard_s)``, with θ the selected parameters as one vector.
+
+    Made by :meth:`zoscope.Problem.prepare`; it works on the model in place and is valid inside that context only.
+
+    Attributes:
+        model: The model without wrappers, on ``device``.
+        params: Distinct leaf parameters that require gradients.
+        names: Their names.
+        num_params: ``d``, the length of the flat vector.
+        num_examples: Examples over all shards.
+        shards: Micro-batches, their tensors on ``device`` unless :attr:`on_host`.
+        criterion: ``criterion(outputs, targets)`` of a problem made by ``from_criterion``, else None.
+        on_host: Whether batches stay in host memory and move to the device one at a time.
+        warnings: What a reader of the result should know.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: LossFunction,
+        criterion: Callable[[Any, Any], Tensor] | None,
+        params: Mapping[str, nn.Parameter],
+        batches: Sequence[Any],
+        counts: Sequence[int],
+        batch_size_of: Callable[[Any], int] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.names = tuple(params)
+        self.params = tuple(params.values())
+        self.criterion = criterion
+        self.device = device
+        self.dtype = dtype
+        self.num_params = sum(p.numel() for p in self.params)
+        self.num_examples = sum(counts)
+        self.on_host = False
+        self.warnings: list[Notice] = []
+        self.indivisible: str | None = None  # why batches must not be cut, once that is known
+        self._loss = loss
+        self.batch_size_of = batch_size_of
+        self._sizes = [p.numel() for p in self.params]
+        self.shards: tuple[Shard, ...] = tuple(
+            Shard(batch, count / self.num_examples, count, _rows(batch))
+            for batch, count in zip(batches, counts, strict=True)
+        )
+
+    # --- the loss -------------------------------------------------------------------------------------------------
+
+    def batch(self, shard: Shard) -> Any:
+        """The batch of a shard, on the device."""
+        return nest.moved(shard.batch, device=self.device, dtype=self.dtype) if self.on_host else shard.batch
+
+    def loss(self, shard: Shard) -> Tensor:
+        """Mean loss of a shard, a scalar that can be differentiated twice by :attr:`params`."""
+        return self._loss(self.model, self.batch(shard))
+
+    def loss_at(self, tensors: Sequence[Tensor], shard: Shard) -> Tensor:
+        """Mean loss of a shard with ``tensors`` in place of :attr:`params`: a pure function, for ``torch.func``."""
+        named = {f"model.{name}": tensor for name, tensor in zip(self.names, tensors, strict=True)}
+        result: Tensor = functional_call(_LossModule(self.model, self._loss), named, (self.batch(shard),))
+        return result
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """Loss over all shards, accumulated in float64; may be infinite or NaN."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for shard in self.shards:
+            total += shard.weight * self.loss(shard).detach().double()
+        return float(total)
+
+    def outputs(self, shard: Shard) -> tuple[Any, Any]:
+        """``(model(x), y)`` of a shard, for problems with a criterion.
+
+        Raises:
+            SpecError: If a batch is not a pair.
+        """
+        inputs, targets = pair(self.batch(shard))
+        return self.model(inputs), targets
+
+    # --- the flat vector ------------------------------------------------------------------------------------------
+
+    def flatten(self, tensors: Sequence[Tensor | None], *, out: Tensor | None = None) -> Tensor:
+        """Join tensors shaped like :attr:`params` into ``(d,)``; None counts as zeros.
+
+        Args:
+            tensors: One per parameter.
+            out: ``(d,)`` tensor that receives the result, outside of any graph.
+        """
+        parts = [
+            torch.zeros(size, dtype=p.dtype, device=p.device) if t is None else t.reshape(-1)
+            for t, p, size in zip(tensors, self.params, self._sizes, strict=True)
+        ]
+        if out is None:
+            return torch.cat(parts)
+        with torch.no_grad():
+            return torch.cat(parts, out=out)
+
+    def unflatten(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Views of a ``(d,)`` vector in the shapes of :attr:`params`."""
+        parts = torch.split(vector, self._sizes)
+        return tuple(part.view(p.shape) for part, p in zip(parts, self.params, strict=True))
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """A copy of the parameters, ``(d,)``."""
+        return self.flatten(self.params)
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Set the parameters to a ``(d,)`` vector, in place."""
+        torch._foreach_copy_(list(self.params), list(self.unflatten(vector)))
+
+    # --- micro-batches --------------------------------------------------------------------------------------------
+
+    def split(self, micro_batch: int) -> None:
+        """Cut every shard into pieces of at most ``micro_batch`` rows.
+
+        Raises:
+            SpecError: If a batch has no leading dimension to cut along.
+        """
+        self.shards = tuple(piece for shard in self.shards for piece in self._pieces(shard, micro_batch))
+
+    def _pieces(self, shard: Shard, micro_batch: int) -> list[Shard]:
+        rows = shard.rows
+        if rows is not None and rows <= micro_batch:
+            return [shard]
+        sizes = _even(rows, micro_batch) if rows is not None else []
+        parts = nest.split(shard.batch, sizes) if sizes else None
+        if parts is None or rows is None:
+            kind = type(shard.batch).__name__
+            raise SpecError(
+                f"--micro-batch {micro_batch}: a batch of type {kind} cannot be cut, since it holds no tensor with one "
+                "row per example. Make smaller batches in the spec instead."
+            )
+        counts = sizes if self.batch_size_of is None else [examples_in(part, self.batch_size_of) for part in parts]
+        total = sum(counts)
+        return [
+            Shard(part, shard.weight * count / total, count, size)
+            for part, count, size in zip(parts, counts, sizes, strict=True)
+            if count > 0  # a piece that weighs nothing, such as one of padding alone
+        ]
+
+    def refine(self) -> bool:
+        """Halve the micro-batch after an out-of-memory error.
+
+        Returns:
+            False when nothing can be halved: one example per shard, or batches that must not be cut.
+        """
+        largest = max((shard.rows or 1) for shard in self.shards)
+        if largest < 2 or self.indivisible is not None:
+            return False
+        micro_batch = (largest + 1) // 2
+        try:
+            self.split(micro_batch)
+        except SpecError:
+            return False
+        self.notify("out-of-memory", f"Memory ran out: the micro-batch was reduced to {micro_batch} examples.")
+        return True
+
+    def notify(self, code: str, message: str) -> None:
+        """Add a warning, in place of an earlier one of the same code."""
+        self.warnings[:] = [*(notice for notice in self.warnings if notice.code != code), Notice(code, message)]
+
+
+def _rows(batch: Any) -> int | None:
+    return nest.leading_dimension(batch)
+
+
+def _even(rows: int, micro_batch: int) -> list[int]:
+    """Sizes that differ by one at most, so that no piece is needlessly small."""
+    pieces = -(-rows // micro_batch)
+    return [rows // pieces + (index < rows % pieces) for index in range(pieces)]
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Take ``(inputs, targets)`` apart.
+
+    Raises:
+        SpecError: If the batch is something else.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)} items" if isinstance(batch, (tuple, list)) else ""
+    raise SpecError(
+        f"A batch is a {type(batch).__name__}{size}: Problem.from_criterion expects pairs (inputs, targets). "
+        "For other batches use Problem(model, batches, loss) with loss(model, batch)."
+    )

@@ -1,0 +1,163 @@
+"""A session: from the user's model as it is to an Objective, and back."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from zoscope import runtime
+from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.problem import nest
+from zoscope.problem.checks import check as check_objective
+from zoscope.problem.layers import some, uses_batch_statistics
+from zoscope.problem.model import Selection, copied, restored, select, trainable, unwrapped
+from zoscope.problem.objective import CriterionLoss, Objective
+
+if TYPE_CHECKING:
+    from zoscope.problem.core import Problem
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def prepared(
+    problem: "Problem",
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    micro_batch: int | None,
+    check: bool,
+    differentiable: bool,
+) -> Iterator[Objective]:
+    """Implements :meth:`zoscope.Problem.prepare`."""
+    if micro_batch is not None and micro_batch < 1:
+        raise UsageError(f"--micro-batch {micro_batch}: expected at least 1.")
+    with ExitStack() as stack:
+        stack.enter_context(runtime.preserved_rng())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        model = stack.enter_context(unwrapped(problem.model))
+        selection = select(model, problem.params)
+        own = next(p.device for p in model.parameters())
+        target = (
+            own if problem.own_device_only and str(device) == "auto" else runtime.resolve_device(device, model=model)
+        )
+        precision = runtime.resolve_dtype(dtype, model)
+
+        def opened(where: torch.device) -> Objective:
+            with ExitStack() as attempt:
+                objective = _opened(attempt, problem, model, selection, where, precision, micro_batch)
+                if check:
+                    _checked(objective, differentiable=differentiable, cut=micro_batch is not None)
+                stack.push(attempt.pop_all())
+            return objective
+
+        try:
+            objective = opened(target)
+        except SpecError as error:
+            if str(device) != "auto" or target == own or "same device" not in str(error.__cause__):
+                raise
+            objective = opened(own)
+            objective.notify("device", f"The loss uses tensors that stay on {own}: measured there, not on {target}.")
+        yield objective
+
+
+def _opened(
+    stack: ExitStack,
+    problem: "Problem",
+    model: nn.Module,
+    selection: Selection,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch: int | None,
+) -> Objective:
+    """Build an objective whose clean-up is on ``stack``."""
+    counts = problem.counts
+    halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in _HALF})
+    if _elsewhere(model, device, dtype):
+        model = copied(model, device=device, dtype=dtype)
+    else:
+        stack.enter_context(restored(model, selection.names))
+    params = stack.enter_context(trainable(model, selection))
+    stack.enter_context(runtime.second_order_mode(model))
+    criterion, loss = problem.criterion, problem.loss
+    if isinstance(criterion, nn.Module) and _elsewhere(criterion, device, dtype):
+        criterion = copied(criterion, device=device, dtype=dtype)
+        loss = CriterionLoss(criterion)
+    batches, on_host = _placed(problem.batches, device, dtype)
+    objective = Objective(
+        model,
+        loss=loss,
+        criterion=criterion,
+        params=dict(zip(selection.names, params, strict=True)),
+        batches=batches,
+        counts=counts,
+        batch_size_of=problem.batch_size_of,
+        device=device,
+        dtype=dtype,
+    )
+    objective.on_host = on_host
+    _note_precision(objective, halves, on_host)
+    statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
+    if micro_batch is not None:
+        objective.split(micro_batch)
+    if statistics:
+        objective.indivisible = f"{some(statistics)} uses the statistics of the whole batch"
+    return objective
+
+
+def _elsewhere(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a module must be copied: other device or dtype, or tensors that cannot be differentiated."""
+    parameters, buffers = list(module.parameters()), list(module.buffers())
+    return (
+        any(p.is_floating_point() and p.dtype != dtype for p in parameters)
+        or any(t.device != device for t in (*parameters, *buffers))
+        or any(t.is_inference() for t in (*parameters, *buffers))
+    )
+
+
+def _placed(batches: list[Any], device: torch.device, dtype: torch.dtype) -> tuple[list[Any], bool]:
+    """Batches on the device, or on the host where the device has no room for all of them."""
+    try:
+        return [nest.moved(batch, device=device, dtype=dtype) for batch in batches], False
+    except RuntimeError as error:
+        if device.type == "cpu" or not runtime.is_out_of_memory(error):
+            raise
+        runtime.release_memory(device)
+        host = torch.device("cpu")
+        return [nest.moved(batch, device=host, dtype=dtype) for batch in batches], True
+
+
+def _note_precision(objective: Objective, halves: list[str], on_host: bool) -> None:
+    if on_host:
+        objective.notify(
+            "host-batches", f"The batches do not fit on {objective.device}; they move there one at a time, slowly."
+        )
+    name = str(objective.dtype).removeprefix("torch.")
+    if objective.dtype in _HALF:
+        objective.notify(
+            "half-precision",
+            f"Measured in {name}: about 1 % noise per Hessian product, and float16 may overflow. Prefer float32.",
+        )
+    elif halves:
+        objective.notify("upcast", f"The model is in {', '.join(halves)}; a copy in {name} is measured.")
+
+
+def _checked(objective: Objective, *, differentiable: bool, cut: bool) -> None:
+    """Run the checks, with smaller micro-batches if memory runs out."""
+    while True:
+        try:
+            return check_objective(objective, differentiable=differentiable, cut=cut)
+        except Exception as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+            reason = objective.indivisible or "a single example does not fit"
+        runtime.release_memory(objective.device)
+        if not objective.refine():
+            raise NumericalError(
+                f"Memory on {objective.device} ran out while the loss was evaluated, and the batches cannot be made "
+                f"smaller: {reason}. Use a smaller model or batch, --dtype bfloat16, or a device with more memory."
+            )
+        cut = True
