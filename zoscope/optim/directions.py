@@ -1,0 +1,168 @@
+"""Directions of the zeroth-order estimate: how they are drawn, and drawn again without being kept."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Law = Literal["gaussian", "sphere"]
+LAWS: tuple[str, ...] = get_args(Law)
+Seed = int | np.random.SeedSequence
+
+
+def check_law(name: str) -> Law:
+    """``name`` as a law of directions.
+
+    Raises:
+        ValueError: If it is neither ``gaussian`` nor ``sphere``.
+    """
+    if name == "gaussian":
+        return "gaussian"
+    if name == "sphere":
+        return "sphere"
+    raise ValueError(f"unknown directions {name!r}: expected one of {', '.join(LAWS)}")
+
+
+def new_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own, seeded through `numpy.random.SeedSequence`."""
+    sequence = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    generator = torch.Generator(device=device)
+    generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
+    return generator
+
+
+def spawn_streams(seed: int, count: int, device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """``count`` independent generators, the same for the same seed whatever runs on them and in which order."""
+    return [new_generator(child, device) for child in np.random.SeedSequence(seed).spawn(count)]
+
+
+def fill_rows(rows: Tensor, *, law: Law, streams: Sequence[torch.Generator]) -> Tensor:
+    """Draw one direction per row of ``rows`` ``(R, d)`` in place, row ``r`` from ``streams[r]``.
+
+    Gaussian directions have independent N(0, 1) entries; sphere directions are uniform on the sphere of radius √d.
+    """
+    for row, stream in zip(rows, streams, strict=True):
+        row.normal_(generator=stream)
+    if law == "sphere":
+        rows.mul_(math.sqrt(rows.shape[1]) / rows.norm(dim=1, keepdim=True))
+    return rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """Slices of parameters whose part of a direction is drawn in one call.
+
+    Args:
+        pieces: Tensors that share memory with the parameters.
+        owners: For each piece, the index of its parameter and its ``[start, stop)`` there; ``None`` for a whole one.
+    """
+
+    pieces: list[Tensor]
+    owners: list[tuple[int, tuple[int, int] | None]]
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return sum(p.numel() for p in self.pieces)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its parameters."""
+        return self.pieces[0].dtype
+
+    def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The slices of ``tensors``, shaped like the parameters, that belong to this block."""
+        return [
+            tensors[index] if span is None else tensors[index].view(-1)[span[0] : span[1]]
+            for index, span in self.owners
+        ]
+
+
+def partition(params: Sequence[Tensor], *, block_size: int) -> list[Block]:
+    """Cut parameters into blocks of about ``block_size`` entries, each of one dtype.
+
+    A block is what has to exist of a direction at a time: large parameters are cut, small ones share a block.
+    A parameter that is not contiguous in memory stays whole.
+    """
+    blocks: list[Block] = []
+    for index, parameter in enumerate(params):
+        data = parameter.detach()
+        for piece, span in _cut(data, block_size):
+            last = blocks[-1] if blocks else None
+            if last is None or last.dtype != data.dtype or last.size + piece.numel() > block_size:
+                last = Block([], [])
+                blocks.append(last)
+            last.pieces.append(piece)
+            last.owners.append((index, span))
+    return blocks
+
+
+def _cut(data: Tensor, block_size: int) -> Iterator[tuple[Tensor, tuple[int, int] | None]]:
+    if data.numel() <= block_size or not data.is_contiguous():
+        yield data, None
+        return
+    flat = data.view(-1)
+    for start in range(0, flat.numel(), block_size):
+        stop = min(start + block_size, flat.numel())
+        yield flat[start:stop], (start, stop)
+
+
+class Direction:
+    """One direction over all blocks. A large one is never held whole: its blocks are drawn again when they are needed.
+
+    Args:
+        blocks: What it covers; all on the generator's device.
+        generator: Its stream; the direction moves it on once, while its blocks are asked for the first time, in order.
+        law: Law of the direction.
+        keep: Hold on to the blocks instead of drawing them again; the numbers are the same.
+    """
+
+    def __init__(self, blocks: Sequence[Block], generator: torch.Generator, *, law: Law, keep: bool) -> None:
+        self._blocks = blocks
+        self._generator = generator
+        self._keep = keep
+        self._kept: list[Tensor] = []
+        self._states: list[Tensor] = []
+        self._scale = 1.0
+        if law == "sphere":
+            self._scale = self._sphere_scale()
+
+    def part(self, index: int) -> list[Tensor]:
+        """The pieces of block ``index``: read-only, float64 for float64 parameters and float32 for others."""
+        flat = self._flat(index)
+        pieces = self._blocks[index].pieces
+        if len(pieces) == 1:
+            return [flat.view(pieces[0].shape)]
+        return [u.view(p.shape) for u, p in zip(torch.split(flat, [p.numel() for p in pieces]), pieces, strict=True)]
+
+    def _flat(self, index: int) -> Tensor:
+        if index < len(self._kept):
+            return self._kept[index]
+        if index < len(self._states):
+            ahead = self._generator.get_state()
+            self._generator.set_state(self._states[index])
+            flat = self._draw(index)
+            self._generator.set_state(ahead)
+            return flat
+        if not self._keep:
+            self._states.append(self._generator.get_state())
+            return self._draw(index)
+        self._kept.append(self._draw(index))
+        return self._kept[index]
+
+    def _draw(self, index: int) -> Tensor:
+        block = self._blocks[index]
+        dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+        flat = torch.empty(block.size, device=block.pieces[0].device, dtype=dtype).normal_(generator=self._generator)
+        return flat if self._scale == 1.0 else flat.mul_(self._scale)
+
+    def _sphere_scale(self) -> float:
+        square = sum(float(self._flat(i).double().square().sum()) for i in range(len(self._blocks)))
+        scale = math.sqrt(sum(b.size for b in self._blocks) / square)
+        for flat in self._kept:
+            flat.mul_(scale)
+        return scale

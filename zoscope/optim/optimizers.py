@@ -1,0 +1,273 @@
+"""Zeroth-order GD, momentum and Adam as PyTorch optimizers: two forward passes a query, no gradient."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zoscope.optim.directions import Block, Direction, Law, Seed, check_law, new_generator, partition
+from zoscope.optim.restore import Perturbation, Restore, choose_perturbation
+from zoscope.optim.rules import Rule, State, rule_from_options
+
+BLOCK_SIZE = 1 << 20
+Closure = Callable[[], Tensor | float]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Parameters cut into blocks, none of which spans two groups."""
+
+    key: tuple[tuple[int, ...], ...]
+    params: list[list[Tensor]]
+    blocks: list[Block]
+    group_of: list[int]
+    perturbation: Perturbation
+
+
+class ZeroOrderOptimizer(Optimizer):
+    """Shared by the zeroth-order optimizers: everything but the update rule.
+
+    One step draws ``queries`` directions, evaluates the closure at ``θ ± μu`` for each, and feeds the averaged
+    estimate ``ĝ = (f(θ+μu) − f(θ−μu))/(2μ)·u`` to the rule. Directions are drawn again from the generator's state
+    instead of being kept, and parameters are perturbed in place and brought back exactly, so that memory stays that
+    of a forward pass (for models above 64 MiB; smaller ones keep a copy, which is faster). Parameters that do not
+    require gradients do not move.
+
+    The generator's state is part of ``state_dict()``: a run that is saved and resumed equals one that was not.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        defaults: dict[str, Any],
+        *,
+        mu: float,
+        queries: int,
+        directions: Law,
+        seed: Seed,
+        restore: Restore,
+    ) -> None:
+        if not defaults["lr"] >= 0.0:
+            raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
+        if not 0.0 < mu < float("inf"):
+            raise ValueError(f"mu must be positive and finite, got {mu}")
+        if queries < 1:
+            raise ValueError(f"queries must be at least 1, got {queries}")
+        rule_from_options(self.name, defaults)
+        super().__init__(params, defaults)
+        self.mu, self.queries, self.directions, self.restore = mu, queries, check_law(directions), restore
+        devices = {p.device for group in self.param_groups for p in group["params"]}
+        if len(devices) > 1:
+            raise ValueError(f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        self._generator = new_generator(seed, next(iter(devices), "cpu"))
+        self._layout: _Layout | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Returns the loss as a scalar; called twice a query, without gradients; must not call ``backward``.
+
+        Returns:
+            The mean of the losses seen, an estimate of the loss before the step (exact up to O(μ²)).
+
+        Raises:
+            ValueError: If there is no closure.
+        """
+        if closure is None:
+            raise ValueError(f"{type(self).__name__}.step needs a closure that returns the loss")
+        layout = self._current_layout()
+        layout.perturbation.begin()
+        size = sum(b.size for b in layout.blocks)
+        directions: list[Direction] = []
+        slopes: list[float] = []
+        total = 0.0
+        for query in range(self.queries):
+            direction = Direction(layout.blocks, self._generator, law=self.directions, keep=size <= BLOCK_SIZE)
+            slope, mean = self._evaluate(layout, direction, closure)
+            if query < self.queries - 1:
+                _restore(layout, direction, sign=-1)
+            directions.append(direction)
+            slopes.append(slope / self.queries)
+            total += mean / self.queries
+        self._update(layout, directions, slopes)
+        return total
+
+    def _evaluate(self, layout: _Layout, direction: Direction, closure: Closure) -> tuple[float, float]:
+        """Slope along the direction and mean loss; parameters are left at ``θ − μu``."""
+        blocks = range(len(layout.blocks))
+        for index in blocks:
+            layout.perturbation.plus(index, direction.part(index))
+        sign = 1
+        try:
+            above = float(closure())
+            for index in blocks:
+                layout.perturbation.minus(index, direction.part(index))
+            sign = -1
+            below = float(closure())
+        except BaseException:
+            _restore(layout, direction, sign=sign)
+            raise
+        return (above - below) / (2.0 * self.mu), 0.5 * (above + below)
+
+    def _update(self, layout: _Layout, directions: list[Direction], slopes: list[float]) -> None:
+        """Bring the parameters back from the last query, block by block, and move them."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        rules = [rule_from_options(self.name, group) for group in self.param_groups]
+        states = [self._state_of(rule, params) for rule, params in zip(rules, layout.params, strict=True)]
+        for index, block in enumerate(layout.blocks):
+            number = layout.group_of[index]
+            group = self.param_groups[number]
+            estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=-1)
+            torch._foreach_mul_(estimate, slopes[-1])
+            for direction, slope in zip(directions[:-1], slopes[:-1], strict=True):
+                used = layout.perturbation.used(index, direction.part(index))
+                torch._foreach_add_(estimate, used, alpha=slope)
+            state = {slot: block.select(tensors) for slot, tensors in states[number].items()}
+            rules[number].update(block.pieces, estimate, state, lr=float(group["lr"]), step=group["step"])
+
+    def _state_of(self, rule: Rule, params: list[Tensor]) -> State:
+        for p in params:
+            for slot in rule.slots:
+                if slot not in self.state[p]:
+                    self.state[p][slot] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        return {slot: [self.state[p][slot] for p in params] for slot in rule.slots}
+
+    def _current_layout(self) -> _Layout:
+        """The blocks, cut anew when a parameter was moved, replaced, frozen or added."""
+        params = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
+        key = tuple(tuple(p.data_ptr() for p in group) for group in params)
+        if self._layout is None or self._layout.key != key:
+            cut = [(n, b) for n, group in enumerate(params) for b in partition(group, block_size=BLOCK_SIZE)]
+            blocks = [b for _, b in cut]
+            perturbation = choose_perturbation(blocks, mu=self.mu, restore=self.restore)
+            self._layout = _Layout(key, params, blocks, [n for n, _ in cut], perturbation)
+        return self._layout
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with the state of the direction stream under ``stream``."""
+        return {**super().state_dict(), "stream": self._generator.get_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        state = dict(state_dict)
+        stream = state.pop("stream")
+        super().load_state_dict(state)
+        self._generator.set_state(stream.cpu())
+
+
+def _restore(layout: _Layout, direction: Direction, *, sign: int) -> None:
+    for index in range(len(layout.blocks)):
+        layout.perturbation.restore(index, direction.part(index), sign=sign)
+
+
+class ZOGD(ZeroOrderOptimizer):
+    """Zeroth-order gradient descent: ``x ← x − η ĝ``.
+
+    Args:
+        params: Parameters or groups of them, as for any PyTorch optimizer; all on one device.
+        lr: Step size η, param²/loss; may differ between groups.
+        mu: Smoothing radius μ, in the parameters' unit.
+        queries: Directions averaged in each estimate.
+        directions: Their law: ``gaussian``, or ``sphere`` of radius √d.
+        seed: Seed of the direction stream.
+        restore: How parameters come back from a perturbation: ``auto``, ``snapshot`` (a copy) or ``fixed-point`` (no
+            copy; rounds the parameters once to a grid on which perturbations are exact).
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "gd"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        mu: float = 1e-3,
+        queries: int = 1,
+        directions: Law = "gaussian",
+        seed: Seed = 0,
+        restore: Restore = "auto",
+    ) -> None:
+        super().__init__(params, {"lr": lr}, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+
+
+class ZOGDM(ZeroOrderOptimizer):
+    """Zeroth-order gradient descent with momentum: ``m ← βm + ĝ; x ← x − ηm``.
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η, param²/loss.
+        beta: β in ``[0, 1)``.
+        mu: Smoothing radius.
+        queries: Directions per estimate.
+        directions: Their law.
+        seed: Seed of the direction stream.
+        restore: How parameters come back.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "gdm"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        beta: float = 0.9,
+        mu: float = 1e-3,
+        queries: int = 1,
+        directions: Law = "gaussian",
+        seed: Seed = 0,
+        restore: Restore = "auto",
+    ) -> None:
+        defaults = {"lr": lr, "beta": beta}
+        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+
+
+class ZOAdam(ZeroOrderOptimizer):
+    """Zeroth-order Adam; the same rule as ``torch.optim.Adam``, fed by the estimate.
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η.
+        betas: β₁ and β₂, each in ``[0, 1)``.
+        eps: ε ≥ 0, in the unit of the gradient.
+        mu: Smoothing radius.
+        queries: Directions per estimate.
+        directions: Their law.
+        seed: Seed of the direction stream.
+        restore: How parameters come back.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "adam"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        mu: float = 1e-3,
+        queries: int = 1,
+        directions: Law = "gaussian",
+        seed: Seed = 0,
+        restore: Restore = "auto",
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps}
+        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
