@@ -1,0 +1,164 @@
+"""The rooms of the package and who may enter which."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import zoscope
+
+PACKAGE = Path(zoscope.__file__).parent
+FOUNDATION = {"errors", "_version"}
+
+# Which rooms of zoscope each room may import, beside itself and the foundation.
+ALLOWED = {
+    "errors": set(),
+    "_version": set(),
+    "theory": set(),
+    "config": {"theory"},
+    "runtime": set(),
+    "problem": {"runtime"},
+    "spec": {"problem", "runtime"},
+    "curvature": {"problem", "runtime", "theory"},
+    "optim": {"problem", "runtime", "theory"},
+    "analysis": {"config", "curvature", "optim", "problem", "runtime", "spec", "theory"},
+    "report": {"analysis", "config", "curvature", "problem", "theory"},
+}
+FREE = {"cli", "__init__", "__main__"}
+# The only packages from outside that these rooms may see.
+OUTSIDE = {"theory": {"numpy", "scipy"}, "errors": set(), "_version": set(), "config": {"yaml", "numpy"}}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "templates" not in path.parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every import that happens at run time, wherever in the file it is."""
+    for node in run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module == "zoscope":
+                yield from ((node.lineno, f"zoscope.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, str(node.module)
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        for child in node.orelse:
+            yield from run_time_nodes(child)
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from run_time_nodes(child)
+
+
+def test_every_room_imports_only_the_rooms_it_may() -> None:
+    strangers = []
+    for path in sources():
+        room = room_of(path)
+        if room in FREE:
+            continue
+        assert room in ALLOWED, f"{path.relative_to(PACKAGE)} is in no room"
+        for line, name in imports(path):
+            if not name.startswith("zoscope."):
+                continue
+            target = name.split(".")[1]
+            if target not in {room, *FOUNDATION, *ALLOWED[room]}:
+                strangers.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    assert not strangers, "\n".join(strangers)
+
+
+@pytest.mark.parametrize("room", sorted(OUTSIDE))
+def test_rooms_without_torch_import_nothing_but_their_tools(room: str) -> None:
+    strangers = []
+    for path in sources():
+        if room_of(path) != room:
+            continue
+        for line, name in imports(path):
+            top = name.split(".")[0]
+            if top not in {"zoscope", *sys.stdlib_module_names, *OUTSIDE[room]}:
+                strangers.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    assert not strangers, "\n".join(strangers)
+
+
+def test_reports_do_not_import_torch() -> None:
+    assert not [
+        f"{path.name}:{line}"
+        for path in sources()
+        if room_of(path) == "report"
+        for line, name in imports(path)
+        if name.split(".")[0] == "torch"
+    ]
+
+
+def calls(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def test_only_the_command_line_exits_and_only_reports_print() -> None:
+    for path in sources():
+        for line, name in calls(path):
+            where = f"{path.relative_to(PACKAGE)}:{line}"
+            assert name not in {"sys.exit", "exit", "quit", "os._exit"} or room_of(path) == "cli", where
+            assert name != "print" or room_of(path) == "report", where
+
+
+def test_no_stream_of_random_numbers_is_global() -> None:
+    for path in sources():
+        for line, name in calls(path):
+            where = f"{path.relative_to(PACKAGE)}:{line}"
+            assert name not in {"torch.manual_seed", "np.random.seed", "random.seed", "np.random.rand"}, where
+
+
+def test_files_hold_one_idea() -> None:
+    assert not [
+        f"{path.relative_to(PACKAGE)} has {count} lines"
+        for path in sources()
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 320
+    ]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_zoscope_and_its_command_line_leaves_torch_unloaded() -> None:
+    code = "import sys, zoscope, zoscope.cli; dir(zoscope); print('torch' in sys.modules, 'scipy' in sys.modules)"
+    assert run_python(code).split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["bounds", "--help"], ["probe", "--help"], ["check", "--help"]]
+)
+def test_help_leaves_torch_unloaded(args: list[str]) -> None:
+    code = f"import sys; from zoscope.cli.app import run; run({args!r}); print('torch' in sys.modules)"
+    assert run_python(code).split()[-1] == "False"
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_answer_within_half_a_second(option: str) -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "zoscope", option], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) <= 0.5
+
+
+def test_every_public_name_has_a_home() -> None:
+    for name in zoscope.__all__:
+        assert getattr(zoscope, name) is not None
