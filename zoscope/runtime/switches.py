@@ -1,0 +1,113 @@
+"""The switches of torch under which a forward pass can be differentiated twice."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TF32 and bfloat16 shortcuts for float32 off (they put ~3e-4 of noise on an HVP), and back on exit."""
+    b: Any = torch.backends
+    ops: list[Any] = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn]
+    before = [op.fp32_precision for op in ops]
+    matmul, cudnn = _or_none(torch.get_float32_matmul_precision), _or_none(lambda: b.cudnn.allow_tf32)
+    try:
+        # Both the older and the newer switches, so that user code that reads either finds them in agreement.
+        torch.set_float32_matmul_precision("highest")
+        b.cudnn.allow_tf32 = False
+        for op in ops:
+            op.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            b.cudnn.allow_tf32 = cudnn
+        for op, value in zip(ops, before, strict=True):
+            op.fp32_precision = value
+
+
+def _or_none(read: Any) -> Any:
+    """Value of an older switch, None where torch refuses to read it because the newer ones disagree with it."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def _recurrent_layers_without_cudnn(model: nn.Module) -> Iterator[None]:
+    """Switch cuDNN off around each recurrent layer only: without it convolutions would lose their fast kernels."""
+    states: list[bool] = []
+
+    def before(*_: Any) -> None:
+        states.append(torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
+
+    def after(*_: Any) -> None:
+        torch.backends.cudnn.enabled = states.pop()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    handles = [layer.register_forward_pre_hook(before, prepend=True) for layer in layers]
+    handles += [layer.register_forward_hook(after, always_call=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_attention_fastpath() -> Iterator[None]:
+    # The fused inference path of nn.MultiheadAttention rounds differently with and without gradients.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def second_order_mode(model: nn.Module | None = None) -> Iterator[None]:
+    """Enter the state in which a forward pass can be differentiated twice; everything is restored on exit.
+
+    Attention runs in its math kernel (the fused ones have no second derivative), recurrent layers without cuDNN,
+    float32 in full precision, and code compiled by ``torch.compile`` eagerly (it has no double backward).
+
+    Args:
+        model: Keeps cuDNN on outside of this model's recurrent layers. Without a model cuDNN is off altogether.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(full_precision())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_without_attention_fastpath())
+        stack.enter_context(_without_cudnn() if model is None else _recurrent_layers_without_cudnn(model))
+        stack.enter_context(eager_mode())
+        yield
+
+
+@contextmanager
+def eager_mode() -> Iterator[None]:
+    """Run what ``torch.compile`` has wrapped eagerly."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes a second or more
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
