@@ -1,0 +1,1 @@
+"""The parts of ``zoscope.check``: thresholds, the gate, the baseline and the cache."""

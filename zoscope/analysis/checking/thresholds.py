@@ -1,0 +1,147 @@
+"""The thresholds that a check may be held against, taken from a ``BoundsResult`` and kept in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoscope.analysis.checking.results import Threshold
+from zoscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from zoscope.analysis.optimizer_bounds import OptimizerBounds
+    from zoscope.analysis.results import BoundsResult
+
+
+@dataclass(frozen=True)
+class OptimizerThresholds:
+    """What is known of one update rule.
+
+    Args:
+        known: Thresholds by name; ``inf`` where nothing limits the step size.
+        binding: Name of the one that binds a zeroth-order run of the planned length.
+    """
+
+    known: Mapping[str, Threshold]
+    binding: str | None
+
+    def choose(self, policy: str, *, zeroth_order: bool, curvature: str) -> Threshold:
+        """The threshold that the policy names; the first-order one for a first-order optimizer.
+
+        Raises:
+            UsageError: If it cannot be known from this kind of curvature, or is not defined at this point.
+        """
+        name = "fo" if not zeroth_order else (self.binding or "forward") if policy == "binding" else policy
+        if name in self.known:
+            return self.known[name]
+        available = ", ".join(known for known in self.known if (known == "fo") != zeroth_order) or "none"
+        raise UsageError(
+            f"the {name} threshold is not known here with curvature kind {curvature!r} (known: {available}). Expected one "
+            "that this measurement gives: use curvature kind hessian, or another policy threshold."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the cache file."""
+        rows = {name: [_text(part) for part in (t.value, t.low, t.high, t.error)] for name, t in self.known.items()}
+        return {"known": rows, "binding": self.binding}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> OptimizerThresholds:
+        """From the cache file.
+
+        Raises:
+            ValueError, KeyError, TypeError: If it is not what ``to_dict`` wrote.
+        """
+        known = {name: Threshold(name, *(float(part) for part in row)) for name, row in document["known"].items()}
+        return cls(known, document["binding"])
+
+
+def _text(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no infinity
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One call of ``bounds``, reduced to what the gate needs.
+
+    Args:
+        optimizers: Thresholds by update rule.
+        num_examples: Examples in the problem's data.
+        notices: Warnings of the measurement.
+        seconds: Its wall-clock time.
+        cached: Whether it was read from the cache.
+    """
+
+    optimizers: Mapping[str, OptimizerThresholds]
+    num_examples: int
+    notices: tuple[str, ...]
+    seconds: float
+    cached: bool = False
+
+    @classmethod
+    def of(cls, result: BoundsResult) -> Measurement:
+        """From the result of ``bounds``."""
+        return cls(
+            optimizers={name: _thresholds(result, entry) for name, entry in result.optimizers.items()},
+            num_examples=result.problem.num_examples,
+            notices=tuple(notice.message for notice in result.warnings),
+            seconds=result.seconds,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the cache file."""
+        return {
+            "optimizers": {name: entry.to_dict() for name, entry in self.optimizers.items()},
+            "num_examples": self.num_examples,
+            "notices": list(self.notices),
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Measurement:
+        """From the cache file.
+
+        Raises:
+            ValueError, KeyError, TypeError: If it is not what ``to_dict`` wrote.
+        """
+        return cls(
+            optimizers={name: OptimizerThresholds.from_dict(row) for name, row in document["optimizers"].items()},
+            num_examples=int(document["num_examples"]),
+            notices=tuple(str(notice) for notice in document["notices"]),
+            seconds=float(document["seconds"]),
+            cached=True,
+        )
+
+
+def _thresholds(result: BoundsResult, bounds: OptimizerBounds) -> OptimizerThresholds:
+    rows: list[Threshold | None] = [
+        _first_order(result, bounds),
+        _forward(bounds),
+    ]
+    if bounds.exact is not None and bounds.exact_ci95 is not None:
+        rows.append(Threshold("exact", bounds.exact.value, *bounds.exact_ci95, bounds.exact.half_width))
+    if bounds.horizon is not None:
+        error = bounds.horizon.planned.upper.half_width
+        rows.append(Threshold("horizon", bounds.horizon.upper, *bounds.horizon.ci95, error))
+    if bounds.descent is not None:
+        rows.append(Threshold("descent", bounds.descent, bounds.descent, bounds.descent))
+    known = {row.name: row for row in rows if row is not None}
+    return OptimizerThresholds(known, None if bounds.binding is None else bounds.binding.name)
+
+
+def _first_order(result: BoundsResult, bounds: OptimizerBounds) -> Threshold | None:
+    """A Ritz value lies below λ_max by at most its residual, so the threshold below ``fo`` by as much."""
+    if bounds.fo is None:
+        return None
+    sharpest = result.curvature[bounds.operator].lambda_max
+    low = bounds.fo if math.isinf(bounds.fo) else bounds.fo * sharpest.value / (sharpest.value + sharpest.residual)
+    return Threshold("fo", bounds.fo, low, bounds.fo, error=0.0 if math.isinf(bounds.fo) else bounds.fo - low)
+
+
+def _forward(bounds: OptimizerBounds) -> Threshold | None:
+    """From two moments alone, where the spectrum is not known: the interval is the pair of bounds."""
+    if bounds.exact is not None or bounds.zo_lower is None or bounds.zo_upper is None:
+        return None
+    return Threshold("forward", bounds.zo_upper, bounds.zo_lower, bounds.zo_upper)
