@@ -54,7 +54,13 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(node.module)
 
 
+# A result that shows itself imports its report when it is asked to, and not before.
+SHOWS_ITSELF = {"__rich__", "_repr_html_"}
+
+
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.FunctionDef) and node.name in SHOWS_ITSELF:
+        return
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         for child in node.orelse:
             yield from run_time_nodes(child)

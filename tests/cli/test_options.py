@@ -1,0 +1,91 @@
+"""Every option value that cannot be meant is refused in one paragraph, before a spec is looked at."""
+
+from pathlib import Path
+
+import pytest
+
+from zoscope.cli.options import MeasureOptions, OptimizerOptions
+from zoscope.errors import UsageError
+
+BAD = [
+    (["--rtol", "0"], "--rtol"),
+    (["--rtol", "nan"], "--rtol"),
+    (["--rtol", "-0.1"], "--rtol"),
+    (["--rtol", "1"], "--rtol"),
+    (["--rtol", "two"], "--rtol"),
+    (["--max-hvps", "0"], "--max-hvps"),
+    (["--method", "densee"], "dense"),
+    (["--curvature", "gnn"], "ggn"),
+    (["--hvp", "fast"], "--hvp"),
+    (["--device", "gpu"], "cuda:0"),
+    (["--device", "cuda:x"], "cuda:0"),
+    (["--dtype", "float16"], "float32"),
+    (["--seed", "-1"], "--seed"),
+    (["--seed", "1.5"], "--seed"),
+    (["--micro-batch", "0"], "--micro-batch"),
+    (["--optimizer", "zo-sgd"], "'zo-gd'"),
+    (["--optimizer", "gd", "--optimizer", "adma"], "'adam'"),
+    (["--steps", "0"], "--steps"),
+    (["--beta", "-0.1"], "--beta"),
+    (["--beta", "1"], "--beta"),
+    (["--beta", "nan"], "--beta"),
+    (["--betas", "0.9"], "0.9,0.999"),
+    (["--betas", "0.9,0.999,1"], "0.9,0.999"),
+    (["--betas", "0.9,x"], "0.9,0.999"),
+    (["--betas", "0.9,nan"], "--betas"),
+    (["--betas", "0.9,1.0"], "--betas"),
+    (["--eps", "0"], "--eps"),
+    (["--eps", "inf"], "--eps"),
+    (["--preconditioner", "adam.pt"], "state:FILE"),
+    (["--preconditioner", "state:"], "state:FILE"),
+    (["--preconditioner", "state:nowhere.pt"], "nowhere.pt"),
+    (["--directions", "rademacher"], "sphere"),
+    (["--queries", "0"], "--queries"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--params", "layer["], "--params"),
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    (["--output", "nowhere/result.json"], "nowhere"),
+    (["--bogus"], "--bogus"),
+    (["a.py", "b.py"], "b.py"),
+]
+
+
+@pytest.mark.parametrize(("args", "named"), BAD, ids=[" ".join(args) for args, _ in BAD])
+def test_a_bad_value_is_one_paragraph_and_exit_2(zoscope_cli, args: list[str], named: str) -> None:
+    finished = zoscope_cli("bounds", "missing.py", *args) if args[0] != "a.py" else zoscope_cli("bounds", *args)
+    assert finished.code == 2
+    assert named in finished.paragraph
+    assert finished.out == ""
+
+
+def test_zeroth_order_names_mean_the_same_families_for_bounds() -> None:
+    assert OptimizerOptions(optimizer=["zo-gdm", "gd", "gdm"]).families == ("gdm", "gd")
+    assert OptimizerOptions().families == ("gd", "gdm", "adam")
+
+
+def test_betas_arrive_as_two_numbers() -> None:
+    assert OptimizerOptions(betas="0.8, 0.95").kwargs()["betas"] == (0.8, 0.95)
+
+
+def test_defaults_are_those_of_the_python_function() -> None:
+    import inspect
+
+    import zoscope
+
+    signature = inspect.signature(zoscope.bounds)
+    for name, value in {**MeasureOptions().kwargs(), **OptimizerOptions().kwargs()}.items():
+        assert signature.parameters[name].default == value, name
+
+
+@pytest.mark.parametrize("value", ["auto", "cpu", "cuda", "cuda:3"])
+def test_devices_of_the_contract_are_accepted(value: str) -> None:
+    assert MeasureOptions(device=value).device == value
+
+
+def test_an_optimizer_state_must_be_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "adam.pt"
+    with pytest.raises(UsageError, match=r"adam\.pt"):
+        OptimizerOptions(preconditioner=f"state:{file}")
+    file.write_bytes(b"")
+    assert OptimizerOptions(preconditioner=f"state:{file}").preconditioner == f"state:{file}"
