@@ -95,12 +95,7 @@ class StabilityCondition:
             Root of ``Σ w φ = 1`` in param²/loss, to about 1e-13 relative; ``inf`` for a spectrum without feedback.
             In infinite time, where noise alone never reaches 1, the step size at which a single mode is unstable.
         """
-        part = self._part(spectrum)
-        if self.steps is None:
-            return self._infinite_threshold(part)
-        if self.moments.b == 0 or part.frobenius_sq == 0:
-            return math.inf
-        return _first_crossing(lambda lr: self.total_feedback(part, lr), guess=self._guess(part))
+        return self._threshold(self._part(spectrum))
 
     def estimate(self, sampled: SampledSpectrum) -> Estimate:
         """Threshold of a sampled spectrum with its error bar.
@@ -117,12 +112,11 @@ class StabilityCondition:
         value = self.threshold(sampled.fine)
         if sampled.is_exact:
             return Estimate(value)
-        coarse = self.threshold(sampled.coarse)
+        coarse = self._threshold(self._part(sampled.coarse), near=value)
         if math.isinf(value):
             return Estimate(value, quadrature=0.0 if math.isinf(coarse) else math.inf)
-        step = 1e-5  # relative error of the central difference: about step²
-        ends = [self.total_feedback(sampled.fine, value * math.exp(sign * step)) for sign in (-1, 1)]
-        slope = (ends[1] - ends[0]) / (2 * step)
+        step = 1e-6  # relative error of the slope, which is an error bar's: about the same
+        slope = (self.total_feedback(sampled.fine, value * math.exp(step)) - 1) / step
         spread = sampled.stderr_of(lambda nodes: _finite(self.feedback(nodes, value)))
         return Estimate(value, stderr=value * spread / slope if slope > 0 else 0.0, quadrature=abs(value - coarse))
 
@@ -131,6 +125,16 @@ class StabilityCondition:
             return spectrum.positive
         keep = spectrum.weights > 0
         return spectrum if keep.all() else Spectrum(spectrum.nodes[keep], spectrum.weights[keep])
+
+    def _threshold(self, part: Spectrum, *, near: float | None = None) -> float:
+        """Threshold of a part already selected; to three digits of its distance from ``near`` where that is given."""
+        if self.steps is None:
+            return self._infinite_threshold(part)
+        if self.moments.b == 0 or part.frobenius_sq == 0:
+            return math.inf
+        if near is not None and math.isfinite(near):
+            return _first_crossing(lambda lr: self.total_feedback(part, lr), guess=near, tolerance=1e-3)
+        return _first_crossing(lambda lr: self.total_feedback(part, lr), guess=self._guess(part))
 
     def _infinite_threshold(self, part: Spectrum) -> float:
         if part.trace == 0:
@@ -247,28 +251,37 @@ def time_to_blow_up(
     return float(late)
 
 
-def _first_crossing(total: Callable[[float], float], *, guess: float) -> float:
+def _first_crossing(total: Callable[[float], float], *, guess: float, tolerance: float = 0.0) -> float:
     """Root of ``total(lr) = 1``, from a guess; ``inf`` when there is none below the largest float.
 
-    Solved as ``log total = 0`` in ``log lr``, which is nearly a straight line: its slope lies between 1 (every mode in
-    its steady state) and 2 (none yet), more where a mode is unstable. A step as long as the value crosses the root.
+    Secant steps on ``log total`` in ``log lr``, kept inside the bracket seen so far. That curve is nearly a straight
+    line: its slope lies between 1 (every mode in its steady state) and 2 (none yet), more where a mode is unstable.
+    Stops at a relative error of about 1e-14, or of ``tolerance`` times the logarithmic distance from the guess.
     """
-    cap = 50.0  # feedback overflows far above the root; a finite ceiling keeps the secant steps of brentq sane
+    cap = 50.0  # feedback overflows far above the root; a finite ceiling keeps the secant slopes sane
 
     def excess(log_lr: float) -> float:
         value = total(math.exp(log_lr))
         return min(max(math.log(value), -cap), cap) if value > 0 else -cap
 
-    near, value, reach = math.log(guess), 0.0, 1.0
-    value = excess(near)
-    while True:
-        far = near - math.copysign(min(1.01 * abs(value) + 1e-9, reach), value)
-        if abs(far) > 700:
-            return math.inf if far > 0 else 0.0
-        beyond = excess(far)
-        if (beyond > 0) != (value > 0):
-            return math.exp(brentq(excess, near, far, xtol=2e-14, rtol=8.9e-16))
-        near, value, reach = far, beyond, 2 * reach
+    start = x = math.log(guess)
+    slope, reach, last = 1.5, 1.0, 1.0
+    low, high = -math.inf, math.inf
+    value = excess(x)
+    for _ in range(40):
+        low, high = (x, high) if value < 0 else (low, x)
+        step = min(max(-value / slope, -reach), reach)
+        if not low <= x + step <= high:
+            step = 0.5 * (low + high) - x
+        enough = max(1e-15, tolerance * abs(x - start))
+        if abs(step * last) < enough or abs(step) < 2e-14:  # a secant step errs by about the product of the last two
+            return math.exp(x + step)
+        x, last, reach = x + step, step, 2 * reach
+        if abs(x) > 700:
+            return math.inf if x > 0 else 0.0
+        previous, value = value, excess(x)
+        slope = max((value - previous) / step, 1e-2)
+    return math.exp(brentq(excess, low, high, xtol=2e-14, rtol=8.9e-16))
 
 
 def _finite(values: Array) -> Array:

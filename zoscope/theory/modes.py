@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 NOISE = np.array([1.0, -1.0, 1.0])
 """How gradient noise enters the state of a mode."""
 
+_IDENTITY = np.eye(3)[:, :, None]
+
 
 def transition(z: Array, *, momentum: float, a: float) -> Array:
     """``A(z)`` for every z: ``(3, 3, n)`` from ``(n,)``.
@@ -22,11 +24,15 @@ def transition(z: Array, *, momentum: float, a: float) -> Array:
     Rows: ``m'² = a z² x² + 2βz xm + β² m²`` (with ``E ĝ² = a λ² E x²``), ``xm' = z x² + β xm - m'²``,
     ``x'² = x² - 2(z x² + β xm) + m'²``.
     """
+    return _IDENTITY + _change(z, momentum=momentum, a=a)
+
+
+def _change(z: Array, *, momentum: float, a: float) -> Array:
+    """``A(z) - I``, without the cancellation that subtracting would bring to slow modes."""
     beta, one, zero = momentum, np.ones_like(z), np.zeros_like(z)
     mm = np.array([a * z**2, 2 * beta * z, beta**2 * one])
     xm = np.array([z, beta * one, zero])
-    xx = np.array([one, zero, zero])
-    return np.array([xx - 2 * xm + mm, xm - mm, mm])
+    return np.array([mm - 2 * xm, xm - mm, mm]) - _IDENTITY * np.array([0.0, 1.0, 1.0])[:, None, None]
 
 
 def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments) -> Array:
@@ -46,7 +52,7 @@ def horizon_feedback(z: Array, steps: int, *, momentum: float, moments: Estimato
         if momentum == 0:
             total = geometric_sum(z * (moments.a * z - 2), steps)
         else:
-            total = _response_sum(transition(z, momentum=momentum, a=moments.a), steps)
+            total = _response_sum(_change(z, momentum=momentum, a=moments.a), steps)
         feedback = moments.b * z**2 * total
     return np.where(np.isnan(feedback), np.inf, feedback)
 
@@ -59,27 +65,27 @@ def geometric_sum(excess: Array, steps: int) -> Array:
     return np.divide(grown, excess, out=np.full_like(excess, float(steps)), where=excess != 0)
 
 
-def _response_sum(matrices: Array, steps: int) -> Array:
-    """``Σ_{τ<T} [A^τ (1, -1, 1)]₁`` by repeated squaring, ``(n,)`` from ``(3, 3, n)``.
+def _response_sum(change: Array, steps: int) -> Array:
+    """``Σ_{τ<T} [A^τ (1, -1, 1)]₁`` by repeated squaring, ``(n,)`` from ``A - I``, ``(3, 3, n)``.
 
     Carries ``E = A^m - I`` instead of ``A^m``: a slow mode is a small column of E, which keeps its relative precision
     however long the horizon.
     """
-    excess = matrices - np.eye(3)[:, :, None]
-    partial = np.broadcast_to(NOISE[:, None], matrices.shape[1:])  # Σ_{τ<m} A^τ w at m = 1, 2, 4, …
+    partial = np.broadcast_to(NOISE[:, None], change.shape[1:])  # Σ_{τ<m} A^τ w at m = 1, 2, 4, …
     total = np.zeros_like(partial)
     while True:
         if steps & 1:
-            total = partial + total + _apply(excess, total)
+            total = partial + total + _apply(change, total)
         steps >>= 1
         if not steps:
             return np.asarray(total[0], dtype=np.float64)
-        partial = 2 * partial + _apply(excess, partial)
-        excess = 2 * excess + _multiply(excess, excess)
+        doubler = change + 2 * _IDENTITY  # A^2m - I = E(2I + E), and I + A^m = 2I + E
+        partial, change = _apply(doubler, partial), _multiply(change, doubler)
 
 
 def _apply(matrices: Array, vectors: Array) -> Array:
-    return matrices[:, 0] * vectors[0] + matrices[:, 1] * vectors[1] + matrices[:, 2] * vectors[2]
+    result: Array = matrices[:, 0] * vectors[0] + matrices[:, 1] * vectors[1] + matrices[:, 2] * vectors[2]
+    return result
 
 
 def _multiply(left: Array, right: Array) -> Array:
