@@ -7,11 +7,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import zoscope
 from zoscope import runtime
 from zoscope.errors import SpecError, ZoscopeError
 
-_OWN = str(Path(zoscope.__file__).parent) + os.sep
+_OWN = str(Path(__file__).parent.parent) + os.sep
 _LIBRARIES = tuple({sysconfig.get_paths()[key] + os.sep for key in ("stdlib", "platstdlib", "purelib", "platlib")})
 _MOST_FRAMES = 6
 
