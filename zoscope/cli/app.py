@@ -46,6 +46,7 @@ def build() -> typer.Typer:
     app = typer.Typer(
         name="zoscope",
         add_completion=False,
+        rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

@@ -9,9 +9,19 @@ import typer
 import zoscope
 from zoscope.cli import validate
 from zoscope.cli.flatten import flatten
-from zoscope.cli.options import MeasureOptions, OptimizerOptions, OutputOptions, ProblemOptions
+from zoscope.cli.options import (
+    THRESHOLDS,
+    MeasureOptions,
+    OptimizerOptions,
+    OutputOptions,
+    ProblemOptions,
+    Threshold,
+)
 from zoscope.cli.output import emit, warn
 from zoscope.cli.progress import measuring
+from zoscope.errors import NumericalError
+
+PRECISION = "precision"  # code of the notice that --rtol was not reached
 
 StepSize = Annotated[
     float | None,
@@ -27,9 +37,11 @@ def command(
     optimizer: OptimizerOptions,
     measure: MeasureOptions,
     output: OutputOptions,
+    threshold: Threshold = "binding",
     lr: StepSize = None,
 ) -> None:
     """Curvature and step-size bounds for GD, GDM and Adam, first- and zeroth-order."""
+    chosen = validate.choice("--threshold", threshold, THRESHOLDS)
     if lr is not None:
         validate.positive("--lr", lr)
     loaded = problem.load()
@@ -37,10 +49,15 @@ def command(
         result = zoscope.bounds(
             loaded.problem,
             optimizers=optimizer.families,
+            threshold=chosen,
             lr=lr,
+            spec=loaded.display,
             on_progress=on_progress,
             **optimizer.kwargs(),
             **measure.kwargs(),
         )
     emit(result, output)
-    warn(result.warnings, quiet=output.quiet)
+    missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
+    warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
+    if missed:  # after the result, which is honest all the same
+        raise NumericalError(missed[0].message)

@@ -6,7 +6,7 @@ torch. Values that repeat (``--set``, ``--optimizer``) are lists or ``None`` bec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,7 +30,13 @@ Quiet = Annotated[
     bool, Option("--quiet", "-q", help="No progress and no warnings on stderr.", rich_help_panel="Output")
 ]
 Threshold = Annotated[
-    str, Option("--threshold", metavar="|".join(THRESHOLDS), help="Which threshold; 'exact' is the infinite-time one.")
+    str,
+    Option(
+        "--threshold",
+        metavar="|".join(THRESHOLDS),
+        help="The threshold to go by: infinite time, first step, planned steps, or the smaller of the last two.",
+        rich_help_panel="Optimizer",
+    ),
 ]
 
 
@@ -43,7 +49,7 @@ class ProblemOptions:
         Argument(
             metavar="SPEC",
             help="path/to/model.py, path/to/model.py:name or package.module:name (default name: problem). Left out: "
-            "'problem' of ./zoscope.yaml or of \\[tool.zoscope] in ./pyproject.toml, else ./model.py.",
+            "'problem' of ./zoscope.yaml or of the table tool.zoscope in ./pyproject.toml, else ./model.py.",
             show_default=False,
         ),
     ] = None
@@ -77,12 +83,16 @@ class ProblemOptions:
             validate.existing("--checkpoint", self.checkpoint)
 
     def load(self) -> LoadedSpec:
-        """The problem; from here on torch is loaded."""
+        """The problem; from here on torch is loaded. Its ``display`` says where a SPEC that was left out came from."""
         from zoscope.spec import load_spec, parse_settings, resolve_spec
 
         settings = parse_settings(self.settings or [])
-        spec, _ = resolve_spec(self.spec, cwd=Path.cwd())
-        return load_spec(spec, settings=settings, params=self.params, checkpoint=self.checkpoint)
+        spec, source = resolve_spec(self.spec, cwd=Path.cwd())
+        loaded = load_spec(spec, settings=settings, params=self.params, checkpoint=self.checkpoint)
+        if source is None:
+            return loaded
+        found = "found here" if source == spec else f"from {source}"
+        return replace(loaded, display=f"{loaded.display} ({found})")
 
 
 @dataclass(frozen=True)

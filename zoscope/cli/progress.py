@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,25 +22,38 @@ def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | N
     """A bar over Hessian-vector products, with the precision so far and the time left.
 
     Args:
-        max_hvps: The length of the bar.
+        max_hvps: Most products that a stage may spend.
         rtol: The precision wanted, shown beside the one reached.
         quiet: Show nothing.
 
     Yields:
-        A callback ``(stage, num_hvps, precision)`` for the measurement, or ``None`` when nothing is shown; the precision
-        is the relative 95 % half-width reached, ``None`` while there is none.
+        A callback ``(stage, num_hvps, precision)`` for the measurement, or ``None`` when nothing is shown. The precision
+        is the relative 95 % half-width reached so far, or ``None``.
     """
     if not visible(quiet=quiet):
         yield None
         return
     with _bar() as progress:
-        task = progress.add_task("measuring", total=max_hvps, precision="")
+        task = progress.add_task("", total=max_hvps, precision="")
+        current = ""
 
         def report(stage: str, num_hvps: int, precision: float | None = None) -> None:
+            nonlocal current
+            if stage != current:
+                current = stage
+                progress.reset(task, total=max_hvps, description=stage, precision="")
             reached = "" if precision is None else f"±{precision:.1%} (want {rtol:.1%})"
-            progress.update(task, description=stage, completed=min(num_hvps, max_hvps), precision=reached)
+            total = products_needed(num_hvps, precision, max_hvps=max_hvps, rtol=rtol)
+            progress.update(task, completed=num_hvps, total=max(total, num_hvps), precision=reached)
 
         yield report
+
+
+def products_needed(num_hvps: int, precision: float | None, *, max_hvps: int, rtol: float) -> int:
+    """About how many products the precision wanted takes: the error of a mean falls with the square root of them."""
+    if precision is None or not math.isfinite(precision):
+        return max_hvps
+    return min(max_hvps, math.ceil(num_hvps * max(precision / rtol, 1.0) ** 2))
 
 
 def _bar() -> Progress:

@@ -5,12 +5,17 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from zoscope.errors import UsageError
 
 
-def choice(option: str, value: str, allowed: Sequence[str]) -> str:
-    """``value``, which must be one of ``allowed``; otherwise the error names the nearest."""
+def choice(option: str, value: str, allowed: Sequence[str]) -> Any:
+    """``value``, which must be one of ``allowed``; otherwise the error names the nearest.
+
+    Returns:
+        ``value``, as ``Any``: where it goes the type is a ``Literal`` of the names in ``allowed``.
+    """
     if value in allowed:
         return value
     near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.5)

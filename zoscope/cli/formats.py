@@ -1,0 +1,78 @@
+"""Formats of a check report, and where each one goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zoscope.cli.output import as_json, as_text, check_writable, write_whole
+from zoscope.cli.validate import choice
+from zoscope.errors import UsageError
+from zoscope.report.github import github
+from zoscope.report.junit import junit
+from zoscope.report.markdown import markdown
+from zoscope.report.sarif import sarif
+
+if TYPE_CHECKING:
+    from zoscope.analysis.checking.results import CheckReport
+
+FORMATS: dict[str, Callable[[CheckReport], str]] = {
+    "text": as_text,
+    "json": as_json,
+    "junit": junit,
+    "github": github,
+    "sarif": sarif,
+    "markdown": markdown,
+}
+SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file and the format that goes into it."""
+
+    format: str
+    file: Path
+
+
+def targets(outputs: Sequence[str], *, default: str) -> list[Target]:
+    """``--output FORMAT=FILE``, or ``FILE`` alone in the format of stdout; every file is known to be writable.
+
+    Raises:
+        UsageError: For an unknown format, a file that cannot be written, or one that is named twice.
+    """
+    found: list[Target] = []
+    for item in outputs:
+        name, equals, file = item.partition("=")
+        if not equals:
+            name, file = default, item
+        if not file:
+            raise UsageError(f"--output: got '{item}'. Expected FORMAT=FILE, such as junit=zoscope.xml.")
+        target = Target(choice("--output", name, tuple(FORMATS)), Path(file))
+        if any(target.file.resolve() == other.file.resolve() for other in found):
+            raise UsageError(f"--output: {file} is named twice. Expected one file per format.")
+        check_writable(target.file)
+        found.append(target)
+    return found
+
+
+def write_all(report: CheckReport, files: Sequence[Target]) -> None:
+    """Write every file, whole or not at all, and the job summary where GitHub asks for one."""
+    for target in files:
+        write_whole(target.file, FORMATS[target.format](report))
+    _append_summary(markdown(report))
+
+
+def _append_summary(text: str) -> None:
+    """GitHub concatenates the summaries of a job's steps in this file: it is appended to, never replaced."""
+    file = os.environ.get(SUMMARY_VARIABLE)
+    if not file:
+        return
+    try:
+        with open(file, "a", encoding="utf-8") as summary:
+            summary.write(f"{text}\n")
+    except OSError as error:
+        raise UsageError(f"{SUMMARY_VARIABLE}: cannot append to {file} ({error.strerror}).") from None
