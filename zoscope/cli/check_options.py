@@ -69,9 +69,7 @@ class OverrideOptions:
     ] = None
     on_warn: Annotated[
         str | None,
-        _option(
-            "--on-warn", metavar="|".join(ON_WARN), panel="Policy", help="What lr between margin and threshold does."
-        ),
+        _option("--on-warn", metavar="|".join(ON_WARN), panel="Policy", help="What an lr in between does."),
     ] = None
     probe: Annotated[
         bool | None, Option("--probe/--no-probe", help="Add a short training probe.", rich_help_panel="Policy")

@@ -100,8 +100,9 @@ def _missing(merged: Mapping[str, Any], layers: Layers, *, spec: str | None) -> 
         "optimizer.lr": (optimizer.get("lr"), "--lr"),
         "spec": (spec, "--spec"),
     }
+    place = "give it here, in defaults, or with" if layers.own else "name a file that lists checks, or give"
     issues = [
-        Issue(layers.line, f"{name} has no {key}; give it here, in defaults, or with {option}.")
+        Issue(layers.line, f"{name} has no {key}; {place} {option}.")
         for key, (value, option) in wanted.items()
         if value is None
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from zoscope.config.toml_reader import read_pyproject
 from zoscope.config.yaml_reader import read_yaml
 from zoscope.errors import UsageError
 
+COMMAND_LINE = "the command line"
 YAML_NAME = "zoscope.yaml"
 PYPROJECT_NAME = "pyproject.toml"
+STARTER_NAME = "model.py"
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def build_checks(
     overrides: Sequence[tuple[str, Located]] = (),
     only: Sequence[str] = (),
     needs_spec: bool = True,
+    notices: tuple[str, ...] = (),
 ) -> tuple[CheckConfig, ...]:
     """The checks of a document with overrides applied, later ones over earlier ones.
 
@@ -163,6 +166,7 @@ def build_checks(
         overrides: ``(source, tree)``; the source names the file or "command line" in errors.
         only: Names of the checks wanted; all when empty.
         needs_spec: Whether a check without a spec is an error; not when a problem is passed in.
+        notices: What every check carries along.
 
     Raises:
         ConfigError: If a value is wrong, or one that is needed is missing.
@@ -173,11 +177,11 @@ def build_checks(
     checks = []
     for layers in _layers(document, [values for _, values in validated], only):
         try:
-            checks.append(build_check(layers, needs_spec=needs_spec))
+            checks.append(replace(build_check(layers, needs_spec=needs_spec), notices=notices))
         except InvalidError as error:
             issues.extend(error.issues)
     if issues:
-        raise ConfigError("the command line" if document.file is None else shown_path(document.file), issues)
+        raise ConfigError(COMMAND_LINE if document.file is None else shown_path(document.file), issues)
     return tuple(checks)
 
 
@@ -185,13 +189,23 @@ def _validated(source: str, tree: Located) -> Mapping[str, Any]:
     try:
         return DEFAULTS.read(tree, "")
     except InvalidError as error:
-        raise ConfigError(source, error.issues) from None
+        if source != COMMAND_LINE:
+            raise ConfigError(source, error.issues) from None
+        raise UsageError(" ".join(_as_option(issue.message) for issue in error.issues)) from None
+
+
+def _as_option(message: str) -> str:
+    """``optimizer.lr must be …`` as ``--lr must be …``."""
+    name, _, rest = message.partition(" ")
+    options = {".".join(path): option for option, path in OPTIONS.items()} | {"set": "set"}
+    return f"--{options[name].replace('_', '-')} {rest}" if name in options else message
 
 
 def _layers(document: Document, overrides: list[Mapping[str, Any]], only: Sequence[str]) -> Iterator[Layers]:
     defaults = document.values.get("defaults", {})
     if not document.has_checks:
-        yield Layers({}, (defaults, *overrides), document.problem, document.folder, None, None)
+        spec = document.problem or (STARTER_NAME if (document.folder / STARTER_NAME).is_file() else None)
+        yield Layers({}, (defaults, *overrides), spec, document.folder, None, None)
         return
     _refuse_names(document, only)
     trees = _items(document.tree)

@@ -45,7 +45,7 @@ def load_baseline(file: Path) -> Baseline:
 
 
 def baseline_document(report: CheckReport, *, earlier: Baseline | None, keep_absent: bool) -> dict[str, Any]:
-    """What ``--update-baseline`` writes: the thresholds of a report, without times and messages, so that diffs are small.
+    """What ``--update-baseline`` writes: the thresholds of a report, without times, so that diffs are small.
 
     Args:
         report: The checks of now. One that had an error keeps its earlier entry.
@@ -76,7 +76,7 @@ def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 def compare(result: CheckResult, baseline: Baseline, *, max_drop: float, on_warn: str) -> CheckResult:
     """The result with its comparison; a drop beyond ``max_drop`` turns pass and warn into fail.
 
-    What cannot be compared (no entry of this name, or one with other settings) turns pass into warn: it was not checked.
+    What cannot be compared (no entry of this name, or one with other settings) turns pass into warn.
 
     Args:
         result: A check of now.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import hashlib
 import platform
@@ -151,12 +150,8 @@ class _Hasher:
             self._function(value, depth)
         elif isinstance(value, types.ModuleType | types.BuiltinFunctionType | type):
             self._mark(getattr(value, "__qualname__", value.__name__))  # its file is among the sources, or installed
-        elif (
-            dataclasses.is_dataclass(value)
-            or type(value).__module__.startswith(("torch.", "zoscope."))
-            or (hasattr(value, "__dict__") and not _iterates(value))
-        ):
-            self._attributes(value, depth)
+        elif hasattr(value, "__dict__") and not _iterates(value):
+            self.add(dict(sorted(vars(value).items())), depth)
         else:
             raise UncacheableError(f"a {type(value).__module__}.{type(value).__qualname__} has no value to compare")
 
@@ -164,9 +159,6 @@ class _Hasher:
         self._mark("items", str(len(items)).encode())
         for item in items:
             self.add(item, depth)
-
-    def _attributes(self, value: Any, depth: int) -> None:
-        self.add(dict(sorted(vars(value).items())), depth)
 
     def _tensor(self, value: Tensor) -> None:
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
@@ -185,7 +177,9 @@ class _Hasher:
         self._mark(repr(value))
         self._sequence([(name, p.requires_grad, p) for name, p in value.named_parameters()], depth)
         self._sequence(list(value.named_buffers()), depth)
-        self._sequence([(name, m.training, type(m).__qualname__) for name, m in value.named_modules()], depth)
+        for name, module in value.named_modules():
+            settings = {key: item for key, item in vars(module).items() if not key.startswith("_") and _simple(item)}
+            self._sequence([name, type(module).__qualname__, settings], depth)
 
     def _function(self, value: types.FunctionType, depth: int) -> None:
         """Code, and the values that it closes over or reads from its module."""
@@ -207,6 +201,15 @@ def _is_empty(cell: types.CellType) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _simple(value: Any, depth: int = 0) -> bool:
+    """Attributes of a module that are values; others (locks, tokenizers) are left to the source files."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return depth < 4 and all(_simple(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        return depth < 4 and all(_simple(part, depth + 1) for item in value.items() for part in item)
+    return isinstance(value, (*_SCALARS, Tensor, np.ndarray))
 
 
 def _iterates(value: Callable[..., Any]) -> bool:

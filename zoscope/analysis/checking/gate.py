@@ -50,11 +50,7 @@ def decide(lr: float, threshold: Threshold, *, margin: float, on_warn: str, step
         what += f" for {steps} steps"
     if math.isinf(threshold.low):
         return Decision("pass", f"no positive curvature limits the step size: every lr is below the {what}.", None)
-    advice = (
-        f"The largest lr that passes is {largest:g}."
-        if largest
-        else "No lr passes: the lower end of the interval is 0."
-    )
+    advice = f"The largest lr that passes is {largest:g}." if largest else "No lr passes: the lower end is 0."
     if lr <= margin * threshold.low:
         message = f"lr {lr:g} is {_times(lr / threshold.value)} the {what}. {advice}"
         return Decision("pass", message, largest)

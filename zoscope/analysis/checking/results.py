@@ -17,7 +17,7 @@ SCHEMA = "zoscope.check/1"
 CheckStatus = Literal["pass", "warn", "fail", "error"]
 SEVERITY: tuple[CheckStatus, ...] = ("pass", "warn", "fail", "error")
 EXIT_ORDER = (0, 1, 3, 2)
-"""Exit codes from mildest to worst: a mistake in a spec hides more than a failed measurement, and that more than a no."""
+"""Exit codes from mildest to worst: a broken spec says less than a failed measurement, and that less than a "no"."""
 
 
 def _number(value: float | None) -> float | None:

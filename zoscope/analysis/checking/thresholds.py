@@ -38,8 +38,8 @@ class OptimizerThresholds:
             return self.known[name]
         available = ", ".join(known for known in self.known if (known == "fo") != zeroth_order) or "none"
         raise UsageError(
-            f"the {name} threshold is not known here with curvature kind {curvature!r} (known: {available}). Expected one "
-            "that this measurement gives: use curvature kind hessian, or another policy threshold."
+            f"the {name} threshold is not known here with curvature kind {curvature!r} (known: {available}). Expected "
+            "one that this measurement gives: use curvature kind hessian, or another policy threshold."
         )
 
     def to_dict(self) -> dict[str, Any]:

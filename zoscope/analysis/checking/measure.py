@@ -1,0 +1,199 @@
+"""Measurements for a set of checks: each problem loads once, each measurement is made once or read from a cache."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from zoscope.analysis.checking.cache import Cache
+from zoscope.analysis.checking.thresholds import Measurement
+from zoscope.config.model import CheckConfig
+from zoscope.errors import NumericalError, SpecError, ZoscopeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zoscope.problem import Problem
+
+Progress = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a check could not be done.
+
+    Args:
+        message: One paragraph.
+        exit_code: 2 for a mistake of the user, 3 for a failed measurement.
+        details: Traceback lines worth showing.
+    """
+
+    message: str
+    exit_code: int
+    details: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """What an exception means for one check; the others go on."""
+        if isinstance(error, ZoscopeError):
+            details = error.frame if isinstance(error, SpecError) else ""
+            return cls(" ".join(str(error).split()), error.exit_code, details)
+        if _is_out_of_memory(error):
+            return cls(
+                "out of memory while measuring. Lower curvature.micro_batch, put fewer batches in the spec, or select "
+                "fewer parameters with params.",
+                NumericalError.exit_code,
+            )
+        reason = (str(error).splitlines() or [""])[0]
+        message = f"{type(error).__name__} inside zoscope ({reason}): this is a bug in zoscope, please report it."
+        return cls(message, NumericalError.exit_code, "".join(traceback.format_exception(error)))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from zoscope.runtime import is_out_of_memory
+
+    return isinstance(error, MemoryError) or is_out_of_memory(error)
+
+
+@dataclass
+class Workbench:
+    """Loads problems and measures them for the checks of one run.
+
+    Args:
+        problem: Use this problem for every check instead of loading specs.
+        cache: Where measurements are kept between runs.
+        on_progress: Called by the measurement.
+    """
+
+    problem: Problem | None = None
+    cache: Cache | None = None
+    on_progress: Progress | None = None
+    _problems: dict[str, LoadedProblem | Failure] = field(default_factory=dict)
+    _measured: dict[str, Measurement | Failure] = field(default_factory=dict)
+
+    def measure(self, config: CheckConfig, others: Sequence[CheckConfig]) -> Measurement | Failure:
+        """The thresholds for a check; checks among ``others`` with the same measurement are served by the same call."""
+        key = measurement_key(config)
+        if key not in self._measured:
+            rules = {other.optimizer.rule for other in (config, *others) if measurement_key(other) == key}
+            self._measured[key] = self._attempt(config, tuple(sorted(rules)))
+        return self._measured[key]
+
+    def load(self, config: CheckConfig) -> LoadedProblem | Failure:
+        """The problem of a check."""
+        key = _problem_key(config)
+        if key not in self._problems:
+            try:
+                self._problems[key] = self._load(config)
+            except Exception as error:
+                self._problems[key] = Failure.of(error)
+        return self._problems[key]
+
+    def _load(self, config: CheckConfig) -> LoadedProblem:
+        if self.problem is not None:
+            problem = self.problem if config.params is None else self.problem.with_params(config.params)
+            return LoadedProblem(problem, None)
+        from zoscope.spec import load_spec
+
+        assert config.spec is not None
+        loaded = load_spec(config.spec, settings=config.settings, params=config.params, checkpoint=config.checkpoint)
+        return LoadedProblem(loaded.problem, loaded.source)
+
+    def _attempt(self, config: CheckConfig, rules: tuple[str, ...]) -> Measurement | Failure:
+        loaded = self.load(config)
+        if isinstance(loaded, Failure):
+            return loaded
+        options = measurement_options(config)
+        try:
+            return self._cached(loaded, options, rules)
+        except Exception as error:
+            return Failure.of(error)
+
+    def _cached(self, loaded: LoadedProblem, options: Mapping[str, Any], rules: tuple[str, ...]) -> Measurement:
+        if self.cache is None:
+            return self._bounds(loaded, options, rules)
+        from zoscope.analysis.checking.fingerprint import UncacheableError
+
+        try:
+            key = self.cache.key(loaded.fingerprint(), {**options, "rules": rules, "device": _device(options)})
+        except UncacheableError as reason:
+            fresh = self._bounds(loaded, options, rules)
+            return replace(fresh, notices=(*fresh.notices, f"Not cached: {reason}."))
+        kept = self.cache.get(key)
+        if kept is not None:
+            return kept
+        measurement = self._bounds(loaded, options, rules)
+        self.cache.put(key, measurement)
+        return measurement
+
+    def _bounds(self, loaded: LoadedProblem, options: Mapping[str, Any], rules: tuple[str, ...]) -> Measurement:
+        from zoscope.analysis.bounds import bounds
+
+        start = time.perf_counter()
+        result = bounds(loaded.problem, optimizers=rules, on_progress=self.on_progress, **options)
+        return replace(Measurement.of(result), seconds=time.perf_counter() - start)
+
+
+def _device(options: Mapping[str, Any]) -> str:
+    """Which hardware ``auto`` means here: a cache may be shared by machines."""
+    import torch
+
+    if options["device"] == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return torch.cuda.get_device_name()
+
+
+@dataclass
+class LoadedProblem:
+    """A problem and the file that it came from; its fingerprint is computed once."""
+
+    problem: Problem
+    source: Path | None
+    _fingerprint: str | None = None
+
+    def fingerprint(self) -> str:
+        """Hash of everything in the problem that a measurement depends on."""
+        from zoscope.analysis.checking.fingerprint import problem_fingerprint
+
+        if self._fingerprint is None:
+            self._fingerprint = problem_fingerprint(self.problem, source=self.source)
+        return self._fingerprint
+
+
+def measurement_options(config: CheckConfig) -> dict[str, Any]:
+    """Keyword arguments of ``bounds`` for a check, without the optimizers."""
+    curvature, optimizer = config.curvature, config.optimizer
+    return {
+        "steps": config.steps,
+        "beta": optimizer.beta,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "directions": config.estimator.directions,
+        "queries": config.estimator.queries,
+        "rtol": curvature.rtol,
+        "max_hvps": curvature.max_hvps,
+        "curvature": curvature.kind,
+        "method": curvature.method,
+        "hvp": curvature.hvp,
+        "device": curvature.device,
+        "dtype": curvature.dtype,
+        "seed": curvature.seed,
+        "preconditioner": curvature.preconditioner,
+        "micro_batch": curvature.micro_batch,
+        "strict": curvature.strict,
+        "threshold": "exact" if optimizer.zeroth_order and config.policy.threshold == "exact" else "binding",
+    }
+
+
+def _problem_key(config: CheckConfig) -> str:
+    parts = (config.spec, dict(config.settings), str(config.checkpoint), config.params)
+    return json.dumps(parts, sort_keys=True, default=repr)
+
+
+def measurement_key(config: CheckConfig) -> str:
+    """Equal for checks that one call of ``bounds`` serves."""
+    return _problem_key(config) + json.dumps(measurement_options(config), sort_keys=True)
