@@ -103,7 +103,7 @@ class Verdict:
     Args:
         lr: The step size asked about.
         steps: The planned number of steps N.
-        ratio: ``lr`` over the binding threshold; 0 where nothing limits the step size.
+        ratio: ``lr`` over the binding threshold; 0 where nothing limits the step size, ``None`` without a threshold.
         outlook: ``stable`` when neither version of the horizon blows up within N steps, ``unstable`` when both do,
             ``uncertain`` when only the full one does.
         blow_up: Steps until the blow-up ``(T_full, T_positive)``; ``inf`` for never.
@@ -112,7 +112,7 @@ class Verdict:
 
     lr: float
     steps: int
-    ratio: float
+    ratio: float | None
     outlook: Outlook
     blow_up: Pair
     descends: bool | None
@@ -177,6 +177,13 @@ class OptimizerBounds:
     def exact_ci95(self) -> Pair | None:
         """95 % interval of the infinite-time threshold."""
         return None if self.exact is None else ci95(self.exact)
+
+    @property
+    def times_below_fo(self) -> float | None:
+        """How many times smaller than the first-order threshold the binding one is; ``None`` unless both are finite."""
+        if self.fo is None or self.binding is None or not math.isfinite(self.fo) or self.binding.value <= 0:
+            return None
+        return self.fo / self.binding.value if math.isfinite(self.binding.value) else None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""

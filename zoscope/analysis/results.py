@@ -143,11 +143,11 @@ class BoundsResult:
 
         return render(self)
 
-    def _repr_html_(self) -> str:
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """The same tables for a notebook."""
-        from zoscope.report.notebook import to_html
+        from zoscope.report.notebook import to_html, to_text
 
-        return to_html(self)
+        return {"text/html": to_html(self), "text/plain": to_text(self)}
 
 
 def _eigenvalue(eigenvalue: Eigenvalue) -> dict[str, Any]:

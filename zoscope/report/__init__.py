@@ -1,0 +1,1 @@
+"""How results look: dataclasses in, rich renderables out; nothing is computed here."""

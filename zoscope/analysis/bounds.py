@@ -1,0 +1,191 @@
+"""``zoscope.bounds``: curvature and step-size bounds of a problem."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from zoscope.analysis import notices
+from zoscope.analysis.measuring import Measurement, measure_problem
+from zoscope.analysis.request import Progress, Request
+from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds, ProblemInfo
+from zoscope.analysis.rows import Question, optimizer_row
+from zoscope.errors import NumericalError
+
+if TYPE_CHECKING:
+    from zoscope.analysis.recommend import Threshold
+    from zoscope.problem import Notice, Objective, Problem
+    from zoscope.theory.moments import Directions
+
+
+def bounds(
+    problem: Problem,
+    *,
+    optimizers: Sequence[str] = ("gd", "gdm", "adam"),
+    steps: int = 1000,
+    rtol: float = 0.02,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_hvps: int = 600,
+    directions: Directions = "gaussian",
+    queries: int = 1,
+    beta: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    curvature: Literal["hessian", "ggn", "forward"] = "hessian",
+    preconditioner: str = "expected",
+    method: Literal["auto", "dense", "deflated-slq"] = "auto",
+    micro_batch: int | None = None,
+    hvp: str = "auto",
+    threshold: Threshold = "binding",
+    lr: float | None = None,
+    strict: bool = False,
+    params: str | None = None,
+    spec: str | None = None,
+    on_progress: Progress | None = None,
+) -> BoundsResult:
+    """First- and zeroth-order step-size bounds of a problem, from the curvature where its model stands.
+
+    The problem comes back as it was: parameters, buffers, modes, ``.grad`` and the global generators.
+
+    Args:
+        problem: Model, batches and loss.
+        optimizers: Some of ``"gd"``, ``"gdm"``, ``"adam"``.
+        steps: Planned number of training steps N, the horizon of η*(N).
+        rtol: Relative 95 % half-width wanted for η*(N), and for the infinite-time threshold where it is asked for or
+            close to binding.
+        seed: Seed of the probe vectors.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``.
+        max_hvps: Most Hessian-vector products per operator.
+        directions: Law of the zeroth-order perturbations, ``"gaussian"`` or ``"sphere"``.
+        queries: Two-point queries averaged per step.
+        beta: Momentum of ``"gdm"``, in the convention of ``torch.optim.SGD``.
+        betas: Adam's ``(β₁, β₂)``.
+        eps: Adam's ε.
+        curvature: Matrix in place of H: ``"hessian"`` or ``"ggn"``.
+        preconditioner: Adam's P: ``"expected"`` from the gradient here, or ``"state:FILE"``.
+        method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
+        micro_batch: Examples per forward and backward pass; the batches as they are by default.
+        hvp: How products are computed.
+        threshold: What the recommendation and the verdict go by: ``"binding"`` is the smaller one of ``"horizon"`` and
+            ``"descent"``; ``"exact"`` is the infinite-time threshold.
+        lr: A step size to judge.
+        strict: Raise where the precision asked for is not reached.
+        params: Regular expression that selects parameters by name.
+        spec: Name of the problem in the result; the problem's own by default.
+        on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
+
+    Returns:
+        Bounds that print themselves, with the JSON document as ``to_dict()``.
+
+    Raises:
+        ValueError: If an argument is outside of its range.
+        UsageError: If the curvature or the preconditioner asked for cannot be had.
+        SpecError: If the problem cannot be measured.
+        NumericalError: For values that are not finite, exhausted memory, or, with ``strict``, a precision not reached.
+    """
+    started = time.perf_counter()
+    request = Request(
+        optimizers=tuple(dict.fromkeys(optimizers)),
+        steps=steps,
+        rtol=rtol,
+        seed=seed,
+        max_hvps=max_hvps,
+        directions=directions,
+        queries=queries,
+        beta=beta,
+        betas=(betas[0], betas[1]),
+        eps=eps,
+        curvature=curvature,
+        preconditioner=preconditioner,
+        method=method,
+        hvp=hvp,
+        threshold=threshold,
+        lr=lr,
+        strict=strict,
+        on_progress=on_progress,
+    )
+    subject = problem if params is None else problem.with_params(params)
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
+        measurement = measure_problem(objective, request)
+        return _result(
+            objective, request, measurement, spec=spec if spec is not None else problem.name, started=started
+        )
+
+
+def _result(
+    objective: Objective, request: Request, measurement: Measurement, *, spec: str | None, started: float
+) -> BoundsResult:
+    info = ProblemInfo(objective.num_params, objective.num_examples, measurement.loss, measurement.grad_norm)
+    question = Question(
+        request.steps, request.threshold, request.lr, info.loss, request.moments(dimension=info.num_params)
+    )
+    rows = {
+        name: optimizer_row(
+            measurement.operators[name],
+            question,
+            rule=rule,
+            settings=request.settings(name),
+            descent=measurement.descent[name],
+        )
+        for name, rule in request.rules.items()
+    }
+    dtype = str(objective.dtype).removeprefix("torch.")
+    warnings = notices.without_repeats(_notices(objective, request, measurement, rows, info=info, dtype=dtype))
+    return BoundsResult(
+        spec=spec,
+        device=str(objective.device),
+        dtype=dtype,
+        seed=request.seed,
+        steps=request.steps,
+        rtol=request.rtol,
+        problem=info,
+        curvature={entry.operator: entry.curvature for entry in measurement.operators.values()},
+        optimizers=rows,
+        estimator=Estimator(request.directions, request.queries),
+        num_hvps=measurement.num_hvps,
+        seconds=time.perf_counter() - started,
+        warnings=warnings,
+    )
+
+
+def _notices(
+    objective: Objective,
+    request: Request,
+    measurement: Measurement,
+    rows: dict[str, OptimizerBounds],
+    *,
+    info: ProblemInfo,
+    dtype: str,
+) -> Iterable[Notice]:
+    first = next(iter(rows.values()))
+    # The preconditioned operator has the signs of the Hessian: one account of them is enough.
+    yield from notices.curvature_notices(measurement.operators[first.name].curvature, first)
+    yield from notices.gradient_notices(info, first)
+    commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)
+    if measurement.preconditioner is not None and commutator is not None:
+        yield from notices.preconditioner_notices(measurement.preconditioner, commutator)
+    reached = _precision_reached(request, measurement, dimension=info.num_params)
+    missed = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps))
+    if missed and request.strict:
+        raise NumericalError(missed[0].message)
+    yield from missed
+    yield from notices.dtype_notices(dtype)
+    for entry in measurement.operators.values():
+        for note in entry.curvature.notes:
+            yield notices.Notice("measurement", note)
+    yield from objective.warnings
+
+
+def _precision_reached(request: Request, measurement: Measurement, *, dimension: int) -> dict[str, float]:
+    """By operator: the largest relative half-width among the thresholds wanted from it."""
+    moments = request.moments(dimension=dimension)
+    reached = {}
+    for operator in {entry.operator for entry in measurement.operators.values()}:
+        names = [name for name, entry in measurement.operators.items() if entry.operator == operator]
+        wanted = request.precision([request.rules[name] for name in names], moments=moments)
+        reached[operator] = wanted(measurement.operators[names[0]].curvature.spectrum)
+    return reached

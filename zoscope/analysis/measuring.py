@@ -1,0 +1,191 @@
+"""The measuring half of ``zoscope.bounds``: a prepared problem in, measured operators out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoscope.analysis.rows import Measured
+from zoscope.curvature.adam_state import stored_preconditioner
+from zoscope.curvature.measure import measure
+from zoscope.curvature.operators import GGNOperator, HessianOperator, LinearOperator, Preconditioned, gradient
+from zoscope.curvature.precondition import (
+    Preconditioner,
+    PreconditionerProbes,
+    expected_preconditioner,
+    probe_preconditioner,
+)
+from zoscope.errors import NumericalError, UsageError
+from zoscope.runtime import spawn_generators
+from zoscope.theory.curve import GradientMeasure
+from zoscope.theory.descent import descent_threshold, descent_threshold_adam
+
+if TYPE_CHECKING:
+    from zoscope.analysis.request import Request
+    from zoscope.problem import Objective
+    from zoscope.theory.moments import EstimatorMoments
+    from zoscope.theory.rules import UpdateRule
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that the bounds need to know of a problem; plain numbers, valid after the session.
+
+    Args:
+        loss: Mean loss.
+        grad_norm: ``‖g‖``.
+        operators: By optimizer: what it acts through.
+        descent: By optimizer: its descent threshold, ``None`` for a zero gradient.
+        preconditioner: Of Adam, where it was asked for.
+        num_hvps: Hessian-vector products spent in all.
+    """
+
+    loss: float
+    grad_norm: float
+    operators: dict[str, Measured]
+    descent: dict[str, float | None]
+    preconditioner: Preconditioner | None
+    num_hvps: int
+
+
+def measure_problem(objective: Objective, request: Request) -> Measurement:
+    """Measure the operators that the optimizers asked for need, each once.
+
+    Raises:
+        NumericalError: If the gradient is not finite, or a measurement fails.
+        UsageError: If the curvature asked for cannot be had here.
+    """
+    loss, g = gradient(objective)
+    if not bool(torch.isfinite(g).all()):
+        raise NumericalError(
+            f"The gradient is not finite (the loss is {loss:.4g}): expected finite derivatives at the point where the "
+            "curvature is measured. Look for 0/0, log(0) or an overflow in the loss."
+        )
+    base = curvature_operator(objective, request)
+    moments = request.moments(dimension=objective.num_params)
+    operators: dict[str, Measured] = {}
+    descent: dict[str, float | None] = {}
+    preconditioner = None
+    plain = [rule for rule in request.rules.values() if not rule.preconditioned]
+    if plain:
+        found = _plain(base, g, plain, request=request, moments=moments)
+        operators |= dict.fromkeys((rule.name for rule in plain), found)
+        descent |= {rule.name: _plain_descent(found, rule, moments=moments) for rule in plain}
+    adam = [rule for rule in request.rules.values() if rule.preconditioned]
+    if adam:
+        preconditioner = _preconditioner(objective, g, request=request, moments=moments)
+        found, threshold = _adam(base, g, preconditioner, adam, request=request, moments=moments)
+        operators |= dict.fromkeys((rule.name for rule in adam), found)
+        descent |= dict.fromkeys((rule.name for rule in adam), threshold)
+    norm = float(torch.linalg.vector_norm(g.double()))
+    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps)
+
+
+def curvature_operator(objective: Objective, request: Request) -> LinearOperator:
+    """The curvature matrix asked for; the one place that knows which there are.
+
+    Raises:
+        UsageError: For a matrix that is not available.
+    """
+    if request.curvature == "hessian":
+        return HessianOperator(objective, hvp=request.hvp)
+    if request.curvature == "ggn":
+        return GGNOperator(objective)
+    raise UsageError(
+        f"--curvature {request.curvature} is not available in this version: expected hessian or ggn. "
+        "Both need second derivatives of the loss or of its criterion."
+    )
+
+
+def operator_name(request: Request, *, preconditioned: bool) -> str:
+    """Key of an operator in the result."""
+    return f"preconditioned_{request.curvature}" if preconditioned else request.curvature
+
+
+def _plain(
+    base: LinearOperator, g: Tensor, rules: Iterable[UpdateRule], *, request: Request, moments: EstimatorMoments
+) -> Measured:
+    curvature = _measured(base, list(rules), request=request, moments=moments)
+    measure_of_g = getattr(curvature, "gradient_measure", None) or one_node_measure(base, g)
+    return Measured(operator_name(request, preconditioned=False), curvature, measure_of_g)
+
+
+def _plain_descent(measured: Measured, rule: UpdateRule, *, moments: EstimatorMoments) -> float | None:
+    if measured.gradient is None:
+        return None
+    c, theta = measured.gradient.weights, measured.gradient.nodes
+    rayleigh = float(c @ theta / c.sum())
+    return descent_threshold(measured.curvature.trace.value, rayleigh, moments=moments, momentum=rule.momentum)
+
+
+def _adam(
+    base: LinearOperator,
+    g: Tensor,
+    preconditioner: Preconditioner,
+    rules: list[UpdateRule],
+    *,
+    request: Request,
+    moments: EstimatorMoments,
+) -> tuple[Measured, float | None]:
+    p = preconditioner.diagonal
+    scaled = Preconditioned(base, p)
+    curvature = _measured(scaled, rules, request=request, moments=moments)
+    (generator,) = spawn_generators(request.seed, 1, base.device)
+    probes = probe_preconditioner(base, p, generator=generator)
+    # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
+    measure_of_g = one_node_measure(scaled, (g.double() / p.double().sqrt()).to(g.dtype))
+    found = Measured(operator_name(request, preconditioned=True), curvature, measure_of_g, probes.commutator)
+    return found, _adam_descent(found, g, probes, moments=moments)
+
+
+def _adam_descent(
+    measured: Measured, g: Tensor, probes: PreconditionerProbes, *, moments: EstimatorMoments
+) -> float | None:
+    if measured.gradient is None:
+        return None
+    c, theta = measured.gradient.weights, measured.gradient.nodes
+    return descent_threshold_adam(
+        gPg=float(c.sum()),
+        gPHPg=float(c @ theta),
+        trace_php=probes.shift * measured.curvature.trace.value + probes.trace_correction.value,
+        grad_sq=float(g.double().square().sum()),
+        moments=moments,
+    )
+
+
+def one_node_measure(operator: LinearOperator, g: Tensor) -> GradientMeasure | None:
+    """Spectral measure of a vector with its first moment only: all of ``‖g‖²`` at ``gᵀMg/‖g‖²``; one product.
+
+    Returns:
+        ``None`` for a zero vector.
+    """
+    squared = float(g.double().square().sum())
+    if squared == 0:
+        return None
+    unit = g / squared**0.5
+    product = operator.matmat(unit[None])[0]
+    rayleigh = float(unit.double() @ product.double()) / float(unit.double().square().sum())
+    return GradientMeasure(np.array([rayleigh]), np.array([squared]))
+
+
+def _measured(operator: LinearOperator, rules: list[UpdateRule], *, request: Request, moments: EstimatorMoments):
+    return measure(
+        operator,
+        method=request.method,
+        precision=request.precision(rules, moments=moments),
+        rtol=request.rtol,
+        max_hvps=request.max_hvps,
+        seed=request.seed,
+        on_progress=request.on_progress,
+    )
+
+
+def _preconditioner(objective: Objective, g: Tensor, *, request: Request, moments: EstimatorMoments) -> Preconditioner:
+    if request.state_file is not None:
+        return stored_preconditioner(request.state_file, objective=objective, betas=request.betas, eps=request.eps)
+    return expected_preconditioner(g, moments=moments, eps=request.eps)

@@ -1,0 +1,135 @@
+"""What to know before trusting a number, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from zoscope.problem import Notice
+
+if TYPE_CHECKING:
+    from zoscope.analysis.optimizer_bounds import OptimizerBounds
+    from zoscope.analysis.results import ProblemInfo
+    from zoscope.curvature.precondition import Preconditioner
+    from zoscope.curvature.results import Curvature
+    from zoscope.theory.spectrum import Estimate
+
+INDEFINITE = 0.01
+"""Negative mass, relative to the positive part, from which the Hessian is called indefinite."""
+
+FEW_MODES = 5.0
+"""Effective rank below which typical runs and the mean square part ways."""
+
+LONG_WAY = 0.5
+"""First-order decrease of the loss over the planned run, relative to the loss, that leaves the neighbourhood."""
+
+LARGE_COMMUTATOR = 0.05
+"""Relative commutator up to which P and H count as commuting: the largest seen in the paper's training runs."""
+
+COLLAPSED = 0.1
+"""Share of the parameters with ε above √v from which the preconditioner is called collapsed."""
+
+FULL_PRECISION = ("float32", "float64")
+
+
+def curvature_notices(curvature: Curvature, bounds: OptimizerBounds) -> Iterable[Notice]:
+    """On the spectrum and what it does to the bounds derived from it."""
+    positive, negative = curvature.trace_positive.value, curvature.negative_mass
+    if positive <= 0:
+        yield Notice(
+            "zero-curvature",
+            "No positive curvature was found, so every mean-square threshold is infinite: on its quadratic model this "
+            "loss is linear or concave here and limits no step size. Far from this point it may.",
+        )
+    elif negative > INDEFINITE * positive:
+        yield Notice("indefinite-hessian", _indefinite(curvature, bounds))
+    if 0 < curvature.effective_rank < FEW_MODES:
+        yield Notice(
+            "few-modes",
+            f"About {curvature.effective_rank:.1f} modes carry the curvature. With so few, rare directions dominate "
+            "the mean square, and a typical run survives somewhat above the thresholds.",
+        )
+    if positive > 0 and not curvature.lambda_max.converged:
+        yield Notice(
+            "lambda-max",
+            f"λ_max = {curvature.lambda_max.value:.3g} has not converged "
+            f"(residual {curvature.lambda_max.residual:.1g}): the first-order bound and the paper's lower bound are "
+            "too high by that much. Raise --max-hvps.",
+        )
+
+
+def _indefinite(curvature: Curvature, bounds: OptimizerBounds) -> str:
+    positive, negative = curvature.trace_positive.value, curvature.negative_mass
+    text = (
+        f"The Hessian is indefinite: its eigenvalues below 0 sum to {-negative:.3g}, {100 * negative / positive:.0f} % "
+        f"of the positive part ({positive:.3g}). The paper's interval assumes there are none and uses Tr = "
+        f"{curvature.trace.value:.3g}"
+    )
+    exact, lower = bounds.exact, bounds.zo_lower
+    if exact is not None and lower is not None and lower > exact.value:
+        text += "; here it lies wholly above the threshold of the positive part"
+    return text + ". η*(N) brackets what escape along negative curvature does: [all eigenvalues, positive ones]."
+
+
+def gradient_notices(problem: ProblemInfo, bounds: OptimizerBounds) -> Iterable[Notice]:
+    """Whether a run of the planned length stays where the curvature was measured."""
+    if bounds.recommended is None or bounds.horizon is None or problem.loss == 0:
+        return
+    step = bounds.recommended * bounds.rule.lr_scale / (1 - bounds.rule.momentum)
+    steps = bounds.horizon.steps
+    share = step * steps * problem.grad_norm**2 / abs(problem.loss)
+    if share > LONG_WAY:
+        yield Notice(
+            "gradient-not-small",
+            f"The gradient is not small: along it, {steps:,} steps of {bounds.recommended:.2g} change the loss by "
+            f"{share:.1f} × its value to first order. The run will leave the neighbourhood where this curvature holds, "
+            "so the bounds are about its beginning; measure again as it goes on.",
+        )
+
+
+def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate) -> Iterable[Notice]:
+    """On Adam's frozen P."""
+    if preconditioner.collapsed > COLLAPSED:
+        yield Notice(
+            "preconditioner-collapsed",
+            f"On {100 * preconditioner.collapsed:.0f} % of the parameters ε is larger than √v: Adam's preconditioner "
+            "has collapsed to ε there, and its thresholds with it. They hold for this point; away from it v grows and "
+            "lifts them.",
+        )
+    if commutator.value > LARGE_COMMUTATOR:
+        yield Notice(
+            "commutator",
+            f"P and H do not commute: ‖PH−HP‖/‖PH‖ = {100 * commutator.value:.0f} %. The thresholds of Adam assume "
+            "that they nearly do (up to about 5 % in published runs); take them as a guide.",
+        )
+    for remark in preconditioner.remarks:
+        yield Notice("preconditioner", remark)
+
+
+def precision_notices(reached: Mapping[str, float], *, rtol: float, max_hvps: int) -> Iterable[Notice]:
+    """On operators whose thresholds are less precise than asked for."""
+    missed = {name: value for name, value in reached.items() if value > rtol}
+    if missed:
+        worst = max(missed.values())
+        value = f"± {100 * worst:.1f} %" if math.isfinite(worst) else "no finite error bar"
+        yield Notice(
+            "precision",
+            f"The precision asked for (--rtol {rtol:g}) was not reached: {value} after {max_hvps} Hessian-vector "
+            "products at most. The intervals shown are honest, only wider; raise --max-hvps or --rtol.",
+        )
+
+
+def dtype_notices(dtype: str) -> Iterable[Notice]:
+    """On number formats too coarse for second derivatives."""
+    if dtype not in FULL_PRECISION:
+        yield Notice(
+            "half-precision",
+            f"Curvature was measured in {dtype}: rounding alone puts about 1 % of noise on every Hessian-vector "
+            "product, which the error bars do not contain. Use --dtype float32 where memory allows.",
+        )
+
+
+def without_repeats(notices: Iterable[Notice]) -> tuple[Notice, ...]:
+    """Each message once, in order."""
+    return tuple(dict.fromkeys(notices))

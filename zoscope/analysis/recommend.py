@@ -1,0 +1,91 @@
+"""From thresholds to advice: what binds, which step size to use, what a given one would do."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from zoscope.analysis.optimizer_bounds import Binding, Outlook, ThresholdName, Verdict
+from zoscope.theory.mean_square import time_to_blow_up
+
+if TYPE_CHECKING:
+    from zoscope.theory.moments import EstimatorMoments
+    from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.spectrum import Spectrum
+
+Threshold = Literal["exact", "descent", "horizon", "binding"]
+
+MARGIN = 0.7
+"""Share of the binding threshold that is recommended. Runs at 0.8 of it have been seen to sharpen their way past it."""
+
+
+def choose_binding(
+    wanted: Threshold, *, horizon: float | None, descent: float | None, exact: float | None
+) -> Binding | None:
+    """The threshold that counts.
+
+    Args:
+        wanted: ``"binding"`` takes the smaller one of horizon and descent (the infinite-time threshold where neither is
+            known); any other name takes that one.
+        horizon: η*(N) of the positive part.
+        descent: Descent threshold.
+        exact: Infinite-time threshold.
+
+    Returns:
+        ``None`` where the threshold is not defined.
+    """
+    values: dict[ThresholdName, float | None] = {"horizon": horizon, "descent": descent, "exact": exact}
+    candidates: tuple[ThresholdName, ...] = ("horizon", "descent") if wanted == "binding" else (wanted,)
+    known = [(value, name) for name in candidates if (value := values[name]) is not None]
+    if not known and wanted == "binding" and exact is not None:
+        known = [(exact, "exact")]
+    if not known:
+        return None
+    value, name = min(known, key=lambda pair: pair[0])
+    return Binding(name, value)
+
+
+def recommend(binding: Binding | None) -> tuple[float | None, str]:
+    """A step size with a margin below the binding threshold, and the reason for it."""
+    if binding is None:
+        return None, "no threshold is known here"
+    if not math.isfinite(binding.value):
+        return None, "nothing limits the step size on this quadratic model"
+    return MARGIN * binding.value, (
+        f"{MARGIN:g} × the binding threshold, because curvature usually rises while a network trains"
+    )
+
+
+def judge(
+    lr: float,
+    *,
+    steps: int,
+    spectrum: Spectrum,
+    rule: UpdateRule,
+    moments: EstimatorMoments,
+    binding: Binding | None,
+    descent: float | None,
+) -> Verdict:
+    """What a step size does within the planned steps.
+
+    Args:
+        lr: Step size asked about, param²/loss.
+        steps: Planned number of steps N.
+        spectrum: All of the operator's spectrum.
+        rule: Update rule.
+        moments: Constants of the estimator.
+        binding: The threshold to compare with.
+        descent: Descent threshold.
+    """
+    first = time_to_blow_up(spectrum, lr, rule=rule, moments=moments, version="full")
+    last = time_to_blow_up(spectrum, lr, rule=rule, moments=moments, version="positive")
+    first, last = min(first, last), max(first, last)
+    outlook: Outlook = "unstable" if last <= steps else "uncertain" if first <= steps else "stable"
+    return Verdict(
+        lr=lr,
+        steps=steps,
+        ratio=None if binding is None else lr / binding.value,
+        outlook=outlook,
+        blow_up=(first, last),
+        descends=None if descent is None else lr < descent,
+    )

@@ -1,0 +1,108 @@
+"""What is asked of a measurement, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from zoscope.analysis.precision import Precision, wanted_precision
+from zoscope.analysis.recommend import Threshold
+from zoscope.theory.moments import Directions, EstimatorMoments, estimator_moments
+from zoscope.theory.rules import OPTIMIZERS, UpdateRule, update_rule
+from zoscope.theory.validate import require_count, require_positive
+
+Progress = Callable[..., None]
+
+CURVATURES = ("hessian", "ggn", "forward")
+STATE_PREFIX = "state:"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options of ``zoscope.bounds``; see there for what they mean.
+
+    Raises:
+        ValueError: If one is outside of its range.
+    """
+
+    optimizers: tuple[str, ...]
+    steps: int
+    rtol: float
+    seed: int
+    max_hvps: int
+    directions: Directions
+    queries: int
+    beta: float
+    betas: tuple[float, float]
+    eps: float
+    curvature: str
+    preconditioner: str
+    method: str
+    hvp: str
+    threshold: Threshold
+    lr: float | None
+    strict: bool
+    on_progress: Progress | None = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.optimizers:
+            raise ValueError(f"optimizers is empty: expected some of {', '.join(OPTIMIZERS)}")
+        for name in self.optimizers:
+            self.rule(name)
+        require_count("steps", self.steps)
+        require_positive("rtol", self.rtol)
+        require_count("max_hvps", self.max_hvps)
+        require_count("seed", self.seed, least=0)
+        if self.lr is not None:
+            require_positive("lr", self.lr)
+        if len(self.betas) != 2 or not 0 <= self.betas[1] < 1:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be finite and >= 0, got {self.eps!r}")
+        if self.preconditioner != "expected" and not self.preconditioner.removeprefix(STATE_PREFIX):
+            raise ValueError("preconditioner is 'state:' without a file: expected 'state:FILE'")
+        if self.preconditioner != "expected" and not self.preconditioner.startswith(STATE_PREFIX):
+            raise ValueError(f"preconditioner must be 'expected' or 'state:FILE', got {self.preconditioner!r}")
+        _require_one_of("curvature", self.curvature, CURVATURES)
+        _require_one_of("threshold", self.threshold, get_args(Threshold))
+        self.moments(dimension=1)
+
+    @property
+    def rules(self) -> dict[str, UpdateRule]:
+        """Update rules by name, each once, in the order asked for."""
+        return {name: self.rule(name) for name in self.optimizers}
+
+    @property
+    def state_file(self) -> Path | None:
+        """File of a stored preconditioner."""
+        if self.preconditioner == "expected":
+            return None
+        return Path(self.preconditioner.removeprefix(STATE_PREFIX)).expanduser()
+
+    def rule(self, name: str) -> UpdateRule:
+        """The update rule of an optimizer."""
+        return update_rule(name, beta=self.beta, betas=self.betas)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """What identifies an optimizer in the result."""
+        if name == "gdm":
+            return {"beta": self.beta}
+        if name == "adam":
+            return {"betas": list(self.betas), "eps": self.eps, "preconditioner": self.preconditioner}
+        return {}
+
+    def moments(self, *, dimension: int) -> EstimatorMoments:
+        """Constants of the gradient estimate."""
+        return estimator_moments(self.directions, queries=self.queries, dimension=dimension)
+
+    def precision(self, rules: list[UpdateRule], *, moments: EstimatorMoments) -> Precision:
+        """The error that measuring an operator for these rules should bring down."""
+        return wanted_precision(rules, steps=self.steps, moments=moments, always_exact=self.threshold == "exact")
+
+
+def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

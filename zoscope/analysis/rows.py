@@ -1,0 +1,146 @@
+"""From a measured operator to the row of an optimizer: every threshold, what binds, what is recommended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zoscope.analysis.optimizer_bounds import Horizon, OptimizerBounds, ci95
+from zoscope.analysis.recommend import Threshold, choose_binding, judge, recommend
+from zoscope.theory.curve import GradientMeasure, best_lr
+from zoscope.theory.mean_square import StabilityCondition, horizon_curve
+from zoscope.theory.thresholds import fo_threshold, paper_bounds, tight_bounds
+
+if TYPE_CHECKING:
+    from zoscope.curvature.results import Curvature
+    from zoscope.theory.moments import EstimatorMoments
+    from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.spectrum import Estimate
+
+HORIZONS = (30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+"""Numbers of steps of the printed curve η*(T)."""
+
+LONGEST_PREDICTION = 3_000
+"""Steps up to which the loss curve is predicted; it is followed step by step, for some thirty step sizes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One operator, measured, and the gradient seen through it.
+
+    Args:
+        operator: Its key in the result.
+        curvature: What the measurement found.
+        gradient: Spectral measure of the gradient in the operator's coordinates; ``None`` for a zero gradient.
+        commutator: Of a preconditioner with the Hessian.
+    """
+
+    operator: str
+    curvature: Curvature
+    gradient: GradientMeasure | None
+    commutator: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user wants to know of every optimizer.
+
+    Args:
+        steps: Planned number of steps N.
+        threshold: Which threshold counts.
+        lr: Step size to judge.
+        loss: Loss where the curvature was measured.
+        moments: Constants of the estimator.
+    """
+
+    steps: int
+    threshold: Threshold
+    lr: float | None
+    loss: float
+    moments: EstimatorMoments
+
+
+def optimizer_row(
+    measured: Measured, question: Question, *, rule: UpdateRule, settings: Mapping[str, Any], descent: float | None
+) -> OptimizerBounds:
+    """All bounds of one update rule.
+
+    Args:
+        measured: The operator that the rule acts through.
+        question: What is asked.
+        rule: Update rule.
+        settings: What identifies the rule in the result.
+        descent: Its descent threshold; ``None`` for a zero gradient.
+    """
+    curvature, moments = measured.curvature, question.moments
+    trace, largest = curvature.trace.value, curvature.lambda_max.value
+    positive = curvature.spectrum.fine.positive
+    paper = paper_bounds(trace, largest, rule=rule, moments=moments)
+    tight = tight_bounds(positive.trace, positive.frobenius_sq, max(largest, 0.0), rule=rule, moments=moments)
+    exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
+    horizon = _horizon(curvature, question, rule=rule)
+    binding = choose_binding(question.threshold, horizon=horizon.upper, descent=descent, exact=exact.value)
+    recommended, reason = recommend(binding)
+    return OptimizerBounds(
+        name=rule.name,
+        rule=rule,
+        operator=measured.operator,
+        settings=settings,
+        fo=fo_threshold(largest, rule=rule),
+        zo_lower=paper.lower,
+        zo_upper=paper.upper,
+        lower_tight=tight.lower,
+        upper_tight=tight.upper,
+        exact=exact,
+        horizon=horizon,
+        descent=descent,
+        binding=binding,
+        recommended=recommended,
+        recommended_reason=reason,
+        predicted_lr=_predicted_lr(measured, question, rule=rule, upper=horizon.upper),
+        commutator=measured.commutator,
+        verdict=None
+        if question.lr is None
+        else judge(
+            question.lr,
+            steps=question.steps,
+            spectrum=curvature.spectrum.fine,
+            rule=rule,
+            moments=moments,
+            binding=binding,
+            descent=descent,
+        ),
+    )
+
+
+def _horizon(curvature: Curvature, question: Question, *, rule: UpdateRule) -> Horizon:
+    steps = sorted({*HORIZONS, question.steps})
+    curve = horizon_curve(curvature.spectrum, steps, rule=rule, moments=question.moments)
+    planned = next(point for point in curve if point.steps == question.steps)
+    return Horizon(
+        steps=question.steps,
+        lower=planned.lower.value,
+        upper=planned.upper.value,
+        ci95=(ci95(planned.lower)[0], ci95(planned.upper)[1]),
+        curve=curve,
+    )
+
+
+def _predicted_lr(measured: Measured, question: Question, *, rule: UpdateRule, upper: float) -> float | None:
+    """Step size with the lowest predicted loss after N steps, on the positive part.
+
+    Negative curvature is left out: over a whole run the quadratic model would promise a loss without lower bound.
+    """
+    if measured.gradient is None or not math.isfinite(upper) or question.steps > LONGEST_PREDICTION:
+        return None
+    return best_lr(
+        measured.curvature.spectrum.fine.positive,
+        measured.gradient,
+        loss=question.loss,
+        steps=question.steps,
+        rule=rule,
+        moments=question.moments,
+        upper=upper,
+    )

@@ -1,0 +1,161 @@
+"""The report of ``zoscope.bounds``: header, curvature, bounds, horizon, advice, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from zoscope.report.bounds_tables import (
+    bounds_table,
+    curvature_table,
+    horizon_table,
+    infinite_time_table,
+    planned_table,
+    settings_line,
+)
+from zoscope.report.style import OPTIMIZER_NAMES, count, duration, quantity, rough_count, step_size
+from zoscope.report.tables import grid, heading
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+    from zoscope.analysis.results import BoundsResult, OptimizerBounds, Verdict
+
+ROOMY = 1000
+"""Columns in which every table has its natural width."""
+
+PAPER = "the paper's interval assumes H ⪰ 0"
+
+
+@dataclass(frozen=True)
+class BoundsReport:
+    """Lays a result out for the width that it is printed at.
+
+    Args:
+        result: What to show.
+        warnings: Whether to end with the warnings.
+    """
+
+    result: BoundsResult
+    warnings: bool = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Everything, top to bottom."""
+        result = self.result
+        yield header(result)
+        yield heading("Curvature", "± is the half-width of the 95 % interval")
+        yield curvature_table(result)
+        yield from _bounds(result, console, options)
+        yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
+        yield horizon_table(result)
+        yield heading(f"For {count(result.steps)} steps")
+        yield advice(result)
+        if any(row.verdict for row in result.optimizers.values()):
+            yield from verdicts(result)
+        if self.warnings and result.warnings:
+            yield heading("Warnings")
+            yield grid(("•", notice.message) for notice in result.warnings)
+
+
+def _bounds(result: BoundsResult, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+    """One table where it fits, else two: a number that is cut is worse than one further down."""
+    wide = bounds_table(result)
+    settings = settings_line(result)
+    if console.measure(wide, options=options.update(max_width=ROOMY)).maximum <= options.max_width:
+        yield heading("Step-size bounds", "; ".join(filter(None, (settings, PAPER))))
+        yield wide
+    else:
+        yield heading("Step-size bounds", settings)
+        yield planned_table(result)
+        yield heading("Step-size bounds for infinite time", PAPER)
+        yield infinite_time_table(result)
+
+
+def render(result: BoundsResult, *, warnings: bool = True) -> BoundsReport:
+    """The report of a result, for ``rich``; ``warnings=False`` leaves them to another stream."""
+    return BoundsReport(result, warnings=warnings)
+
+
+def header(result: BoundsResult) -> RenderableType:
+    """What was measured, where and at which cost."""
+    problem, estimator = result.problem, result.estimator
+    examples = f"{count(problem.num_examples)} example{'s' if problem.num_examples != 1 else ''}"
+    queries = "" if estimator.queries == 1 else f", {estimator.queries} queries per step"
+    facts = [
+        f"{count(problem.num_params)} parameters",
+        examples,
+        f"loss {quantity(problem.loss)}",
+        f"‖g‖ {quantity(problem.grad_norm)}",
+        f"{result.device} {result.dtype}",
+        f"{count(result.num_hvps)} HVPs",
+        duration(result.seconds),
+        f"{estimator.directions} directions{queries}",
+    ]
+    text = Text.assemble((result.spec or "zoscope bounds", "bold"))
+    # No-break spaces keep each fact on one line.
+    text.append("\n" + " · ".join(fact.replace(" ", "\u00a0") for fact in facts), style="dim")
+    return text
+
+
+def advice(result: BoundsResult) -> RenderableType:
+    """Which threshold binds each optimizer, and the step size to use."""
+    rows = [(OPTIMIZER_NAMES[row.name], _advice(row, result.steps)) for row in result.optimizers.values()]
+    reasons = dict.fromkeys(row.recommended_reason for row in result.optimizers.values() if row.recommended is not None)
+    table = grid(rows)
+    for reason in reasons:
+        table.add_row("", Text(f"Recommended: {reason}.", style="dim"))
+    return table
+
+
+def _advice(row: OptimizerBounds, steps: int) -> Text:
+    if row.binding is None or row.recommended is None:
+        return Text(f"{row.recommended_reason[0].upper()}{row.recommended_reason[1:]}.")
+    text = Text.assemble(
+        _threshold_name(row, steps).capitalize() if row.binding.name != "horizon" else _threshold_name(row, steps),
+        f" binds at {step_size(row.binding.value)}: use lr ≤ ",
+        (step_size(row.recommended), "bold green"),
+    )
+    if row.predicted_lr is not None:
+        text.append(f"; the predicted loss is lowest at {step_size(row.predicted_lr, digits=2)}")
+    return text.append(".")
+
+
+def _threshold_name(row: OptimizerBounds, steps: int) -> str:
+    name = "" if row.binding is None else row.binding.name
+    return {
+        "horizon": f"η*({count(steps)})",
+        "descent": "the descent threshold",
+        "exact": "the infinite-time threshold",
+    }.get(name, "no threshold")
+
+
+def verdicts(result: BoundsResult) -> Iterator[RenderableType]:
+    """What the step size asked about does."""
+    judged = [(row, row.verdict) for row in result.optimizers.values() if row.verdict is not None]
+    yield heading(f"lr = {judged[0][1].lr:g}")
+    yield grid((OPTIMIZER_NAMES[row.name], _verdict(verdict)) for row, verdict in judged)
+
+
+def _verdict(verdict: Verdict) -> Text:
+    colour = {"stable": "green", "uncertain": "yellow", "unstable": "red"}[verdict.outlook]
+    if verdict.descends is False and verdict.outlook == "stable":
+        colour = "yellow"
+    times = "" if verdict.ratio is None else f"{quantity(verdict.ratio, digits=3)} × the binding threshold: "
+    text = Text.assemble(times, (_outlook(verdict), colour))
+    if verdict.descends is False:
+        text.append("; the expected loss rises, since this is above the descent threshold")
+    return text.append(".")
+
+
+def _outlook(verdict: Verdict) -> str:
+    first, last = (rough_count(end) for end in verdict.blow_up)
+    unit = "step" if last == "1" else "steps"
+    planned = count(verdict.steps)
+    if verdict.outlook == "stable":
+        return f"does not blow up within {planned} steps"
+    if verdict.outlook == "uncertain":
+        return f"may blow up after about {first} steps, or not within {planned}"
+    return f"blows up after about {first if first == last else f'{first}–{last}'} {unit}"
