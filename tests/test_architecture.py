@@ -55,7 +55,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 # A result that shows itself imports its report when it is asked to, and not before.
-SHOWS_ITSELF = {"__rich__", "_repr_html_"}
+SHOWS_ITSELF = {"__rich__", "_repr_mimebundle_"}
 
 
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:

@@ -20,6 +20,7 @@ from zoscope.cli.options import (
 from zoscope.cli.output import emit, warn
 from zoscope.cli.progress import measuring
 from zoscope.errors import NumericalError
+from zoscope.report.bounds import render
 
 PRECISION = "precision"  # code of the notice that --rtol was not reached
 
@@ -56,7 +57,7 @@ def command(
             **optimizer.kwargs(),
             **measure.kwargs(),
         )
-    emit(result, output)
+    emit(result, output, shown=render(result, warnings=False))
     missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
     warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
     if missed:  # after the result, which is honest all the same

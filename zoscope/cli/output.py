@@ -39,14 +39,20 @@ class PipeConsole(Console):
         raise BrokenPipeError
 
 
-def emit(result: Document, options: OutputOptions) -> None:
-    """Write ``result`` to stdout and, if asked, to a file: JSON or tables."""
+def emit(result: Document, options: OutputOptions, *, shown: RenderableType | None = None) -> None:
+    """Write ``result`` to stdout and, if asked, to a file: JSON or tables.
+
+    Args:
+        result: What was found.
+        options: Where to and in which form.
+        shown: What stdout shows in place of the whole result, when it shows tables.
+    """
     if options.output is not None:
         write_whole(options.output, as_json(result) if options.file_format == "json" else as_text(result))
     if options.json:
         sys.stdout.write(as_json(result))
     else:
-        PipeConsole().print(result)
+        PipeConsole().print(result if shown is None else shown)
     sys.stdout.flush()
 
 

@@ -27,8 +27,8 @@ def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | N
         quiet: Show nothing.
 
     Yields:
-        A callback ``(stage, num_hvps, precision)`` for the measurement, or ``None`` when nothing is shown. The precision
-        is the relative 95 % half-width reached so far, or ``None``.
+        A callback ``(stage, num_hvps, precision)`` for the measurement, or ``None`` when nothing is shown. Precision
+        means the relative 95 % half-width reached so far, or ``None``.
     """
     if not visible(quiet=quiet):
         yield None
