@@ -83,9 +83,11 @@ def _opened(
     params = stack.enter_context(trainable(model, selection))
     stack.enter_context(runtime.second_order_mode(model))
     criterion, loss = problem.criterion, problem.loss
-    if isinstance(criterion, nn.Module) and _elsewhere(criterion, device, dtype):
-        criterion = copied(criterion, device=device, dtype=dtype)
-        loss = CriterionLoss(criterion)
+    if isinstance(criterion, nn.Module):
+        weights = [b for b in criterion.buffers() if b.is_floating_point()]  # class weights are buffers
+        if any(b.dtype != dtype for b in weights) or _elsewhere(criterion, device, dtype):
+            criterion = copied(criterion, device=device, dtype=dtype)
+            loss = CriterionLoss(criterion)
     batches, on_host = _placed(problem.batches, device, dtype)
     objective = Objective(
         model,

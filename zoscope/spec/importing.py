@@ -49,9 +49,16 @@ def importable(folder: Path) -> Iterator[None]:
         with contextlib.suppress(ValueError):  # the user's code may have removed it
             sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).is_relative_to(folder) and "site-packages" not in file:
+            if _is_local(name, folder):
                 _local_modules[name] = folder
+
+
+def _is_local(name: str, folder: Path) -> bool:
+    """Whether a module was found in ``folder`` itself, rather than in an environment somewhere below it."""
+    file, top = getattr(sys.modules[name], "__file__", None), name.partition(".")[0]
+    if not file or top == "zoscope" or not Path(file).is_relative_to(folder):
+        return False
+    return Path(file).relative_to(folder).parts[0] in (top, f"{top}.py")
 
 
 @contextlib.contextmanager
@@ -93,8 +100,7 @@ def loading(what: str, *, missing: str | None = None) -> Iterator[None]:
     except SystemExit as error:
         raise SpecError(
             f"{what} called sys.exit({error.code!r}){where(error)}. Loading a spec runs the file: put what belongs to "
-            "a script "
-            'under if __name__ == "__main__".',
+            "a script under if __name__ == '__main__'.",
             frame=format_frames(error),
         ) from error
     except Exception as error:

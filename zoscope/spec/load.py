@@ -106,9 +106,7 @@ def _problem_from(value: Any, settings: Mapping[str, Any], *, label: str) -> Pro
             )
         return value
     if not callable(value) or type(value).__module__.startswith("torch.") or hasattr(value, "parameters"):
-        raise SpecError(
-            f"{label} is a {type(value).__name__}: expected a zoscope.Problem, or a function that returns one."
-        )
+        raise SpecError(f"{label} is {_kind(value)}: expected a zoscope.Problem, or a function that returns one.")
     _check_arguments(value, settings, label)
     with loading(f"Calling {label}"):
         made = value(**settings)
@@ -118,6 +116,8 @@ def _problem_from(value: Any, settings: Mapping[str, Any], *, label: str) -> Pro
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     return "None" if value is None else f"a {type(value).__name__}"
 
 

@@ -82,7 +82,7 @@ def split_spec(spec: str) -> tuple[Path | str, str, bool]:
     head, colon, tail = spec.rpartition(":")
     named = bool(colon and head) and _NAME.match(tail) is not None
     target, name = (head, tail) if named else (spec, DEFAULT_NAME)
-    is_path = target.endswith(".py") or "/" in target or "\\" in target or Path(target).exists()
+    is_path = target.endswith(".py") or "/" in target or "\\" in target or Path(target).is_file()
     if not is_path and _NAME.match(target) is None:
         raise UsageError(
             f"SPEC {spec!r} is not understood: expected path/to/model.py, path/to/model.py:name or package.module:name."
