@@ -55,11 +55,12 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 # A result that shows itself imports its report when it is asked to, and not before.
-SHOWS_ITSELF = {"__rich__", "_repr_mimebundle_"}
+def shows_itself(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and (node.name == "__rich__" or node.name.startswith("_repr_"))
 
 
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    if isinstance(node, ast.FunctionDef) and node.name in SHOWS_ITSELF:
+    if shows_itself(node):
         return
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         for child in node.orelse:

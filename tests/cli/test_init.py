@@ -51,3 +51,11 @@ def test_the_starter_is_a_problem_near_a_minimum_and_leaves_the_global_seed_alon
     assert torch.equal(torch.get_rng_state(), state)
     assert problem.num_params == 10 * 32 + 32 + 32 + 1
     assert problem.loss(problem.model, problem.batches[0]).item() < 0.5
+
+
+def test_the_starter_config_is_a_valid_one(zoscope_cli, tmp_path: Path) -> None:
+    from zoscope.config.load import build_checks, load_document
+
+    zoscope_cli("init", "net.py", "--ci")
+    checks = build_checks(load_document(tmp_path / "zoscope.yaml"))
+    assert [check.name for check in checks] == ["zo-gd"]
