@@ -69,7 +69,7 @@ def steps_to_grow(
 def _excess_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: EstimatorMoments) -> float:
     """``ρ - 1``, to relative precision when positive."""
     require_positive("lr", lr)
-    counted = spectrum.weights > 0
+    counted = spectrum.weights != 0
     nodes, weights = spectrum.nodes[counted], spectrum.weights[counted]
     moving = nodes != 0
     flat = -1.0 if moving.any() and moving.all() else 0.0  # a flat direction neither grows nor decays: its ρ is 1

@@ -83,7 +83,8 @@ class StabilityCondition:
     def total_feedback(self, spectrum: Spectrum, lr: float) -> float:
         """``Σ_j w_j φ_lr(λ_j)``; below 1 exactly when ``lr`` is stable."""
         part = self._part(spectrum)
-        return float(part.weights @ self.feedback(part.nodes, lr)) if part.nodes.size else 0.0
+        feedback = self.feedback(part.nodes, lr)
+        return math.inf if np.isinf(feedback).any() else float(part.weights @ feedback)  # a weight may be negative
 
     def threshold(self, spectrum: Spectrum) -> float:
         """Largest stable step size.
@@ -101,7 +102,7 @@ class StabilityCondition:
         """Threshold of a sampled spectrum with its error bar.
 
         Sampling: the standard error of ``Σ w φ`` at the root, divided by its derivative in ``log lr`` (delta method).
-        Quadrature: the difference between the thresholds on the fine and on the coarse rule.
+        Quadrature: the error of that sum by the same derivative.
 
         Args:
             sampled: Spectrum with its sampled part.
@@ -112,40 +113,42 @@ class StabilityCondition:
         value = self.threshold(sampled.fine)
         if sampled.is_exact:
             return Estimate(value)
-        coarse = self._threshold(self._part(sampled.coarse), near=value)
         if math.isinf(value):
-            return Estimate(value, quadrature=0.0 if math.isinf(coarse) else math.inf)
+            return Estimate(value)
         step = 1e-6  # relative error of the slope, which is an error bar's: about the same
         slope = (self.total_feedback(sampled.fine, value * math.exp(step)) - 1) / step
-        spread = sampled.stderr_of(lambda nodes: _finite(self.feedback(nodes, value)))
-        return Estimate(value, stderr=value * spread / slope if slope > 0 else 0.0, quadrature=abs(value - coarse))
+
+        def at_root(nodes: Array) -> Array:
+            return _finite(self.feedback(nodes, value))
+
+        scale = value / slope if slope > 0 else 0.0
+        return Estimate(value, scale * sampled.stderr_of(at_root), scale * sampled.quadrature_error_of(at_root))
 
     def _part(self, spectrum: Spectrum) -> Spectrum:
         if self.version == "positive":
             return spectrum.positive
-        keep = spectrum.weights > 0
+        keep = spectrum.weights != 0
         return spectrum if keep.all() else Spectrum(spectrum.nodes[keep], spectrum.weights[keep])
 
-    def _threshold(self, part: Spectrum, *, near: float | None = None) -> float:
-        """Threshold of a part already selected; to three digits of its distance from ``near`` where that is given."""
+    def _threshold(self, part: Spectrum) -> float:
+        """Threshold of a part already selected."""
         if self.steps is None:
             return self._infinite_threshold(part)
-        if self.moments.b == 0 or part.frobenius_sq == 0:
+        if self.moments.b == 0 or part.frobenius_sq <= 0:
             return math.inf
-        if near is not None and math.isfinite(near):
-            return _first_crossing(lambda lr: self.total_feedback(part, lr), guess=near, tolerance=1e-3)
         return _first_crossing(lambda lr: self.total_feedback(part, lr), guess=self._guess(part))
 
     def _infinite_threshold(self, part: Spectrum) -> float:
-        if part.trace == 0:
+        if min(part.trace, part.frobenius_sq) <= 0:
             return math.inf
         gains = Gains.of(self.rule, self.moments)
-        limit = fo_threshold(part.lambda_max, rule=self.rule)
+        largest = float(part.nodes.max())
+        limit = fo_threshold(largest, rule=self.rule)
         if gains.own > 0:
-            limit = gains.damping / (gains.own * part.lambda_max)  # a pole: the feedback passes 1 below it
+            limit = gains.damping / (gains.own * largest)  # a pole: the feedback passes 1 below it
         if self.moments.b == 0 or (gains.own <= 0 and self.total_feedback(part, limit) < 1):
             return limit
-        lower = tight_bounds(part.trace, part.frobenius_sq, part.lambda_max, rule=self.rule, moments=self.moments).lower
+        lower = tight_bounds(part.trace, part.frobenius_sq, largest, rule=self.rule, moments=self.moments).lower
         return min(limit, _first_crossing(lambda lr: self.total_feedback(part, lr), guess=lower))
 
     def _guess(self, part: Spectrum) -> float:
@@ -155,7 +158,7 @@ class StabilityCondition:
             return plain.threshold(part) * (1 - self.rule.momentum) / self.rule.lr_scale
         positive = part.positive
         early = 1 / math.sqrt(self.moments.b * part.frobenius_sq * float(self.steps or 1)) / self.rule.lr_scale
-        if positive.trace == 0:
+        if min(positive.trace, positive.frobenius_sq) <= 0:
             return early
         late = tight_bounds(
             positive.trace, positive.frobenius_sq, positive.lambda_max, rule=self.rule, moments=self.moments
@@ -236,7 +239,7 @@ def time_to_blow_up(
     def unstable_at(steps: int) -> bool:
         return StabilityCondition(rule, moments, steps, version).total_feedback(spectrum, lr) >= 1
 
-    escapes = version == "full" and bool((spectrum.nodes[spectrum.weights > 0] < 0).any())
+    escapes = version == "full" and bool((spectrum.nodes[spectrum.weights != 0] < 0).any())
     if not escapes and StabilityCondition(rule, moments).total_feedback(spectrum, lr) <= 1:
         return math.inf
     late = 1
@@ -251,12 +254,12 @@ def time_to_blow_up(
     return float(late)
 
 
-def _first_crossing(total: Callable[[float], float], *, guess: float, tolerance: float = 0.0) -> float:
+def _first_crossing(total: Callable[[float], float], *, guess: float) -> float:
     """Root of ``total(lr) = 1``, from a guess; ``inf`` when there is none below the largest float.
 
     Secant steps on ``log total`` in ``log lr``, kept inside the bracket seen so far. That curve is nearly a straight
     line: its slope lies between 1 (every mode in its steady state) and 2 (none yet), more where a mode is unstable.
-    Stops at a relative error of about 1e-14, or of ``tolerance`` times the logarithmic distance from the guess.
+    Stops at a relative error of about 1e-14.
     """
     cap = 50.0  # feedback overflows far above the root; a finite ceiling keeps the secant slopes sane
 
@@ -264,7 +267,7 @@ def _first_crossing(total: Callable[[float], float], *, guess: float, tolerance:
         value = total(math.exp(log_lr))
         return min(max(math.log(value), -cap), cap) if value > 0 else -cap
 
-    start = x = math.log(guess)
+    x = math.log(guess)
     slope, reach, last = 1.5, 1.0, 1.0
     low, high = -math.inf, math.inf
     value = excess(x)
@@ -273,8 +276,7 @@ def _first_crossing(total: Callable[[float], float], *, guess: float, tolerance:
         step = min(max(-value / slope, -reach), reach)
         if not low <= x + step <= high:
             step = 0.5 * (low + high) - x
-        enough = max(1e-15, tolerance * abs(x - start))
-        if abs(step * last) < enough or abs(step) < 2e-14:  # a secant step errs by about the product of the last two
+        if abs(step * last) < 1e-15 or abs(step) < 2e-14:  # a secant step errs by about the product of the last two
             return math.exp(x + step)
         x, last, reach = x + step, step, 2 * reach
         if abs(x) > 700:

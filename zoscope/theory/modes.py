@@ -24,7 +24,8 @@ def transition(z: Array, *, momentum: float, a: float) -> Array:
     Rows: ``m'² = a z² x² + 2βz xm + β² m²`` (with ``E ĝ² = a λ² E x²``), ``xm' = z x² + β xm - m'²``,
     ``x'² = x² - 2(z x² + β xm) + m'²``.
     """
-    return _IDENTITY + _change(z, momentum=momentum, a=a)
+    matrices: Array = _IDENTITY + _change(z, momentum=momentum, a=a)
+    return matrices
 
 
 def _change(z: Array, *, momentum: float, a: float) -> Array:
@@ -32,7 +33,8 @@ def _change(z: Array, *, momentum: float, a: float) -> Array:
     beta, one, zero = momentum, np.ones_like(z), np.zeros_like(z)
     mm = np.array([a * z**2, 2 * beta * z, beta**2 * one])
     xm = np.array([z, beta * one, zero])
-    return np.array([mm - 2 * xm, xm - mm, mm]) - _IDENTITY * np.array([0.0, 1.0, 1.0])[:, None, None]
+    change: Array = np.array([mm - 2 * xm, xm - mm, mm]) - _IDENTITY * np.array([0.0, 1.0, 1.0])[:, None, None]
+    return change
 
 
 def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments) -> Array:

@@ -1,7 +1,7 @@
 """Spectra as theory sees them: nodes and weights, exact or sampled, with what is known of their error."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -43,7 +43,8 @@ class Spectrum:
 
     Args:
         nodes: ``(n,)`` eigenvalues or quadrature nodes, loss/param² for a Hessian.
-        weights: ``(n,)`` multiplicities, non-negative; ones when left out.
+        weights: ``(n,)`` multiplicities; ones when left out. Those of a quadrature rule that corrects another one add
+            up to a multiplicity, though single ones may be negative.
     """
 
     nodes: Array
@@ -56,8 +57,6 @@ class Spectrum:
             raise ValueError(f"nodes and weights must be vectors of one length, got {nodes.shape} and {weights.shape}")
         if not (np.isfinite(nodes).all() and np.isfinite(weights).all()):
             raise ValueError("nodes and weights must be finite")
-        if (weights < 0).any():
-            raise ValueError("weights must be non-negative")
         object.__setattr__(self, "nodes", nodes)
         object.__setattr__(self, "weights", weights)
 
@@ -89,7 +88,7 @@ class Spectrum:
     @cached_property
     def positive(self) -> "Spectrum":
         """The positive part: nodes ≤ 0 dropped."""
-        keep = (self.nodes > 0) & (self.weights > 0)
+        keep = (self.nodes > 0) & (self.weights != 0)
         return Spectrum(self.nodes[keep], self.weights[keep])
 
 
@@ -99,23 +98,23 @@ class SampledSpectrum:
 
     Args:
         fine: Best estimate of the whole spectrum.
-        coarse: The same measure under a poorer quadrature rule; ``fine - coarse`` bounds the quadrature error.
         sampled: The part of ``fine`` that comes from random probe vectors, averaged over them; empty when exact.
         num_probes: Number of independent probe vectors; 0 when exact.
         dimension: Dimension of the subspace that the probe vectors sample.
+        errors: Signed differences between quadrature rules of one measure, each as large as that of ``fine`` may be.
     """
 
     fine: Spectrum
-    coarse: Spectrum
     sampled: Spectrum
     num_probes: int
     dimension: int
+    errors: tuple[Spectrum, ...] = ()
 
     @classmethod
     def exact(cls, eigenvalues: ArrayLike) -> "SampledSpectrum":
         """A spectrum known without error."""
         spectrum = Spectrum.of(eigenvalues)
-        return cls(fine=spectrum, coarse=spectrum, sampled=Spectrum.of([]), num_probes=0, dimension=0)
+        return cls(fine=spectrum, sampled=Spectrum.of([]), num_probes=0, dimension=0)
 
     @property
     def is_exact(self) -> bool:
@@ -135,7 +134,14 @@ class SampledSpectrum:
         variance = 2.0 * max(self.dimension * second - first**2, 0.0) / (self.dimension + 2)
         return float(np.sqrt(variance / self.num_probes))
 
+    def quadrature_error_of(self, f: NodeFunction) -> float:
+        """Bound on the error of ``Tr f(M)`` from quadrature: the largest over the kinds of error known."""
+        return max((abs(error.trace_of(f)) for error in self.errors), default=0.0)
+
     def trace_of(self, f: NodeFunction) -> Estimate:
         """``Tr f(M)`` with its sampling and quadrature errors."""
-        value = self.fine.trace_of(f)
-        return Estimate(value, self.stderr_of(f), abs(value - self.coarse.trace_of(f)))
+        return Estimate(self.fine.trace_of(f), self.stderr_of(f), self.quadrature_error_of(f))
+
+    def with_endless_sampling(self) -> "SampledSpectrum":
+        """The same, as if over infinitely many probe vectors: what is left of its error is quadrature."""
+        return replace(self, sampled=Spectrum.of([]))

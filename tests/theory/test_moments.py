@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from zoscope.theory.moments import GAUSSIAN, EstimatorMoments, estimator_moments
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("directions", ["gaussian", "sphere"])
+def test_constants_match_the_sampled_second_moment(directions, queries):
+    d, samples, rng = 4, 200_000, np.random.default_rng(0)
+    g = np.array([1.0, -0.5, 2.0, 0.3])
+    u = rng.standard_normal((samples, queries, d))
+    if directions == "sphere":
+        u *= np.sqrt(d) / np.linalg.norm(u, axis=2, keepdims=True)
+    estimates = np.einsum("sqi,sqj,j->si", u, u, g) / queries
+    products = estimates[:, :, None] * estimates[:, None, :]
+    stderr = products.std(axis=0) / np.sqrt(samples)
+    m = estimator_moments(directions, queries=queries, dimension=d)
+    expected = m.a * np.outer(g, g) + m.b * (g @ g) * np.eye(d)
+    assert (np.abs(products.mean(axis=0) - expected) < 4.5 * stderr).all()
+
+
+def test_one_gaussian_query_is_the_default():
+    assert estimator_moments() == GAUSSIAN == EstimatorMoments(2.0, 1.0)
+
+
+def test_sphere_in_one_dimension_has_no_noise():
+    m = estimator_moments("sphere", dimension=1)
+    assert m.a + m.b == pytest.approx(1.0, rel=1e-15)  # u = ±1: the estimate is the gradient
+
+
+def test_sphere_tends_to_gaussian_in_high_dimension():
+    m = estimator_moments("sphere", queries=3, dimension=10**9)
+    reference = estimator_moments("gaussian", queries=3)
+    assert (m.a, m.b) == pytest.approx((reference.a, reference.b), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"directions": "rademacher"},
+        {"queries": 0},
+        {"queries": 1.5},
+        {"directions": "sphere"},
+        {"directions": "sphere", "dimension": 0},
+    ],
+)
+def test_bad_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"must be|need"):
+        estimator_moments(**arguments)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.0, 1.0), (np.nan, 1.0), (1.0, -0.1), (1.0, np.inf)])
+def test_bad_constants_are_refused(a, b):
+    with pytest.raises(ValueError, match="must be finite"):
+        EstimatorMoments(a, b)

@@ -1,0 +1,119 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoscope.theory.mean_square import StabilityCondition
+from zoscope.theory.moments import estimator_moments
+from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.thresholds import Interval, fo_threshold, forward_only_bounds, paper_bounds, tight_bounds
+
+ROUNDING = 1e-12  # relative; a spectrum of one eigenvalue makes all bounds equal
+
+rules = st.builds(
+    lambda name, beta: update_rule(name, beta=beta, betas=(beta, 0.999)),
+    st.sampled_from(OPTIMIZERS),
+    st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+)
+estimators = st.builds(
+    lambda directions, queries: (directions, queries),
+    st.sampled_from(["gaussian", "sphere"]),
+    st.sampled_from([1, 4, 64]),
+)
+magnitudes = st.floats(-6, 3).map(lambda x: 10.0**x)
+positive_eigenvalues = st.lists(magnitudes, min_size=1, max_size=12).map(np.array)
+signed_eigenvalues = st.lists(st.builds(np.copysign, magnitudes, st.sampled_from([-1, 1])), min_size=1, max_size=12)
+
+
+def moments_for(estimator, dimension):
+    """The sphere in one dimension has no noise (η* is the first-order threshold) and is left to its own test."""
+    directions, queries = estimator
+    return estimator_moments(directions, queries=queries, dimension=max(dimension, 2))
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@given(eigenvalues=positive_eigenvalues, rule=rules, estimator=estimators)
+def test_bounds_are_ordered_around_the_exact_threshold(eigenvalues, rule, estimator):
+    s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
+    outer = paper_bounds(s.trace, s.lambda_max, rule=rule, moments=moments)
+    inner = tight_bounds(s.trace, s.frobenius_sq, s.lambda_max, rule=rule, moments=moments)
+    exact = StabilityCondition(rule, moments).threshold(s)
+    chain = [outer.lower, inner.lower, exact, inner.upper, outer.upper]
+    assert all(left <= right * (1 + ROUNDING) for left, right in itertools.pairwise(chain)), chain
+
+
+@settings(max_examples=700, deadline=None, derandomize=True, database=None)
+@given(eigenvalues=positive_eigenvalues, rule=rules, estimator=estimators)
+def test_forward_passes_alone_bracket_the_threshold_of_a_positive_spectrum(eigenvalues, rule, estimator):
+    s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
+    bounds = forward_only_bounds(s.trace, s.frobenius_sq, rule=rule, moments=moments)
+    exact = StabilityCondition(rule, moments).threshold(s)
+    assert bounds.lower <= exact * (1 + ROUNDING)
+    assert exact <= bounds.upper * (1 + ROUNDING)
+
+
+@settings(max_examples=700, deadline=None, derandomize=True, database=None)
+@given(eigenvalues=signed_eigenvalues, rule=rules, estimator=estimators)
+def test_the_forward_only_upper_bound_needs_no_positivity(eigenvalues, rule, estimator):
+    s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
+    bounds = forward_only_bounds(s.trace, s.frobenius_sq, rule=rule, moments=moments)
+    assert StabilityCondition(rule, moments).threshold(s) <= bounds.upper * (1 + ROUNDING)
+
+
+def test_the_two_moment_upper_bound_does_need_it():
+    s = Spectrum.of([1.0, -0.9])
+    rule = update_rule("gd")
+    assert tight_bounds(s.trace, s.frobenius_sq, 1.0, rule=rule).upper < StabilityCondition(rule).threshold(s)
+
+
+@pytest.mark.parametrize(
+    ("name", "numerator", "own"),
+    [("gd", 2.0, 2.0), ("gdm", 2 * (1 - 0.8), 2 / 1.8), ("adam", 2.0, 2 / 1.8)],
+)
+def test_gaussian_bounds_are_those_of_the_paper(name, numerator, own):
+    bounds = paper_bounds(10.0, 3.0, rule=update_rule(name, beta=0.8, betas=(0.8, 0.999)))
+    assert bounds.lower == pytest.approx(numerator / (10 + own * 3), rel=1e-14)
+    assert bounds.upper == pytest.approx(numerator / 10, rel=1e-14)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("gd", 2.0), ("gdm", 3.6), ("adam", 2 * 1.8 / 0.2)])
+def test_first_order_threshold(name, expected):
+    assert fo_threshold(4.0, rule=update_rule(name, beta=0.8, betas=(0.8, 0.999))) == pytest.approx(expected / 4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_many_queries_lead_to_the_first_order_threshold(name):
+    rule, moments = update_rule(name), estimator_moments(queries=10**9)
+    expected = pytest.approx(fo_threshold(2.0, rule=rule), rel=1e-6)
+    assert StabilityCondition(rule, moments).threshold(Spectrum.of([2.0, 1.0, 0.1])) == expected
+
+
+def test_without_positive_curvature_nothing_is_bounded():
+    nothing = Interval(math.inf, math.inf)
+    for rule in map(update_rule, OPTIMIZERS):
+        assert fo_threshold(-1.0, rule=rule) == math.inf
+        assert paper_bounds(-1.0, 0.0, rule=rule) == nothing
+        assert tight_bounds(0.0, 0.0, 0.0, rule=rule) == nothing
+        assert forward_only_bounds(-1.0, 4.0, rule=rule) == nothing
+
+
+def test_a_negative_trace_leaves_the_lower_end_alone():
+    bounds = paper_bounds(-1.0, 5.0, rule=update_rule("gd"))
+    assert bounds == Interval(2 / 9, math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(bad):
+    rule = update_rule("gd")
+    for call in (
+        lambda: fo_threshold(bad, rule=rule),
+        lambda: paper_bounds(bad, 1.0, rule=rule),
+        lambda: tight_bounds(1.0, bad, 1.0, rule=rule),
+        lambda: forward_only_bounds(1.0, bad, rule=rule),
+    ):
+        with pytest.raises(ValueError, match="must be finite"):
+            call()
