@@ -81,9 +81,7 @@ def test_small_blocks_and_fixed_point_take_the_same_steps(kind, directions, net,
     torch.testing.assert_close(gridded, whole, atol=2e-2 * (whole - flat(net)).abs().max().item(), rtol=0)
     monkeypatch.setattr(module, "BLOCK_SIZE", 16)
     cut_exact, cut_gridded = run(restore="snapshot"), run(restore="fixed-point")
-    torch.testing.assert_close(
-        cut_gridded, cut_exact, atol=2e-2 * (cut_exact - flat(net)).abs().max().item(), rtol=0
-    )
+    torch.testing.assert_close(cut_gridded, cut_exact, atol=2e-2 * (cut_exact - flat(net)).abs().max().item(), rtol=0)
 
 
 def test_a_direction_drawn_again_equals_one_that_is_kept(net, monkeypatch):
@@ -190,9 +188,7 @@ def test_learning_rate_schedulers_work(kind, net, batch):
 
 def test_groups_have_their_own_step_size_and_frozen_parameters_stay(net, batch):
     net[0].bias.requires_grad_(False)
-    optimizer = ZOGD(
-        [{"params": net[0].parameters(), "lr": 1e-2}, {"params": net[2].parameters(), "lr": 0.0}], lr=1e-3
-    )
+    optimizer = ZOGD([{"params": net[0].parameters(), "lr": 1e-2}, {"params": net[2].parameters(), "lr": 0.0}], lr=1e-3)
     before = copy.deepcopy(net)
     optimizer.step(closure_of(net, batch))
     assert not torch.equal(net[0].weight, before[0].weight)

@@ -65,9 +65,14 @@ class Block:
     owners: list[tuple[int, tuple[int, int] | None]]
 
     @property
+    def sizes(self) -> list[int]:
+        """Number of entries of every piece."""
+        return [p.numel() for p in self.pieces]
+
+    @property
     def size(self) -> int:
         """Number of entries."""
-        return sum(p.numel() for p in self.pieces)
+        return sum(self.sizes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,44 +130,52 @@ class Direction:
         self._blocks = blocks
         self._generator = generator
         self._keep = keep
-        self._kept: list[Tensor] = []
+        self._kept: list[list[Tensor]] = []
         self._states: list[Tensor] = []
+        # One buffer for all blocks: a fresh one each time, between what is kept, would leave the heap in pieces.
+        self._buffers: dict[torch.dtype, Tensor] = {}
         self._scale = 1.0
         if law == "sphere":
             self._scale = self._sphere_scale()
 
     def part(self, index: int) -> list[Tensor]:
-        """The pieces of block ``index``: read-only, float64 for float64 parameters and float32 for others."""
-        flat = self._flat(index)
-        pieces = self._blocks[index].pieces
-        if len(pieces) == 1:
-            return [flat.view(pieces[0].shape)]
-        return [u.view(p.shape) for u, p in zip(torch.split(flat, [p.numel() for p in pieces]), pieces, strict=True)]
+        """The pieces of block ``index``, float64 for float64 parameters and float32 for others.
 
-    def _flat(self, index: int) -> Tensor:
+        Kept pieces are the same tensors every time; others are valid, and may be overwritten, until the next call.
+        """
         if index < len(self._kept):
             return self._kept[index]
         if index < len(self._states):
             ahead = self._generator.get_state()
             self._generator.set_state(self._states[index])
-            flat = self._draw(index)
+            pieces = self._draw(index)
             self._generator.set_state(ahead)
-            return flat
+            return pieces
         if not self._keep:
             self._states.append(self._generator.get_state())
             return self._draw(index)
         self._kept.append(self._draw(index))
         return self._kept[index]
 
-    def _draw(self, index: int) -> Tensor:
+    def _draw(self, index: int) -> list[Tensor]:
         block = self._blocks[index]
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
-        flat = torch.empty(block.size, device=block.pieces[0].device, dtype=dtype).normal_(generator=self._generator)
-        return flat if self._scale == 1.0 else flat.mul_(self._scale)
+        if self._keep:
+            flat = torch.empty(block.size, device=block.pieces[0].device, dtype=dtype)
+        else:
+            if dtype not in self._buffers:
+                largest = max(b.size for b in self._blocks)
+                self._buffers[dtype] = torch.empty(largest, device=block.pieces[0].device, dtype=dtype)
+            flat = self._buffers[dtype][: block.size]
+        flat.normal_(generator=self._generator)
+        if self._scale != 1.0:
+            flat.mul_(self._scale)
+        parts = torch.split_with_sizes(flat, block.sizes)
+        return [u.view(p.shape) for u, p in zip(parts, block.pieces, strict=True)]
 
     def _sphere_scale(self) -> float:
-        square = sum(float(self._flat(i).double().square().sum()) for i in range(len(self._blocks)))
+        square = sum(float(u.double().square().sum()) for i in range(len(self._blocks)) for u in self.part(i))
         scale = math.sqrt(sum(b.size for b in self._blocks) / square)
-        for flat in self._kept:
-            flat.mul_(scale)
+        for pieces in self._kept:
+            torch._foreach_mul_(pieces, scale)
         return scale

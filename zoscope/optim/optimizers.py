@@ -12,7 +12,8 @@ from zoscope.optim.directions import Block, Direction, Law, Seed, check_law, new
 from zoscope.optim.restore import Perturbation, Restore, choose_perturbation
 from zoscope.optim.rules import Rule, State, rule_from_options
 
-BLOCK_SIZE = 1 << 20
+BLOCK_SIZE = 1 << 18  # entries of a direction that exist at a time: fits in a cache
+KEPT_SIZE = 1 << 20  # up to this many a direction is kept instead of being drawn again
 Closure = Callable[[], Tensor | float]
 
 
@@ -84,12 +85,12 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"{type(self).__name__}.step needs a closure that returns the loss")
         layout = self._current_layout()
         layout.perturbation.begin()
-        size = sum(b.size for b in layout.blocks)
+        keep = sum(b.size for b in layout.blocks) <= KEPT_SIZE and not layout.perturbation.overwrites
         directions: list[Direction] = []
         slopes: list[float] = []
         total = 0.0
         for query in range(self.queries):
-            direction = Direction(layout.blocks, self._generator, law=self.directions, keep=size <= BLOCK_SIZE)
+            direction = Direction(layout.blocks, self._generator, law=self.directions, keep=keep)
             slope, mean = self._evaluate(layout, direction, closure)
             if query < self.queries - 1:
                 _restore(layout, direction, sign=-1)
@@ -125,6 +126,7 @@ class ZeroOrderOptimizer(Optimizer):
         for index, block in enumerate(layout.blocks):
             number = layout.group_of[index]
             group = self.param_groups[number]
+            # Its last use: the estimate may take the place of the direction.
             estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=-1)
             torch._foreach_mul_(estimate, slopes[-1])
             for direction, slope in zip(directions[:-1], slopes[:-1], strict=True):

@@ -12,7 +12,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,13 @@ SNAPSHOT_BYTES = 1 << 26
 
 
 class Perturbation(Protocol):
-    """Moves blocks of parameters to ``θ + μu``, from there to ``θ − μu``, and back to θ."""
+    """Moves blocks of parameters to ``θ + μu``, from there to ``θ − μu``, and back to θ.
+
+    Attributes:
+        overwrites: Whether the directions handed over are written to; if so, they must be fresh each time.
+    """
+
+    overwrites: ClassVar[bool]
 
     def begin(self) -> None:
         """Take the parameters as they are now as θ."""
@@ -39,11 +45,11 @@ class Perturbation(Protocol):
         ...
 
     def restore(self, index: int, direction: Sequence[Tensor], *, sign: int) -> list[Tensor]:
-        """Block ``index`` from ``θ + sign·μu`` back to θ; returns new tensors with the u that was really used."""
+        """Block ``index`` from ``θ + sign·μu`` back to θ; returns the u that was really used."""
         ...
 
     def used(self, index: int, direction: Sequence[Tensor]) -> list[Tensor]:
-        """The u that was really used, for block ``index``."""
+        """The u that was really used for block ``index``."""
         ...
 
 
@@ -70,6 +76,8 @@ def choose_perturbation(blocks: Sequence[Block], *, mu: float, restore: Restore)
 class Snapshot:
     """Keeps a copy of θ; see the module's text."""
 
+    overwrites: ClassVar[bool] = False
+
     def __init__(self, blocks: Sequence[Block], *, mu: float) -> None:
         self._blocks = blocks
         self._mu = mu
@@ -86,21 +94,23 @@ class Snapshot:
 
     def minus(self, index: int, direction: Sequence[Tensor]) -> None:
         """See `Perturbation.minus`."""
-        torch._foreach_copy_(self._blocks[index].pieces, self._saved[index])
-        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=-self._mu)
+        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=-2.0 * self._mu)
 
     def restore(self, index: int, direction: Sequence[Tensor], *, sign: int) -> list[Tensor]:
         """See `Perturbation.restore`."""
         torch._foreach_copy_(self._blocks[index].pieces, self._saved[index])
-        return [u.to(self._blocks[index].dtype, copy=True) for u in direction]
+        return self.used(index, direction)
 
     def used(self, index: int, direction: Sequence[Tensor]) -> list[Tensor]:
         """See `Perturbation.used`."""
-        return [u.to(self._blocks[index].dtype) for u in direction]
+        dtype = self._blocks[index].dtype
+        return list(direction) if direction[0].dtype == dtype else [u.to(dtype) for u in direction]
 
 
 class FixedPoint:
     """Keeps θ on a grid on which every perturbation is exact; see the module's text."""
+
+    overwrites: ClassVar[bool] = True
 
     def __init__(self, blocks: Sequence[Block], *, mu: float) -> None:
         self._blocks = blocks
@@ -144,7 +154,8 @@ class FixedPoint:
 
     def _delta(self, index: int, direction: Sequence[Tensor]) -> list[Tensor]:
         spacing = self._spacing[index]
-        delta = list(torch._foreach_mul(list(direction), [self._mu / s for s in spacing]))
+        delta = list(direction)
+        torch._foreach_mul_(delta, [self._mu / s for s in spacing])
         torch._foreach_round_(delta)
         torch._foreach_mul_(delta, spacing)
         return delta

@@ -1,0 +1,147 @@
+"""What a zeroth-order step costs, as ratios taken in one process: `python tests/benchmarks/bench_step.py`.
+
+* a step of one replica against two bare forward passes of the same model, and against a hand-written MeZO loop;
+* peak memory of a step on a 50M-parameter MLP against one forward pass without gradients (each in a process of its own).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoscope.optim import ZOGD, ZOGDM, ZOAdam
+
+
+def digits_cnn() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for block in range(2):
+        for channels in ((1, 8), (8, 8)) if block == 0 else ((8, 8), (8, 8)):
+            layers += [nn.Conv2d(*channels, 3, padding=1), nn.GELU()]
+        layers.append(nn.AvgPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 4))
+
+
+def alternate(functions: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Median seconds of each function, called in turns so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 5):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn >= 5:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def mezo_step(params: list[Tensor], closure: Callable[[], Tensor], *, lr: float, mu: float, seed: int) -> None:
+    """The step as MeZO's authors write it: per-tensor regeneration from a seed, restored by addition."""
+
+    def move(scale: float) -> None:
+        torch.manual_seed(seed)
+        for p in params:
+            p.data.add_(torch.normal(mean=0, std=1, size=p.data.size(), dtype=p.data.dtype), alpha=scale)
+
+    with torch.no_grad():
+        move(mu)
+        above = closure()
+        move(-2 * mu)
+        below = closure()
+        move(mu)
+        move(-lr * float(above - below) / (2 * mu))
+
+
+def bench_time(rounds: int) -> dict[str, float]:
+    model = digits_cnn()
+    x, y = torch.randn(100, 1, 8, 8), torch.randn(100, 4)
+
+    def loss() -> Tensor:
+        return nn.functional.mse_loss(model(x), y)
+
+    def two_forwards() -> None:
+        with torch.no_grad():
+            loss()
+            loss()
+
+    params = list(model.parameters())
+    functions: dict[str, Callable[[], object]] = {"two forwards": two_forwards}
+    for kind in (ZOGD, ZOGDM, ZOAdam):
+        optimizer = kind(params, lr=1e-9)
+        functions[kind.__name__] = lambda optimizer=optimizer: optimizer.step(loss)
+    fixed = ZOGD(params, lr=1e-9, restore="fixed-point")
+    functions["ZOGD fixed-point"] = lambda: fixed.step(loss)
+    functions["hand-written MeZO"] = lambda: mezo_step(params, loss, lr=1e-9, mu=1e-3, seed=0)
+    seconds = alternate(functions, rounds=rounds)
+    return {name: value / seconds["two forwards"] for name, value in seconds.items()}
+
+
+def large_mlp() -> nn.Sequential:
+    width = 2670  # 7 square layers: 50M parameters
+    return nn.Sequential(*[layer for _ in range(7) for layer in (nn.Linear(width, width), nn.ReLU())])
+
+
+def peak_bytes(what: str) -> int:
+    """Peak resident memory, above what the imports take, of one workload in this process."""
+    tiny = nn.Parameter(torch.zeros(1))
+    ZOAdam([tiny], lr=0.0).step(tiny.sum)  # torch imports a good deal the first time that an optimizer is made
+    before = high_water_mark()
+    model = large_mlp().requires_grad_(True)
+    x = torch.randn(32, 2670)
+
+    def loss() -> Tensor:
+        return model(x).square().mean()
+
+    if what == "forward":
+        with torch.no_grad():
+            loss()
+    else:
+        optimizer = {"ZOGD": ZOGD, "ZOGDM": ZOGDM, "ZOAdam": ZOAdam}[what](model.parameters(), lr=1e-9)
+        for _ in range(2):
+            optimizer.step(loss)
+    return high_water_mark() - before
+
+
+def high_water_mark() -> int:
+    # Not ru_maxrss: a child inherits its parent's.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def bench_memory() -> dict[str, float]:
+    parameters = 4 * 7 * 2670 * 2671
+    own = {"forward": 0, "ZOGD": 0, "ZOGDM": parameters, "ZOAdam": 2 * parameters}
+    peaks = {
+        what: int(subprocess.run([sys.executable, __file__, "--peak", what], capture_output=True, check=True).stdout)
+        for what in own
+    }
+    return {what: (peaks[what] - own[what]) / peaks["forward"] for what in own}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=["time", "memory"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        print(peak_bytes(options.peak))
+        return
+    result = {}
+    if options.only != "memory":
+        result["time / two forwards"] = bench_time(options.rounds)
+    if options.only != "time":
+        result["(memory - own state) / forward"] = bench_memory()
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
