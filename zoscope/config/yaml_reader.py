@@ -65,6 +65,8 @@ def read_yaml(text: str) -> Located:
 def _syntax_error(error: yaml.MarkedYAMLError) -> InvalidError:
     mark = error.problem_mark or error.context_mark
     reason = " ".join(part for part in (error.context, error.problem) if part)
+    if error.context_mark is not None and mark is not None and error.context_mark.line != mark.line:
+        reason += f" (begun in line {error.context_mark.line + 1})"
     return InvalidError([Issue(None if mark is None else mark.line + 1, f"not valid YAML: {reason}.")])
 
 
