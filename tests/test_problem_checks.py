@@ -20,6 +20,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def linear() -> nn.Linear:
     model = nn.Linear(3, 2, dtype=F64)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError
-from zoscope.problem import nest
+from zoscope.problem import graph, nest
 from zoscope.problem.data import examples_in
 from zoscope.problem.layers import ActiveLayers, some, watched
 from zoscope.problem.objective import Objective, Shard
@@ -35,12 +35,18 @@ def check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
     """
     first = objective.shards[0]
     before = runtime.rng_fingerprint()
-    with watched(objective.model) as active, torch.set_grad_enabled(differentiable):
+    with (
+        watched(objective.model) as active,
+        torch.set_grad_enabled(differentiable),
+        graph.checkpoint_warnings() as detached,
+    ):
         loss = _evaluated(objective, first, 0)
     drew = runtime.rng_fingerprint() != before
     _refuse_batch_statistics(objective, active)
     value = _finite(loss, 0, objective)
     if differentiable:
+        if detached:
+            raise SpecError(graph.REENTRANT)
         _check_gradient(objective, loss)
     del loss
     again = _check_all(objective)
@@ -96,8 +102,12 @@ def _check_gradient(objective: Objective, loss: Tensor) -> None:
             "batch) receives, or --params that select unused parameters."
         )
     with user_code("Differentiating the loss", remedy="Every operation in it needs a derivative."):
-        grads = torch.autograd.grad(loss, objective.params, allow_unused=True)
+        grads = torch.autograd.grad(loss, objective.params, create_graph=True, allow_unused=True)
     unused = [name for name, grad in zip(objective.names, grads, strict=True) if grad is None]
+    if unused and graph.hides_parameters(loss):
+        raise SpecError(graph.REENTRANT)
+    if graph.lacks_second_derivatives(grads):
+        raise SpecError(graph.ONCE_DIFFERENTIABLE)
     if len(unused) == len(grads):
         raise SpecError(
             f"The loss depends on none of the {len(grads)} selected parameter tensors ({some(unused)}). It must use "
