@@ -11,6 +11,11 @@ from zoscope.theory.rules import UpdateRule
 from zoscope.theory.spectrum import Spectrum
 
 
+def symmetric(matrix):
+    """What rounding leaves of an antisymmetric part is no second moment, and long recursions amplify it."""
+    return 0.5 * (matrix + matrix.T)
+
+
 @dataclass(frozen=True)
 class Quadratic:
     """``½ xᵀHx + gᵀx`` and a preconditioner that commutes with H, both rotated away from the axes."""
@@ -56,7 +61,7 @@ class SecondMoments:
         V = beta**2 * V + beta * gain * (C.T @ H + H @ C) + gain**2 * moment
         C = beta * C + gain * X @ H
         X = X - C @ D - D @ C.T + D @ V @ D
-        return X, C - D @ V, V
+        return symmetric(X), C - D @ V, symmetric(V)
 
     @property
     def zero(self):
@@ -108,8 +113,7 @@ def expected_losses(problem, rule, moments, *, lr, loss, steps):
         V = beta**2 * V + beta * gain * (m_gradient + m_gradient.T)
         V = V + gain**2 * (moments.a * signal + moments.b * np.trace(signal) * np.eye(d))
         C = beta * C + gain * x_gradient
-        X = X - C - C.T + V
-        C = C - V
+        X, C, V = symmetric(X - C - C.T + V), C - V, symmetric(V)
         m = beta * m + gain * mean
         x = x - m
         losses.append(loss + g @ x + 0.5 * np.trace(H @ X))

@@ -11,6 +11,7 @@ from zoscope.theory.modes import NOISE, transition
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.transform import is_long, mean_path, noise_loss
 from zoscope.theory.validate import require_count, require_finite, require_positive
 
 Array = NDArray[np.float64]
@@ -33,6 +34,8 @@ class GradientMeasure:
 
     def __post_init__(self) -> None:
         checked = Spectrum(self.nodes, self.weights)
+        if (checked.weights < 0).any():
+            raise ValueError("nodes and weights of a gradient's measure: weights must be non-negative")
         object.__setattr__(self, "nodes", checked.nodes)
         object.__setattr__(self, "weights", checked.weights)
 
@@ -80,12 +83,12 @@ def predicted_loss(
     nodes = np.concatenate([spectrum.nodes, theta])  # modes under isotropic noise, then the noise along the gradient
     counts = np.concatenate([spectrum.weights, np.ones_like(theta)])
     size = 1 if beta == 0 else 3  # without momentum E x² is the whole state
-    matrices = transition(eta * nodes, momentum=beta, a=moments.a)[:size, :size]
     state, entry = np.zeros((size, nodes.size)), eta**2 * NOISE[:size, None]
     loss_of, signal_of = 0.5 * counts * nodes, counts * nodes**2
     y, velocity = np.zeros_like(theta), np.zeros_like(theta)
     losses = np.full(steps + 1, float(loss))
     with np.errstate(over="ignore", invalid="ignore"):  # a run that blows up overflows; what follows reads as inf
+        matrices = transition(eta * nodes, momentum=beta, a=moments.a)[:size, :size]
         for step in range(1, steps + 1):
             slope = 1 + theta * y
             mean_sq = c * slope**2
@@ -99,6 +102,48 @@ def predicted_loss(
                 losses[step:] = math.inf
                 break
     return losses
+
+
+def final_loss(
+    spectrum: Spectrum,
+    gradient: GradientMeasure,
+    *,
+    loss: float,
+    lr: float,
+    steps: int,
+    rule: UpdateRule,
+    moments: EstimatorMoments = GAUSSIAN,
+) -> float:
+    """The last value of ``predicted_loss``, at a cost that does not grow with the number of steps.
+
+    Args:
+        spectrum: As in ``predicted_loss``.
+        gradient: As in ``predicted_loss``.
+        loss: Loss at the start.
+        lr: Step size in param²/loss.
+        steps: Number of steps, ≥ 0.
+        rule: Update rule.
+        moments: Constants of the estimator.
+
+    Returns:
+        Expected loss after ``steps`` steps, to about 1e-8 of its terms; ``inf`` when the model overflows.
+
+    Raises:
+        ValueError: As ``predicted_loss``.
+
+    Source: derived in the README's theory section.
+    """
+    if not is_long(steps, momentum=rule.momentum):
+        curve = predicted_loss(spectrum, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments)
+        return float(curve[-1])
+    require_finite("loss", loss)
+    require_positive("lr", lr)
+    eta, theta, c = rule.lr_scale * lr, gradient.nodes, gradient.weights
+    noise = noise_loss(spectrum, theta, c, eta=eta, beta=rule.momentum, steps=steps, moments=moments)
+    y = eta * mean_path(eta * theta, beta=rule.momentum, steps=steps)
+    with np.errstate(over="ignore", invalid="ignore"):  # as in the mean path
+        total = loss + float(c @ (y + 0.5 * theta * y**2)) + noise
+    return total if math.isfinite(total) else math.inf
 
 
 def best_lr(
@@ -135,10 +180,8 @@ def best_lr(
     require_count("steps", steps)
 
     def final(log_lr: float) -> float:
-        curve = predicted_loss(
-            spectrum, gradient, loss=loss, lr=math.exp(log_lr), steps=steps, rule=rule, moments=moments
-        )
-        return float(curve[-1])
+        lr = math.exp(log_lr)
+        return final_loss(spectrum, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments)
 
     grid = math.log(upper) + np.linspace(-8, 0, 17)
     values = [final(x) for x in grid]
@@ -147,4 +190,4 @@ def best_lr(
         return None
     ends = grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)]
     found = minimize_scalar(final, bounds=ends, method="bounded", options={"xatol": 5e-3})
-    return float(math.exp(found.x if found.fun < values[best] else grid[best]))
+    return min(upper, math.exp(found.x if found.fun < values[best] else grid[best]))

@@ -30,7 +30,7 @@ def growth_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: Est
         moments: Constants of the estimator.
 
     Returns:
-        ρ per step, dimensionless, to about 1e-12; 1 for a zero spectrum.
+        ρ per step, dimensionless, to about 1e-12; 1 for a zero spectrum; ``inf`` where ``ηλ`` passes 1e50.
 
     Raises:
         ValueError: If ``lr`` is not positive.
@@ -76,6 +76,8 @@ def _excess_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: Es
     if not moving.any():
         return flat
     z, weights = rule.lr_scale * lr * nodes[moving], weights[moving]
+    if np.abs(z).max() > 1e50:
+        return math.inf
 
     def margin(excess: float) -> float:
         """Inverse feedback at ρ less 1: negative below the growth rate, positive above."""

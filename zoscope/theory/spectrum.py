@@ -7,6 +7,7 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 NodeFunction = Callable[[Array], Array]
@@ -131,8 +132,13 @@ class SampledSpectrum:
             return 0.0
         first = self.sampled.trace_of(f)
         second = self.sampled.trace_of(lambda x: f(x) ** 2)
+        fourth = self.sampled.trace_of(lambda x: f(x) ** 4)
         variance = 2.0 * max(self.dimension * second - first**2, 0.0) / (self.dimension + 2)
-        return float(np.sqrt(variance / self.num_probes))
+        if variance == 0 or fourth <= 0:
+            return 0.0
+        freedom = self.num_probes * second**2 / fourth
+        widening = float(stdtrit(max(freedom, 1.0), 0.975)) / 1.96
+        return widening * float(np.sqrt(variance / self.num_probes))
 
     def quadrature_error_of(self, f: NodeFunction) -> float:
         """Bound on the error of ``Tr f(M)`` from quadrature: the largest over the kinds of error known."""

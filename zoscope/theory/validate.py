@@ -1,6 +1,7 @@
 """Argument checks that the theory functions share."""
 
 import math
+from numbers import Integral
 
 
 def require_finite(name: str, value: float) -> None:
@@ -23,5 +24,5 @@ def require_non_negative(name: str, value: float) -> None:
 
 def require_count(name: str, value: int, *, least: int = 1) -> None:
     """Raise ``ValueError`` unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or int(value) != value or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

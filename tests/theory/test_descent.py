@@ -1,0 +1,80 @@
+import math
+
+import numpy as np
+import pytest
+
+from zoscope.theory.curve import GradientMeasure, predicted_loss
+from zoscope.theory.descent import descent_threshold, descent_threshold_adam
+from zoscope.theory.moments import estimator_moments
+from zoscope.theory.rules import update_rule
+from zoscope.theory.spectrum import Spectrum
+
+from .second_moment_oracle import Quadratic, expected_losses
+
+
+@pytest.mark.parametrize("estimator", [("gaussian", 1), ("gaussian", 5), ("sphere", 2)])
+def test_the_expected_loss_after_one_step_is_unchanged_at_the_threshold(estimator):
+    rng, rule = np.random.default_rng(0), update_rule("gd")
+    problem = Quadratic.random(np.array([3.0, 1.0, 0.5, -0.4]), rng)
+    moments = estimator_moments(estimator[0], queries=estimator[1], dimension=4)
+    g, H = problem.gradient, problem.hessian
+    lr = descent_threshold(np.trace(H), g @ H @ g / (g @ g), moments=moments)
+    before, after = expected_losses(problem, rule, moments, lr=lr, loss=0.0, steps=1)
+    scale = lr * (g @ g)
+    assert after - before == pytest.approx(0.0, abs=1e-13 * scale)
+
+
+def test_adam_divides_by_its_preconditioner():
+    rng, moments = np.random.default_rng(1), estimator_moments(queries=3)
+    problem = Quadratic.random(np.array([3.0, 1.0, 0.5]), rng)
+    g, H, inverse = problem.gradient, problem.hessian, np.diag([0.5, 2.0, 1.0])
+    lr = descent_threshold_adam(
+        gPg=g @ inverse @ g,
+        gPHPg=g @ inverse @ H @ inverse @ g,
+        trace_php=np.trace(inverse @ H @ inverse),
+        grad_sq=g @ g,
+        moments=moments,
+    )
+    second_moment = moments.a * np.outer(g, g) + moments.b * (g @ g) * np.eye(3)
+    change = -lr * (g @ inverse @ g) + 0.5 * lr**2 * np.trace(inverse @ H @ inverse @ second_moment)
+    assert change == pytest.approx(0.0, abs=1e-13 * lr)
+
+
+def test_a_multiple_of_the_identity_only_rescales():
+    trace, rayleigh, grad_sq, p = 7.0, 2.0, 3.0, 0.25
+    scaled = descent_threshold_adam(
+        gPg=grad_sq / p, gPHPg=rayleigh * grad_sq / p**2, trace_php=trace / p**2, grad_sq=grad_sq
+    )
+    assert scaled == pytest.approx(p * descent_threshold(trace, rayleigh))
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+def test_momentum_shrinks_the_threshold_of_slow_modes_by_one_minus_beta(beta):
+    """Thousands of slow modes: after the average has filled, the loss falls below the threshold and rises above."""
+    spectrum = Spectrum(np.array([1.0]), np.array([1e6]))
+    gradient = GradientMeasure(np.array([1.0]), np.array([1.0]))
+    edge = descent_threshold(spectrum.trace, 1.0, momentum=beta)
+    slopes = []
+    for scale in (0.98, 1.02):
+        losses = predicted_loss(
+            spectrum, gradient, loss=0.0, lr=scale * edge, steps=400, rule=update_rule("gdm", beta=beta)
+        )
+        slopes.append(losses[400] - losses[200])
+    assert slopes[0] < 0 < slopes[1]
+
+
+def test_without_curvature_every_step_descends():
+    assert descent_threshold(-5.0, 1.0) == math.inf
+    assert descent_threshold_adam(gPg=1.0, gPHPg=-1.0, trace_php=0.0, grad_sq=1.0) == math.inf
+
+
+def test_bad_arguments_are_refused():
+    for call in (
+        lambda: descent_threshold(math.nan, 1.0),
+        lambda: descent_threshold(1.0, math.inf),
+        lambda: descent_threshold(1.0, 1.0, momentum=1.0),
+        lambda: descent_threshold_adam(gPg=-1.0, gPHPg=1.0, trace_php=1.0, grad_sq=1.0),
+        lambda: descent_threshold_adam(gPg=1.0, gPHPg=1.0, trace_php=math.nan, grad_sq=1.0),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            call()
