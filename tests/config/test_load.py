@@ -140,6 +140,8 @@ def test_only_picks_checks_by_name(load: Load, valid: str) -> None:
         ("device: cpu", "device: gpu", "must match auto|cpu"),
         ("peak: 0.05, ", "", "lacks 'peak'"),
         ("- name: plain", "- nam: plain", r"unknown key 'nam' in checks\[0\]. Did you mean 'name'"),
+        ("name: plain", r'name: "a\ud800"', "has a line break or control character"),
+        ("name: plain", r'name: "a\nb"', "has a line break or control character"),
         ("problem: model.py", "problem: [a]", "line 6: problem must be text, got a list"),
         ("checks:", "cheks:", "unknown key 'cheks'. Did you mean 'checks'"),
     ],

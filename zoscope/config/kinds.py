@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,7 +42,7 @@ class Text:
             raise InvalidError.at(
                 node, f"{name} has {len(node.value)} characters, at most {self.max_length} are allowed."
             )
-        if any(ord(character) < 32 for character in node.value):
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in node.value):
             raise InvalidError.at(node, f"{name} has a line break or control character: {shorten(node.value)}.")
         if self.pattern and not re.fullmatch(self.pattern, node.value):
             raise InvalidError.at(node, f"{name} must match {self.pattern}, got {node.described}.")

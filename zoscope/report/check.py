@@ -20,22 +20,24 @@ def render(report: CheckReport) -> RenderableType:
     """Table, explanations, summary."""
     parts: list[RenderableType] = [_table(report)]
     parts += [_paragraph(check) for check in report.checks if _needs_words(check)]
+    parts += [_note(notice, names) for notice, names in shared_notices(report).items()]
     parts.append(_summary(report))
     return Group(*parts)
 
 
 def _table(report: CheckReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("check", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("check", overflow="fold", min_width=8)
     table.add_column("optimizer", no_wrap=True)
-    for name in ("lr", "threshold [95 %]", "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("lr", justify="right", no_wrap=True)
+    table.add_column("threshold [95 %]", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
-    table.add_column("passes up to", justify="right")
+    table.add_column("passes up to", justify="right", no_wrap=True)
     for check in report.checks:
         status = Text(check.status, style=STYLES[check.status])
         value, interval, ratio = threshold_cells(check)
-        threshold = Text(f"{value} {interval}".strip())
+        threshold = Text(f"{value}\n{interval}".strip())
         table.add_row(
             Text(check.name), check.optimizer, f"{check.lr:.3g}", threshold, ratio, status, advice_cell(check)
         )
@@ -63,7 +65,20 @@ def advice_cell(check: CheckResult) -> str:
 
 
 def _needs_words(check: CheckResult) -> bool:
-    return check.status != "pass" or bool(check.notices) or check.baseline is not None or check.probe is not None
+    return check.status != "pass" or check.baseline is not None or check.probe is not None
+
+
+def shared_notices(report: CheckReport) -> dict[str, list[str]]:
+    """Each notice once, with the names of the checks that it is about."""
+    found: dict[str, list[str]] = {}
+    for check in report.checks:
+        for notice in check.notices:
+            found.setdefault(notice, []).append(check.name)
+    return found
+
+
+def _note(notice: str, names: list[str]) -> RenderableType:
+    return Text(f"note ({', '.join(names)}): {notice}", style="dim")
 
 
 def _paragraph(check: CheckResult) -> RenderableType:
@@ -71,11 +86,9 @@ def _paragraph(check: CheckResult) -> RenderableType:
     text.append(f"{check.status} ", style=STYLES[check.status])
     text.append(place(check), style="bold")
     text.append(f": {check.message}")
-    parts: list[RenderableType] = [text]
-    parts += [Padding(Text(f"note: {notice}", style="dim"), (0, 0, 0, 2)) for notice in check.notices]
-    if check.details:
-        parts.append(Padding(Text(check.details.rstrip("\n"), style="dim"), (0, 0, 0, 2)))
-    return Group(*parts)
+    if not check.details:
+        return text
+    return Group(text, Padding(Text(check.details.rstrip("\n"), style="dim"), (0, 0, 0, 2)))
 
 
 def place(check: CheckResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from zoscope.report.check import advice_cell, place, threshold_cells
+from zoscope.report.check import advice_cell, place, shared_notices, threshold_cells
 
 if TYPE_CHECKING:
     from zoscope.analysis.checking.results import CheckReport
@@ -26,7 +26,8 @@ def markdown(report: CheckReport) -> str:
     for check in report.checks:
         if check.status != "pass" or check.baseline is not None:
             lines.append(f"- **{escape(place(check))}**: {escape(check.message)}")
-            lines += [f"  - {escape(notice)}" for notice in check.notices]
+    for notice, names in shared_notices(report).items():
+        lines.append(f"- note ({escape(', '.join(names))}): {escape(notice)}")
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

@@ -85,4 +85,4 @@ def _location(check: CheckResult) -> dict[str, Any] | None:
 
 def _uri(file: str) -> str:
     path = PurePath(file)
-    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix(), errors="replace")
