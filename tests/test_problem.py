@@ -91,6 +91,18 @@ def test_a_one_shot_iterator_is_read_once() -> None:
     assert problem.num_examples == 10
 
 
+def test_problems_with_other_params_share_a_one_shot_iterator() -> None:
+    x, y = pairs()
+    problem = Problem(linear(), iter([(x, y)]), squared)
+    twin = problem.with_params("bias")
+    assert value_of(problem) == value_of(twin) == pytest.approx(WHOLE, rel=1e-14)
+
+
+def test_a_list_of_tensors_is_told_from_a_pair() -> None:
+    with pytest.raises(SpecError, match="pass a tuple"):
+        value_of(Problem.from_criterion(linear(), list(pairs()), nn.MSELoss()))
+
+
 def test_batches_of_anything_count_as_one_example_each() -> None:
     problem = Problem(linear(), ["a", "bc"], lambda model, batch: model.weight.square().sum() * len(batch))
     assert problem.counts == [1, 1]

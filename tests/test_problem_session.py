@@ -172,6 +172,16 @@ def test_the_gradient_mode_of_the_caller_does_not_matter() -> None:
         assert torch.equal(gradient, expected)
 
 
+def test_scripted_modules_are_measured() -> None:
+    inner = network().eval()
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        model = torch.jit.script(inner)
+    x, y = data()
+    for dtype in ("float64", "float32"):
+        with problem_of(model).prepare(device="cpu", dtype=dtype) as objective:
+            assert objective.value() == pytest.approx(nn.functional.mse_loss(inner(x), y).item(), rel=1e-5)
+
+
 # --- the flat vector ----------------------------------------------------------------------------------------------
 
 

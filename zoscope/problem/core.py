@@ -152,6 +152,7 @@ class Problem:
 
     def with_params(self, regex: str | None) -> "Problem":
         """The same problem with other parameters varied; None takes those with ``requires_grad``."""
+        _ = self.batches  # read now: two problems cannot share a one-shot iterator
         twin = copy.copy(self)
         twin.params = regex
         return twin

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoscope.errors import SpecError, UsageError
+from zoscope import runtime
+from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem.layers import some
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
@@ -161,16 +162,22 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
 
     Raises:
         SpecError: If the module cannot be copied.
+        NumericalError: If memory runs out.
     """
     try:
-        twin = copy.deepcopy(module)
+        with torch.no_grad():  # scripted modules copy by operations that are recorded otherwise
+            return copy.deepcopy(module).to(device=device, dtype=dtype)
     except Exception as error:
+        if runtime.is_out_of_memory(error):
+            raise NumericalError(
+                f"A copy of the {type(module).__name__} in {str(dtype).removeprefix('torch.')} does not fit into the memory "
+                f"of {device}. Use a device with more memory, a smaller --dtype, or a smaller model."
+            ) from error
         raise SpecError(
             f"The {type(module).__name__} cannot be copied to {device} in {str(dtype).removeprefix('torch.')} "
             f"({type(error).__name__}: {error}). Build it on that device and in that dtype in the spec, or choose the "
             "--device and --dtype that it already has."
         ) from error
-    return twin.to(device=device, dtype=dtype)
 
 
 @contextmanager
@@ -200,7 +207,7 @@ def restored(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
 def _put_back(tensor: Tensor, value: Tensor) -> None:
     # Only what changed: writing bumps the version counter, which would break graphs that the caller still holds.
-    if not torch.equal(tensor, value):
+    if tensor.layout != torch.strided or not torch.equal(tensor, value):
         tensor.copy_(value)
 
 
@@ -213,7 +220,8 @@ def trainable(model: nn.Module, selection: Selection) -> Iterator[tuple[nn.Param
             module, twin = model.get_submodule(owner), model.get_parameter(first)
             stack.callback(setattr, module, leaf, getattr(module, leaf))
             setattr(module, leaf, twin)
-        chosen = {name: model.get_parameter(name) for name in selection.names}
+        everything = dict(model.named_parameters(remove_duplicate=False))  # get_parameter fails on ScriptModules
+        chosen = {name: everything[name] for name in selection.names}
         wanted = {id(parameter) for parameter in chosen.values()}
         for parameter in model.parameters():
             stack.callback(setattr, parameter, "grad", parameter.grad)

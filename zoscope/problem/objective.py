@@ -256,6 +256,7 @@ def pair(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1]
     size = f" of {len(batch)} items" if isinstance(batch, (tuple, list)) else ""
     raise SpecError(
-        f"A batch is a {type(batch).__name__}{size}: Problem.from_criterion expects pairs (inputs, targets). "
-        "For other batches use Problem(model, batches, loss) with loss(model, batch)."
+        f"A batch is a {type(batch).__name__}{size}: Problem.from_criterion expects pairs (inputs, targets). For a "
+        "dataset in memory pass a tuple (inputs, targets), not a list, which is read as a list of batches; for other "
+        "batches use Problem(model, batches, loss) with loss(model, batch)."
     )

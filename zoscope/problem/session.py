@@ -35,7 +35,6 @@ def prepared(
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"--micro-batch {micro_batch}: expected at least 1.")
     with ExitStack() as stack:
-        stack.enter_context(runtime.preserved_rng())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         model = stack.enter_context(unwrapped(problem.model))
@@ -48,6 +47,7 @@ def prepared(
 
         def opened(where: torch.device) -> Objective:
             with ExitStack() as attempt:
+                attempt.enter_context(runtime.preserved_rng(where))
                 objective = _opened(attempt, problem, model, selection, where, precision, micro_batch)
                 if check:
                     _checked(objective, differentiable=differentiable, cut=micro_batch is not None)

@@ -25,10 +25,15 @@ def _cuda_in_use() -> bool:
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Give the global generators of torch (CPU, CUDA), numpy and Python back as they were."""
+def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
+    """Give the global generators of torch (CPU, CUDA), numpy and Python back as they were.
+
+    Args:
+        device: CUDA device that will be used, whose generator counts even where CUDA has not been started yet.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - user code may draw from it
-    devices = list(range(torch.cuda.device_count())) if _cuda_in_use() else []
+    starting = device is not None and device.type == "cuda"
+    devices = list(range(torch.cuda.device_count())) if starting or _cuda_in_use() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield

@@ -118,7 +118,10 @@ def _problem_from(value: Any, settings: Mapping[str, Any], *, label: str) -> Pro
 def _kind(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _check_arguments(function: Callable[..., Any], settings: Mapping[str, Any], label: str) -> None:
