@@ -1,0 +1,1 @@
+"""Curvature operators and what can be measured of them from products alone."""

@@ -109,7 +109,7 @@ class SampledSpectrum:
     sampled: Spectrum
     num_probes: int
     dimension: int
-    errors: tuple[Spectrum, ...] = ()
+    errors: tuple[tuple[Spectrum, ...], ...] = ()
 
     @classmethod
     def exact(cls, eigenvalues: ArrayLike) -> "SampledSpectrum":
@@ -141,8 +141,8 @@ class SampledSpectrum:
         return widening * float(np.sqrt(variance / self.num_probes))
 
     def quadrature_error_of(self, f: NodeFunction) -> float:
-        """Bound on the error of ``Tr f(M)`` from quadrature: the largest over the kinds of error known."""
-        return max((abs(error.trace_of(f)) for error in self.errors), default=0.0)
+        """Bound on the error of ``Tr f(M)`` from quadrature, added up over its kinds."""
+        return sum(max(abs(error.trace_of(f)) for error in kind) for kind in self.errors)
 
     def trace_of(self, f: NodeFunction) -> Estimate:
         """``Tr f(M)`` with its sampling and quadrature errors."""

@@ -1,0 +1,97 @@
+"""Hessian-vector products of one shard, by the methods that torch offers.
+
+``double-backward`` keeps the graph of the gradient: every vector shares the forward and the first backward sweep, and
+adds one more backward sweep of its own. ``batched`` does the same with the vectors under vmap, for devices that are
+idle between small kernels. ``forward-over-reverse`` needs no second backward pass, for operations that lack one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+
+from zoscope.problem import Objective, Shard
+
+HvpMethod = Literal["double-backward", "batched", "forward-over-reverse"]
+METHODS: tuple[HvpMethod, ...] = ("double-backward", "batched", "forward-over-reverse")
+
+Products = Callable[[Tensor], Tensor]
+"""From vectors ``(k, d)`` to products ``(k, d)``."""
+
+
+def shard_products(objective: Objective, shard: Shard, *, method: HvpMethod) -> Products:
+    """Prepare products with the Hessian of one shard's mean loss.
+
+    Args:
+        objective: The prepared problem.
+        shard: One of its shards.
+        method: One of ``METHODS``.
+
+    Returns:
+        A function from vectors to products; it keeps the shard's graph alive.
+    """
+    if method == "forward-over-reverse":
+        return lambda vectors: _forward_over_reverse(objective, shard, vectors)
+    params = objective.params
+    grads = torch.autograd.grad(
+        objective.loss(shard), params, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    curved = [i for i, g in enumerate(grads) if g.requires_grad]  # the others are constant: no curvature
+    multiply = _batched if method == "batched" else _looped
+    return lambda vectors: multiply(objective, [grads[i] for i in curved], curved, vectors)
+
+
+def _looped(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
+    result = torch.zeros_like(vectors)
+    if not grads:
+        return result
+    for vector, row in zip(vectors, result, strict=True):
+        parts = objective.unflatten(vector)
+        columns = torch.autograd.grad(
+            grads,
+            objective.params,
+            [parts[i] for i in curved],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        objective.flatten(columns, out=row)
+    return result
+
+
+def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
+    if not grads:
+        return torch.zeros_like(vectors)
+    sizes = [p.numel() for p in objective.params]
+    parts = [
+        part.view(len(vectors), *p.shape)
+        for part, p in zip(torch.split(vectors, sizes, dim=1), objective.params, strict=True)
+    ]
+    columns = torch.autograd.grad(
+        grads,
+        objective.params,
+        [parts[i] for i in curved],
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
+    return torch.cat(
+        [
+            torch.zeros(len(vectors), size, dtype=vectors.dtype, device=vectors.device)
+            if column is None
+            else column.reshape(len(vectors), size)
+            for column, size in zip(columns, sizes, strict=True)
+        ],
+        dim=1,
+    )
+
+
+def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -> Tensor:
+    point = tuple(p.detach() for p in objective.params)
+    gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
+    result = torch.empty_like(vectors)
+    for vector, row in zip(vectors, result, strict=True):
+        derivatives = jvp(gradient, (point,), (objective.unflatten(vector),))
+        objective.flatten(derivatives[1], out=row)
+    return result

@@ -1,0 +1,168 @@
+"""Lanczos tridiagonalisation: one chain with its basis kept, or many short chains advanced together."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zoscope.curvature.operators import LinearOperator
+from zoscope.errors import NumericalError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    """A symmetric tridiagonal matrix, the compression of an operator to a Krylov space.
+
+    Args:
+        alphas: ``(k,)`` diagonal, loss/param².
+        betas: ``(k,)`` off-diagonals; the last couples to the vector after the k-th, 0 for an invariant space.
+    """
+
+    alphas: Array
+    betas: Array
+
+    @property
+    def size(self) -> int:
+        """Number of Lanczos steps k."""
+        return len(self.alphas)
+
+    def eigh(self) -> tuple[Array, Array]:
+        """Ritz values ``(k,)``, ascending, and the eigenvectors ``(k, k)`` as columns."""
+        values, vectors = np.linalg.eigh(
+            np.diag(self.alphas) + np.diag(self.betas[:-1], 1) + np.diag(self.betas[:-1], -1)
+        )
+        return values, vectors
+
+    def head(self, steps: int) -> "Jacobi":
+        """The first ``steps`` steps."""
+        return Jacobi(self.alphas[:steps], self.betas[:steps])
+
+
+class Chain:
+    """One Lanczos recurrence with full reorthogonalisation; its basis is kept and can be extended.
+
+    Args:
+        operator: Symmetric operator of dimension d.
+        start: ``(d,)`` non-zero starting vector.
+        capacity: Most steps that the buffer holds.
+    """
+
+    def __init__(self, operator: LinearOperator, start: Tensor, *, capacity: int) -> None:
+        self._operator = operator
+        self._basis = torch.empty(capacity + 1, operator.dim, dtype=start.dtype, device=start.device)
+        self._basis[0] = start / torch.linalg.vector_norm(start)
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self.exhausted = False
+
+    @property
+    def jacobi(self) -> Jacobi:
+        """The tridiagonal matrix so far."""
+        return Jacobi(np.array(self._alphas), np.array(self._betas))
+
+    def extend(self, steps: int) -> None:
+        """Take up to ``steps`` more steps; stops early when the Krylov space is invariant.
+
+        Raises:
+            NumericalError: If a product is not finite.
+        """
+        for _ in range(steps):
+            k = len(self._alphas)
+            if self.exhausted or k + 1 >= len(self._basis):
+                return
+            w = self._operator.matmat(self._basis[k : k + 1])[0]
+            known = self._basis[: k + 1]
+            alpha = float(known[k] @ w)
+            for _ in range(2):  # twice is enough (Kahan; Parlett 1980, §6.9)
+                w -= (known @ w) @ known
+            beta = float(torch.linalg.vector_norm(w))
+            _require_finite(alpha, beta)
+            scale = max(map(abs, [*self._alphas, *self._betas, alpha]))
+            self._alphas.append(alpha)
+            self.exhausted = k + 1 == self._operator.dim or beta <= breakdown(w.dtype, scale)
+            self._betas.append(0.0 if self.exhausted else beta)
+            if not self.exhausted:
+                torch.div(w, beta, out=self._basis[k + 1])
+
+    def combine(self, coefficients: Array) -> Tensor:
+        """Orthonormal combinations of the basis, ``(n, d)``, in its place; the chain cannot be extended afterwards.
+
+        Args:
+            coefficients: ``(k, n)`` orthonormal columns, n ≤ k.
+        """
+        k, n = coefficients.shape
+        mix = torch.as_tensor(coefficients.T, dtype=self._basis.dtype, device=self._basis.device)
+        width = max(1, 2**22 // max(k, 1))  # columns at a time: no second copy of the basis
+        for begin in range(0, self._operator.dim, width):
+            columns = self._basis[:k, begin : begin + width]
+            self._basis[:n, begin : begin + width] = mix @ columns
+        self.exhausted = True
+        return self._basis[:n]
+
+
+def short_chains(operator: LinearOperator, starts: Tensor, *, steps: int, deflated: Tensor) -> list[Jacobi]:
+    """Lanczos on ``(I - VVᵀ) M (I - VVᵀ)`` from several vectors at once, one block product per step.
+
+    Without reorthogonalisation within a chain: what escapes the deflation converges slowly over so few steps, and a
+    quadrature rule survives the loss of orthogonality (Greenbaum 1989).
+
+    Args:
+        operator: Symmetric operator M of dimension d.
+        starts: ``(b, d)`` vectors orthogonal to the rows of ``deflated``.
+        steps: Length of each chain.
+        deflated: ``(q, d)`` orthonormal rows V.
+
+    Returns:
+        One tridiagonal matrix per vector, shorter than ``steps`` where a Krylov space was exhausted.
+
+    Raises:
+        NumericalError: If a product is not finite.
+    """
+    vectors = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True)
+    previous = torch.zeros_like(vectors)
+    beta = torch.zeros(len(starts), 1, dtype=starts.dtype, device=starts.device)
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    for _ in range(steps):
+        w = operator.matmat(vectors)
+        w = project_out(w, deflated)
+        alpha = (vectors * w).sum(dim=1, keepdim=True)
+        w -= alpha * vectors + beta * previous
+        beta = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        previous, vectors = vectors, w / beta.clamp_min(torch.finfo(w.dtype).tiny)
+        alphas.append(alpha)
+        betas.append(beta)
+    a = torch.cat(alphas, dim=1).double().cpu().numpy()
+    b = torch.cat(betas, dim=1).double().cpu().numpy()
+    _require_finite(*a.ravel(), *b.ravel())
+    return [_cut(Jacobi(row_a, row_b), starts.dtype) for row_a, row_b in zip(a, b, strict=True)]
+
+
+def project_out(vectors: Tensor, basis: Tensor) -> Tensor:
+    """``vectors`` ``(b, d)`` less their components along the orthonormal rows of ``basis`` ``(q, d)``."""
+    return torch.addmm(vectors, vectors @ basis.T, basis, alpha=-1) if len(basis) else vectors
+
+
+def breakdown(dtype: torch.dtype, scale: float) -> float:
+    """Size of an off-diagonal that is rounding noise for a matrix of norm about ``scale``, loss/param²."""
+    return 20 * torch.finfo(dtype).eps * scale
+
+
+def _cut(jacobi: Jacobi, dtype: torch.dtype) -> Jacobi:
+    """Drop what follows the first off-diagonal that is rounding noise."""
+    scale = max(np.abs(jacobi.alphas).max(), jacobi.betas.max())
+    noise = np.flatnonzero(jacobi.betas <= breakdown(dtype, float(scale)))
+    return jacobi.head(int(noise[0]) + 1) if noise.size else jacobi
+
+
+def _require_finite(*numbers: float) -> None:
+    if not np.isfinite(numbers).all():
+        raise NumericalError(
+            "A Hessian-vector product is not finite although the loss is. Expected finite second derivatives at the "
+            "point where curvature is measured. Look for sqrt or a norm at 0, a division by a vanishing variance, or "
+            "overflow in half precision (try --dtype float32 or float64)."
+        )

@@ -1,0 +1,229 @@
+"""One pass over an operator that yields trace, norm, extreme eigenvalues and the spectrum behind every threshold."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+
+from zoscope.curvature.dense import dense_eigenvalues
+from zoscope.curvature.lanczos import Chain, Jacobi
+from zoscope.curvature.operators import LinearOperator
+from zoscope.curvature.results import Curvature, Eigenvalue, Method
+from zoscope.curvature.slq import Deflated, Precision, choose_length, probe_block, split
+from zoscope.runtime import available_memory, spawn_generators
+from zoscope.theory.spectrum import SampledSpectrum
+
+DENSE_LIMIT = 4096
+"""Largest dimension for which the dense path is chosen by itself."""
+
+FIRST_STEPS, MORE_STEPS, MOST_STEPS = 30, 10, 80
+"""Length of the long chain: at first, by how much it grows, and at most."""
+
+BLOCK = 4
+"""Probe vectors that advance together."""
+
+EIGENVALUE_TOLERANCE = 0.01
+"""Residual of a converged eigenvalue, in units of its value."""
+
+MEMORY_SHARE = 0.4
+"""Part of the free memory that a Lanczos basis may take."""
+
+
+OnProgress = Callable[[str, int, float | None], None]
+"""Called with the stage, the products spent in it and the relative half-width reached, if there is one."""
+
+
+def measure(
+    operator: LinearOperator,
+    *,
+    method: Literal["auto", "dense", "deflated-slq"] = "auto",
+    precision: Precision | None = None,
+    rtol: float = 0.02,
+    max_hvps: int = 600,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> Curvature:
+    """Measure a symmetric operator.
+
+    Args:
+        operator: Symmetric operator of dimension d.
+        method: ``"dense"`` computes all eigenvalues from d products; ``"deflated-slq"`` samples; ``"auto"`` is dense
+            where that takes no more products than ``max_hvps``, and d ≤ 4,096.
+        precision: Largest relative 95 % half-width among the quantities wanted; the trace of the positive part when
+            left out.
+        rtol: Half-width at which to stop.
+        max_hvps: Products allowed.
+        seed: Of the probe vectors.
+        on_progress: Called after every stage.
+
+    Returns:
+        The measurement. Whether ``rtol`` was reached is for the caller to see: ``precision(result.spectrum)``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        NumericalError: If a product is not finite.
+    """
+    if not rtol > 0:
+        raise ValueError(f"rtol must be > 0, got {rtol}")
+    if max_hvps < 1:
+        raise ValueError(f"max_hvps must be at least 1, got {max_hvps}")
+    started, spent = time.perf_counter(), operator.num_hvps
+    if method == "dense" or (method == "auto" and operator.dim <= min(DENSE_LIMIT, max_hvps)):
+        result = _dense(operator)
+    else:
+        wanted = precision or _precision_of_positive_trace
+        result = _Sampling(operator, wanted, rtol=rtol, max_hvps=max_hvps, seed=seed, on_progress=on_progress).run()
+    spectrum, ends, how, notes = result
+    return _curvature(
+        spectrum,
+        ends,
+        method=how,
+        num_hvps=operator.num_hvps - spent,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+
+
+_Result = tuple[SampledSpectrum, tuple[Eigenvalue, Eigenvalue], Method, tuple[str, ...]]
+
+
+def _dense(operator: LinearOperator) -> _Result:
+    eigenvalues, asymmetry = dense_eigenvalues(operator)
+    ends = tuple(Eigenvalue(float(value), residual=asymmetry, converged=True) for value in eigenvalues[[0, -1]])
+    return SampledSpectrum.exact(eigenvalues), (ends[0], ends[1]), "dense", ()
+
+
+class _Sampling:
+    """The stochastic path: one long chain, then short chains until the error is small enough or the budget is spent."""
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        precision: Precision,
+        *,
+        rtol: float,
+        max_hvps: int,
+        seed: int,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._operator = operator
+        self._precision = precision
+        self._rtol = rtol
+        self._max_hvps = max_hvps
+        self._first = operator.num_hvps
+        self._on_progress = on_progress
+        self._chain_generator, self._probe_generator = spawn_generators(seed, 2, operator.device)
+        self._notes: list[str] = []
+
+    def run(self) -> _Result:
+        chain = self._long_chain()
+        jacobi = chain.jacobi
+        parts = split(jacobi)
+        basis = chain.combine(parts.vectors)
+        state = Deflated.of(parts, dim=self._operator.dim)
+        state.length = choose_length(state, self._precision, rtol=self._rtol, budget=self._left)
+        while state.dimension > 0:
+            reached = self._precision(state.spectrum())
+            self._report("bulk", reached)
+            enough = len(state.shorts) > 0 and reached <= self._rtol
+            probes = min(BLOCK, self._left // state.length)
+            if enough or probes == 0:
+                break
+            state.shorts += probe_block(
+                self._operator, basis, probes=probes, length=state.length, generator=self._probe_generator
+            )
+        return state.spectrum(), _ends(jacobi), "deflated-slq", tuple(self._notes)
+
+    @property
+    def _left(self) -> int:
+        return self._max_hvps - (self._operator.num_hvps - self._first)
+
+    def _long_chain(self) -> Chain:
+        """Extend the chain until its own quadrature error leaves room for sampling error, within budget and memory."""
+        most = self._capacity()
+        start = torch.randn(
+            self._operator.dim,
+            generator=self._chain_generator,
+            dtype=self._operator.dtype,
+            device=self._operator.device,
+        )
+        chain = Chain(self._operator, start, capacity=most)
+        chain.extend(min(FIRST_STEPS, most))
+        self._report("outliers", None)
+        while not chain.exhausted and chain.jacobi.size < most:
+            if self._quadrature(chain.jacobi) <= self._rtol / 4 and _ends(chain.jacobi)[1].converged:
+                break
+            chain.extend(min(MORE_STEPS, most - chain.jacobi.size))
+            self._report("outliers", None)
+        return chain
+
+    def _quadrature(self, jacobi: Jacobi) -> float:
+        state = Deflated.of(split(jacobi), dim=self._operator.dim)
+        return self._precision(state.spectrum().with_endless_sampling())
+
+    def _capacity(self) -> int:
+        """Steps of the long chain that budget and memory allow; a third of the products at most."""
+        operator = self._operator
+        row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
+        fits = int(MEMORY_SHARE * available_memory(operator.device) / row) - 4 * BLOCK - 1
+        budget = max(min(self._max_hvps, 2), self._max_hvps // 3)
+        most = min(MOST_STEPS, budget, operator.dim)
+        if fits < most:
+            most = max(2, fits)
+            self._notes.append(
+                f"Memory for {most} Lanczos vectors of {row / 2**20:.0f} MiB only: fewer outliers are deflated, so "
+                "the same precision takes more probe vectors."
+            )
+        return most
+
+    def _report(self, stage: str, reached: float | None) -> None:
+        if self._on_progress is not None:
+            spent = self._operator.num_hvps - self._first
+            self._on_progress(stage, spent, reached)
+
+
+def _ends(jacobi: Jacobi) -> tuple[Eigenvalue, Eigenvalue]:
+    """Smallest and largest eigenvalue of a chain's operator, with residuals."""
+    values, vectors = jacobi.eigh()
+    residuals = jacobi.betas[-1] * np.abs(vectors[-1])
+    lowest, highest = (
+        Eigenvalue(
+            float(values[i]), float(residuals[i]), converged=bool(residuals[i] <= EIGENVALUE_TOLERANCE * abs(values[i]))
+        )
+        for i in (0, -1)
+    )
+    return lowest, highest
+
+
+def _curvature(
+    spectrum: SampledSpectrum,
+    ends: tuple[Eigenvalue, Eigenvalue],
+    *,
+    method: Method,
+    num_hvps: int,
+    seconds: float,
+    notes: tuple[str, ...],
+) -> Curvature:
+    positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
+    positive_sq = spectrum.fine.trace_of(lambda x: np.maximum(x, 0.0) ** 2)
+    return Curvature(
+        trace=spectrum.trace_of(lambda x: x),
+        frobenius_sq=spectrum.trace_of(np.square),
+        lambda_max=ends[1],
+        lambda_min=ends[0],
+        trace_positive=positive,
+        negative_mass=max(0.0, spectrum.fine.trace_of(lambda x: np.maximum(-x, 0.0))),
+        effective_rank=positive.value**2 / positive_sq if positive_sq > 0 else 0.0,
+        method=method,
+        num_hvps=num_hvps,
+        seconds=seconds,
+        spectrum=spectrum,
+        notes=notes,
+    )
+
+
+def _precision_of_positive_trace(spectrum: SampledSpectrum) -> float:
+    trace = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
+    return trace.half_width / trace.value if trace.value > 0 else 0.0

@@ -1,0 +1,305 @@
+"""Symmetric linear operators: the Hessian, the Gauss-Newton matrix, their preconditioned forms, and a dense one."""
+
+import time
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
+from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.problem import Objective, Shard
+from zoscope.runtime import explain_autograd_error, is_out_of_memory, release_memory
+
+DENSE_BLOCK = 64
+"""Unit vectors multiplied at once when a whole matrix is formed."""
+
+
+class LinearOperator(ABC):
+    """A symmetric matrix known by its products.
+
+    Attributes:
+        dim: Dimension d.
+        device: Where vectors live.
+        dtype: Their type.
+    """
+
+    dim: int
+    device: torch.device
+    dtype: torch.dtype
+    _matrix: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def num_hvps(self) -> int:
+        """Products with a Hessian computed so far."""
+
+    @abstractmethod
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with several vectors.
+
+        Args:
+            vectors: ``(k, d)`` rows.
+
+        Returns:
+            ``(k, d)`` rows ``M v``.
+        """
+
+    def dense(self) -> Tensor:
+        """The whole matrix, ``(d, d)``, from d products; computed once."""
+        if self._matrix is None:
+            matrix = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.device)
+            for begin in range(0, self.dim, DENSE_BLOCK):
+                count = min(DENSE_BLOCK, self.dim - begin)
+                units = torch.zeros(count, self.dim, dtype=self.dtype, device=self.device)
+                units[torch.arange(count), torch.arange(begin, begin + count)] = 1
+                matrix[begin : begin + count] = self.matmat(units)
+            self._matrix = matrix
+        return self._matrix
+
+
+class DenseOperator(LinearOperator):
+    """A matrix held in memory.
+
+    Args:
+        matrix: ``(d, d)``, symmetric.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self._count = 0
+        self.dim = len(matrix)
+        self.device, self.dtype = matrix.device, matrix.dtype
+
+    @property
+    def num_hvps(self) -> int:
+        """Products computed so far."""
+        return self._count
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the rows of ``vectors``."""
+        assert self._matrix is not None
+        self._count += len(vectors)
+        return vectors @ self._matrix
+
+
+class Preconditioned(LinearOperator):
+    """``P^-½ M P^-½`` for a positive diagonal P: similar to ``P⁻¹M``, and symmetric.
+
+    Args:
+        operator: M.
+        diagonal: ``(d,)`` diagonal of P, positive.
+    """
+
+    def __init__(self, operator: LinearOperator, diagonal: Tensor) -> None:
+        self._operator = operator
+        self._scale = diagonal.double().rsqrt().to(operator.dtype)
+        self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
+
+    @property
+    def num_hvps(self) -> int:
+        """Products with M computed so far."""
+        return self._operator.num_hvps
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the rows of ``vectors``."""
+        return self._operator.matmat(vectors * self._scale) * self._scale
+
+    def dense(self) -> Tensor:
+        """The whole matrix; reuses that of M."""
+        return self._scale[:, None] * self._operator.dense() * self._scale
+
+
+class ShardOperator(LinearOperator):
+    """``sum_s weight_s M_s``: micro-batches outside, vectors inside, so that a block takes one sweep of the data."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.dim, self.device, self.dtype = objective.num_params, objective.device, objective.dtype
+        self._count = 0
+        self._kept: Products | None = None  # a single shard's graph serves every product
+
+    @property
+    def num_hvps(self) -> int:
+        """Products computed so far."""
+        return self._count
+
+    @abstractmethod
+    def _products(self, shard: Shard) -> Products: ...
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the rows of ``vectors``; halves the micro-batch when memory runs out.
+
+        Raises:
+            SpecError: If the loss cannot be differentiated twice.
+            NumericalError: If memory runs out with one example left.
+        """
+        vectors = vectors.detach()
+        while True:
+            try:
+                result = self._sum(vectors)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                ran_out = error.with_traceback(None)
+            else:
+                self._count += len(vectors)
+                return result
+            self._kept = None
+            release_memory(self.device)
+            if not self.objective.refine():
+                raise NumericalError(
+                    f"Memory ran out during a Hessian-vector product on {self.device} with micro-batches that cannot "
+                    "be made smaller. Expected room for one example's graph and two copies of the parameters. Use a "
+                    "device with more memory, fewer parameters (--params), or --curvature forward."
+                ) from ran_out
+
+    def _sum(self, vectors: Tensor) -> Tensor:
+        shards = self.objective.shards
+        if len(shards) == 1:
+            if self._kept is None:
+                self._kept = self._products(shards[0])
+            return self._kept(vectors)
+        total = torch.zeros_like(vectors)
+        for shard in shards:
+            total.add_(self._products(shard)(vectors), alpha=shard.weight)
+        return total
+
+
+class HessianOperator(ShardOperator):
+    """The Hessian of the loss over all shards.
+
+    Args:
+        objective: The prepared problem.
+        hvp: One of ``METHODS``, or ``"auto"``: double-backward, on CUDA the faster of it and batched,
+            forward-over-reverse where an operation has no double backward.
+
+    Attributes:
+        method: What is used; ``None`` until the first product.
+    """
+
+    def __init__(self, objective: Objective, *, hvp: str = "auto") -> None:
+        if hvp != "auto" and hvp not in METHODS:
+            raise UsageError(f"--hvp {hvp}: expected auto or one of {', '.join(METHODS)}.")
+        super().__init__(objective)
+        self.method: HvpMethod | None = next((m for m in METHODS if m == hvp), None)
+        self._chosen_by_user = self.method is not None
+        self._checked = False
+
+    def _products(self, shard: Shard) -> Products:
+        return shard_products(self.objective, shard, method=self.method or "double-backward")
+
+    def _sum(self, vectors: Tensor) -> Tensor:
+        if not self._checked:
+            self._settle(vectors[:1])
+        if self.method is None and len(vectors) > 1:
+            return self._timed(vectors)
+        return super()._sum(vectors)
+
+    def _settle(self, vector: Tensor) -> None:
+        """On the first product: see that the method works, and that the answer repeats with a fresh graph."""
+        first = self._attempt(vector)
+        self._kept = None
+        again = super()._sum(vector)
+        self._count += 1
+        scale = float(torch.linalg.vector_norm(first))
+        tolerance = max(1e-3, torch.finfo(self.dtype).eps ** 0.5)
+        if float(torch.linalg.vector_norm(first - again)) > tolerance * scale:
+            raise SpecError(
+                "A Hessian-vector product computed twice gives two answers: the loss is not a function of the "
+                "parameters alone. Expected a deterministic loss. Look for dropout or noise in a custom layer; call "
+                "model.eval() or fix the noise in the spec."
+            )
+        if self.method is None and self.device.type != "cuda":
+            self.method = "double-backward"
+        self._checked = True
+
+    def _attempt(self, vector: Tensor) -> Tensor:
+        try:
+            return super()._sum(vector)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            failure = error
+        if not self._chosen_by_user:
+            self.method, self._kept = "forward-over-reverse", None
+            try:
+                result = super()._sum(vector)
+            except (RuntimeError, NotImplementedError) as error:
+                if is_out_of_memory(error):
+                    raise
+            else:
+                self.objective.notify(
+                    "hvp-fallback",
+                    "The loss has no double backward: Hessian-vector products are computed forward over reverse.",
+                )
+                return result
+        raise SpecError(cannot_differentiate(failure)) from failure
+
+    def _timed(self, vectors: Tensor) -> Tensor:
+        """Keep the faster of two methods for blocks of vectors; both results are right."""
+        best, result = float("inf"), vectors
+        for method in ("double-backward", "batched"):
+            self._kept = None
+            previous, self.method = self.method, _as_method(method)
+            try:
+                super()._sum(vectors)  # allocates and builds what later calls reuse
+                begin = _now(self.device)
+                candidate = super()._sum(vectors)
+                seconds = _now(self.device) - begin
+            except RuntimeError:
+                if method == "double-backward":
+                    raise
+                seconds = float("inf")
+            if seconds < best:
+                best, result, chosen = seconds, candidate, self.method
+            else:
+                self.method = previous
+        self.method, self._kept = chosen, None
+        return result
+
+
+def gradient(objective: Objective) -> tuple[float, Tensor]:
+    """Loss and gradient over all shards.
+
+    Args:
+        objective: The prepared problem.
+
+    Returns:
+        The loss, accumulated in float64, and ``(d,)`` the gradient in loss/param.
+    """
+    while True:
+        try:
+            return _gradient(objective)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not objective.refine():
+                raise
+        release_memory(objective.device)
+
+
+def _gradient(objective: Objective) -> tuple[float, Tensor]:
+    total = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
+    value = 0.0
+    for shard in objective.shards:
+        loss = objective.loss(shard)
+        grads = torch.autograd.grad(loss, objective.params, allow_unused=True)
+        total.add_(objective.flatten(grads), alpha=shard.weight)
+        value += shard.weight * float(loss.detach().double())
+    return value, total
+
+
+def _as_method(name: str) -> HvpMethod:
+    return next(method for method in METHODS if method == name)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def cannot_differentiate(error: BaseException) -> str:
+    """What a user should know of an error from a second derivative."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    remedy = explain_autograd_error(error) or "Replace the operation, or use --curvature forward."
+    return f"The loss cannot be differentiated twice: torch says '{first}'. {remedy}"
