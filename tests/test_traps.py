@@ -226,6 +226,8 @@ def test_compiled_modules_and_losses_are_differentiated_twice() -> None:
     in_place = nn.Sequential(nn.Linear(3, 4, dtype=F64), nn.Tanh())
     in_place.compile(backend="aot_eager")
     assert_differentiable_twice(Problem(in_place, [normal(4, 3)], squares))
+    with Problem(in_place, [normal(4, 3)], squares).prepare(device="cpu", dtype="float32") as objective:
+        assert hvp(objective, normal(objective.num_params)).isfinite().all()
     compiled_loss = torch.compile(squares, backend="aot_eager")
     assert_differentiable_twice(Problem(plain, [normal(4, 3)], compiled_loss))
 

@@ -54,10 +54,6 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
                 if bare is not child:
                     module._modules[child_name] = bare
                     stack.callback(module._modules.__setitem__, child_name, child)
-        for module in model.modules():
-            if getattr(module, "_compiled_call_impl", None) is not None:
-                stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
-                module._compiled_call_impl = None
         yield model
 
 
@@ -170,8 +166,8 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
     except Exception as error:
         if runtime.is_out_of_memory(error):
             raise NumericalError(
-                f"A copy of the {type(module).__name__} in {str(dtype).removeprefix('torch.')} does not fit into the memory "
-                f"of {device}. Use a device with more memory, a smaller --dtype, or a smaller model."
+                f"A copy of the {type(module).__name__} in {str(dtype).removeprefix('torch.')} does not fit into the "
+                f"memory of {device}. Use a device with more memory, a smaller --dtype, or a smaller model."
             ) from error
         raise SpecError(
             f"The {type(module).__name__} cannot be copied to {device} in {str(dtype).removeprefix('torch.')} "
