@@ -12,10 +12,11 @@ from zoscope.analysis.request import Progress, Request
 from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds, ProblemInfo
 from zoscope.analysis.rows import Question, optimizer_row
 from zoscope.errors import NumericalError
+from zoscope.problem import Notice
 
 if TYPE_CHECKING:
     from zoscope.analysis.recommend import Threshold
-    from zoscope.problem import Notice, Objective, Problem
+    from zoscope.problem import Objective, Problem
     from zoscope.theory.moments import Directions
 
 
@@ -176,7 +177,7 @@ def _notices(
     yield from notices.dtype_notices(dtype)
     for entry in measurement.operators.values():
         for note in entry.curvature.notes:
-            yield notices.Notice("measurement", note)
+            yield Notice("measurement", note)
     yield from objective.warnings
 
 

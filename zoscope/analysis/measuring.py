@@ -12,8 +12,9 @@ from torch import Tensor
 
 from zoscope.analysis.rows import Measured
 from zoscope.curvature.adam_state import stored_preconditioner
-from zoscope.curvature.measure import measure
-from zoscope.curvature.operators import GGNOperator, HessianOperator, LinearOperator, Preconditioned, gradient
+from zoscope.curvature.ggn import GGNOperator
+from zoscope.curvature.measure import OnProgress, measure
+from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
 from zoscope.curvature.precondition import (
     Preconditioner,
     PreconditionerProbes,
@@ -27,6 +28,7 @@ from zoscope.theory.descent import descent_threshold, descent_threshold_adam
 
 if TYPE_CHECKING:
     from zoscope.analysis.request import Request
+    from zoscope.curvature.results import Curvature
     from zoscope.problem import Objective
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
@@ -110,9 +112,10 @@ def operator_name(request: Request, *, preconditioned: bool) -> str:
 def _plain(
     base: LinearOperator, g: Tensor, rules: Iterable[UpdateRule], *, request: Request, moments: EstimatorMoments
 ) -> Measured:
-    curvature = _measured(base, list(rules), request=request, moments=moments)
+    name = operator_name(request, preconditioned=False)
+    curvature = _measured(base, list(rules), name=name, request=request, moments=moments)
     measure_of_g = getattr(curvature, "gradient_measure", None) or one_node_measure(base, g)
-    return Measured(operator_name(request, preconditioned=False), curvature, measure_of_g)
+    return Measured(name, curvature, measure_of_g)
 
 
 def _plain_descent(measured: Measured, rule: UpdateRule, *, moments: EstimatorMoments) -> float | None:
@@ -134,12 +137,13 @@ def _adam(
 ) -> tuple[Measured, float | None]:
     p = preconditioner.diagonal
     scaled = Preconditioned(base, p)
-    curvature = _measured(scaled, rules, request=request, moments=moments)
+    name = operator_name(request, preconditioned=True)
+    curvature = _measured(scaled, rules, name=name, request=request, moments=moments)
     (generator,) = spawn_generators(request.seed, 1, base.device)
     probes = probe_preconditioner(base, p, generator=generator)
     # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
     measure_of_g = one_node_measure(scaled, (g.double() / p.double().sqrt()).to(g.dtype))
-    found = Measured(operator_name(request, preconditioned=True), curvature, measure_of_g, probes.commutator)
+    found = Measured(name, curvature, measure_of_g, probes.commutator)
     return found, _adam_descent(found, g, probes, moments=moments)
 
 
@@ -173,7 +177,9 @@ def one_node_measure(operator: LinearOperator, g: Tensor) -> GradientMeasure | N
     return GradientMeasure(np.array([rayleigh]), np.array([squared]))
 
 
-def _measured(operator: LinearOperator, rules: list[UpdateRule], *, request: Request, moments: EstimatorMoments):
+def _measured(
+    operator: LinearOperator, rules: list[UpdateRule], *, name: str, request: Request, moments: EstimatorMoments
+) -> Curvature:
     return measure(
         operator,
         method=request.method,
@@ -181,8 +187,15 @@ def _measured(operator: LinearOperator, rules: list[UpdateRule], *, request: Req
         rtol=request.rtol,
         max_hvps=request.max_hvps,
         seed=request.seed,
-        on_progress=request.on_progress,
+        on_progress=_told(request.on_progress, name.replace("_", " ")),
     )
+
+
+def _told(on_progress: OnProgress | None, operator: str) -> OnProgress | None:
+    """Name the operator in front of the stage of its measurement."""
+    if on_progress is None:
+        return None
+    return lambda stage, num_hvps, precision: on_progress(f"{operator}: {stage}", num_hvps, precision)
 
 
 def _preconditioner(objective: Objective, g: Tensor, *, request: Request, moments: EstimatorMoments) -> Preconditioner:

@@ -106,7 +106,9 @@ class Verdict:
         ratio: ``lr`` over the binding threshold; 0 where nothing limits the step size, ``None`` without a threshold.
         outlook: ``stable`` when neither version of the horizon blows up within N steps, ``unstable`` when both do,
             ``uncertain`` when only the full one does.
-        blow_up: Steps until the blow-up ``(T_full, T_positive)``; ``inf`` for never.
+        blow_up: Steps from which the noise feeds itself, ``(T_full, T_positive)``; ``inf`` for never.
+        doubling: Steps after which the predicted loss has doubled, first and last of the two versions; ``inf`` for not
+            within N; ``None`` where it is not predicted.
         descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold.
     """
 
@@ -115,6 +117,7 @@ class Verdict:
     ratio: float | None
     outlook: Outlook
     blow_up: Pair
+    doubling: Pair | None
     descends: bool | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +128,7 @@ class Verdict:
             "ratio": number(self.ratio),
             "outlook": self.outlook,
             "blow_up": [number(end) for end in self.blow_up],
+            "doubling": None if self.doubling is None else [number(end) for end in self.doubling],
             "descends": self.descends,
         }
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from zoscope.analysis.optimizer_bounds import Binding, Outlook, ThresholdName, Verdict
-from zoscope.theory.mean_square import time_to_blow_up
+from zoscope.theory.curve import GradientMeasure, predicted_loss
+from zoscope.theory.mean_square import Version, time_to_blow_up
 
 if TYPE_CHECKING:
     from zoscope.theory.moments import EstimatorMoments
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from zoscope.theory.spectrum import Spectrum
 
 Threshold = Literal["exact", "descent", "horizon", "binding"]
+
+VERSIONS: tuple[Version, ...] = ("full", "positive")
 
 MARGIN = 0.7
 """Share of the binding threshold that is recommended. Runs at 0.8 of it have been seen to sharpen their way past it."""
@@ -65,6 +70,7 @@ def judge(
     moments: EstimatorMoments,
     binding: Binding | None,
     descent: float | None,
+    doubling: tuple[float, float] | None = None,
 ) -> Verdict:
     """What a step size does within the planned steps.
 
@@ -76,10 +82,10 @@ def judge(
         moments: Constants of the estimator.
         binding: The threshold to compare with.
         descent: Descent threshold.
+        doubling: What ``doubling_steps`` says.
     """
-    first = time_to_blow_up(spectrum, lr, rule=rule, moments=moments, version="full")
-    last = time_to_blow_up(spectrum, lr, rule=rule, moments=moments, version="positive")
-    first, last = min(first, last), max(first, last)
+    ends = [time_to_blow_up(spectrum, lr, rule=rule, moments=moments, version=version) for version in VERSIONS]
+    first, last = min(ends), max(ends)
     outlook: Outlook = "unstable" if last <= steps else "uncertain" if first <= steps else "stable"
     return Verdict(
         lr=lr,
@@ -87,5 +93,40 @@ def judge(
         ratio=None if binding is None else lr / binding.value,
         outlook=outlook,
         blow_up=(first, last),
+        doubling=doubling,
         descends=None if descent is None else lr < descent,
     )
+
+
+def doubling_steps(
+    lr: float,
+    *,
+    steps: int,
+    spectrum: Spectrum,
+    gradient: GradientMeasure,
+    loss: float,
+    rule: UpdateRule,
+    moments: EstimatorMoments,
+) -> tuple[float, float]:
+    """Steps after which the predicted loss has risen by its own value, with all eigenvalues and with the positive ones.
+
+    This is when a blow-up shows. Feedback passes 1 long before where the gradient, which starts the noise, is small.
+
+    Args:
+        lr: Step size, param²/loss.
+        steps: Steps to look ahead.
+        spectrum: All of the operator's spectrum.
+        gradient: Spectral measure of the gradient.
+        loss: Loss at the start, not 0.
+        rule: Update rule.
+        moments: Constants of the estimator.
+
+    Returns:
+        The earlier and the later one; ``inf`` for not within ``steps``.
+    """
+    ends = []
+    for part in (spectrum, spectrum.positive):
+        curve = predicted_loss(part, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments)
+        risen = np.flatnonzero(curve - loss >= abs(loss))
+        ends.append(float(risen[0]) if risen.size else math.inf)
+    return min(ends), max(ends)

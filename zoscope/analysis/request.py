@@ -14,7 +14,8 @@ from zoscope.theory.moments import Directions, EstimatorMoments, estimator_momen
 from zoscope.theory.rules import OPTIMIZERS, UpdateRule, update_rule
 from zoscope.theory.validate import require_count, require_positive
 
-Progress = Callable[..., None]
+Progress = Callable[[str, int, float | None], None]
+"""Called with the stage of the measurement, the products spent and the precision reached, if there is one."""
 
 CURVATURES = ("hessian", "ggn", "forward")
 STATE_PREFIX = "state:"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis.optimizer_bounds import Horizon, OptimizerBounds, ci95
-from zoscope.analysis.recommend import Threshold, choose_binding, judge, recommend
+from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds, Verdict, ci95
+from zoscope.analysis.recommend import Threshold, choose_binding, doubling_steps, judge, recommend
 from zoscope.theory.curve import GradientMeasure, best_lr
 from zoscope.theory.mean_square import StabilityCondition, horizon_curve
 from zoscope.theory.thresholds import fo_threshold, paper_bounds, tight_bounds
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 HORIZONS = (30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 """Numbers of steps of the printed curve η*(T)."""
 
-LONGEST_PREDICTION = 3_000
-"""Steps up to which the loss curve is predicted; it is followed step by step, for some thirty step sizes."""
+LONGEST_LOOK = 30_000
+"""Steps up to which the loss at a step size asked about is followed."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,37 @@ def optimizer_row(
         recommended_reason=reason,
         predicted_lr=_predicted_lr(measured, question, rule=rule, upper=horizon.upper),
         commutator=measured.commutator,
-        verdict=None
-        if question.lr is None
-        else judge(
+        verdict=_verdict(measured, question, rule=rule, binding=binding, descent=descent),
+    )
+
+
+def _verdict(
+    measured: Measured, question: Question, *, rule: UpdateRule, binding: Binding | None, descent: float | None
+) -> Verdict | None:
+    if question.lr is None:
+        return None
+    spectrum, doubling = measured.curvature.spectrum.fine, None
+    if measured.gradient is not None and question.loss != 0:
+        doubling = doubling_steps(
             question.lr,
-            steps=question.steps,
-            spectrum=curvature.spectrum.fine,
+            steps=min(question.steps, LONGEST_LOOK),
+            spectrum=spectrum,
+            gradient=measured.gradient,
+            loss=question.loss,
             rule=rule,
-            moments=moments,
-            binding=binding,
-            descent=descent,
-        ),
+            moments=question.moments,
+        )
+        if question.steps > LONGEST_LOOK and math.isinf(doubling[1]):
+            doubling = None  # it may still come
+    return judge(
+        question.lr,
+        steps=question.steps,
+        spectrum=spectrum,
+        rule=rule,
+        moments=question.moments,
+        binding=binding,
+        descent=descent,
+        doubling=doubling,
     )
 
 
@@ -133,7 +153,7 @@ def _predicted_lr(measured: Measured, question: Question, *, rule: UpdateRule, u
 
     Negative curvature is left out: over a whole run the quadratic model would promise a loss without lower bound.
     """
-    if measured.gradient is None or not math.isfinite(upper) or question.steps > LONGEST_PREDICTION:
+    if measured.gradient is None or not math.isfinite(upper):
         return None
     return best_lr(
         measured.curvature.spectrum.fine.positive,

@@ -120,10 +120,10 @@ def probe_preconditioner(
 
 
 def _probe_vectors(operator: LinearOperator, *, probes: int, generator: torch.Generator) -> Tensor:
-    options = {"dtype": operator.dtype, "device": operator.device}
-    if operator.dim <= EXACT_DIMENSION:
-        return operator.dim**0.5 * torch.eye(operator.dim, **options)
-    return torch.randn((max(probes, 2), operator.dim), generator=generator, **options)
+    dim, dtype, device = operator.dim, operator.dtype, operator.device
+    if dim <= EXACT_DIMENSION:
+        return dim**0.5 * torch.eye(dim, dtype=dtype, device=device)
+    return torch.randn((max(probes, 2), dim), generator=generator, dtype=dtype, device=device)
 
 
 def _root_of_ratio(above: Tensor, below: Tensor, *, exact: bool) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from zoscope.report.bounds_tables import (
     settings_line,
 )
 from zoscope.report.style import OPTIMIZER_NAMES, count, duration, quantity, rough_count, step_size
-from zoscope.report.tables import grid, heading
+from zoscope.report.tables import grid, heading, lines_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -45,7 +46,7 @@ class BoundsReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Everything, top to bottom."""
         result = self.result
-        yield header(result)
+        yield header(result, width=options.max_width)
         yield heading("Curvature", "± is the half-width of the 95 % interval")
         yield curvature_table(result)
         yield from _bounds(result, console, options)
@@ -79,14 +80,13 @@ def render(result: BoundsResult, *, warnings: bool = True) -> BoundsReport:
     return BoundsReport(result, warnings=warnings)
 
 
-def header(result: BoundsResult) -> RenderableType:
+def header(result: BoundsResult, *, width: int) -> RenderableType:
     """What was measured, where and at which cost."""
     problem, estimator = result.problem, result.estimator
-    examples = f"{count(problem.num_examples)} example{'s' if problem.num_examples != 1 else ''}"
     queries = "" if estimator.queries == 1 else f", {estimator.queries} queries per step"
     facts = [
         f"{count(problem.num_params)} parameters",
-        examples,
+        f"{count(problem.num_examples)} example{'s' if problem.num_examples != 1 else ''}",
         f"loss {quantity(problem.loss)}",
         f"‖g‖ {quantity(problem.grad_norm)}",
         f"{result.device} {result.dtype}",
@@ -95,8 +95,8 @@ def header(result: BoundsResult) -> RenderableType:
         f"{estimator.directions} directions{queries}",
     ]
     text = Text.assemble((result.spec or "zoscope bounds", "bold"))
-    # No-break spaces keep each fact on one line.
-    text.append("\n" + " · ".join(fact.replace(" ", "\u00a0") for fact in facts), style="dim")
+    for line in lines_of(facts, width=width):
+        text.append(f"\n{line}", style="dim")
     return text
 
 
@@ -151,11 +151,14 @@ def _verdict(verdict: Verdict) -> Text:
 
 
 def _outlook(verdict: Verdict) -> str:
-    first, last = (rough_count(end) for end in verdict.blow_up)
-    unit = "step" if last == "1" else "steps"
     planned = count(verdict.steps)
     if verdict.outlook == "stable":
         return f"does not blow up within {planned} steps"
-    if verdict.outlook == "uncertain":
-        return f"may blow up after about {first} steps, or not within {planned}"
-    return f"blows up after about {first if first == last else f'{first}–{last}'} {unit}"
+    first, last = verdict.blow_up if verdict.doubling is None else verdict.doubling
+    if math.isinf(first):
+        whose = "" if verdict.outlook == "unstable" else " of all eigenvalues"
+        return f"above η*({planned}){whose}, but the predicted loss does not double within {planned} steps"
+    if verdict.outlook == "uncertain" or math.isinf(last):
+        return f"may blow up after about {rough_count(first)} steps, or not within {planned}"
+    span = dict.fromkeys((rough_count(first), rough_count(last)))
+    return f"blows up after about {'–'.join(span)} {'step' if last == 1 else 'steps'}"

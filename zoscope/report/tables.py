@@ -32,9 +32,20 @@ def grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
 
 
 def number_table(*columns: str, justify: JustifyMethod = "right") -> Table:
-    """A table whose first column holds labels and all others numbers that must never be cut."""
+    """A table whose first column holds labels and all others numbers: in a narrow terminal they wrap, never cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column(columns[0], no_wrap=True, vertical="bottom")
     for column in columns[1:]:
-        table.add_column(column, justify=justify, no_wrap=True, overflow="fold", vertical="bottom")
+        table.add_column(column, justify=justify, overflow="fold", vertical="bottom")
     return table
+
+
+def lines_of(facts: Iterable[str], *, width: int) -> list[str]:
+    """Facts joined by dots into lines that break between facts only."""
+    lines: list[str] = []
+    for fact in facts:
+        if lines and len(lines[-1]) + len(fact) + 3 <= width:
+            lines[-1] += f" · {fact}"
+        else:
+            lines.append(fact)
+    return lines

@@ -1,0 +1,102 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from zoscope.analysis import notices
+from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds
+from zoscope.analysis.results import ProblemInfo
+from zoscope.curvature.precondition import Preconditioner
+from zoscope.curvature.results import Curvature, Eigenvalue
+from zoscope.problem import Notice
+from zoscope.theory.rules import update_rule
+from zoscope.theory.spectrum import Estimate, SampledSpectrum
+
+CALM = Curvature(
+    trace=Estimate(10.0),
+    frobenius_sq=Estimate(2.0),
+    lambda_max=Eigenvalue(1.0, 0.0, True),
+    lambda_min=Eigenvalue(0.0, 0.0, True),
+    trace_positive=Estimate(10.0),
+    negative_mass=0.0,
+    effective_rank=50.0,
+    method="dense",
+    num_hvps=0,
+    seconds=0.0,
+    spectrum=SampledSpectrum.exact([1.0]),
+)
+BOUNDS = OptimizerBounds(
+    name="gd",
+    rule=update_rule("gd"),
+    operator="hessian",
+    settings={},
+    fo=1.0,
+    zo_lower=0.2,
+    zo_upper=0.3,
+    lower_tight=0.2,
+    upper_tight=0.3,
+    exact=Estimate(0.1),
+    horizon=Horizon(1000, 0.1, 0.1, (0.1, 0.1), ()),
+    descent=1.0,
+    binding=Binding("horizon", 0.1),
+    recommended=0.07,
+    recommended_reason="",
+)
+
+
+def codes(found) -> list[str]:
+    return [notice.code for notice in found]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, None),
+        ({"negative_mass": 0.05}, None),
+        ({"negative_mass": 5.0}, "indefinite-hessian"),
+        ({"trace_positive": Estimate(0.0)}, "zero-curvature"),
+        ({"effective_rank": 2.0}, "few-modes"),
+        ({"lambda_max": Eigenvalue(1.0, 0.3, False)}, "lambda-max"),
+    ],
+)
+def test_each_trouble_of_the_spectrum_has_its_notice(changes, code) -> None:
+    found = codes(notices.curvature_notices(dataclasses.replace(CALM, **changes), BOUNDS))
+    assert found == ([] if code is None else [code])
+
+
+def test_an_interval_that_misses_the_threshold_is_named() -> None:
+    (notice,) = notices.curvature_notices(dataclasses.replace(CALM, negative_mass=5.0), BOUNDS)
+    assert "wholly above" in notice.message
+    assert "50 %" in notice.message
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(0.01, []), (1.0, ["gradient-not-small"])])
+def test_a_run_that_leaves_the_neighbourhood_is_announced(norm: float, expected: list[str]) -> None:
+    assert codes(notices.gradient_notices(ProblemInfo(1, 1, 1.0, norm), BOUNDS)) == expected
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "commutator", "expected"),
+    [(0.0, 0.004, []), (0.9, 0.004, ["preconditioner-collapsed"]), (0.0, 0.3, ["commutator"])],
+)
+def test_a_preconditioner_that_breaks_an_assumption_is_announced(collapsed, commutator, expected) -> None:
+    preconditioner = Preconditioner(torch.ones(1), "expected", collapsed)
+    assert codes(notices.preconditioner_notices(preconditioner, Estimate(commutator))) == expected
+
+
+@pytest.mark.parametrize(("reached", "expected"), [(0.02, []), (0.021, ["precision"]), (math.inf, ["precision"])])
+def test_a_missed_precision_is_announced(reached: float, expected: list[str]) -> None:
+    assert codes(notices.precision_notices({"hessian": reached}, rtol=0.02, max_hvps=10)) == expected
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", []), ("bfloat16", ["half-precision"])])
+def test_half_precision_is_announced(dtype: str, expected: list[str]) -> None:
+    assert codes(notices.dtype_notices(dtype)) == expected
+
+
+def test_a_notice_is_given_once() -> None:
+    assert notices.without_repeats([Notice("a", "x"), Notice("b", "y"), Notice("a", "x")]) == (
+        Notice("a", "x"),
+        Notice("b", "y"),
+    )

@@ -1,0 +1,108 @@
+import io
+import re
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from zoscope.analysis.results import BoundsResult
+from zoscope.report.bounds import render
+from zoscope.report.style import step_size
+
+Make = Callable[..., BoundsResult]
+WIDTHS = (80, 120, 200)
+
+
+def shown(result: object, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True, color_system=None)
+    console.print(result)
+    return console.export_text(styles=False)
+
+
+def numbers(text: str) -> list[str]:
+    return sorted(re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("steps", [1, 1000, 50_000])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.3])
+def test_no_line_is_wider_than_the_terminal(make_result: Make, width: int, steps: int, noise: float) -> None:
+    text = shown(make_result(steps=steps, noise=noise, lr=0.02), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e6])
+def test_the_same_numbers_are_shown_at_80_and_at_120_columns(make_result: Make, scale: float) -> None:
+    result = make_result(lr=0.02 / scale, scale=scale)
+    narrow, wide = numbers(shown(result, 80)), numbers(shown(result, 120))
+    assert set(narrow) == set(wide)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_bound_is_shown(make_result: Make, width: int) -> None:
+    result = make_result()
+    text = shown(result, width)
+    floats = [float(number.replace(",", "")) for number in numbers(text)]
+    for row in result.optimizers.values():
+        for value in (row.zo_lower, row.zo_upper, row.lower_tight, row.upper_tight, row.descent, row.recommended):
+            assert step_size(value) in text
+        for point in row.horizon.curve:
+            assert f"{point.steps:,}" in text
+            for end in (point.lower.value, point.upper.value):
+                assert any(number == pytest.approx(end, rel=0.006) for number in floats)
+
+
+def test_numbers_stay_in_one_piece_in_a_narrow_terminal(make_result: Make) -> None:
+    result = make_result()
+    text = shown(result, 60)
+    assert "…" not in text
+    assert set(numbers(text)) == set(numbers(shown(result, 80)))
+
+
+def test_120_columns_hold_one_table_of_bounds_and_80_two(make_result: Make) -> None:
+    result = make_result()
+    assert shown(result, 120).count("Step-size bounds") == 1
+    assert shown(result, 80).count("Step-size bounds") == 2
+
+
+def test_square_brackets_are_not_taken_for_markup(make_result: Make) -> None:
+    text = shown(make_result(), 120)
+    assert "model.py:problem[0]" in text
+    assert "indefinite [as most are]" in text
+
+
+def test_warnings_come_last_and_can_be_left_to_another_stream(make_result: Make) -> None:
+    result = make_result()
+    text = shown(result, 120)
+    assert text.index("Warnings") > text.index("Stable for how many steps")
+    assert "indefinite" not in shown(render(result, warnings=False), 120)
+
+
+@pytest.mark.parametrize(
+    ("lr", "words"),
+    [
+        (1e-6, "does not blow up within"),
+        (7e-3, "above η*(1,000) of all eigenvalues, but"),
+        (0.02, "blows up after about"),
+    ],
+)
+def test_a_verdict_says_what_a_step_size_does(make_result: Make, lr: float, words: str) -> None:
+    assert words in shown(make_result(lr=lr, optimizers=("gd",)), 120)
+
+
+def test_a_verdict_mentions_a_rising_loss(make_result: Make) -> None:
+    assert "the expected loss rises" in shown(make_result(lr=0.04, optimizers=("gd",)), 120)
+
+
+def test_no_colour_is_written_where_none_is_wanted(make_result: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = io.StringIO()
+    Console(width=120, file=file, force_terminal=True).print(make_result())
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", file.getvalue())
+
+
+def test_a_notebook_gets_html_and_text(make_result: Make) -> None:
+    bundle = make_result()._repr_mimebundle_()
+    assert bundle["text/html"].startswith("<pre")
+    assert "Step-size bounds" in bundle["text/plain"]
