@@ -92,7 +92,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         raise error
     if isinstance(error, (KeyboardInterrupt, EOFError, typer.Abort)):
-        complain("interrupted.", label="")
+        complain("Interrupted.", label="")
         return EXIT_INTERRUPTED
     if isinstance(error, ZoscopeError):
         complain(str(error), frame=error.frame if isinstance(error, SpecError) else "")

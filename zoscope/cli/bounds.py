@@ -18,7 +18,7 @@ from zoscope.cli.options import (
     Threshold,
 )
 from zoscope.cli.output import emit, warn
-from zoscope.cli.progress import measuring
+from zoscope.cli.progress import loading, measuring
 from zoscope.errors import NumericalError
 from zoscope.report.bounds import render
 
@@ -45,7 +45,8 @@ def command(
     chosen = validate.choice("--threshold", threshold, THRESHOLDS)
     if lr is not None:
         validate.positive("--lr", lr)
-    loaded = problem.load()
+    with loading(quiet=output.quiet):
+        loaded = problem.load()
     with measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet) as on_progress:
         result = zoscope.bounds(
             loaded.problem,

@@ -18,6 +18,16 @@ def visible(*, quiet: bool) -> bool:
 
 
 @contextmanager
+def loading(*, quiet: bool) -> Iterator[None]:
+    """A sign of life while a spec loads, which may well train a model; what it prints appears above."""
+    if not visible(quiet=quiet):
+        yield
+        return
+    with Console(stderr=True).status("loading the problem"):
+        yield
+
+
+@contextmanager
 def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | None]:
     """A bar over Hessian-vector products, with the precision so far and the time left.
 
