@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,9 +112,8 @@ def _plain(
     base: LinearOperator, g: Tensor, rules: Iterable[UpdateRule], *, request: Request, moments: EstimatorMoments
 ) -> Measured:
     name = operator_name(request, preconditioned=False)
-    curvature = _measured(base, list(rules), name=name, request=request, moments=moments)
-    measure_of_g = getattr(curvature, "gradient_measure", None) or one_node_measure(base, g)
-    return Measured(name, curvature, measure_of_g)
+    curvature = _measured(base, g, list(rules), name=name, request=request, moments=moments)
+    return Measured(name, curvature, gradient_measure(curvature))
 
 
 def _plain_descent(measured: Measured, rule: UpdateRule, *, moments: EstimatorMoments) -> float | None:
@@ -138,12 +136,12 @@ def _adam(
     p = preconditioner.diagonal
     scaled = Preconditioned(base, p)
     name = operator_name(request, preconditioned=True)
-    curvature = _measured(scaled, rules, name=name, request=request, moments=moments)
+    # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
+    scaled_g = (g.double() / p.double().sqrt()).to(g.dtype)
+    curvature = _measured(scaled, scaled_g, rules, name=name, request=request, moments=moments)
     (generator,) = spawn_generators(request.seed, 1, base.device)
     probes = probe_preconditioner(base, p, generator=generator)
-    # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
-    measure_of_g = one_node_measure(scaled, (g.double() / p.double().sqrt()).to(g.dtype))
-    found = Measured(name, curvature, measure_of_g, probes.commutator)
+    found = Measured(name, curvature, gradient_measure(curvature), probes.commutator)
     return found, _adam_descent(found, g, probes, moments=moments)
 
 
@@ -162,28 +160,28 @@ def _adam_descent(
     )
 
 
-def one_node_measure(operator: LinearOperator, g: Tensor) -> GradientMeasure | None:
-    """Spectral measure of a vector with its first moment only: all of ``‖g‖²`` at ``gᵀMg/‖g‖²``; one product.
-
-    Returns:
-        ``None`` for a zero vector.
-    """
-    squared = float(g.double().square().sum())
-    if squared == 0:
+def gradient_measure(curvature: Curvature) -> GradientMeasure | None:
+    """Spectral measure of the gradient; ``None`` for a zero gradient."""
+    measure = curvature.vector_measure
+    if measure is None or not measure.nodes.size:
         return None
-    unit = g / squared**0.5
-    product = operator.matmat(unit[None])[0]
-    rayleigh = float(unit.double() @ product.double()) / float(unit.double().square().sum())
-    return GradientMeasure(np.array([rayleigh]), np.array([squared]))
+    return GradientMeasure(measure.nodes, measure.weights)
 
 
 def _measured(
-    operator: LinearOperator, rules: list[UpdateRule], *, name: str, request: Request, moments: EstimatorMoments
+    operator: LinearOperator,
+    g: Tensor,
+    rules: list[UpdateRule],
+    *,
+    name: str,
+    request: Request,
+    moments: EstimatorMoments,
 ) -> Curvature:
     return measure(
         operator,
         method=request.method,
         precision=request.precision(rules, moments=moments),
+        vector=g,
         rtol=request.rtol,
         max_hvps=request.max_hvps,
         seed=request.seed,

@@ -5,7 +5,8 @@ import torch
 from numpy.typing import NDArray
 
 from zoscope.curvature.operators import LinearOperator
-from zoscope.errors import NumericalError
+from zoscope.errors import NumericalError, UsageError
+from zoscope.runtime import available_memory
 
 
 def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], float]:
@@ -19,8 +20,16 @@ def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], fl
         rounding of the products can have moved them.
 
     Raises:
+        UsageError: If the matrix does not fit in memory.
         NumericalError: If a product is not finite.
     """
+    needed, free = 32 * operator.dim**2, available_memory(operator.device)
+    if needed > free:
+        raise UsageError(
+            f"--method dense: all eigenvalues of {operator.dim:,} parameters need about {needed / 2**30:.0f} GiB, and "
+            f"{free / 2**30:.0f} GiB are free. Expected a smaller problem; use --method deflated-slq, or fewer "
+            "parameters (--params)."
+        )
     matrix = operator.dense()
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError(

@@ -6,20 +6,24 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zoscope.curvature.dense import dense_eigenvalues
 from zoscope.curvature.lanczos import Chain, Jacobi
-from zoscope.curvature.operators import LinearOperator
+from zoscope.curvature.operators import DenseOperator, LinearOperator
 from zoscope.curvature.results import Curvature, Eigenvalue, Method
-from zoscope.curvature.slq import Deflated, Precision, choose_length, probe_block, split
+from zoscope.curvature.slq import Deflated, Precision, choose_length, gauss_rule, probe_block, split
 from zoscope.runtime import available_memory, spawn_generators
-from zoscope.theory.spectrum import SampledSpectrum
+from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 DENSE_LIMIT = 4096
 """Largest dimension for which the dense path is chosen by itself."""
 
 FIRST_STEPS, MORE_STEPS, MOST_STEPS = 30, 10, 80
 """Length of the long chain: at first, by how much it grows, and at most."""
+
+VECTOR_STEPS = 8
+"""Lanczos steps spent on the spectral measure of a vector; at most a tenth of the products allowed."""
 
 BLOCK = 4
 """Probe vectors that advance together."""
@@ -40,6 +44,7 @@ def measure(
     *,
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     precision: Precision | None = None,
+    vector: Tensor | None = None,
     rtol: float = 0.02,
     max_hvps: int = 600,
     seed: int = 0,
@@ -53,6 +58,7 @@ def measure(
             where that takes no more products than ``max_hvps``, and d ≤ 4,096.
         precision: Largest relative 95 % half-width among the quantities wanted; the trace of the positive part when
             left out.
+        vector: ``(d,)`` vector, such as the gradient, whose spectral measure is wanted too.
         rtol: Half-width at which to stop.
         max_hvps: Products allowed.
         seed: Of the probe vectors.
@@ -72,9 +78,12 @@ def measure(
     started, spent = time.perf_counter(), operator.num_hvps
     if method == "dense" or (method == "auto" and operator.dim <= min(DENSE_LIMIT, max_hvps)):
         result = _dense(operator)
+        vector_measure = _measure_of(DenseOperator(operator.dense()), vector)
     else:
+        vector_measure = _measure_of(operator, vector, steps=max(1, min(VECTOR_STEPS, max_hvps // 10)))
         wanted = precision or _precision_of_positive_trace
-        result = _Sampling(operator, wanted, rtol=rtol, max_hvps=max_hvps, seed=seed, on_progress=on_progress).run()
+        left = max(1, max_hvps - (operator.num_hvps - spent))
+        result = _Sampling(operator, wanted, rtol=rtol, max_hvps=left, seed=seed, on_progress=on_progress).run()
     spectrum, ends, how, notes = result
     return _curvature(
         spectrum,
@@ -82,8 +91,22 @@ def measure(
         method=how,
         num_hvps=operator.num_hvps - spent,
         seconds=time.perf_counter() - started,
+        vector_measure=vector_measure,
         notes=notes,
     )
+
+
+def _measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int = VECTOR_STEPS) -> Spectrum | None:
+    """Gauss rule of a vector's spectral measure; its first moment, ``vᵀMv``, is exact from one step on."""
+    if vector is None:
+        return None
+    squared = float(vector.double().square().sum())
+    if squared == 0:
+        return Spectrum.of([])
+    chain = Chain(operator, vector, capacity=steps)
+    chain.extend(steps)
+    rule = gauss_rule(chain.jacobi)
+    return Spectrum(rule.nodes, squared * rule.weights)
 
 
 _Result = tuple[SampledSpectrum, tuple[Eigenvalue, Eigenvalue], Method, tuple[str, ...]]
@@ -204,6 +227,7 @@ def _curvature(
     method: Method,
     num_hvps: int,
     seconds: float,
+    vector_measure: Spectrum | None,
     notes: tuple[str, ...],
 ) -> Curvature:
     positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
@@ -220,6 +244,7 @@ def _curvature(
         num_hvps=num_hvps,
         seconds=seconds,
         spectrum=spectrum,
+        vector_measure=vector_measure,
         notes=notes,
     )
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from zoscope.theory.spectrum import Estimate, SampledSpectrum
+from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 
 Method = Literal["dense", "deflated-slq", "forward"]
 
@@ -39,6 +39,7 @@ class Curvature:
         num_hvps: Matrix-vector products spent.
         seconds: Wall time spent.
         spectrum: Nodes and weights from which every threshold is computed.
+        vector_measure: Spectral measure of the vector that was given, ``Σ w f(θ) = vᵀ f(M) v``; ``None`` without one.
         notes: What the user should know about how the measurement went.
     """
 
@@ -53,4 +54,5 @@ class Curvature:
     num_hvps: int
     seconds: float
     spectrum: SampledSpectrum
+    vector_measure: Spectrum | None = None
     notes: tuple[str, ...] = ()
