@@ -44,17 +44,17 @@ def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | N
         yield None
         return
     with _bar() as progress:
-        task = progress.add_task("", total=max_hvps, precision="")
-        current = ""
+        task = progress.add_task("first products", total=max_hvps, precision="")
+        spent = 0
 
         def report(stage: str, num_hvps: int, precision: float | None = None) -> None:
-            nonlocal current
-            if stage != current:
-                current = stage
-                progress.reset(task, total=max_hvps, description=stage, precision="")
+            nonlocal spent
+            if num_hvps < spent:  # another operator
+                progress.reset(task)
+            spent = num_hvps
             reached = "" if precision is None else f"±{precision:.1%} (want {rtol:.1%})"
             total = products_needed(num_hvps, precision, max_hvps=max_hvps, rtol=rtol)
-            progress.update(task, completed=num_hvps, total=max(total, num_hvps), precision=reached)
+            progress.update(task, description=stage, completed=num_hvps, total=max(total, num_hvps), precision=reached)
 
         yield report
 
