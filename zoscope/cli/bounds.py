@@ -20,7 +20,6 @@ from zoscope.cli.options import (
 from zoscope.cli.output import emit, warn
 from zoscope.cli.progress import loading, measuring
 from zoscope.errors import NumericalError
-from zoscope.report.bounds import render
 
 PRECISION = "precision"  # code of the notice that --rtol was not reached
 
@@ -58,6 +57,8 @@ def command(
             **optimizer.kwargs(),
             **measure.kwargs(),
         )
+    from zoscope.report.bounds import render  # late, for a fast --help
+
     emit(result, output, shown=render(result, warnings=False))
     missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
     warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
