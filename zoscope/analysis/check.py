@@ -11,7 +11,7 @@ from zoscope.analysis.checking.baseline import Baseline, compare, load_baseline
 from zoscope.analysis.checking.cache import Cache
 from zoscope.analysis.checking.gate import decide
 from zoscope.analysis.checking.measure import Failure, Workbench
-from zoscope.analysis.checking.probing import probe_result
+from zoscope.analysis.checking.probing import with_probe
 from zoscope.analysis.checking.results import CheckReport, CheckResult
 from zoscope.analysis.checking.thresholds import Measurement
 from zoscope.config.hf_args import load_hf_args
@@ -139,7 +139,7 @@ def _run(
     try:
         result = _judged(config, measurement)
         if config.policy.probe:
-            result = probe_result(result, config, bench.load(config))
+            result = with_probe(result, config, bench)
     except Exception as error:
         return _failed(config, Failure.of(error))
     if earlier is not None:

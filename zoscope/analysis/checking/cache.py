@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoscope.analysis.checking.thresholds import Measurement
 from zoscope.errors import UsageError
 
 FORMAT = 1
@@ -46,17 +45,18 @@ class Cache:
         text = json.dumps([FORMAT, fingerprint, options], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def get(self, key: str) -> Measurement | None:
-        """The measurement, if it is there."""
+    def get(self, key: str) -> dict[str, Any] | None:
+        """What was kept, if it is there."""
         try:
             document = json.loads(self._file(key).read_text(encoding="utf-8"))
-            return Measurement.from_dict(document["measurement"]) if document["format"] == FORMAT else None
+            entry = document["entry"] if document["format"] == FORMAT else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+        return entry if isinstance(entry, dict) else None
 
-    def put(self, key: str, measurement: Measurement) -> None:
-        """Keep a measurement; a full disk costs the entry, not the run."""
-        document = {"format": FORMAT, "measurement": measurement.to_dict()}
+    def put(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Keep a JSON object; a full disk costs the entry, not the run."""
+        document = {"format": FORMAT, "entry": entry}
         name = None
         try:
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=".writing-")

@@ -184,13 +184,12 @@ class _Hasher:
     def _function(self, value: types.FunctionType, depth: int) -> None:
         """Code, and the values that it closes over or reads from its module."""
         self._mark(f"{value.__module__}.{value.__qualname__}")
-        file = value.__code__.co_filename
-        if _installed(Path(file).resolve()):
-            return
-        self._mark("code", value.__code__.co_code)
-        self._sequence([c for c in value.__code__.co_consts if isinstance(c, _SCALARS)], depth)
         self._sequence((value.__defaults__, value.__kwdefaults__), depth)
         self._sequence([cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)], depth)
+        if _installed(Path(value.__code__.co_filename).resolve()):
+            return  # its code and its module are those of a version
+        self._mark("code", value.__code__.co_code)
+        self._sequence([c for c in value.__code__.co_consts if isinstance(c, _SCALARS)], depth)
         read = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
         self.add(dict(sorted(read.items())), depth)
 

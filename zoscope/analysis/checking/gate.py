@@ -52,7 +52,7 @@ def decide(lr: float, threshold: Threshold, *, margin: float, on_warn: str, step
         return Decision("pass", f"no positive curvature limits the step size: every lr is below the {what}.", None)
     advice = f"The largest lr that passes is {largest:g}." if largest else "No lr passes: the lower end is 0."
     if lr <= margin * threshold.low:
-        message = f"lr {lr:g} is {_times(lr / threshold.value)} the {what}. {advice}"
+        message = f"lr {lr:g} is {lr / threshold.value:.2g} times the {what}. {advice}"
         return Decision("pass", message, largest)
     if lr > threshold.high:
         message = f"lr {lr:g} is above the {what}: training is expected to become unstable. {advice}"
@@ -68,10 +68,6 @@ def round_down(value: float) -> float | None:
     if not math.isfinite(value) or value <= 0:
         return None
     return float(Context(prec=2, rounding=ROUND_DOWN).create_decimal(value))
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2g} of"
 
 
 def _interval(threshold: Threshold) -> str:

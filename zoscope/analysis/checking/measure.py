@@ -13,6 +13,7 @@ from zoscope.analysis.checking.cache import Cache
 from zoscope.analysis.checking.thresholds import Measurement
 from zoscope.config.model import CheckConfig
 from zoscope.errors import NumericalError, SpecError, ZoscopeError
+from zoscope.theory.rules import OPTIMIZERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,8 +80,8 @@ class Workbench:
         """The thresholds for a check; checks among ``others`` with the same measurement are served by the same call."""
         key = measurement_key(config)
         if key not in self._measured:
-            rules = {other.optimizer.rule for other in (config, *others) if measurement_key(other) == key}
-            self._measured[key] = self._attempt(config, tuple(sorted(rules)))
+            served = [other for other in (config, *others) if measurement_key(other) == key]
+            self._measured[key] = self._attempt(served)
         return self._measured[key]
 
     def load(self, config: CheckConfig) -> LoadedProblem | Failure:
@@ -103,42 +104,89 @@ class Workbench:
         loaded = load_spec(config.spec, settings=config.settings, params=config.params, checkpoint=config.checkpoint)
         return LoadedProblem(loaded.problem, loaded.source)
 
-    def _attempt(self, config: CheckConfig, rules: tuple[str, ...]) -> Measurement | Failure:
-        loaded = self.load(config)
+    def _attempt(self, served: Sequence[CheckConfig]) -> Measurement | Failure:
+        loaded = self.load(served[0])
         if isinstance(loaded, Failure):
             return loaded
-        options = measurement_options(config)
         try:
-            return self._cached(loaded, options, rules)
+            return self._cached(loaded, {**measurement_options(served[0]), **_wanted(served)})
         except Exception as error:
             return Failure.of(error)
 
-    def _cached(self, loaded: LoadedProblem, options: Mapping[str, Any], rules: tuple[str, ...]) -> Measurement:
+    def _cached(self, loaded: LoadedProblem, options: Mapping[str, Any]) -> Measurement:
+        key = self._key(loaded, options)
+        kept = self._kept(key)
+        if kept is not None:
+            return kept
+        measurement = self._bounds(loaded, options)
+        if isinstance(key, str) and self.cache is not None:
+            self.cache.put(key, measurement.to_dict())
+        if isinstance(key, Uncached):
+            return replace(measurement, notices=(*measurement.notices, f"Not cached: {key.reason}."))
+        return measurement
+
+    def _kept(self, key: str | Uncached | None) -> Measurement | None:
+        entry = self.cache.get(key) if self.cache is not None and isinstance(key, str) else None
+        try:
+            return None if entry is None else Measurement.from_dict(entry)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None  # damaged
+
+    def _key(self, loaded: LoadedProblem, options: Mapping[str, Any]) -> str | Uncached | None:
+        """Where the cache keeps a result, or why it cannot; ``None`` without a cache."""
         if self.cache is None:
-            return self._bounds(loaded, options, rules)
+            return None
         from zoscope.analysis.checking.fingerprint import UncacheableError
 
         try:
-            key = self.cache.key(loaded.fingerprint(), {**options, "rules": rules, "device": _device(options)})
+            return self.cache.key(loaded.fingerprint(), {**options, "hardware": _hardware(options)})
         except UncacheableError as reason:
-            fresh = self._bounds(loaded, options, rules)
-            return replace(fresh, notices=(*fresh.notices, f"Not cached: {reason}."))
-        kept = self.cache.get(key)
-        if kept is not None:
-            return kept
-        measurement = self._bounds(loaded, options, rules)
-        self.cache.put(key, measurement)
-        return measurement
+            return Uncached(str(reason))
 
-    def _bounds(self, loaded: LoadedProblem, options: Mapping[str, Any], rules: tuple[str, ...]) -> Measurement:
+    def recall(
+        self,
+        config: CheckConfig,
+        options: Mapping[str, Any],
+        work: Callable[[Problem, Mapping[str, Any]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """A JSON object that depends on the problem of a check and on options: from the cache, or from ``work``."""
+        loaded = self.load(config)
+        assert isinstance(loaded, LoadedProblem)
+        key = self._key(loaded, {**options, "work": work.__qualname__})
+        if self.cache is None or not isinstance(key, str):
+            return work(loaded.problem, options)
+        kept = self.cache.get(key)
+        if kept is None:
+            kept = work(loaded.problem, options)
+            self.cache.put(key, kept)
+        return kept
+
+    def _bounds(self, loaded: LoadedProblem, options: Mapping[str, Any]) -> Measurement:
         from zoscope.analysis.bounds import bounds
 
         start = time.perf_counter()
-        result = bounds(loaded.problem, optimizers=rules, on_progress=self.on_progress, **options)
+        result = bounds(loaded.problem, on_progress=self.on_progress, **options)
         return replace(Measurement.of(result), seconds=time.perf_counter() - start)
 
 
-def _device(options: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Uncached:
+    """Why something cannot be kept in a cache."""
+
+    reason: str
+
+
+def _wanted(served: Sequence[CheckConfig]) -> dict[str, Any]:
+    """What the checks that share a measurement want from it together."""
+    rules = {config.optimizer.rule for config in served}
+    exact = any(config.optimizer.zeroth_order and config.policy.threshold == "exact" for config in served)
+    return {
+        "optimizers": tuple(rule for rule in OPTIMIZERS if rule in rules),
+        "threshold": "exact" if exact else "binding",  # steers the precision; a policy chooses its own below
+    }
+
+
+def _hardware(options: Mapping[str, Any]) -> str:
     """Which hardware ``auto`` means here: a cache may be shared by machines."""
     import torch
 
@@ -185,7 +233,6 @@ def measurement_options(config: CheckConfig) -> dict[str, Any]:
         "preconditioner": curvature.preconditioner,
         "micro_batch": curvature.micro_batch,
         "strict": curvature.strict,
-        "threshold": "exact" if optimizer.zeroth_order and config.policy.threshold == "exact" else "binding",
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis.checking.results import Threshold
+from zoscope.analysis.recommend import choose_binding
 from zoscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ def _thresholds(result: BoundsResult, bounds: OptimizerBounds) -> OptimizerThres
     if bounds.descent is not None:
         rows.append(Threshold("descent", bounds.descent, bounds.descent, bounds.descent))
     known = {row.name: row for row in rows if row is not None}
-    return OptimizerThresholds(known, None if bounds.binding is None else bounds.binding.name)
+    values = {name: known[name].value if name in known else None for name in ("horizon", "descent", "exact")}
+    binding = choose_binding("binding", **values)
+    return OptimizerThresholds(known, None if binding is None else binding.name)
 
 
 def _first_order(result: BoundsResult, bounds: OptimizerBounds) -> Threshold | None:
