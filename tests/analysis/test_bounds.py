@@ -238,6 +238,7 @@ def test_the_verdict_compares_with_what_binds() -> None:
         {"preconditioner": "state:"},
         {"preconditioner": "identity"},
         {"threshold": "fo"},
+        {"method": "exact"},
     ],
     ids=str,
 )

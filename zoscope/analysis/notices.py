@@ -62,9 +62,9 @@ def curvature_notices(curvature: Curvature, bounds: OptimizerBounds) -> Iterable
 def _indefinite(curvature: Curvature, bounds: OptimizerBounds) -> str:
     positive, negative = curvature.trace_positive.value, curvature.negative_mass
     text = (
-        f"The Hessian is indefinite: its eigenvalues below 0 sum to {-negative:.3g}, {100 * negative / positive:.0f} % "
-        f"of the positive part ({positive:.3g}). The paper's interval assumes there are none and uses Tr = "
-        f"{curvature.trace.value:.3g}"
+        f"The Hessian is indefinite: its eigenvalues below 0 sum to {_number(-negative)}, "
+        f"{100 * negative / positive:.0f} % of the positive part ({_number(positive)}). The paper's interval assumes there are none and uses Tr = "
+        f"{_number(curvature.trace.value)}"
     )
     exact, lower = bounds.exact, bounds.zo_lower
     if exact is not None and lower is not None and lower > exact.value:
@@ -128,6 +128,10 @@ def dtype_notices(dtype: str) -> Iterable[Notice]:
             f"Curvature was measured in {dtype}: rounding alone puts about 1 % of noise on every Hessian-vector "
             "product, which the error bars do not contain. Use --dtype float32 where memory allows.",
         )
+
+
+def _number(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def without_repeats(notices: Iterable[Notice]) -> tuple[Notice, ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from zoscope.analysis.precision import Precision, wanted_precision
 from zoscope.analysis.recommend import Threshold
@@ -17,6 +17,7 @@ from zoscope.theory.validate import require_count, require_positive
 Progress = Callable[[str, int, float | None], None]
 """Called with the stage of the measurement, the products spent and the precision reached, if there is one."""
 
+Method = Literal["auto", "dense", "deflated-slq"]
 CURVATURES = ("hessian", "ggn", "forward")
 STATE_PREFIX = "state:"
 
@@ -41,7 +42,7 @@ class Request:
     eps: float
     curvature: str
     preconditioner: str
-    method: str
+    method: Method
     hvp: str
     threshold: Threshold
     lr: float | None
@@ -68,6 +69,7 @@ class Request:
         if self.preconditioner != "expected" and not self.preconditioner.startswith(STATE_PREFIX):
             raise ValueError(f"preconditioner must be 'expected' or 'state:FILE', got {self.preconditioner!r}")
         _require_one_of("curvature", self.curvature, CURVATURES)
+        _require_one_of("method", self.method, get_args(Method))
         _require_one_of("threshold", self.threshold, get_args(Threshold))
         self.moments(dimension=1)
 

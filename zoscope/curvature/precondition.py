@@ -122,7 +122,7 @@ def probe_preconditioner(
 def _probe_vectors(operator: LinearOperator, *, probes: int, generator: torch.Generator) -> Tensor:
     dim, dtype, device = operator.dim, operator.dtype, operator.device
     if dim <= EXACT_DIMENSION:
-        return dim**0.5 * torch.eye(dim, dtype=dtype, device=device)
+        return torch.eye(dim, dtype=dtype, device=device).mul_(dim**0.5)
     return torch.randn((max(probes, 2), dim), generator=generator, dtype=dtype, device=device)
 
 
