@@ -1,0 +1,153 @@
+"""The empirical edge: bisection on whether half of the replicas diverge within the steps of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from zoscope.analysis.probing import verdict as judging
+from zoscope.analysis.probing.results import Edge, EdgePoint, Outcome
+from zoscope.theory.growth import steps_to_grow
+from zoscope.theory.mean_square import StabilityCondition, time_to_blow_up
+
+if TYPE_CHECKING:
+    from zoscope.analysis.probing.forecast import Forecast
+    from zoscope.analysis.probing.ground import Ground
+
+FIRST_BRACKET = 1.25
+"""The first two step sizes are the prediction times and over this."""
+
+AGREES = 0.15
+"""How far the edge may lie from the prediction: its own spread over seeds is several percent."""
+
+WIDEST = 64.0
+"""The bracket is widened up to this factor on each side."""
+
+
+def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
+    """The forecast with steps that let an edge be seen to within twice the tolerance."""
+    request = ground.request
+    if request.steps is not None:
+        return forecast
+    lr = (1.0 + 2.0 * request.edge_rtol) * forecast.true_value
+    needed = steps_to_grow(forecast.spectrum.positive, lr, request.growth, rule=forecast.rule, moments=forecast.moments)
+    steps = request.max_steps if not math.isfinite(needed) else min(math.ceil(needed), request.max_steps)
+    return replace(forecast, steps=max(steps, forecast.steps))
+
+
+def find_edge(
+    ground: Ground, forecast: Forecast, *, keep: Callable[[EdgePoint], None], on_step: Callable[[int], None] | None
+) -> Edge:
+    """Bisect for the edge, from the prediction outwards and then inwards.
+
+    Args:
+        ground: Where to run.
+        forecast: What is expected, with the steps of every run.
+        keep: Receives every point as it is known, in case the rest is interrupted.
+        on_step: Called with the number of replica steps just done.
+    """
+    points: dict[float, EdgePoint] = {}
+    rtol = ground.request.edge_rtol
+
+    def diverges(lr: float) -> bool:
+        if lr not in points:
+            points[lr] = _point(ground, forecast, lr, on_step=on_step)
+            keep(points[lr])
+        return 2 * points[lr].diverged >= points[lr].replicas
+
+    low, high = _bracket(forecast.true_value, diverges)
+    while low is not None and high is not None and high / low > 1.0 + rtol:
+        middle = math.sqrt(low * high)
+        if diverges(middle):
+            high = middle
+        else:
+            low = middle
+    return summarise(tuple(points.values()), forecast, closed=(low, high))
+
+
+def summarise(points: tuple[EdgePoint, ...], forecast: Forecast, *, closed: tuple[float | None, float | None]) -> Edge:
+    """The edge that a set of points shows."""
+    ordered = tuple(sorted(points, key=lambda point: point.lr))
+    low, high = closed
+    found = low is not None and high is not None
+    calm = [p.lr for p in ordered if p.diverged == 0]
+    lost = [p.lr for p in ordered if p.diverged == p.replicas]
+    lo = max((lr for lr in calm if high is None or lr < high), default=low or ordered[0].lr)
+    hi = min((lr for lr in lost if low is None or lr > low), default=high or ordered[-1].lr)
+    value = math.sqrt(low * high) if low is not None and high is not None else (low or high or ordered[0].lr)
+    reference = _reference(forecast)
+    return Edge(
+        lo=lo,
+        hi=hi,
+        value=value,
+        steps=forecast.steps,
+        ratio_to_exact=value / reference if reference else None,
+        ratio_to_horizon=_horizon_ratios(forecast, value),
+        found=found,
+        points=ordered,
+    )
+
+
+def edge_outcome(edge: Edge, forecast: Forecast) -> tuple[Outcome, str]:
+    """The verdict on the threshold when nothing but the edge was looked for."""
+    if not edge.found:
+        return "inconclusive", "no edge was found"
+    if forecast.few_modes:
+        return "inconclusive", judging.FEW_MODES_REMARK
+    low = high = forecast.threshold.value
+    if edge.ratio_to_horizon is not None and forecast.threshold.name != "assumed":
+        full, positive = (edge.value / ratio for ratio in edge.ratio_to_horizon)
+        low, high = min(full, forecast.threshold.exact or full), positive
+    if low * (1 - AGREES) <= edge.value <= high * (1 + AGREES):
+        return "confirmed", f"the edge lies within {AGREES:.0%} of the prediction"
+    return "refuted", f"the edge lies more than {AGREES:.0%} from the prediction"
+
+
+def _reference(forecast: Forecast) -> float | None:
+    if forecast.moments.b == 0:
+        return forecast.true_value
+    return forecast.threshold.exact
+
+
+def _horizon_ratios(forecast: Forecast, value: float) -> tuple[float, float] | None:
+    if forecast.moments.b == 0:
+        return None
+    full, positive = (
+        StabilityCondition(forecast.rule, forecast.moments, forecast.steps, version).threshold(forecast.spectrum)
+        for version in ("full", "positive")
+    )
+    return value / full, value / positive
+
+
+def _bracket(guess: float, diverges: Callable[[float], bool]) -> tuple[float | None, float | None]:
+    """A step size that stays and one that does not, widened from the guess; ``None`` where none was found."""
+    low: float | None = guess / FIRST_BRACKET
+    high: float | None = guess * FIRST_BRACKET
+    while low is not None and diverges(low):
+        high = low
+        low = low / 2.0 if low > guess / WIDEST else None
+    while low is not None and high is not None and not diverges(high):
+        low = high
+        high = high * 2.0 if high < guess * WIDEST else None
+    return low, high
+
+
+def _point(ground: Ground, forecast: Forecast, lr: float, *, on_step: Callable[[int], None] | None) -> EdgePoint:
+    trajectory = ground.walk(lr, forecast=forecast, runs_left=1, on_step=on_step)
+    found = judging.fates(trajectory, loss=forecast.loss, scale=forecast.scale)
+    full, positive = (
+        time_to_blow_up(forecast.spectrum, lr, rule=forecast.rule, moments=forecast.moments, version=version)
+        if forecast.moments.b > 0
+        else math.inf
+        for version in ("full", "positive")
+    )
+    count = len(trajectory.left)
+    return EdgePoint(
+        lr=lr,
+        diverged=found.diverged,
+        replicas=count,
+        left_at=found.left_at if 2 * found.diverged >= count else None,
+        blow_up=(full, positive),
+    )

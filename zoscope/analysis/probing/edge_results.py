@@ -1,0 +1,111 @@
+"""The threshold under test, and the empirical edge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from zoscope.analysis.optimizer_bounds import Pair, number
+
+
+@dataclass(frozen=True)
+class ProbedThreshold:
+    """The threshold under test and those beside it; step sizes in param²/loss.
+
+    Args:
+        name: ``exact``, ``descent``, ``horizon``, ``first-order`` or ``assumed``.
+        value: Its value, which the ratios refer to.
+        exact: Infinite-time threshold of the mean square.
+        exact_ci95: Its 95 % interval.
+        horizon: η*(steps), full and positive version; ``None`` for a first-order optimizer.
+        descent: Descent threshold.
+    """
+
+    name: str
+    value: float
+    exact: float | None
+    exact_ci95: Pair | None
+    horizon: Pair | None
+    descent: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "name": self.name,
+            "value": number(self.value),
+            "exact": number(self.exact),
+            "ci95": _pair(self.exact_ci95),
+            "horizon": _pair(self.horizon),
+            "descent": number(self.descent),
+        }
+
+
+@dataclass(frozen=True)
+class EdgePoint:
+    """One step size of the bisection.
+
+    Args:
+        lr: Step size.
+        diverged: How many replicas did.
+        replicas: Of how many.
+        left_at: Their median step; ``None`` unless the majority did.
+        blow_up: Predicted time to blow-up, full and positive version.
+    """
+
+    lr: float
+    diverged: int
+    replicas: int
+    left_at: float | None
+    blow_up: Pair
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lr": self.lr,
+            "diverged": self.diverged,
+            "replicas": self.replicas,
+            "left_at": number(self.left_at),
+            "blow_up_predicted": [number(end) for end in self.blow_up],
+        }
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The empirical edge: where half of the replicas diverge within ``steps``.
+
+    Args:
+        lo: Largest step size tried at which all replicas below the edge stayed.
+        hi: Smallest at which all above it diverged.
+        value: The edge, geometric mean of the last bracket of the bisection.
+        steps: Steps of every run.
+        ratio_to_exact: ``value`` over the infinite-time threshold.
+        ratio_to_horizon: Over η*(steps), full and positive; ``None`` for a first-order optimizer.
+        found: Whether the bisection closed its bracket.
+        points: Every step size tried, ascending.
+    """
+
+    lo: float
+    hi: float
+    value: float
+    steps: int
+    ratio_to_exact: float | None
+    ratio_to_horizon: Pair | None
+    found: bool
+    points: tuple[EdgePoint, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lo": number(self.lo),
+            "hi": number(self.hi),
+            "value": number(self.value),
+            "steps": self.steps,
+            "ratio_to_exact": number(self.ratio_to_exact),
+            "ratio_to_horizon": _pair(self.ratio_to_horizon),
+            "found": self.found,
+            "points": [point.to_dict() for point in self.points],
+        }
+
+
+def _pair(pair: Pair | None) -> list[float | None] | None:
+    return None if pair is None else [number(end) for end in pair]

@@ -1,0 +1,278 @@
+"""What a probe expects, from one measurement at the start and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoscope.analysis.optimizer_bounds import ci95
+from zoscope.analysis.probing.results import ProbedThreshold
+from zoscope.analysis.probing.typical import exit_steps
+from zoscope.analysis.rows import Measured, Question, optimizer_row
+from zoscope.curvature.lanczos import Chain
+from zoscope.curvature.slq import averaged_rule
+from zoscope.errors import NumericalError
+from zoscope.theory.curve import GradientMeasure, predicted_loss
+from zoscope.theory.growth import growth_rate, steps_to_grow
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from zoscope.analysis.optimizer_bounds import OptimizerBounds
+    from zoscope.analysis.probing.request import ProbeRequest
+    from zoscope.curvature.operators import LinearOperator
+    from zoscope.theory.moments import EstimatorMoments
+    from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.spectrum import Spectrum
+
+GRADIENT_STEPS = 40
+"""Lanczos steps from the gradient: the mean path of a short run needs no more."""
+
+LEFT = 4.0
+"""A replica has left the valley when its loss is this many times that at the start."""
+
+LEFT_FIRST_ORDER = 2.0
+"""The same without noise, where a loss below the threshold does not rise at all."""
+
+TYPICAL_SHARE = 0.85
+"""Share of the model's replicas that should have left by the end of a run above."""
+
+SURVIVAL = 0.75
+"""Share of them that has to leave for a surviving run to mean anything."""
+
+FEW_MODES = 3.0
+"""Effective rank below which typical runs and the mean square part ways."""
+
+LONGEST_CURVE = 20_000
+"""Steps up to which a loss curve is predicted."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The model's word on every step size.
+
+    Args:
+        rule: Update rule.
+        moments: Constants of what it is fed with; a = 1, b = 0 for the gradient itself.
+        spectrum: Of the operator that the rule acts through.
+        gradient: Spectral measure of the gradient there; ``None`` for a zero gradient.
+        loss: Loss at the start.
+        row: All thresholds, with the horizon at the steps of the runs.
+        steps: Steps of a run.
+        wanted_steps: Steps that the growth asked for would take.
+        threshold: The threshold under test.
+        true_value: The model's own value of it, where another was assumed.
+        effective_rank: ``p₁²/p₂`` of the positive part.
+        typical_survives: Whether typical runs of the quadratic model stay in the valley above the threshold.
+    """
+
+    rule: UpdateRule
+    moments: EstimatorMoments
+    spectrum: Spectrum
+    gradient: GradientMeasure | None
+    loss: float
+    row: OptimizerBounds
+    steps: int
+    wanted_steps: int
+    threshold: ProbedThreshold
+    true_value: float
+    effective_rank: float
+    typical_survives: bool = False
+
+    @property
+    def few_modes(self) -> bool:
+        """Whether surviving above the threshold says nothing against it."""
+        return self.moments.b > 0 and (self.effective_rank < FEW_MODES or self.typical_survives)
+
+    @property
+    def scale(self) -> float:
+        """The size of a loss here: that at the start."""
+        return abs(self.loss) if self.loss != 0 else 1.0
+
+    @property
+    def left(self) -> float:
+        """Loss at which a replica has left the valley."""
+        return _left(self.loss, first_order=self.moments.b == 0)
+
+    def rate(self, lr: float) -> float:
+        """Growth rate ρ of the mean square on the positive part, if the threshold under test is right."""
+        return growth_rate(self.spectrum.positive, self._meant(lr), rule=self.rule, moments=self.moments)
+
+    def growth(self, lr: float, steps: int) -> float:
+        """``ρ^steps``; ``inf`` where it overflows."""
+        exponent = steps * math.log(max(self.rate(lr), 1e-300))
+        return math.exp(exponent) if exponent < 700 else math.inf
+
+    def curve(self, lr: float, steps: int) -> NDArray[np.float64] | None:
+        """The predicted mean loss, ``(steps + 1,)``."""
+        if self.gradient is None or steps > LONGEST_CURVE:
+            return None
+        return predicted_loss(
+            self.spectrum, self.gradient, loss=self.loss, lr=lr, steps=steps, rule=self.rule, moments=self.moments
+        )
+
+    def _meant(self, lr: float) -> float:
+        return lr * self.true_value / self.threshold.value
+
+
+def forecast(
+    measured: Measured,
+    gradient: GradientMeasure | None,
+    request: ProbeRequest,
+    *,
+    loss: float,
+    dimension: int,
+    descent: float | None,
+) -> Forecast:
+    """Thresholds, and how long a run has to be.
+
+    Raises:
+        NumericalError: If nothing limits the step size, so that there is nothing to probe.
+    """
+    rule, moments = request.rule, request.moments(dimension=dimension)
+    spectrum = measured.curvature.spectrum.fine
+    zeroth = request.measure.moments(dimension=dimension)
+
+    def row_for(steps: int) -> OptimizerBounds:
+        question = Question(steps, request.measure.threshold, None, loss, zeroth)
+        settings = request.measure.settings(request.family)
+        return optimizer_row(measured, question, rule=rule, settings=settings, descent=descent)
+
+    row = row_for(request.steps or 1000)
+    infinite = (row.fo if request.first_order else row.exact.value if row.exact else None) or math.inf
+    if not math.isfinite(infinite):
+        raise NumericalError(
+            "There is nothing to probe: no positive curvature was found here, so that every step size is stable on the "
+            "quadratic model. Expected a point with positive curvature; train a little first."
+        )
+    ratio = _ratio_above(request, infinite)
+
+    def needed(lr: float) -> tuple[int, bool]:
+        return _steps_needed(spectrum, gradient, lr, request, rule=rule, moments=moments, loss=loss)
+
+    wanted, survives = needed(ratio * infinite)
+    name, value = _probed(row, request, infinite)
+    if request.steps is None:
+        row = row_for(min(wanted, request.max_steps))
+        name, value = _probed(row, request, infinite)
+        if name == "descent":
+            wanted = _descent_steps(request)
+        elif name == "horizon":
+            wanted, survives = needed(ratio * value)
+        steps = min(wanted, request.max_steps)
+    else:
+        steps = min(request.steps, request.max_steps)
+    threshold = ProbedThreshold(
+        name="assumed" if request.assume_threshold else name,
+        value=request.assume_threshold or value,
+        exact=row.exact.value if row.exact else None,
+        exact_ci95=None if row.exact is None else ci95(row.exact),
+        horizon=None if request.first_order or row.horizon is None else (row.horizon.lower, row.horizon.upper),
+        descent=row.descent,
+    )
+    return Forecast(
+        rule,
+        moments,
+        spectrum,
+        gradient,
+        loss,
+        row,
+        steps,
+        wanted,
+        threshold,
+        value,
+        measured.curvature.effective_rank,
+        survives,
+    )
+
+
+def _probed(row: OptimizerBounds, request: ProbeRequest, infinite: float) -> tuple[str, float]:
+    if request.first_order:
+        return "first-order", infinite
+    if row.binding is None or not math.isfinite(row.binding.value):
+        return "exact", infinite
+    return row.binding.name, row.binding.value
+
+
+def _ratio_above(request: ProbeRequest, threshold: float) -> float:
+    """The smallest ratio above 1 among the step sizes: the slowest growth that has to be seen."""
+    ratios = [*request.ratios, *(lr / threshold for lr in request.lrs)]
+    return min((r for r in ratios if r > 1.0), default=1.25)
+
+
+def _steps_needed(
+    spectrum: Spectrum,
+    gradient: GradientMeasure | None,
+    lr: float,
+    request: ProbeRequest,
+    *,
+    rule: UpdateRule,
+    moments: EstimatorMoments,
+    loss: float,
+) -> tuple[int, bool]:
+    """Steps for the growth asked for, and for it to show in a typical run; and whether typical runs survive.
+
+    Growth starts from the noise of the gradient, not from the loss, and a typical run grows more slowly than the mean.
+    """
+    positive = spectrum.positive
+    growth = steps_to_grow(positive, lr, request.growth, rule=rule, moments=moments)
+    if not math.isfinite(growth):
+        return request.max_steps, False
+    steps = math.ceil(growth)
+    longest = min(20 * steps, request.max_steps, LONGEST_CURVE)
+    if gradient is not None and longest > steps:
+        left = _left(loss, first_order=request.first_order)
+        exits = exit_steps(
+            spectrum,
+            gradient,
+            rule=rule,
+            estimator=request.estimator,
+            lr=lr,
+            loss=loss,
+            left=left,
+            steps=longest,
+            seed=request.measure.seed,
+        )
+        if exits is not None:
+            shows = float(np.quantile(exits, TYPICAL_SHARE, method="higher"))
+            survives = bool(np.isfinite(exits).mean() < SURVIVAL)
+            return max(steps, math.ceil(1.25 * min(shows, longest))), survives
+        curve = predicted_loss(positive, gradient, loss=loss, lr=lr, steps=longest, rule=rule, moments=moments)
+        beyond = np.flatnonzero(curve > left)
+        steps = max(steps, math.ceil(1.5 * (longest if beyond.size == 0 else int(beyond[0]))))
+    return steps, False
+
+
+def _left(loss: float, *, first_order: bool) -> float:
+    return loss + ((LEFT_FIRST_ORDER if first_order else LEFT) - 1.0) * (abs(loss) or 1.0)
+
+
+def _descent_steps(request: ProbeRequest) -> int:
+    """Steps after which the mean change of the loss stands out of its noise by about four standard errors.
+
+    In one step it is ``-η‖g‖²(1 - ratio)`` with a spread of about ``√2 η‖g‖²``, doubled here for the second-order part.
+    """
+    gap = min((abs(1.0 - ratio) for ratio in request.ratios if ratio != 1.0), default=0.2)
+    return math.ceil((4.0 * 2.0 * math.sqrt(2.0) / gap) ** 2 / request.replicas)
+
+
+def gradient_measure(operator: LinearOperator, g: Tensor) -> GradientMeasure | None:
+    """Spectral measure of a vector, from a Lanczos chain started at it; ``None`` for a zero vector."""
+    squared = float(g.double().square().sum())
+    if squared == 0:
+        return None
+    steps = min(GRADIENT_STEPS, operator.dim)
+    chain = Chain(operator, g, capacity=steps + 1)
+    chain.extend(steps)
+    rule = averaged_rule(chain.jacobi)
+    return GradientMeasure(rule.nodes, rule.weights * squared)
+
+
+def preconditioned_gradient(g: Tensor, diagonal: Tensor | None) -> Tensor:
+    """The gradient in the coordinates ``y = P^½ x`` of the operator."""
+    return g if diagonal is None else (g.double() / torch.sqrt(diagonal.double())).to(g.dtype)

@@ -1,0 +1,172 @@
+"""Where a probe stands: the prepared problem, the starting point, the surface that runs walk on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zoscope.analysis.measuring import curvature_operator
+from zoscope.curvature.measure import measure
+from zoscope.curvature.operators import DENSE_BLOCK, LinearOperator, Preconditioned, gradient
+from zoscope.errors import NumericalError
+from zoscope.optim.directions import new_generator
+from zoscope.optim.replicas import Limits, Trajectory, run
+from zoscope.optim.rules import GD, GDM, Adam, FrozenAdam, Rule
+from zoscope.optim.surface import (
+    MiniBatchSurface,
+    QuadraticSurface,
+    SequentialSurface,
+    Surface,
+    choose_surface,
+)
+
+if TYPE_CHECKING:
+    from zoscope.analysis.probing.forecast import Forecast
+    from zoscope.analysis.probing.request import ProbeRequest
+    from zoscope.curvature.results import Curvature
+    from zoscope.problem import Objective
+    from zoscope.theory.moments import EstimatorMoments
+
+DENSE_LIMIT = 4096
+"""Largest dimension in which the quadratic model is held as a matrix."""
+
+REMEASURE_HVPS = 200
+REMEASURE_RTOL = 0.05
+
+
+@dataclass
+class Ground:
+    """Runs things, and measures again where they end.
+
+    Args:
+        objective: The prepared problem.
+        request: What is asked.
+        origin: ``(d,)`` parameters at the start.
+        diagonal: Adam's frozen P; ``None`` for other rules.
+        surface: What runs walk on.
+        together: Whether replicas are stepped together.
+        deadline: ``time.perf_counter()`` at which everything has to be over.
+        num_hvps: Hessian-vector products spent since the start was measured.
+    """
+
+    objective: Objective
+    request: ProbeRequest
+    origin: Tensor
+    diagonal: Tensor | None
+    surface: Surface
+    together: bool
+    deadline: float
+    num_hvps: int = 0
+
+    def rule(self, *, adaptive: bool) -> Rule:
+        """The update rule of a run."""
+        measure_request = self.request.measure
+        if self.request.family == "gd":
+            return GD()
+        if self.request.family == "gdm":
+            return GDM(beta=measure_request.beta)
+        if adaptive or self.diagonal is None:
+            return Adam(betas=measure_request.betas, eps=measure_request.eps)
+        return FrozenAdam([self.diagonal], beta1=measure_request.betas[0])
+
+    def replicas(self, *, adaptive: bool = False) -> int:
+        """Number of direction streams: one for a gradient, few for a run that is shown and does not count."""
+        if self.request.first_order:
+            return 1
+        return max(min(2, self.request.replicas), self.request.replicas // 4) if adaptive else self.request.replicas
+
+    def walk(
+        self,
+        lr: float,
+        *,
+        forecast: Forecast,
+        runs_left: int,
+        adaptive: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Trajectory:
+        """Run all replicas at one step size, within this run's share of the time that is left."""
+        now = time.perf_counter()
+        share = now + max(self.deadline - now, 0.0) / max(runs_left, 1)
+        limits = Limits(left=forecast.left, valley=forecast.loss + forecast.scale, deadline=share)
+        try:
+            return run(
+                self.surface,
+                self.origin,
+                rule=self.rule(adaptive=adaptive),
+                estimator=self.request.estimator,
+                lr=lr,
+                steps=forecast.steps,
+                replicas=self.replicas(adaptive=adaptive),
+                seed=self.request.measure.seed,
+                together=self.together,
+                limits=limits,
+                on_step=on_step,
+            )
+        finally:
+            self.objective.write(self.origin)
+
+    def measure_at(self, theta: Tensor, diagonal: Tensor | None) -> Curvature | None:
+        """Curvature at ``theta`` of the operator that the rule acts through; ``None`` where it is not finite."""
+        self.objective.write(theta)
+        try:
+            base = curvature_operator(self.objective, self.request.measure)
+            operator: LinearOperator = base if diagonal is None else Preconditioned(base, diagonal)
+            result = measure(
+                operator,
+                method="dense" if operator.dim <= DENSE_BLOCK else "deflated-slq",
+                precision=self.request.measure.precision([self.request.rule], moments=self._zeroth_order_moments),
+                rtol=max(REMEASURE_RTOL, self.request.measure.rtol),
+                max_hvps=min(REMEASURE_HVPS, self.request.measure.max_hvps),
+                seed=self.request.measure.seed,
+            )
+        except NumericalError:
+            return None  # the run went where derivatives overflow: nothing to report, and no reason to fail
+        finally:
+            self.objective.write(self.origin)
+        self.num_hvps += result.num_hvps
+        return result
+
+    @property
+    def _zeroth_order_moments(self) -> EstimatorMoments:
+        return self.request.measure.moments(dimension=self.objective.num_params)
+
+
+def choose_ground(objective: Objective, request: ProbeRequest, *, diagonal: Tensor | None, deadline: float) -> Ground:
+    """The loss itself, or its quadratic model at the start."""
+    origin = objective.read()
+
+    def ground(surface: Surface, *, together: bool) -> Ground:
+        return Ground(objective, request, origin, diagonal, surface, together, deadline)
+
+    if request.linearized:
+        return ground(quadratic_model(objective, request, origin), together=True)
+    if request.batch_size is not None:
+        objective.notify(
+            "mini-batch",
+            f"The runs use random batches of {request.batch_size} examples; the threshold is that of the full batch. "
+            "Their noise is not part of it: expect an edge below.",
+        )
+        return ground(MiniBatchSurface(objective, new_generator(request.measure.seed)), together=False)
+    replicas = 1 if request.first_order else request.replicas
+    surface, why_not = choose_surface(objective, replicas=replicas, first_order=request.first_order)
+    if why_not is not None:
+        objective.notify("replicas-in-turn", f"The replicas run one after another: {why_not}.")
+    return ground(surface, together=not isinstance(surface, SequentialSurface))
+
+
+def quadratic_model(objective: Objective, request: ProbeRequest, origin: Tensor) -> QuadraticSurface:
+    """The quadratic model at the current parameters, as a matrix where that is small."""
+    loss, g = gradient(objective)
+    operator = curvature_operator(objective, request.measure)
+    if operator.dim <= DENSE_LIMIT:
+        matrix = operator.dense().double()
+        symmetric = 0.5 * (matrix + matrix.T)
+        return QuadraticSurface(
+            origin, loss=loss, gradient=g, matmat=lambda rows: (rows.double() @ symmetric).to(rows.dtype)
+        )
+    return QuadraticSurface(origin, loss=loss, gradient=g, matmat=torch.enable_grad()(operator.matmat))

@@ -1,0 +1,268 @@
+"""Replicas of a short run: independent direction streams, one update rule, watched until they leave the valley."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zoscope.optim.directions import Law, fill_rows, spawn_streams
+from zoscope.optim.rules import Rule, new_state
+from zoscope.optim.surface import Surface
+
+RECORDS = 100  # points of a recorded curve
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Where the update comes from.
+
+    Args:
+        order: 0 for the two-point estimate, 1 for the gradient.
+        mu: Smoothing radius μ, in the parameters' unit.
+        queries: Directions averaged in an estimate.
+        directions: Their law.
+    """
+
+    order: int = 0
+    mu: float = 1e-3
+    queries: int = 1
+    directions: Law = "gaussian"
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What R replicas did.
+
+    Args:
+        steps: ``(n,)`` steps at which they were looked at, 0 first.
+        losses: ``(n, R)``; infinite from where a replica has left.
+        distances: ``(n, R)`` squared distances from the start, param²; infinite likewise.
+        left: For each replica the step at which its loss passed the limit or stopped being finite; ``None`` if never.
+        last: ``(R, d)`` where each replica was when it was last seen in the valley.
+        last_steps: The step of that.
+        second_moment: ``(R, d)`` Adam's v at that step; ``None`` for other rules.
+        length: Steps asked for.
+        done: Steps run by the replicas that stayed.
+        seconds: Wall time.
+    """
+
+    steps: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    distances: NDArray[np.float64]
+    left: tuple[int | None, ...]
+    last: Tensor
+    last_steps: tuple[int, ...]
+    second_moment: Tensor | None
+    length: int
+    done: int
+    seconds: float
+
+    @property
+    def capped(self) -> bool:
+        """Whether time ran out before the run was over."""
+        return self.done < self.length
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a replica is given up.
+
+    Args:
+        left: Loss above which a replica has left the valley.
+        valley: Loss up to which it counts as inside, so that its position is worth keeping.
+        deadline: ``time.perf_counter()`` at which to stop; ``None`` for never.
+    """
+
+    left: float = math.inf
+    valley: float = math.inf
+    deadline: float | None = None
+
+
+@dataclass
+class _Rows:
+    """Replicas that are still running."""
+
+    index: list[int]
+    theta: Tensor
+    state: dict[str, list[Tensor]]
+    streams: list[torch.Generator]
+
+    def keep(self, alive: Tensor) -> None:
+        numbers = [n for n, yes in enumerate(alive.tolist()) if yes]
+        self.index = [self.index[n] for n in numbers]
+        self.streams = [self.streams[n] for n in numbers]
+        self.theta = self.theta[alive]
+        self.state = {slot: [tensors[0][alive]] for slot, tensors in self.state.items()}
+
+
+@dataclass
+class _Record:
+    """The curve so far."""
+
+    start: Tensor
+    replicas: int
+    steps: list[int] = field(default_factory=list)
+    losses: list[NDArray[np.float64]] = field(default_factory=list)
+    distances: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, step: int, rows: _Rows, losses: Tensor) -> None:
+        self.steps.append(step)
+        loss, distance = np.full(self.replicas, np.inf), np.full(self.replicas, np.inf)
+        loss[rows.index] = losses.cpu().numpy()
+        distance[rows.index] = (rows.theta - self.start).double().square().sum(dim=1).cpu().numpy()
+        self.losses.append(loss)
+        self.distances.append(distance)
+
+
+@torch.no_grad()
+def run(
+    surface: Surface,
+    start: Tensor,
+    *,
+    rule: Rule,
+    estimator: Estimator,
+    lr: float,
+    steps: int,
+    replicas: int,
+    seed: int,
+    together: bool,
+    limits: Limits,
+    on_step: Tick | None = None,
+) -> Trajectory:
+    """Run ``replicas`` copies of an optimizer from ``start`` ``(d,)``.
+
+    Args:
+        surface: The loss.
+        start: Where every replica starts.
+        rule: Update rule.
+        estimator: Source of the update.
+        lr: Step size.
+        steps: Steps to run.
+        replicas: Number R of direction streams; replica r sees the same directions however the replicas are run.
+        seed: Seed that the streams are spawned from.
+        together: Whether to step all replicas at a time; otherwise one is run to its end after another.
+        limits: When to stop.
+        on_step: Called with the number of replica steps just done.
+    """
+    streams = spawn_streams(seed, replicas, start.device)
+    groups = [list(range(replicas))] if together else [[r] for r in range(replicas)]
+    parts = []
+    began = time.perf_counter()
+    for number, group in enumerate(groups):
+        share = None
+        if limits.deadline is not None:
+            now = time.perf_counter()
+            share = now + (limits.deadline - now) / (len(groups) - number)
+        runner = _Runner(surface, start, rule, estimator, lr, Limits(limits.left, limits.valley, share), on_step)
+        parts.append(runner.run([streams[r] for r in group], steps))
+    return _joined(parts, seconds=time.perf_counter() - began)
+
+
+class _Runner:
+    def __init__(
+        self,
+        surface: Surface,
+        start: Tensor,
+        rule: Rule,
+        estimator: Estimator,
+        lr: float,
+        limits: Limits,
+        on_step: Tick | None,
+    ) -> None:
+        self._surface, self._start, self._rule = surface, start, rule
+        self._estimator, self._lr, self._limits, self._on_step = estimator, lr, limits, on_step
+
+    def run(self, streams: list[torch.Generator], steps: int) -> Trajectory:
+        began, count = time.perf_counter(), len(streams)
+        theta = self._start.repeat(count, 1)
+        rows = _Rows(list(range(count)), theta, new_state(self._rule, [theta]), list(streams))
+        left: list[int | None] = [None] * count
+        last, last_steps = theta.clone(), [0] * count
+        moments = torch.zeros_like(theta) if "exp_avg_sq" in rows.state else None
+        record, done, every = _Record(self._start, count), 0, max(1, steps // RECORDS)
+        record.add(0, rows, self._surface.values(rows.theta))
+        for step in range(1, steps + 1):
+            if self._limits.deadline is not None and time.perf_counter() > self._limits.deadline:
+                break
+            losses = self._advance(rows, step)
+            if step % every == 0 or step == steps:
+                losses = self._surface.values(rows.theta)
+                record.add(step, rows, losses)
+                for n in torch.nonzero(losses <= self._limits.valley).flatten().tolist():
+                    last[rows.index[n]], last_steps[rows.index[n]] = rows.theta[n], step
+                    if moments is not None:
+                        moments[rows.index[n]] = rows.state["exp_avg_sq"][0][n]
+            alive = torch.isfinite(losses) & (losses <= self._limits.left)
+            if not bool(alive.all()):
+                for n in torch.nonzero(~alive).flatten().tolist():
+                    left[rows.index[n]] = step
+                rows.keep(alive)
+            done = step
+            if self._on_step is not None:
+                self._on_step(max(len(rows.index), 1))
+            if not rows.index:
+                done = steps
+                break
+        return Trajectory(
+            np.array(record.steps),
+            np.array(record.losses),
+            np.array(record.distances),
+            tuple(left),
+            last,
+            tuple(last_steps),
+            moments,
+            steps,
+            done,
+            time.perf_counter() - began,
+        )
+
+    def _advance(self, rows: _Rows, step: int) -> Tensor:
+        """One step of every row; losses before it."""
+        if self._estimator.order == 1:
+            estimate, losses = self._surface.gradients(rows.theta)
+        else:
+            estimate, losses = self._estimate(rows)
+        self._rule.update([rows.theta], [estimate], rows.state, lr=self._lr, step=step)
+        return losses
+
+    def _estimate(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+        total, losses = torch.zeros_like(rows.theta), torch.zeros(len(rows.index), dtype=torch.float64)
+        queries = self._estimator.queries
+        for _ in range(queries):
+            directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
+            slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
+            total.addcmul_(directions, (slopes / queries).to(total.dtype)[:, None])
+            losses = losses.to(means) + means / queries
+        return total, losses
+
+
+def _joined(parts: Sequence[Trajectory], *, seconds: float) -> Trajectory:
+    """Replicas that ran one after another, as one trajectory."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(parts, key=lambda part: len(part.steps))
+
+    def side_by_side(columns: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        rows = len(longest.steps)
+        return np.hstack([np.pad(c, ((0, rows - len(c)), (0, 0)), constant_values=np.inf) for c in columns])
+
+    stayed = [part.done for part in parts if part.left[0] is None]
+    moments = [part.second_moment for part in parts if part.second_moment is not None]
+    return Trajectory(
+        longest.steps,
+        side_by_side([part.losses for part in parts]),
+        side_by_side([part.distances for part in parts]),
+        tuple(step for part in parts for step in part.left),
+        torch.cat([part.last for part in parts]),
+        tuple(step for part in parts for step in part.last_steps),
+        torch.cat(moments) if moments else None,
+        longest.length,
+        min(stayed, default=longest.length),
+        seconds,
+    )

@@ -1,0 +1,203 @@
+"""Loss surfaces that several replicas of a run walk on at once: rows of a matrix in, one loss a row out."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+if TYPE_CHECKING:
+    from zoscope.problem import Objective
+
+STACKED_BYTES = 1 << 28  # parameters of all replicas together; above, running them together gains nothing
+MatMat = Callable[[Tensor], Tensor]
+
+
+class Surface(Protocol):
+    """A loss as a function of flat parameter vectors, the rows of ``theta`` ``(R, d)``."""
+
+    def values(self, theta: Tensor) -> Tensor:
+        """Losses ``(R,)``, float64."""
+        ...
+
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+        """``(f(θ+μu) − f(θ−μu))/(2μ)`` and ``(f(θ+μu) + f(θ−μu))/2`` for every row, each ``(R,)``, float64."""
+        ...
+
+    def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients ``(R, d)`` and losses ``(R,)``."""
+        ...
+
+
+class _TwoPoint:
+    """Slopes from two evaluations."""
+
+    def values(self, theta: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+        """See `Surface.slopes`."""
+        above = self.values(torch.add(theta, directions, alpha=mu))
+        below = self.values(torch.add(theta, directions, alpha=-mu))
+        return (above - below) / (2.0 * mu), 0.5 * (above + below)
+
+
+class SequentialSurface(_TwoPoint):
+    """The problem's own loss, one row after another, with the parameters written into the model.
+
+    Args:
+        objective: The prepared problem.
+        shards: Indices of the shards that count; all when left out.
+    """
+
+    def __init__(self, objective: "Objective") -> None:
+        self._objective = objective
+
+    def values(self, theta: Tensor) -> Tensor:
+        """See `Surface.values`."""
+        losses = []
+        for row in theta:
+            self._objective.write(row)
+            losses.append(self._objective.value())
+        return torch.tensor(losses, dtype=torch.float64, device=theta.device)
+
+    def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Surface.gradients`."""
+        objective, rows, losses = self._objective, [], []
+        for row in theta:
+            objective.write(row)
+            total, flat = 0.0, torch.zeros_like(row)
+            with torch.enable_grad():
+                for shard in objective.shards:
+                    loss = objective.loss(shard)
+                    flat += shard.weight * objective.flatten(
+                        torch.autograd.grad(loss, objective.params, allow_unused=True)
+                    )
+                    total += shard.weight * float(loss.detach())
+            rows.append(flat)
+            losses.append(total)
+        return torch.stack(rows), torch.tensor(losses, dtype=torch.float64, device=theta.device)
+
+
+class MiniBatchSurface(SequentialSurface):
+    """One random shard of the problem at a time, the same for both points of an estimate.
+
+    Args:
+        objective: The prepared problem, cut into shards.
+        generator: Chooses the shards, each as often as its weight says.
+    """
+
+    def __init__(self, objective: "Objective", generator: torch.Generator) -> None:
+        super().__init__(objective)
+        self._generator = generator
+        self._weights = torch.tensor([s.weight for s in objective.shards], dtype=torch.float64)
+
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+        """See `Surface.slopes`; of one shard."""
+        objective, pairs = self._objective, []
+        index = int(torch.multinomial(self._weights, 1, generator=self._generator))
+        for row, direction in zip(theta, directions, strict=True):
+            objective.write(torch.add(row, direction, alpha=mu))
+            above = float(objective.loss(objective.shards[index]))
+            objective.write(torch.add(row, direction, alpha=-mu))
+            pairs.append((above, float(objective.loss(objective.shards[index]))))
+        above_below = torch.tensor(pairs, dtype=torch.float64, device=theta.device)
+        return (above_below[:, 0] - above_below[:, 1]) / (2.0 * mu), above_below.mean(dim=1)
+
+
+class StackedSurface(_TwoPoint):
+    """The problem's loss on all rows at once, through ``torch.func.vmap``."""
+
+    def __init__(self, objective: "Objective") -> None:
+        self._objective = objective
+
+    def _total(self, flat: Tensor) -> Tensor:
+        objective = self._objective
+        tensors = objective.unflatten(flat)
+        losses = [shard.weight * objective.loss_at(tensors, shard) for shard in objective.shards]
+        return torch.stack(losses).sum()
+
+    def values(self, theta: Tensor) -> Tensor:
+        """See `Surface.values`."""
+        result: Tensor = vmap(self._total)(theta)
+        return result.double()
+
+    def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Surface.gradients`."""
+        gradients, losses = vmap(grad_and_value(self._total))(theta)
+        return gradients, losses.double()
+
+
+class QuadraticSurface:
+    """The quadratic model ``f₀ + gᵀδ + ½ δᵀHδ`` of a loss around ``θ₀``, ``δ = θ − θ₀``.
+
+    Args:
+        origin: θ₀, ``(d,)``.
+        loss: f₀.
+        gradient: g, ``(d,)``.
+        matmat: ``(k, d) → (k, d)``, rows times H; exact two-point slopes take one product a row, whatever μ is.
+    """
+
+    def __init__(self, origin: Tensor, *, loss: float, gradient: Tensor, matmat: MatMat) -> None:
+        self._origin, self._loss, self._gradient, self._matmat = origin, loss, gradient, matmat
+
+    def _model(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        delta = theta - self._origin
+        product = self._matmat(delta)
+        linear = (delta.double() @ self._gradient.double()) + 0.5 * (delta.double() * product.double()).sum(dim=1)
+        return product + self._gradient, self._loss + linear
+
+    def values(self, theta: Tensor) -> Tensor:
+        """See `Surface.values`."""
+        return self._model(theta)[1]
+
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+        """See `Surface.slopes`; the loss is that at θ itself."""
+        gradients, losses = self._model(theta)
+        return (gradients.double() * directions.double()).sum(dim=1), losses
+
+    def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Surface.gradients`."""
+        return self._model(theta)
+
+
+def choose_surface(objective: "Objective", *, replicas: int, first_order: bool) -> tuple[Surface, str | None]:
+    """The faster way to evaluate ``replicas`` rows: together where the model allows it and it pays, else in turn.
+
+    Both see the same directions; they differ by rounding alone.
+
+    Returns:
+        The surface, and the reason when the replicas cannot run together.
+    """
+    one_by_one = SequentialSurface(objective)
+    size = objective.num_params * torch.finfo(objective.dtype).bits // 8
+    if replicas == 1 or replicas * size > STACKED_BYTES:
+        return one_by_one, None
+    stacked = StackedSurface(objective)
+    start = objective.read()
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
+    theta = start + 1e-3 * torch.linspace(0, 1, replicas).to(start)[:, None] * noise
+    try:
+        # What a user's model raises under vmap can be anything; all of it means the same here.
+        together = stacked.gradients(theta)[1] if first_order else stacked.values(theta)
+        expected = one_by_one.values(theta)
+        if not torch.allclose(together, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
+            return one_by_one, "the model gives other losses when several copies run together (torch.func.vmap)"
+        fast = _seconds(lambda: stacked.values(theta)) < _seconds(lambda: one_by_one.values(theta))
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        return one_by_one, f"the model does not run under torch.func.vmap ({first_line})"
+    finally:
+        objective.write(start)
+    return (stacked if fast else one_by_one), None
+
+
+def _seconds(function: Callable[[], Tensor]) -> float:
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        function().sum().item()  # waits for a device that works ahead
+        best = min(best, time.perf_counter() - start)
+    return best
