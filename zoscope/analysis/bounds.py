@@ -165,7 +165,7 @@ def _notices(
     first = next(iter(rows.values()))
     # The preconditioned operator has the signs of the Hessian: one account of them is enough.
     yield from notices.curvature_notices(measurement.operators[first.name].curvature, first)
-    yield from notices.gradient_notices(info, first)
+    yield from notices.gradient_notices(info, first, measurement.operators[first.name].gradient)
     commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)
     if measurement.preconditioner is not None and commutator is not None:
         yield from notices.preconditioner_notices(measurement.preconditioner, commutator)

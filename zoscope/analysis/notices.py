@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from zoscope.problem import Notice
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.results import ProblemInfo
     from zoscope.curvature.precondition import Preconditioner
     from zoscope.curvature.results import Curvature
+    from zoscope.theory.curve import GradientMeasure
     from zoscope.theory.spectrum import Estimate
 
 INDEFINITE = 0.01
@@ -22,7 +25,7 @@ FEW_MODES = 5.0
 """Effective rank below which typical runs and the mean square part ways."""
 
 LONG_WAY = 0.5
-"""First-order decrease of the loss over the planned run, relative to the loss, that leaves the neighbourhood."""
+"""Decrease of the loss over the planned run, relative to the loss, that leaves the neighbourhood."""
 
 LARGE_COMMUTATOR = 0.05
 """Relative commutator up to which P and H count as commuting: the largest seen in the paper's training runs."""
@@ -63,7 +66,8 @@ def _indefinite(curvature: Curvature, bounds: OptimizerBounds) -> str:
     positive, negative = curvature.trace_positive.value, curvature.negative_mass
     text = (
         f"The Hessian is indefinite: its eigenvalues below 0 sum to {_number(-negative)}, "
-        f"{100 * negative / positive:.0f} % of the positive part ({_number(positive)}). The paper's interval assumes there are none and uses Tr = "
+        f"{100 * negative / positive:.0f} % of the positive part ({_number(positive)}). The paper's interval assumes "
+        "there are none and uses Tr = "
         f"{_number(curvature.trace.value)}"
     )
     exact, lower = bounds.exact, bounds.zo_lower
@@ -72,20 +76,32 @@ def _indefinite(curvature: Curvature, bounds: OptimizerBounds) -> str:
     return text + ". η*(N) brackets what escape along negative curvature does: [all eigenvalues, positive ones]."
 
 
-def gradient_notices(problem: ProblemInfo, bounds: OptimizerBounds) -> Iterable[Notice]:
+def gradient_notices(
+    problem: ProblemInfo, bounds: OptimizerBounds, gradient: GradientMeasure | None
+) -> Iterable[Notice]:
     """Whether a run of the planned length stays where the curvature was measured."""
-    if bounds.recommended is None or bounds.horizon is None or problem.loss == 0:
+    if gradient is None or bounds.recommended is None or bounds.horizon is None or problem.loss == 0:
         return
-    step = bounds.recommended * bounds.rule.lr_scale / (1 - bounds.rule.momentum)
     steps = bounds.horizon.steps
-    share = step * steps * problem.grad_norm**2 / abs(problem.loss)
+    step = bounds.recommended * bounds.rule.lr_scale / (1 - bounds.rule.momentum)
+    share = _decrease(gradient, step=step, steps=steps) / abs(problem.loss)
     if share > LONG_WAY:
+        amount = f"{100 * share:.0f} %" if share < 1 else "all of its value or more"
         yield Notice(
             "gradient-not-small",
-            f"The gradient is not small: along it, {steps:,} steps of {bounds.recommended:.2g} change the loss by "
-            f"{share:.1f} × its value to first order. The run will leave the neighbourhood where this curvature holds, "
-            "so the bounds are about its beginning; measure again as it goes on.",
+            f"The gradient is not small: {steps:,} steps of {bounds.recommended:.2g} along it would lower the loss by "
+            f"{amount}. The run leaves the neighbourhood where this curvature holds, so the bounds are about its "
+            "beginning; measure again as it goes on.",
         )
+
+
+def _decrease(gradient: GradientMeasure, *, step: float, steps: int) -> float:
+    """What gradient descent gains on the quadratic model: ``Σ c (1 − (1 − ηθ)^2N) / 2θ``."""
+    theta = np.where(gradient.nodes == 0, np.finfo(float).tiny, gradient.nodes)
+    with np.errstate(over="ignore", divide="ignore"):  # along negative curvature the gain has no bound
+        gains = -np.expm1(2 * steps * np.log(np.abs(1 - step * theta))) / (2 * theta)
+        gains = np.where(np.abs(step * theta) < 1e-12, step * steps, gains)
+    return float(gradient.weights @ gains)
 
 
 def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate) -> Iterable[Notice]:
