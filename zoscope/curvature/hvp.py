@@ -38,9 +38,28 @@ def shard_products(objective: Objective, shard: Shard, *, method: HvpMethod) -> 
     grads = torch.autograd.grad(
         objective.loss(shard), params, create_graph=True, allow_unused=True, materialize_grads=True
     )
-    curved = [i for i, g in enumerate(grads) if g.requires_grad]  # the others are constant: no curvature
+    curved = [i for i, g in enumerate(grads) if g.requires_grad]
+    _require_constant(objective, shard, {i: g for i, g in enumerate(grads) if not g.requires_grad})
     multiply = _batched if method == "batched" else _looped
     return lambda vectors: multiply(objective, [grads[i] for i in curved], curved, vectors)
+
+
+def _require_constant(objective: Objective, shard: Shard, claimed: dict[int, Tensor]) -> None:
+    """See that derivatives which torch calls constant are: a custom function without second derivative looks alike.
+
+    Raises:
+        RuntimeError: In torch's words, if one changes when the parameters move.
+    """
+    if not claimed:
+        return
+    point = [p.detach() for p in objective.params]
+    moved = [(p + 1e-2 * (p.abs() + p.abs().mean())).requires_grad_() for p in point]
+    elsewhere = torch.autograd.grad(
+        objective.loss_at(moved, shard), [moved[i] for i in claimed], allow_unused=True, materialize_grads=True
+    )
+    for here, there in zip(claimed.values(), elsewhere, strict=True):
+        if not torch.allclose(here, there, rtol=1e-3, atol=1e-5 * float(here.abs().max()) + 1e-12):
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def _looped(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def project_out(vectors: Tensor, basis: Tensor) -> Tensor:
 
 def breakdown(dtype: torch.dtype, scale: float) -> float:
     """Size of an off-diagonal that is rounding noise for a matrix of norm about ``scale``, loss/param²."""
-    return 20 * torch.finfo(dtype).eps * scale
+    return 100 * torch.finfo(dtype).eps * scale
 
 
 def _cut(jacobi: Jacobi, dtype: torch.dtype) -> Jacobi:

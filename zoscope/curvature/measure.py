@@ -141,22 +141,23 @@ class _Sampling:
         self._notes: list[str] = []
 
     def run(self) -> _Result:
-        chain = self._long_chain()
+        op, chain = self._operator, self._long_chain()
         jacobi = chain.jacobi
         parts = split(jacobi)
         basis = chain.combine(parts.vectors)
-        state = Deflated.of(parts, dim=self._operator.dim)
+        state = Deflated.of(parts, dim=op.dim)
         state.length = choose_length(state, self._precision, rtol=self._rtol, budget=self._left)
         while state.dimension > 0:
-            reached = self._precision(state.spectrum())
-            self._report("bulk", reached)
-            enough = len(state.shorts) > 0 and reached <= self._rtol
             probes = min(BLOCK, self._left // state.length)
-            if enough or probes == 0:
+            if state.is_known and probes == 0:
                 break
             state.shorts += probe_block(
-                self._operator, basis, probes=probes, length=state.length, generator=self._probe_generator
+                op, basis, probes=max(1, probes), length=state.length, generator=self._probe_generator
             )
+            reached = self._precision(state.spectrum())
+            self._report("bulk", reached)
+            if reached <= self._rtol:
+                break
         return state.spectrum(), _ends(jacobi), "deflated-slq", tuple(self._notes)
 
     @property

@@ -133,6 +133,11 @@ class Deflated:
         count = len(parts.values)
         return cls(Spectrum.of(parts.values), dim - count, parts.rest, length=SHORT_LENGTHS[-1], shorts=[])
 
+    @property
+    def is_known(self) -> bool:
+        """Whether anything at all is known of the complement."""
+        return self.rest is not None or bool(self.shorts)
+
     def spectrum(self) -> SampledSpectrum:
         """Everything known so far, as one spectrum with its errors."""
         if self.dimension == 0:
@@ -191,8 +196,8 @@ def choose_length(state: Deflated, precision: Precision, *, rtol: float, budget:
         rtol: Half-width wanted.
         budget: Products left.
     """
-    if state.rest is None:  # few distinct eigenvalues: the short chains end by themselves
-        return SHORT_LENGTHS[-1]
+    if state.rest is None:  # the long chain met every distinct eigenvalue, so no chain has more steps
+        return min(SHORT_LENGTHS[-1], max(1, state.exact.nodes.size))
     best, best_cost = SHORT_LENGTHS[0], (math.inf, math.inf)
     for length in SHORT_LENGTHS:
         trial = replace(state, length=length).spectrum()

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +201,6 @@ class Point(nn.Module):
 
 def _at_point(f: Callable[[Tensor], Tensor]) -> LossFunction:
     def loss(model: nn.Module, _: Any) -> Tensor:
-        return f(model.get_parameter("x"))
+        return f(cast("Point", model).x)  # not get_parameter: torch.func puts plain tensors in its place
 
     return loss

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+
+from .matrices import rotated
+from zoscope.curvature.lanczos import Chain, Jacobi, project_out, short_chains
+from zoscope.curvature.operators import DenseOperator
+from zoscope.errors import NumericalError
+
+SPECTRUM = torch.cat([torch.tensor([50.0, 20.0, -8.0]), torch.linspace(-1, 2, 57)]).double()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def chain_of(eigenvalues: torch.Tensor, *, steps: int, seed: int = 0) -> Chain:
+    operator = DenseOperator(rotated(eigenvalues, seed=7))
+    chain = Chain(operator, normal(len(eigenvalues), seed=seed), capacity=steps)
+    chain.extend(steps)
+    return chain
+
+
+def test_a_full_chain_finds_every_eigenvalue():
+    values, _ = chain_of(SPECTRUM, steps=60).jacobi.eigh()
+    np.testing.assert_allclose(values, np.sort(SPECTRUM.numpy()), atol=1e-10)
+
+
+def test_the_last_off_diagonal_bounds_the_error_of_ritz_values():
+    jacobi = chain_of(SPECTRUM, steps=12).jacobi
+    values, vectors = jacobi.eigh()
+    residuals = jacobi.betas[-1] * np.abs(vectors[-1])
+    distance = np.abs(values[:, None] - SPECTRUM.numpy()).min(axis=1)
+    assert (distance <= residuals + 1e-12).all()
+
+
+def test_a_chain_extended_in_pieces_is_the_chain_run_at_once():
+    whole = chain_of(SPECTRUM, steps=20).jacobi
+    operator = DenseOperator(rotated(SPECTRUM, seed=7))
+    pieces = Chain(operator, normal(60), capacity=20)
+    for _ in range(4):
+        pieces.extend(5)
+    np.testing.assert_allclose(pieces.jacobi.alphas, whole.alphas, rtol=1e-12)
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 5])
+def test_a_chain_ends_where_its_krylov_space_is_invariant(distinct):
+    eigenvalues = torch.arange(1, distinct + 1).repeat_interleave(6).double()
+    chain = chain_of(eigenvalues, steps=20)
+    assert chain.exhausted
+    assert chain.jacobi.size == distinct
+    np.testing.assert_allclose(chain.jacobi.eigh()[0], np.arange(1, distinct + 1), atol=1e-10)
+
+
+def test_a_zero_operator_ends_a_chain_after_one_step():
+    chain = Chain(DenseOperator(torch.zeros(5, 5)), torch.ones(5), capacity=4)
+    chain.extend(4)
+    assert chain.exhausted
+    assert chain.jacobi.alphas.tolist() == [0.0]
+
+
+def test_combinations_of_the_basis_are_ritz_vectors():
+    chain = chain_of(SPECTRUM, steps=40)
+    values, vectors = chain.jacobi.eigh()
+    top = chain.combine(vectors[:, -2:])
+    matrix = rotated(SPECTRUM, seed=7)
+    torch.testing.assert_close(top @ top.T, torch.eye(2).double(), atol=1e-10, rtol=0)
+    torch.testing.assert_close(top @ matrix, torch.tensor(values[-2:])[:, None] * top, atol=1e-6, rtol=0)
+
+
+def test_short_chains_are_chains_on_the_deflated_operator():
+    matrix = rotated(SPECTRUM, seed=7)
+    deflated = torch.linalg.eigh(matrix)[1][:, -2:].T.contiguous()
+    starts = project_out(normal(3, 60, seed=1), deflated)
+    projector = torch.eye(60).double() - deflated.T @ deflated
+    found = short_chains(DenseOperator(matrix), starts, steps=6, deflated=deflated)
+    for start, jacobi in zip(starts, found, strict=True):
+        expected = Chain(DenseOperator(projector @ matrix @ projector), start, capacity=6)
+        expected.extend(6)
+        np.testing.assert_allclose(jacobi.alphas, expected.jacobi.alphas, atol=1e-9)
+        np.testing.assert_allclose(jacobi.betas, expected.jacobi.betas, atol=1e-9)
+
+
+def test_each_short_chain_ends_by_itself():
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 4.0])).double()
+    starts = torch.eye(6).double()[[0, 3]] + torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]).double()
+    first, second = short_chains(DenseOperator(matrix), starts, steps=5, deflated=torch.empty(0, 6).double())
+    assert (first.size, second.size) == (1, 3)
+    np.testing.assert_allclose(second.eigh()[0], [2, 3, 4], atol=1e-12)
+
+
+def test_a_product_that_is_not_finite_is_an_error_with_its_remedy():
+    matrix = torch.eye(4)
+    matrix[1, 1] = float("nan")
+    with pytest.raises(NumericalError, match="not finite although the loss is"):
+        Chain(DenseOperator(matrix), torch.ones(4), capacity=2).extend(2)
+
+
+def test_the_head_of_a_tridiagonal_matrix_is_the_shorter_chain():
+    jacobi = chain_of(SPECTRUM, steps=10).jacobi
+    shorter = chain_of(SPECTRUM, steps=4).jacobi
+    assert isinstance(jacobi.head(4), Jacobi)
+    np.testing.assert_allclose(jacobi.head(4).betas, shorter.betas)
