@@ -107,6 +107,29 @@ def test_checks_that_share_a_problem_share_one_measurement(write: Write, calls: 
     assert calls == [("gd", "gdm"), ("gd",)]
 
 
+def test_checks_of_other_lengths_and_constants_share_it_too(write: Write, calls: list[tuple[str, ...]]) -> None:
+    constants = {"name": "zo-gdm", "lr": 0.001, "beta": 0.5}
+    horizon = {"policy": {"threshold": "horizon"}}
+    config = write(
+        [
+            entry("short", 0.01, steps=30, **horizon),
+            entry("long", 0.01, steps=3000, **horizon),
+            {"name": "momentum", "optimizer": constants, **horizon},
+            {"name": "other momentum", "optimizer": {**constants, "beta": 0.8}, **horizon},
+        ]
+    )
+    together = zoscope.check(config)
+    assert calls == [("gd", "gdm"), ("gdm",)]
+    for check in together.checks:
+        (alone,) = zoscope.check(config, only=[check.name]).checks
+        assert check.threshold is not None
+        assert alone.threshold is not None
+        assert check.threshold.value == pytest.approx(alone.threshold.value, rel=1e-9)
+    values = [check.threshold.value for check in together.checks if check.threshold]
+    assert values[0] > values[1]
+    assert len(set(values)) == 4
+
+
 def test_every_check_runs_and_the_worst_exit_code_counts(write: Write) -> None:
     config = write(
         [
@@ -143,9 +166,18 @@ def test_a_bug_in_one_measurement_does_not_hide_the_others(write: Write, monkeyp
         return original(problem, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "bounds", failing)
-    report = zoscope.check(write([entry("a", 1e-3, optimizer="zo-gdm", steps=7), entry("b", 1e-3)]))
+    report = zoscope.check(write([entry("a", 1e-3, optimizer="zo-gdm", set={"scale": 2.0}), entry("b", 1e-3)]))
     assert [check.exit_code for check in report.checks] == [3, 0]
     assert "boom" in report.checks[0].message
+
+
+def test_a_failure_of_one_optimizer_does_not_hide_the_others_that_share_its_measurement(write: Write) -> None:
+    checks = [
+        entry("sgd", 0.01),
+        entry("adam", 0.01, optimizer="zo-adam", curvature={"preconditioner": "state:gone.pt"}),
+    ]
+    report = zoscope.check(write(checks))
+    assert [check.exit_code for check in report.checks] == [0, 2]
 
 
 def test_an_interrupt_is_not_an_error_of_a_check(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

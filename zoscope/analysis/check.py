@@ -150,7 +150,10 @@ def _run(
 def _judged(config: CheckConfig, measurement: Measurement) -> CheckResult:
     optimizer, policy = config.optimizer, config.policy
     threshold = measurement.optimizers[optimizer.rule].choose(
-        policy.threshold, zeroth_order=optimizer.zeroth_order, curvature=config.curvature.kind
+        policy.threshold,
+        zeroth_order=optimizer.zeroth_order,
+        steps=config.steps,
+        curvature=config.curvature.kind,
     )
     decision = decide(optimizer.lr, threshold, margin=policy.margin, on_warn=policy.on_warn, steps=config.steps)
     return CheckResult(

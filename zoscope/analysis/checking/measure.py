@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis.checking.cache import Cache
+from zoscope.analysis.checking.sharing import Batch, batch_of, problem_key
 from zoscope.analysis.checking.thresholds import Measurement
 from zoscope.config.model import CheckConfig
 from zoscope.errors import NumericalError, SpecError, ZoscopeError
-from zoscope.theory.rules import OPTIMIZERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,17 +75,23 @@ class Workbench:
     _problems: dict[str, LoadedProblem | Failure] = field(default_factory=dict)
     _measured: dict[str, Measurement | Failure] = field(default_factory=dict)
 
-    def measure(self, config: CheckConfig, others: Sequence[CheckConfig]) -> Measurement | Failure:
-        """The thresholds for a check; checks among ``others`` with the same measurement are served by the same call."""
-        key = measurement_key(config)
+    def measure(self, config: CheckConfig, configs: Sequence[CheckConfig]) -> Measurement | Failure:
+        """The thresholds for a check, from one measurement for all of ``configs`` that can share it."""
+        batch = batch_of(config, configs)
+        found = self._once(batch)
+        if isinstance(found, Failure) and isinstance(self.load(config), LoadedProblem):
+            return self._once(batch.of_rule(config.optimizer.rule))  # what failed may concern another optimizer only
+        return found
+
+    def _once(self, batch: Batch) -> Measurement | Failure:
+        key = batch.key
         if key not in self._measured:
-            served = [other for other in (config, *others) if measurement_key(other) == key]
-            self._measured[key] = self._attempt(served)
+            self._measured[key] = self._attempt(batch)
         return self._measured[key]
 
     def load(self, config: CheckConfig) -> LoadedProblem | Failure:
         """The problem of a check."""
-        key = _problem_key(config)
+        key = problem_key(config)
         if key not in self._problems:
             try:
                 self._problems[key] = self._load(config)
@@ -104,21 +109,21 @@ class Workbench:
         loaded = load_spec(config.spec, settings=config.settings, params=config.params, checkpoint=config.checkpoint)
         return LoadedProblem(loaded.problem, loaded.source)
 
-    def _attempt(self, served: Sequence[CheckConfig]) -> Measurement | Failure:
-        loaded = self.load(served[0])
+    def _attempt(self, batch: Batch) -> Measurement | Failure:
+        loaded = self.load(batch.configs[0])
         if isinstance(loaded, Failure):
             return loaded
         try:
-            return self._cached(loaded, {**measurement_options(served[0]), **_wanted(served)})
+            return self._cached(loaded, batch)
         except Exception as error:
             return Failure.of(error)
 
-    def _cached(self, loaded: LoadedProblem, options: Mapping[str, Any]) -> Measurement:
-        key = self._key(loaded, options)
+    def _cached(self, loaded: LoadedProblem, batch: Batch) -> Measurement:
+        key = self._key(loaded, {**batch.options(), "horizons": batch.steps})
         kept = self._kept(key)
         if kept is not None:
             return kept
-        measurement = self._bounds(loaded, options)
+        measurement = self._bounds(loaded, batch)
         if isinstance(key, str) and self.cache is not None:
             self.cache.put(key, measurement.to_dict())
         if isinstance(key, Uncached):
@@ -161,12 +166,12 @@ class Workbench:
             self.cache.put(key, kept)
         return kept
 
-    def _bounds(self, loaded: LoadedProblem, options: Mapping[str, Any]) -> Measurement:
+    def _bounds(self, loaded: LoadedProblem, batch: Batch) -> Measurement:
         from zoscope.analysis.bounds import bounds
 
         start = time.perf_counter()
-        result = bounds(loaded.problem, on_progress=self.on_progress, **options)
-        return replace(Measurement.of(result), seconds=time.perf_counter() - start)
+        result = bounds(loaded.problem, on_progress=self.on_progress, **batch.options())
+        return Measurement.of(result, steps=batch.steps, seconds=time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -174,16 +179,6 @@ class Uncached:
     """Why something cannot be kept in a cache."""
 
     reason: str
-
-
-def _wanted(served: Sequence[CheckConfig]) -> dict[str, Any]:
-    """What the checks that share a measurement want from it together."""
-    rules = {config.optimizer.rule for config in served}
-    exact = any(config.optimizer.zeroth_order and config.policy.threshold == "exact" for config in served)
-    return {
-        "optimizers": tuple(rule for rule in OPTIMIZERS if rule in rules),
-        "threshold": "exact" if exact else "binding",  # steers the precision; a policy chooses its own below
-    }
 
 
 def _hardware(options: Mapping[str, Any]) -> str:
@@ -210,37 +205,3 @@ class LoadedProblem:
         if self._fingerprint is None:
             self._fingerprint = problem_fingerprint(self.problem, source=self.source)
         return self._fingerprint
-
-
-def measurement_options(config: CheckConfig) -> dict[str, Any]:
-    """Keyword arguments of ``bounds`` for a check, without the optimizers."""
-    curvature, optimizer = config.curvature, config.optimizer
-    return {
-        "steps": config.steps,
-        "beta": optimizer.beta,
-        "betas": optimizer.betas,
-        "eps": optimizer.eps,
-        "directions": config.estimator.directions,
-        "queries": config.estimator.queries,
-        "rtol": curvature.rtol,
-        "max_hvps": curvature.max_hvps,
-        "curvature": curvature.kind,
-        "method": curvature.method,
-        "hvp": curvature.hvp,
-        "device": curvature.device,
-        "dtype": curvature.dtype,
-        "seed": curvature.seed,
-        "preconditioner": curvature.preconditioner,
-        "micro_batch": curvature.micro_batch,
-        "strict": curvature.strict,
-    }
-
-
-def _problem_key(config: CheckConfig) -> str:
-    parts = (config.spec, dict(config.settings), str(config.checkpoint), config.params)
-    return json.dumps(parts, sort_keys=True, default=repr)
-
-
-def measurement_key(config: CheckConfig) -> str:
-    """Equal for checks that one call of ``bounds`` serves."""
-    return _problem_key(config) + json.dumps(measurement_options(config), sort_keys=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis.checking.results import Threshold
+from zoscope.analysis.optimizer_bounds import ci95
 from zoscope.analysis.recommend import choose_binding
 from zoscope.errors import UsageError
+from zoscope.theory.mean_square import horizon_curve
+from zoscope.theory.moments import estimator_moments
 
 if TYPE_CHECKING:
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
@@ -21,32 +24,44 @@ class OptimizerThresholds:
     """What is known of one update rule.
 
     Args:
-        known: Thresholds by name; ``inf`` where nothing limits the step size.
-        binding: Name of the one that binds a zeroth-order run of the planned length.
+        known: Thresholds that hold for any number of steps, by name; ``inf`` where nothing limits the step size.
+        horizons: η*(N) by number of steps.
     """
 
     known: Mapping[str, Threshold]
-    binding: str | None
+    horizons: Mapping[int, Threshold]
 
-    def choose(self, policy: str, *, zeroth_order: bool, curvature: str) -> Threshold:
+    def choose(self, policy: str, *, zeroth_order: bool, steps: int, curvature: str) -> Threshold:
         """The threshold that the policy names; the first-order one for a first-order optimizer.
 
         Raises:
             UsageError: If it cannot be known from this kind of curvature, or is not defined at this point.
         """
-        name = "fo" if not zeroth_order else (self.binding or "forward") if policy == "binding" else policy
-        if name in self.known:
-            return self.known[name]
-        available = ", ".join(known for known in self.known if (known == "fo") != zeroth_order) or "none"
+        known = self._of(steps)
+        name = "fo" if not zeroth_order else self._binding(known) if policy == "binding" else policy
+        if name in known:
+            return known[name]
+        available = ", ".join(other for other in known if (other == "fo") != zeroth_order) or "none"
         raise UsageError(
             f"the {name} threshold is not known here with curvature kind {curvature!r} (known: {available}). Expected "
             "one that this measurement gives: use curvature kind hessian, or another policy threshold."
         )
 
+    def _of(self, steps: int) -> dict[str, Threshold]:
+        return {**self.known, **({"horizon": self.horizons[steps]} if steps in self.horizons else {})}
+
+    @staticmethod
+    def _binding(known: Mapping[str, Threshold]) -> str:
+        values = {name: known[name].value if name in known else None for name in ("horizon", "descent", "exact")}
+        binding = choose_binding("binding", **values)
+        return "forward" if binding is None else binding.name
+
     def to_dict(self) -> dict[str, Any]:
         """For the cache file."""
-        rows = {name: [_text(part) for part in (t.value, t.low, t.high, t.error)] for name, t in self.known.items()}
-        return {"known": rows, "binding": self.binding}
+        return {
+            "known": {name: _row(threshold) for name, threshold in self.known.items()},
+            "horizons": {str(steps): _row(threshold) for steps, threshold in self.horizons.items()},
+        }
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> OptimizerThresholds:
@@ -55,12 +70,18 @@ class OptimizerThresholds:
         Raises:
             ValueError, KeyError, TypeError: If it is not what ``to_dict`` wrote.
         """
-        known = {name: Threshold(name, *(float(part) for part in row)) for name, row in document["known"].items()}
-        return cls(known, document["binding"])
+        known = {name: _threshold(name, row) for name, row in document["known"].items()}
+        return cls(known, {int(steps): _threshold("horizon", row) for steps, row in document["horizons"].items()})
 
 
-def _text(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # JSON has no infinity
+def _row(threshold: Threshold) -> list[float | str]:
+    parts = (threshold.value, threshold.low, threshold.high, threshold.error)
+    return [part if math.isfinite(part) else str(part) for part in parts]  # JSON has no infinity
+
+
+def _threshold(name: str, row: Sequence[Any]) -> Threshold:
+    value, low, high, error = (float(part) for part in row)
+    return Threshold(name, value, low, high, error)
 
 
 @dataclass(frozen=True)
@@ -82,13 +103,13 @@ class Measurement:
     cached: bool = False
 
     @classmethod
-    def of(cls, result: BoundsResult) -> Measurement:
-        """From the result of ``bounds``."""
+    def of(cls, result: BoundsResult, *, steps: Sequence[int], seconds: float) -> Measurement:
+        """From the result of ``bounds``, with horizons of its spectrum at other numbers of steps."""
         return cls(
-            optimizers={name: _thresholds(result, entry) for name, entry in result.optimizers.items()},
+            optimizers={name: _thresholds(result, entry, steps) for name, entry in result.optimizers.items()},
             num_examples=result.problem.num_examples,
             notices=tuple(notice.message for notice in result.warnings),
-            seconds=result.seconds,
+            seconds=seconds,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,22 +137,29 @@ class Measurement:
         )
 
 
-def _thresholds(result: BoundsResult, bounds: OptimizerBounds) -> OptimizerThresholds:
-    rows: list[Threshold | None] = [
-        _first_order(result, bounds),
-        _forward(bounds),
-    ]
+def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[int]) -> OptimizerThresholds:
+    rows: list[Threshold | None] = [_first_order(result, bounds), _forward(bounds)]
     if bounds.exact is not None and bounds.exact_ci95 is not None:
         rows.append(Threshold("exact", bounds.exact.value, *bounds.exact_ci95, bounds.exact.half_width))
-    if bounds.horizon is not None:
-        error = bounds.horizon.planned.upper.half_width
-        rows.append(Threshold("horizon", bounds.horizon.upper, *bounds.horizon.ci95, error))
     if bounds.descent is not None:
         rows.append(Threshold("descent", bounds.descent, bounds.descent, bounds.descent))
     known = {row.name: row for row in rows if row is not None}
-    values = {name: known[name].value if name in known else None for name in ("horizon", "descent", "exact")}
-    binding = choose_binding("binding", **values)
-    return OptimizerThresholds(known, None if binding is None else binding.name)
+    return OptimizerThresholds(known, _horizons(result, bounds, steps))
+
+
+def _horizons(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[int]) -> dict[int, Threshold]:
+    if bounds.horizon is None:
+        return {}
+    estimator = result.estimator
+    moments = estimator_moments(estimator.directions, queries=estimator.queries, dimension=result.problem.num_params)
+    spectrum = result.curvature[bounds.operator].spectrum
+    points = horizon_curve(spectrum, sorted(steps), rule=bounds.rule, moments=moments)
+    return {
+        point.steps: Threshold(
+            "horizon", point.upper.value, ci95(point.lower)[0], ci95(point.upper)[1], point.upper.half_width
+        )
+        for point in points
+    }
 
 
 def _first_order(result: BoundsResult, bounds: OptimizerBounds) -> Threshold | None:
