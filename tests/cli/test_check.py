@@ -158,6 +158,26 @@ def test_a_broken_configuration_is_annotated_too(zoscope_cli, project: Path) -> 
     assert (project / "out.txt").read_text() == done.out
 
 
+def test_paths_for_github_are_those_of_the_repository(
+    zoscope_cli, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(project))
+    (project / "sub").mkdir()
+    for name in ("model.py", "zoscope.yaml"):
+        (project / name).rename(project / "sub" / name)
+    monkeypatch.chdir(project / "sub")
+    done = zoscope_cli("check", "--format", "github", "--lr", "9", "--output", "sarif=out.sarif")
+    assert done.out.startswith("::error file=sub/zoscope.yaml,line=8,")
+    assert '"uri": "sub/zoscope.yaml"' in Path("out.sarif").read_text()
+
+
+def test_a_file_without_checks_gives_the_problem_to_one_made_of_options(zoscope_cli, project: Path) -> None:
+    (project / "zoscope.yaml").write_text("problem: model.py\n")
+    assert zoscope_cli("check", "--optimizer", "gd", "--lr", "9").code == 1
+    (project / "zoscope.yaml").unlink()
+    assert zoscope_cli("check", "--optimizer", "gd", "--lr", "9").code == 1
+
+
 def test_the_job_summary_is_appended_to(zoscope_cli, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = project / "summary.md"
     summary.write_text("before\n")

@@ -1,10 +1,13 @@
 import json
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
 from zoscope.config.kinds import plain
+from zoscope.config.load import build_checks, load_document
 from zoscope.config.schema import config_schema, schema_text, shipped_schema
 from zoscope.config.yaml_reader import read_yaml
 
@@ -43,3 +46,12 @@ def test_the_schema_accepts_what_the_validator_accepts(valid: str) -> None:
 )
 def test_the_schema_refuses_what_the_validator_refuses(valid: str, old: str, new: str) -> None:
     assert not VALIDATOR.is_valid(as_data(valid.replace(old, new, 1)))
+
+
+def test_the_starter_of_init_is_valid(tmp_path: Path) -> None:
+    text = (files("zoscope.cli") / "templates" / "zoscope.yaml").read_text(encoding="utf-8")
+    VALIDATOR.validate(as_data(text))
+    file = tmp_path / "zoscope.yaml"
+    file.write_text(text)
+    (check,) = build_checks(load_document(file))
+    assert check.optimizer.zeroth_order

@@ -12,7 +12,7 @@ import typer
 import zoscope
 from zoscope.cli.check_options import OverrideOptions
 from zoscope.cli.flatten import flatten
-from zoscope.cli.formats import FORMATS, Target, targets, write_all
+from zoscope.cli.formats import FORMATS, Target, formatted, repository_path, targets, write_all
 from zoscope.cli.options import Quiet
 from zoscope.cli.output import PipeConsole, check_writable, write_whole
 from zoscope.cli.progress import measuring
@@ -121,7 +121,7 @@ def command(
     if shown == "text":
         PipeConsole().print(report)
     else:
-        sys.stdout.write(FORMATS[shown](report))
+        sys.stdout.write(formatted(report, shown))
     sys.stdout.flush()
     if report.exit_code:
         raise typer.Exit(report.exit_code)
@@ -149,8 +149,9 @@ def _annotate(error: ConfigError, shown: str, files: list[Target]) -> None:
     """A broken configuration is annotated too: it is what a pull request most often breaks."""
     from zoscope.report.github import annotation
 
+    file = repository_path(error.file)
     lines = [
-        annotation(issue.message, level="error", title="zoscope: configuration", file=error.file, line=issue.line)
+        annotation(issue.message, level="error", title="zoscope: configuration", file=file, line=issue.line)
         for issue in error.issues
     ]
     text = "".join(f"{line}\n" for line in lines)

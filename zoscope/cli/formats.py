@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,9 @@ FORMATS: dict[str, Callable[[CheckReport], str]] = {
     "markdown": markdown,
 }
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
+WORKSPACE_VARIABLE = "GITHUB_WORKSPACE"
+FROM_REPOSITORY = ("github", "sarif")
+"""Formats whose paths are read by someone who knows the repository and not the working folder."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,24 @@ def targets(outputs: Sequence[str], *, default: str) -> list[Target]:
 def write_all(report: CheckReport, files: Sequence[Target]) -> None:
     """Write every file, whole or not at all, and the job summary where GitHub asks for one."""
     for target in files:
-        write_whole(target.file, FORMATS[target.format](report))
+        write_whole(target.file, formatted(report, target.format))
     _append_summary(markdown(report))
+
+
+def formatted(report: CheckReport, name: str) -> str:
+    """A report in one of the formats."""
+    if name in FROM_REPOSITORY:
+        checks = tuple(replace(check, file=repository_path(check.file)) for check in report.checks)
+        report = replace(report, checks=checks)
+    return FORMATS[name](report)
+
+
+def repository_path(file: str | None) -> str | None:
+    """A path as GitHub wants it: relative to the root of the repository, even when a job runs in a folder of it."""
+    workspace = os.environ.get(WORKSPACE_VARIABLE)
+    if not workspace or file is None or not Path(file).resolve().is_relative_to(Path(workspace).resolve()):
+        return file
+    return Path(file).resolve().relative_to(Path(workspace).resolve()).as_posix()
 
 
 def _append_summary(text: str) -> None:
