@@ -323,6 +323,20 @@ def test_a_change_is_measured_again(
     assert len(calls) == 2
 
 
+def test_a_cache_serves_another_checkout(write: Write, tmp_path: Path, calls: list[tuple[str, ...]]) -> None:
+    config = write([entry("a", 0.01)])
+    zoscope.check(config, cache=tmp_path / "cache")
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("model.py", "zoscope.yaml"):
+        (tmp_path / "elsewhere" / name).write_bytes((tmp_path / name).read_bytes())
+    zoscope.check(tmp_path / "elsewhere" / "zoscope.yaml", cache=tmp_path / "cache")
+    assert len(calls) == 1
+
+
+def test_a_report_shows_itself_in_a_notebook(write: Write) -> None:
+    assert "zo-gd" in zoscope.check(write([entry("a", 0.01)]))._repr_html_()
+
+
 def test_another_step_size_is_no_other_measurement(write: Write, tmp_path: Path, calls: list[tuple[str, ...]]) -> None:
     zoscope.check(write([entry("a", 0.01)]), cache=tmp_path / "cache")
     report = zoscope.check(write([entry("renamed", 10.0)]), cache=tmp_path / "cache")

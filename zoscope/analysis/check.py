@@ -170,8 +170,9 @@ def _judged(config: CheckConfig, measurement: Measurement) -> CheckResult:
 
 
 def _failed(config: CheckConfig, failure: Failure) -> CheckResult:
+    where = config.where
     return CheckResult(
-        **_identity(config),
+        **{**_identity(config), "line": None if where is None else where.start},  # the fault lies with more than its lr
         status="error",
         message=failure.message,
         exit_code=failure.exit_code,

@@ -33,7 +33,8 @@ class Layers:
         problem: Spec of a check that names none.
         folder: What relative paths are relative to.
         file: The file of the check.
-        line: Its line.
+        line: The line of its ``lr``, else its own.
+        start: Its own line.
     """
 
     own: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Layers:
     folder: Path
     file: Path | None
     line: int | None
+    start: int | None
 
 
 def build_check(layers: Layers, *, needs_spec: bool = True) -> CheckConfig:
@@ -71,7 +73,7 @@ def build_check(layers: Layers, *, needs_spec: bool = True) -> CheckConfig:
         estimator=EstimatorConfig(**merged["estimator"]),
         curvature=CurvatureConfig(**_absolute_state(merged["curvature"], layers.folder)),
         policy=PolicyConfig(**merged["policy"]),
-        where=None if layers.file is None else Where(layers.file, layers.line),
+        where=None if layers.file is None else Where(layers.file, layers.line, layers.start),
     )
 
 

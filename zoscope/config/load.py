@@ -205,14 +205,15 @@ def _layers(document: Document, overrides: list[Mapping[str, Any]], only: Sequen
     defaults = document.values.get("defaults", {})
     if not document.has_checks:
         spec = document.problem or (STARTER_NAME if (document.folder / STARTER_NAME).is_file() else None)
-        yield Layers({}, (defaults, *overrides), spec, document.folder, None, None)
+        yield Layers({}, (defaults, *overrides), spec, document.folder, None, None, None)
         return
     _refuse_names(document, only)
     trees = _items(document.tree)
     for tree, (line, values) in zip(trees, document.values["checks"], strict=True):
         if not only or values["name"] in only:
             layers = (defaults, values, *overrides)
-            yield Layers(values, layers, document.problem, document.folder, document.file, _lr_line(tree) or line)
+            place = (document.file, _lr_line(tree) or line, line)
+            yield Layers(values, layers, document.problem, document.folder, *place)
 
 
 def _refuse_names(document: Document, only: Sequence[str]) -> None:

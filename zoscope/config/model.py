@@ -12,10 +12,17 @@ from zoscope.config.schedule import Schedule
 
 @dataclass(frozen=True)
 class Where:
-    """A line of a configuration file; ``line`` is ``None`` where it is not known."""
+    """A place in a configuration file; lines are ``None`` where they are not known.
+
+    Args:
+        file: The file.
+        line: The line of ``lr``, else that of the check.
+        start: The line where the check begins.
+    """
 
     file: Path
     line: int | None
+    start: int | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class CheckConfig:
         estimator: The gradient estimate.
         curvature: How the curvature is measured.
         policy: When the check passes.
-        where: The line that an annotation points at: that of ``lr``, else of the check.
+        where: What an annotation points at.
         notices: What the reading of the configuration has to say.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import os
 import platform
 import sys
 import sysconfig
@@ -40,7 +41,9 @@ def problem_fingerprint(problem: Problem, *, source: Path | None) -> str:
     hasher = _Hasher()
     hasher.add(("versions", __version__, torch.__version__, np.__version__, platform.python_version()))
     for file in source_files(problem, source=source):
-        hasher.add((str(file), file.read_bytes()))
+        # relative, so that a cache serves every checkout of a repository
+        name = file.name if source is None else os.path.relpath(file, source.resolve().parent)
+        hasher.add((name, file.read_bytes()))
     hasher.add(problem.model)
     hasher.add((problem.params, problem.counts, problem.batches))
     hasher.add(problem.loss)

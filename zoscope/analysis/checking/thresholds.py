@@ -43,8 +43,8 @@ class OptimizerThresholds:
             return known[name]
         available = ", ".join(other for other in known if (other == "fo") != zeroth_order) or "none"
         raise UsageError(
-            f"the {name} threshold is not known here with curvature kind {curvature!r} (known: {available}). Expected "
-            "one that this measurement gives: use curvature kind hessian, or another policy threshold."
+            f"the {name} threshold is not known here with curvature kind {curvature!r} (known: {available}). Choose "
+            "one that is, as policy.threshold; forward passes know no spectrum, and a stationary point has no descent."
         )
 
     def _of(self, steps: int) -> dict[str, Threshold]:
