@@ -199,6 +199,13 @@ def test_a_baseline_is_written_and_compared_with(zoscope_cli, project: Path) -> 
     assert zoscope_cli("check", "--baseline", "base.json", "--max-drop", "50%").code == 0
 
 
+def test_a_file_that_is_no_baseline_is_not_overwritten(zoscope_cli, project: Path) -> None:
+    done = zoscope_cli("check", "--baseline", "model.py", "--update-baseline")
+    assert done.code == 2
+    assert "model.py is not a document" in done.paragraph
+    assert (project / "model.py").read_text() == SPEC
+
+
 def test_training_arguments_are_read(zoscope_cli, project: Path) -> None:
     (project / "args.json").write_text(json.dumps({"learning_rate": 9.0, "q": 2, "trainer": "zo_sgd", "zo_eps": 1e-3}))
     done = zoscope_cli("check", "--spec", "model.py", "--hf-args", "args.json", "--json")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import zoscope
+from zoscope.analysis.checking.baseline import Baseline, baseline_document, load_baseline
 from zoscope.cli.check_options import OverrideOptions
 from zoscope.cli.flatten import flatten
 from zoscope.cli.formats import FORMATS, Target, formatted, repository_path, targets, write_all
@@ -95,10 +96,7 @@ def command(
         return
     shown = _format(format, json_output)
     files = targets(output or [], default=shown)
-    if update_baseline and baseline is None:
-        raise UsageError("--update-baseline needs --baseline FILE, the file to write.")
-    if baseline is not None and update_baseline:
-        check_writable(baseline)
+    replaced = _replaced(baseline) if update_baseline else None
     given = overrides.given()
     try:
         with measuring(max_hvps=given.get("max_hvps", 600), rtol=given.get("rtol", 0.02), quiet=quiet) as on_progress:
@@ -117,7 +115,8 @@ def command(
         raise
     write_all(report, files)
     if baseline is not None and update_baseline:
-        _write_baseline(report, baseline, keep_absent=bool(only))
+        document = baseline_document(report, earlier=replaced, keep_absent=bool(only))
+        write_whole(baseline, json.dumps(document, indent=2, allow_nan=False) + "\n", option="--baseline")
     if shown == "text":
         PipeConsole().print(report)
     else:
@@ -131,6 +130,14 @@ def _format(given: str | None, as_json: bool) -> str:
     if as_json and given not in (None, "json"):
         raise UsageError(f"--json and --format {given} contradict each other. Use one, and --output FORMAT=FILE too.")
     return "json" if as_json else choice("--format", given or "text", tuple(FORMATS))
+
+
+def _replaced(file: Path | None) -> Baseline | None:
+    """The baseline that will be replaced; a file that is none is not overwritten, and that is known before the work."""
+    if file is None:
+        raise UsageError("--update-baseline needs --baseline FILE, the file to write.")
+    check_writable(file)
+    return load_baseline(file) if file.is_file() else None
 
 
 def fraction(text: str) -> float:
@@ -161,13 +168,3 @@ def _annotate(error: ConfigError, shown: str, files: list[Target]) -> None:
     if shown == "github":
         sys.stdout.write(text)
         sys.stdout.flush()
-
-
-def _write_baseline(report: object, file: Path, *, keep_absent: bool) -> None:
-    from zoscope.analysis.checking.baseline import baseline_document, load_baseline
-    from zoscope.analysis.checking.results import CheckReport
-
-    assert isinstance(report, CheckReport)
-    earlier = load_baseline(file) if file.is_file() else None
-    document = baseline_document(report, earlier=earlier, keep_absent=keep_absent)
-    write_whole(file, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", option="--baseline")
