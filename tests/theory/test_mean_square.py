@@ -231,7 +231,7 @@ def test_the_quadrature_error_is_how_far_the_error_of_the_sum_moves_the_threshol
     error = Spectrum(fine.nodes * 1.1, size * fine.weights)
     smaller = Spectrum(fine.nodes, 0.1 * size * fine.weights)
     moved = Spectrum(np.concatenate([fine.nodes, error.nodes]), np.concatenate([fine.weights, error.weights]))
-    sampled = SampledSpectrum(fine, Spectrum.of([]), num_probes=3, dimension=500, errors=(smaller, error))
+    sampled = SampledSpectrum(fine, Spectrum.of([]), num_probes=3, dimension=500, errors=((smaller, error),))
     for condition in (StabilityCondition(rule), StabilityCondition(rule, steps=300, version="full")):
         estimate = condition.estimate(sampled)
         assert estimate.value == condition.threshold(fine)

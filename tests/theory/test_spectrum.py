@@ -60,15 +60,23 @@ def test_standard_error_is_the_spread_of_probe_vectors_on_the_sphere():
     assert sampled.stderr_of(np.square) == pytest.approx(spread, abs=4.5 * spread / np.sqrt(2 * draws) * 1.5)
 
 
-def test_quadrature_error_is_the_largest_of_the_known_differences():
+def test_quadrature_errors_are_the_largest_of_each_kind_added_up():
     fine = Spectrum.of([1.0, 2.0])
     errors = tuple(Spectrum(np.array([2.5, 2.0]), scale * np.array([1.0, -1.0])) for scale in (0.2, -1.0))
-    sampled = SampledSpectrum(fine=fine, sampled=fine, num_probes=1, dimension=2, errors=errors)
-    assert sampled.trace_of(lambda x: x).quadrature == pytest.approx(0.5)
+    other = (Spectrum.of([0.25]),)
+    sampled = SampledSpectrum(fine=fine, sampled=fine, num_probes=1, dimension=2, errors=(errors, other))
+    assert sampled.trace_of(lambda x: x).quadrature == pytest.approx(0.75)
 
 
 def test_endless_sampling_leaves_the_quadrature_error():
     fine = Spectrum.of([1.0, 2.0])
-    sampled = SampledSpectrum(fine=fine, sampled=fine, num_probes=1, dimension=2, errors=(fine,))
+    sampled = SampledSpectrum(fine=fine, sampled=fine, num_probes=1, dimension=2, errors=((fine,),))
     assert sampled.stderr_of(np.square) > 0
     assert sampled.with_endless_sampling().trace_of(np.square) == Estimate(5.0, 0.0, 5.0)
+
+
+def test_errors_of_functions_that_nearly_overflow_are_finite():
+    exact = Spectrum.of([1.0, 2.0, 3.0])
+    sampled = SampledSpectrum(fine=exact, sampled=exact, num_probes=2, dimension=30)
+    assert sampled.stderr_of(lambda x: 1e200 * x) == pytest.approx(1e200 * sampled.stderr_of(lambda x: x))
+    assert sampled.stderr_of(lambda x: np.inf * x) == np.inf

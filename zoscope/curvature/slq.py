@@ -90,11 +90,13 @@ class Split:
     """A chain taken apart.
 
     Args:
+        ends: Smallest and largest Ritz value of the chain.
         values: ``(q,)`` Ritz values to deflate.
         vectors: ``(k, q)`` their coordinates in the Krylov basis.
         rest: Tridiagonal matrix of the starting vector's measure on their complement; ``None`` when nothing is left.
     """
 
+    ends: tuple[float, float]
     values: Array
     vectors: Array
     rest: Jacobi | None
@@ -106,7 +108,12 @@ def split(jacobi: Jacobi) -> Split:
     residuals = jacobi.betas[-1] * np.abs(vectors[-1])
     converged = residuals <= DEFLATION_TOLERANCE * np.abs(values)
     rest = Spectrum(values[~converged], vectors[0, ~converged] ** 2)
-    return Split(values[converged], vectors[:, converged], jacobi_of(rest) if rest.weights.sum() > 1e-12 else None)
+    return Split(
+        ends=(float(values[0]), float(values[-1])),
+        values=values[converged],
+        vectors=vectors[:, converged],
+        rest=jacobi_of(rest) if rest.weights.sum() > 1e-12 else None,
+    )
 
 
 @dataclass
@@ -115,6 +122,8 @@ class Deflated:
 
     Args:
         exact: Deflated eigenvalues.
+        ends: Interval of the spectrum as the long chain saw it. The outermost nodes of anti-Gauss rules can lie beyond
+            it; they are moved in, since long horizons amplify a spurious negative node exponentially.
         dimension: D, dimension of the complement.
         rest: Measure of the long chain's start on the complement, finely resolved.
         length: Steps of a short chain.
@@ -122,6 +131,7 @@ class Deflated:
     """
 
     exact: Spectrum
+    ends: tuple[float, float]
     dimension: int
     rest: Jacobi | None
     length: int
@@ -131,7 +141,7 @@ class Deflated:
     def of(cls, parts: Split, *, dim: int) -> "Deflated":
         """What a chain alone tells of an operator of dimension ``dim``."""
         count = len(parts.values)
-        return cls(Spectrum.of(parts.values), dim - count, parts.rest, length=SHORT_LENGTHS[-1], shorts=[])
+        return cls(Spectrum.of(parts.values), parts.ends, dim - count, parts.rest, length=SHORT_LENGTHS[-1], shorts=[])
 
     @property
     def is_known(self) -> bool:
@@ -174,7 +184,8 @@ class Deflated:
         )
 
     def _scaled(self, terms: list[tuple[float, Spectrum]]) -> Spectrum:
-        return _joined([(factor * self.dimension, rule) for factor, rule in terms])
+        whole = _joined([(factor * self.dimension, rule) for factor, rule in terms])
+        return Spectrum(np.clip(whole.nodes, *self.ends), whole.weights)
 
 
 def _joined(terms: list[tuple[float, Spectrum]]) -> Spectrum:
