@@ -124,16 +124,25 @@ class Direction:
         generator: Its stream; the direction moves it on once, while its blocks are asked for the first time, in order.
         law: Law of the direction.
         keep: Hold on to the blocks instead of drawing them again; the numbers are the same.
+        buffers: Where blocks are drawn, by dtype; directions that share them take turns.
     """
 
-    def __init__(self, blocks: Sequence[Block], generator: torch.Generator, *, law: Law, keep: bool) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        generator: torch.Generator,
+        *,
+        law: Law,
+        keep: bool,
+        buffers: dict[torch.dtype, Tensor] | None = None,
+    ) -> None:
         self._blocks = blocks
         self._generator = generator
         self._keep = keep
         self._kept: list[list[Tensor]] = []
         self._states: list[Tensor] = []
         # One buffer for all blocks: a fresh one each time, between what is kept, would leave the heap in pieces.
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._buffers: dict[torch.dtype, Tensor] = {} if buffers is None else buffers
         self._scale = 1.0
         if law == "sphere":
             self._scale = self._sphere_scale()

@@ -49,7 +49,6 @@ class SequentialSurface(_TwoPoint):
 
     Args:
         objective: The prepared problem.
-        shards: Indices of the shards that count; all when left out.
     """
 
     def __init__(self, objective: "Objective") -> None:
@@ -185,7 +184,8 @@ def choose_surface(objective: "Objective", *, replicas: int, first_order: bool) 
         expected = one_by_one.values(theta)
         if not torch.allclose(together, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
             return one_by_one, "the model gives other losses when several copies run together (torch.func.vmap)"
-        fast = _seconds(lambda: stacked.values(theta)) < _seconds(lambda: one_by_one.values(theta))
+        # Clearly slower, not a little: timings on a busy machine must not change how a run is done.
+        fast = _seconds(lambda: stacked.values(theta)) < 1.25 * _seconds(lambda: one_by_one.values(theta))
     except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return one_by_one, f"the model does not run under torch.func.vmap ({first_line})"

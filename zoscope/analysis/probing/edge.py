@@ -27,12 +27,17 @@ WIDEST = 64.0
 
 
 def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
-    """The forecast with steps that let an edge be seen to within twice the tolerance."""
+    """The forecast with steps that let an edge be seen to within twice the tolerance.
+
+    The square root of the growth asked for is enough: it has to carry a replica out of the valley, no further.
+    """
     request = ground.request
     if request.steps is not None:
         return forecast
     lr = (1.0 + 2.0 * request.edge_rtol) * forecast.true_value
-    needed = steps_to_grow(forecast.spectrum.positive, lr, request.growth, rule=forecast.rule, moments=forecast.moments)
+    needed = steps_to_grow(
+        forecast.spectrum.positive, lr, math.sqrt(request.growth), rule=forecast.rule, moments=forecast.moments
+    )
     steps = request.max_steps if not math.isfinite(needed) else min(math.ceil(needed), request.max_steps)
     return replace(forecast, steps=max(steps, forecast.steps))
 
@@ -53,30 +58,43 @@ def find_edge(
 
     def diverges(lr: float) -> bool:
         if lr not in points:
-            points[lr] = _point(ground, forecast, lr, on_step=on_step)
-            keep(points[lr])
+            point, capped = _point(ground, forecast, lr, on_step=on_step)
+            if capped:
+                raise _OutOfTimeError
+            points[lr] = point
+            keep(point)
         return 2 * points[lr].diverged >= points[lr].replicas
 
-    low, high = _bracket(forecast.true_value, diverges)
-    while low is not None and high is not None and high / low > 1.0 + rtol:
-        middle = math.sqrt(low * high)
-        if diverges(middle):
-            high = middle
-        else:
-            low = middle
+    low: float | None
+    high: float | None
+    try:
+        low, high = _bracket(forecast.true_value, diverges)
+        while low is not None and high is not None and high / low > 1.0 + rtol:
+            middle = math.sqrt(low * high)
+            if diverges(middle):
+                high = middle
+            else:
+                low = middle
+    except _OutOfTimeError:
+        low = high = None
     return summarise(tuple(points.values()), forecast, closed=(low, high))
+
+
+class _OutOfTimeError(Exception):
+    """A run was cut short before half of its replicas had diverged: it says nothing."""
 
 
 def summarise(points: tuple[EdgePoint, ...], forecast: Forecast, *, closed: tuple[float | None, float | None]) -> Edge:
     """The edge that a set of points shows."""
     ordered = tuple(sorted(points, key=lambda point: point.lr))
+    ends = (ordered[0].lr, ordered[-1].lr) if ordered else (forecast.true_value, forecast.true_value)
     low, high = closed
     found = low is not None and high is not None
     calm = [p.lr for p in ordered if p.diverged == 0]
     lost = [p.lr for p in ordered if p.diverged == p.replicas]
-    lo = max((lr for lr in calm if high is None or lr < high), default=low or ordered[0].lr)
-    hi = min((lr for lr in lost if low is None or lr > low), default=high or ordered[-1].lr)
-    value = math.sqrt(low * high) if low is not None and high is not None else (low or high or ordered[0].lr)
+    lo = max((lr for lr in calm if high is None or lr < high), default=low or ends[0])
+    hi = min((lr for lr in lost if low is None or lr > low), default=high or ends[1])
+    value = math.sqrt(low * high) if low is not None and high is not None else math.sqrt(lo * hi)
     reference = _reference(forecast)
     return Edge(
         lo=lo,
@@ -93,7 +111,7 @@ def summarise(points: tuple[EdgePoint, ...], forecast: Forecast, *, closed: tupl
 def edge_outcome(edge: Edge, forecast: Forecast) -> tuple[Outcome, str]:
     """The verdict on the threshold when nothing but the edge was looked for."""
     if not edge.found:
-        return "inconclusive", "no edge was found"
+        return "inconclusive", "no edge was found within the time and the step sizes tried"
     if forecast.few_modes:
         return "inconclusive", judging.FEW_MODES_REMARK
     low = high = forecast.threshold.value
@@ -134,7 +152,9 @@ def _bracket(guess: float, diverges: Callable[[float], bool]) -> tuple[float | N
     return low, high
 
 
-def _point(ground: Ground, forecast: Forecast, lr: float, *, on_step: Callable[[int], None] | None) -> EdgePoint:
+def _point(
+    ground: Ground, forecast: Forecast, lr: float, *, on_step: Callable[[int], None] | None
+) -> tuple[EdgePoint, bool]:
     trajectory = ground.walk(lr, forecast=forecast, runs_left=1, on_step=on_step)
     found = judging.fates(trajectory, loss=forecast.loss, scale=forecast.scale)
     full, positive = (
@@ -144,10 +164,11 @@ def _point(ground: Ground, forecast: Forecast, lr: float, *, on_step: Callable[[
         for version in ("full", "positive")
     )
     count = len(trajectory.left)
-    return EdgePoint(
+    point = EdgePoint(
         lr=lr,
         diverged=found.diverged,
         replicas=count,
         left_at=found.left_at if 2 * found.diverged >= count else None,
         blow_up=(full, positive),
     )
+    return point, trajectory.capped and 2 * found.diverged < count

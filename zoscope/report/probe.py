@@ -1,0 +1,223 @@
+"""The report of ``zoscope.probe``: header, what was predicted, the runs, the edge, the verdict, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from zoscope.report.style import (
+    MISSING,
+    OPTIMIZER_NAMES,
+    count,
+    duration,
+    quantity,
+    rough_count,
+    step_range,
+    step_size,
+)
+from zoscope.report.tables import grid, heading, number_table
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
+
+    from zoscope.analysis.probing.edge_results import Edge
+    from zoscope.analysis.probing.results import ProbeResult
+    from zoscope.analysis.probing.run_results import ProbeRun
+
+OUTCOME_STYLES = {"confirmed": "bold green", "refuted": "bold red", "inconclusive": "bold yellow"}
+VERDICT_STYLES = {True: "green", False: "red", None: "yellow"}
+THRESHOLD_NAMES = {
+    "exact": "infinite-time threshold of the mean square",
+    "horizon": "η*(steps), the threshold for a run of this length",
+    "descent": "descent threshold",
+    "first-order": "first-order threshold",
+    "assumed": "assumed threshold",
+}
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Lays a probe out.
+
+    Args:
+        result: What to show.
+        warnings: Whether to end with the warnings.
+    """
+
+    result: ProbeResult
+    warnings: bool = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Everything, top to bottom."""
+        result = self.result
+        yield header(result)
+        yield heading("Predicted")
+        yield predictions(result)
+        if result.runs:
+            yield heading("Runs", "on the quadratic model" if result.linearized else "")
+            yield runs_table(result)
+            yield heading("What they say")
+            yield grid((_label(run), remark(run)) for run in result.runs)
+            ends = list(end_rows(result))
+            if ends:
+                yield heading("Curvature measured again at the end")
+                yield grid(ends)
+        if result.edge is not None:
+            yield heading("Edge", f"where half of the replicas diverge within {count(result.edge.steps)} steps")
+            yield edge_summary(result.edge)
+            yield edge_table(result.edge)
+        yield verdict_line(result)
+        if self.warnings and result.warnings:
+            yield heading("Warnings")
+            yield grid(("•", notice.message) for notice in result.warnings)
+
+
+def render(result: ProbeResult, *, warnings: bool = True) -> ProbeReport:
+    """The report of a result, for ``rich``; ``warnings=False`` leaves them to another stream."""
+    return ProbeReport(result, warnings=warnings)
+
+
+def optimizer_name(result: ProbeResult) -> str:
+    """``ZO-Adam`` for ``zo-adam``."""
+    family = OPTIMIZER_NAMES[result.optimizer.removeprefix("zo-")]
+    return f"ZO-{family}" if result.optimizer.startswith("zo-") else family
+
+
+def header(result: ProbeResult) -> Text:
+    """What was probed, and what it took."""
+    name = Text(f"{result.spec or 'problem'}: {optimizer_name(result)}", style="bold")
+    problem = result.problem
+    facts = [
+        f"{count(problem.num_params)} parameters",
+        f"{count(problem.num_examples)} examples",
+        f"loss {quantity(problem.loss)}",
+        f"‖g‖ {quantity(problem.grad_norm)}",
+        f"{result.device}, {result.dtype}",
+        f"{count(result.num_hvps)} HVPs",
+        duration(result.seconds),
+    ]
+    return name + Text("\n" + " · ".join(facts), style="default")
+
+
+def predictions(result: ProbeResult) -> Table:
+    """The thresholds, the one under test first."""
+    threshold = result.threshold
+    rows: list[tuple[str, str | Text]] = [
+        ("under test", f"{step_size(threshold.value, digits=4)}, the {THRESHOLD_NAMES[threshold.name]}")
+    ]
+    if result.estimator is not None:
+        if threshold.horizon is not None:
+            steps = result.runs[0].steps if result.runs else None
+            label = "η*" if steps is None else f"η*({count(steps)})"
+            rows.append((label, f"{step_range(*threshold.horizon, digits=4)}  (all eigenvalues – positive ones)"))
+        if threshold.exact_ci95 is not None:
+            interval = step_range(*threshold.exact_ci95, digits=4)
+            rows.append(("infinite time", f"{step_size(threshold.exact, digits=4)}  (95 %: {interval})"))
+        rows.append(("descent", step_size(threshold.descent, digits=4)))
+    return grid(rows)
+
+
+def runs_table(result: ProbeResult) -> Table:
+    """One row per step size and variant."""
+    table = number_table("step size", "η", "ρ per step", "steps", "diverged", "loss at end", "curve off by", "verdict")
+    for run in result.runs:
+        table.add_row(
+            _label(run),
+            step_size(run.lr),
+            f"{run.rate_predicted:.4f}",
+            count(run.steps) if run.steps_done == run.steps else f"{count(run.steps_done)} of {count(run.steps)}",
+            f"{run.diverged} of {run.replicas}",
+            quantity(run.loss_end, digits=3),
+            _curve_error(run),
+            Text(run.verdict, style=VERDICT_STYLES[run.as_predicted]),
+        )
+    return table
+
+
+def remark(run: ProbeRun) -> str:
+    """What happened, beside what the model said about growth."""
+    text = run.reason
+    if run.left_at is not None:
+        text += f", at about step {rough_count(run.left_at)}"
+    if run.side == "above" and run.variant != "adaptive" and run.growth_predicted > 1:
+        text += f"; predicted growth of the mean square {quantity(run.growth_predicted, digits=2)}"
+    return text
+
+
+def end_rows(result: ProbeResult) -> Iterator[tuple[str, str | Text]]:
+    """The threshold at the end of each run, and for Adam what P did."""
+    for run in result.runs:
+        if run.end is None:
+            continue
+        end = run.end
+        text = (
+            f"step {count(end.step)}: threshold {step_size(end.threshold)} "
+            f"({run.lr / end.threshold if end.threshold else float('inf'):.2f} × it); "
+            f"{_term_name(result)} {quantity(end.term)} against trace {quantity(end.trace)}, "
+            f"λ_max {quantity(end.lambda_max)}"
+        )
+        if end.preconditioner_mean is not None:
+            text += f"; mean P {quantity(end.preconditioner_mean, digits=3)}"
+        yield _label(run), text
+
+
+def edge_summary(edge: Edge) -> Table:
+    """The edge against the thresholds."""
+    rows: list[tuple[str, str | Text]] = [
+        ("empirical", f"{step_size(edge.value, digits=4)}, between {step_size(edge.lo)} and {step_size(edge.hi)}"),
+    ]
+    if not edge.found:
+        rows = [("empirical", "not found: the step sizes tried all went the same way, or there was no time")]
+    elif edge.ratio_to_exact is not None:
+        rows.append(("to the threshold", f"{edge.ratio_to_exact:.3f} ×, infinite time"))
+    if edge.found and edge.ratio_to_horizon is not None:
+        full, positive = edge.ratio_to_horizon
+        rows.append(
+            (f"to η*({count(edge.steps)})", f"{full:.3f} × (all eigenvalues), {positive:.3f} × (positive ones)")
+        )
+    return grid(rows)
+
+
+def edge_table(edge: Edge) -> Table:
+    """Every step size tried, with the time to blow-up."""
+    table = number_table("η", "diverged", "at step", "predicted (all – positive)")
+    for point in edge.points:
+        full, positive = point.blow_up
+        predicted = f"{rough_count(full)} – {rough_count(positive)}"
+        left = MISSING if point.left_at is None else rough_count(point.left_at)
+        table.add_row(step_size(point.lr, digits=4), f"{point.diverged} of {point.replicas}", left, predicted)
+    return table
+
+
+def verdict_line(result: ProbeResult) -> Text:
+    """The last word."""
+    text = Text("\n")
+    text.append(result.outcome.capitalize(), style=OUTCOME_STYLES[result.outcome])
+    text.append(f": {result.reason}.")
+    if result.interrupted:
+        text.append(" Interrupted; this is what was known by then.", style="yellow")
+    return text
+
+
+def _label(run: ProbeRun) -> str:
+    label = f"{run.ratio:.3g} ×"
+    return f"{label} {run.variant}" if run.variant in ("frozen", "adaptive") else label
+
+
+def _term_name(result: ProbeResult) -> str:
+    if result.optimizer.endswith("gdm"):
+        return "2(1−β)/η"
+    return "2/η"
+
+
+def _curve_error(run: ProbeRun) -> str:
+    if run.prediction is None or run.prediction.relative is None:
+        return MISSING
+    if run.verdict in ("diverged", "rises") and run.side == "above":
+        same = run.prediction.predicted_change * run.prediction.measured_change > 0
+        return "same sign" if same else "wrong sign"
+    return f"{run.prediction.relative:.0%} at {count(run.prediction.step)}"
