@@ -1,5 +1,6 @@
 """Lanczos tridiagonalisation: one chain with its basis kept, or many short chains advanced together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from zoscope.curvature.operators import LinearOperator
 from zoscope.errors import NumericalError
 
 Array = NDArray[np.float64]
+OnProducts = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ class Chain:
             if not self.exhausted:
                 torch.div(w, beta, out=self._basis[k + 1])
 
+    def first_product(self) -> tuple[Tensor, Tensor]:
+        """The unit starting vector q and ``Mq``, each ``(d,)``; they take at least one step, and no product."""
+        product = self._alphas[0] * self._basis[0]
+        if self._betas[0]:
+            product += self._betas[0] * self._basis[1]
+        return self._basis[0].clone(), product
+
+    def residual(self) -> Tensor:
+        """``(d,)`` r of ``M Q = Q T + r e_kᵀ``, orthogonal to the basis Q; zero for an invariant space."""
+        if not self._betas[-1]:
+            return torch.zeros_like(self._basis[0])
+        return self._betas[-1] * self._basis[len(self._betas)]
+
     def combine(self, coefficients: Array) -> Tensor:
         """Orthonormal combinations of the basis, ``(n, d)``, in its place; the chain cannot be extended afterwards.
 
@@ -104,7 +119,9 @@ class Chain:
         return self._basis[:n]
 
 
-def short_chains(operator: LinearOperator, starts: Tensor, *, steps: int, deflated: Tensor) -> list[Jacobi]:
+def short_chains(
+    operator: LinearOperator, starts: Tensor, *, steps: int, deflated: Tensor, on_first: OnProducts | None = None
+) -> list[Jacobi]:
     """Lanczos on ``(I - VVᵀ) M (I - VVᵀ)`` from several vectors at once, one block product per step.
 
     Without reorthogonalisation within a chain: what escapes the deflation converges slowly over so few steps, and a
@@ -115,6 +132,7 @@ def short_chains(operator: LinearOperator, starts: Tensor, *, steps: int, deflat
         starts: ``(b, d)`` vectors orthogonal to the rows of ``deflated``.
         steps: Length of each chain.
         deflated: ``(q, d)`` orthonormal rows V.
+        on_first: Called with the unit starting vectors and their products, each ``(b, d)``.
 
     Returns:
         One tridiagonal matrix per vector, shorter than ``steps`` where a Krylov space was exhausted.
@@ -127,9 +145,11 @@ def short_chains(operator: LinearOperator, starts: Tensor, *, steps: int, deflat
     beta = torch.zeros(len(starts), 1, dtype=starts.dtype, device=starts.device)
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
-    for _ in range(steps):
+    for step in range(steps):
         w = operator.matmat(vectors)
         w = project_out(w, deflated)
+        if step == 0 and on_first is not None:
+            on_first(vectors, w)
         alpha = (vectors * w).sum(dim=1, keepdim=True)
         w -= alpha * vectors + beta * previous
         beta = torch.linalg.vector_norm(w, dim=1, keepdim=True)

@@ -1,7 +1,8 @@
 """One pass over an operator that yields trace, norm, extreme eigenvalues and the spectrum behind every threshold."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from zoscope.curvature.dense import dense_eigenvalues
+from zoscope.curvature.diagonal import BlockTraces
 from zoscope.curvature.lanczos import Chain, Jacobi
 from zoscope.curvature.operators import DenseOperator, LinearOperator
 from zoscope.curvature.results import Curvature, Eigenvalue, Method
 from zoscope.curvature.slq import Deflated, Precision, choose_length, gauss_rule, probe_block, split
 from zoscope.runtime import available_memory, spawn_generators
-from zoscope.theory.spectrum import SampledSpectrum, Spectrum
+from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 
 DENSE_LIMIT = 4096
 """Largest dimension for which the dense path is chosen by itself."""
@@ -45,6 +47,8 @@ def measure(
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     precision: Precision | None = None,
     vector: Tensor | None = None,
+    top: int = 1,
+    blocks: Sequence[int] | None = None,
     rtol: float = 0.02,
     max_hvps: int = 600,
     seed: int = 0,
@@ -59,6 +63,9 @@ def measure(
         precision: Largest relative 95 % half-width among the quantities wanted; the trace of the positive part when
             left out.
         vector: ``(d,)`` vector, such as the gradient, whose spectral measure is wanted too.
+        top: How many of the largest eigenvalues should converge, where the budget allows.
+        blocks: Sizes of neighbouring groups of coordinates, d in all, whose traces are wanted too, at no further
+            product.
         rtol: Half-width at which to stop.
         max_hvps: Products allowed.
         seed: Of the probe vectors.
@@ -75,24 +82,25 @@ def measure(
         raise ValueError(f"rtol must be > 0, got {rtol}")
     if max_hvps < 1:
         raise ValueError(f"max_hvps must be at least 1, got {max_hvps}")
+    if blocks is not None and sum(blocks) != operator.dim:
+        raise ValueError(f"blocks must add up to the dimension {operator.dim}, got {sum(blocks)}")
+    traces = None if blocks is None else BlockTraces(blocks)
     started, spent = time.perf_counter(), operator.num_hvps
     if method == "dense" or (method == "auto" and operator.dim <= min(DENSE_LIMIT, max_hvps)):
-        result = _dense(operator)
+        result = _dense(operator, traces)
         vector_measure = _measure_of(DenseOperator(operator.dense()), vector)
     else:
         vector_measure = _measure_of(operator, vector, steps=max(1, min(VECTOR_STEPS, max_hvps // 10)))
         wanted = precision or _precision_of_positive_trace
         left = max(1, max_hvps - (operator.num_hvps - spent))
-        result = _Sampling(operator, wanted, rtol=rtol, max_hvps=left, seed=seed, on_progress=on_progress).run()
-    spectrum, ends, how, notes = result
+        result = _Sampling(
+            operator, wanted, traces, top=top, rtol=rtol, max_hvps=left, seed=seed, on_progress=on_progress
+        ).run()
     return _curvature(
-        spectrum,
-        ends,
-        method=how,
+        result,
         num_hvps=operator.num_hvps - spent,
         seconds=time.perf_counter() - started,
         vector_measure=vector_measure,
-        notes=notes,
     )
 
 
@@ -109,13 +117,20 @@ def _measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int =
     return Spectrum(rule.nodes, squared * rule.weights)
 
 
-_Result = tuple[SampledSpectrum, tuple[Eigenvalue, Eigenvalue], Method, tuple[str, ...]]
+@dataclass(frozen=True)
+class _Result:
+    spectrum: SampledSpectrum
+    ritz: tuple[Eigenvalue, ...]
+    method: Method
+    block_traces: tuple[Estimate, ...] | None
+    notes: tuple[str, ...] = ()
 
 
-def _dense(operator: LinearOperator) -> _Result:
+def _dense(operator: LinearOperator, traces: BlockTraces | None) -> _Result:
     eigenvalues, asymmetry = dense_eigenvalues(operator)
-    ends = tuple(Eigenvalue(float(value), residual=asymmetry, converged=True) for value in eigenvalues[[0, -1]])
-    return SampledSpectrum.exact(eigenvalues), (ends[0], ends[1]), "dense", ()
+    blocks = None if traces is None else traces.exact(operator.dense().diagonal())
+    every = tuple(Eigenvalue(float(value), residual=asymmetry, converged=True) for value in eigenvalues)
+    return _Result(SampledSpectrum.exact(eigenvalues), every, "dense", blocks)
 
 
 class _Sampling:
@@ -125,7 +140,9 @@ class _Sampling:
         self,
         operator: LinearOperator,
         precision: Precision,
+        traces: BlockTraces | None,
         *,
+        top: int,
         rtol: float,
         max_hvps: int,
         seed: int,
@@ -133,6 +150,8 @@ class _Sampling:
     ) -> None:
         self._operator = operator
         self._precision = precision
+        self._traces = traces
+        self._top = top
         self._rtol = rtol
         self._max_hvps = max_hvps
         self._first = operator.num_hvps
@@ -141,10 +160,10 @@ class _Sampling:
         self._notes: list[str] = []
 
     def run(self) -> _Result:
-        op, chain = self._operator, self._long_chain()
+        op, traces, chain = self._operator, self._traces, self._long_chain()
         jacobi = chain.jacobi
         parts = split(jacobi)
-        basis = chain.combine(parts.vectors)
+        basis = chain.combine(parts.vectors) if traces is None else traces.deflate(chain, parts)
         state = Deflated.of(parts, dim=op.dim)
         state.length = choose_length(state, self._precision, rtol=self._rtol, budget=self._left)
         while state.dimension > 0:
@@ -152,13 +171,20 @@ class _Sampling:
             if state.is_known and probes == 0:
                 break
             state.shorts += probe_block(
-                op, basis, probes=max(1, probes), length=state.length, generator=self._probe_generator
+                op,
+                basis,
+                probes=max(1, probes),
+                length=state.length,
+                generator=self._probe_generator,
+                on_first=None if traces is None else traces.add,
             )
             reached = self._precision(state.spectrum())
             self._report("bulk", reached)
             if reached <= self._rtol:
                 break
-        return state.spectrum(), _ends(jacobi), "deflated-slq", tuple(self._notes)
+        spectrum = state.spectrum()
+        blocks = None if traces is None else traces.estimates(spectrum)
+        return _Result(spectrum, _eigenvalues(jacobi), "deflated-slq", blocks, tuple(self._notes))
 
     @property
     def _left(self) -> int:
@@ -177,7 +203,8 @@ class _Sampling:
         chain.extend(min(FIRST_STEPS, most))
         self._report("outliers", None)
         while not chain.exhausted and chain.jacobi.size < most:
-            if self._quadrature(chain.jacobi) <= self._rtol / 4 and _ends(chain.jacobi)[1].converged:
+            largest = _eigenvalues(chain.jacobi)[-self._top :]
+            if self._quadrature(chain.jacobi) <= self._rtol / 4 and all(found.converged for found in largest):
                 break
             chain.extend(min(MORE_STEPS, most - chain.jacobi.size))
             self._report("outliers", None)
@@ -208,45 +235,36 @@ class _Sampling:
             self._on_progress(stage, spent, reached)
 
 
-def _ends(jacobi: Jacobi) -> tuple[Eigenvalue, Eigenvalue]:
-    """Smallest and largest eigenvalue of a chain's operator, with residuals."""
+def _eigenvalues(jacobi: Jacobi) -> tuple[Eigenvalue, ...]:
+    """Ritz values of a chain, ascending, with residuals."""
     values, vectors = jacobi.eigh()
     residuals = jacobi.betas[-1] * np.abs(vectors[-1])
-    lowest, highest = (
-        Eigenvalue(
-            float(values[i]), float(residuals[i]), converged=bool(residuals[i] <= EIGENVALUE_TOLERANCE * abs(values[i]))
-        )
-        for i in (0, -1)
+    return tuple(
+        Eigenvalue(float(value), float(residual), converged=bool(residual <= EIGENVALUE_TOLERANCE * abs(value)))
+        for value, residual in zip(values, residuals, strict=True)
     )
-    return lowest, highest
 
 
-def _curvature(
-    spectrum: SampledSpectrum,
-    ends: tuple[Eigenvalue, Eigenvalue],
-    *,
-    method: Method,
-    num_hvps: int,
-    seconds: float,
-    vector_measure: Spectrum | None,
-    notes: tuple[str, ...],
-) -> Curvature:
+def _curvature(result: _Result, *, num_hvps: int, seconds: float, vector_measure: Spectrum | None) -> Curvature:
+    spectrum = result.spectrum
     positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
     positive_sq = spectrum.fine.trace_of(lambda x: np.maximum(x, 0.0) ** 2)
     return Curvature(
         trace=spectrum.trace_of(lambda x: x),
         frobenius_sq=spectrum.trace_of(np.square),
-        lambda_max=ends[1],
-        lambda_min=ends[0],
+        lambda_max=result.ritz[-1],
+        lambda_min=result.ritz[0],
         trace_positive=positive,
         negative_mass=max(0.0, spectrum.fine.trace_of(lambda x: np.maximum(-x, 0.0))),
         effective_rank=positive.value**2 / positive_sq if positive_sq > 0 else 0.0,
-        method=method,
+        method=result.method,
         num_hvps=num_hvps,
         seconds=seconds,
         spectrum=spectrum,
+        ritz=result.ritz,
+        block_traces=result.block_traces,
         vector_measure=vector_measure,
-        notes=notes,
+        notes=result.notes,
     )
 
 

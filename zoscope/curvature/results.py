@@ -10,12 +10,12 @@ Method = Literal["dense", "deflated-slq", "forward"]
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """An algebraic end of the spectrum.
+    """One eigenvalue of a symmetric operator.
 
     Args:
         value: Eigenvalue in loss/param².
         residual: ``‖Mv - λv‖`` of the unit Ritz vector; some eigenvalue lies within this distance.
-        converged: Whether the residual fell below 1 % of the spectral radius.
+        converged: Whether the residual is at most 1 % of the value.
     """
 
     value: float
@@ -39,6 +39,9 @@ class Curvature:
         num_hvps: Matrix-vector products spent.
         seconds: Wall time spent.
         spectrum: Nodes and weights from which every threshold is computed.
+        ritz: Eigenvalues found one by one, ascending: all of them when dense, else the Ritz values of a Krylov space.
+            There the ends converge first, and a repeated eigenvalue appears once.
+        block_traces: Traces of the diagonal blocks that were asked for; ``None`` when none were.
         vector_measure: Spectral measure of the vector that was given, ``Σ w f(θ) = vᵀ f(M) v``; ``None`` without one.
         notes: What the user should know about how the measurement went.
     """
@@ -54,5 +57,7 @@ class Curvature:
     num_hvps: int
     seconds: float
     spectrum: SampledSpectrum
+    ritz: tuple[Eigenvalue, ...] = ()
+    block_traces: tuple[Estimate, ...] | None = None
     vector_measure: Spectrum | None = None
     notes: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.lanczos import Array, Jacobi, project_out, short_chains
+from zoscope.curvature.lanczos import Array, Jacobi, OnProducts, project_out, short_chains
 from zoscope.curvature.operators import LinearOperator
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
@@ -226,11 +226,20 @@ def choose_length(state: Deflated, precision: Precision, *, rtol: float, budget:
 
 
 def probe_block(
-    operator: LinearOperator, deflated: Tensor, *, probes: int, length: int, generator: torch.Generator
+    operator: LinearOperator,
+    deflated: Tensor,
+    *,
+    probes: int,
+    length: int,
+    generator: torch.Generator,
+    on_first: OnProducts | None = None,
 ) -> list[Spectrum]:
-    """Rules of ``probes`` new random vectors on the complement, at ``probes * length`` products."""
+    """Rules of ``probes`` new random vectors on the complement, at ``probes * length`` products.
+
+    ``on_first`` sees the vectors and their first products, see ``short_chains``.
+    """
     starts = torch.randn(probes, operator.dim, generator=generator, dtype=deflated.dtype, device=deflated.device)
     for _ in range(2):  # the second pass removes what rounding left of the first
         starts = project_out(starts, deflated)
-    chains = short_chains(operator, starts, steps=length, deflated=deflated)
+    chains = short_chains(operator, starts, steps=length, deflated=deflated, on_first=on_first)
     return [averaged_rule(jacobi) for jacobi in chains]
