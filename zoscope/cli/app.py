@@ -5,7 +5,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -52,8 +51,7 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name in COMMANDS:
-        if find_spec(f"zoscope.cli.{name}") is not None:
-            app.command(name)(import_module(f"zoscope.cli.{name}").command)
+        app.command(name)(import_module(f"zoscope.cli.{name}").command)
     return app
 
 
