@@ -107,7 +107,7 @@ class Verdict:
         outlook: ``stable`` when neither version of the horizon blows up within N steps, ``unstable`` when both do,
             ``uncertain`` when only the full one does.
         blow_up: Steps from which the noise feeds itself, ``(T_full, T_positive)``; ``inf`` for never.
-        doubling: Steps after which the predicted loss has doubled, first and last of the two versions; ``inf`` for not
+        doubling: Steps after which the loss has doubled, in the mean over runs and in a typical run; ``inf`` for not
             within N; ``None`` where it is not predicted.
         descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold.
     """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HORIZONS = (30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 """Numbers of steps of the printed curve η*(T)."""
 
-LONGEST_LOOK = 30_000
+LONGEST_LOOK = 5_000
 """Steps up to which the loss at a step size asked about is followed."""
 
 

@@ -157,7 +157,7 @@ def _outlook(verdict: Verdict) -> str:
     first, last = verdict.blow_up if verdict.doubling is None else verdict.doubling
     if math.isinf(first):
         whose = "" if verdict.outlook == "unstable" else " of all eigenvalues"
-        return f"above η*({planned}){whose}, but the predicted loss does not double within {planned} steps"
+        return f"above η*({planned}){whose}, but the loss is not predicted to double within {planned} steps"
     if verdict.outlook == "uncertain" or math.isinf(last):
         return f"may blow up after about {rough_count(first)} steps, or not within {planned}"
     span = dict.fromkeys((rough_count(first), rough_count(last)))
