@@ -134,4 +134,4 @@ def _separate(spectrum: Spectrum) -> tuple[Array, Spectrum]:
         for g in groups
         if np.abs(weights[g]).sum() > 0
     ]
-    return spectrum.nodes[alone], Spectrum([node for node, _ in gathered], [weight for _, weight in gathered])
+    return spectrum.nodes[alone], Spectrum(np.array([n for n, _ in gathered]), np.array([w for _, w in gathered]))
