@@ -1,7 +1,7 @@
 """What a zeroth-order step costs, as ratios taken in one process: `python tests/benchmarks/bench_step.py`.
 
 * a step of one replica against two bare forward passes of the same model, and against a hand-written MeZO loop;
-* peak memory of a step on a 50M-parameter MLP against one forward pass without gradients (each in a process of its own).
+* peak memory of a step on a 50M-parameter MLP against one forward pass without gradients, each in its own process.
 """
 
 import argparse

@@ -115,7 +115,8 @@ class _Record:
         self.steps.append(step)
         loss, distance = np.full(self.replicas, np.inf), np.full(self.replicas, np.inf)
         loss[rows.index] = losses.cpu().numpy()
-        distance[rows.index] = (rows.theta - self.start).double().square().sum(dim=1).cpu().numpy()
+        squares = (rows.theta - self.start).double().square().sum(dim=1)
+        distance[rows.index] = squares.where(torch.isfinite(losses), math.inf).cpu().numpy()
         self.losses.append(loss)
         self.distances.append(distance)
 
@@ -191,14 +192,16 @@ class _Runner:
             if self._limits.deadline is not None and time.perf_counter() > self._limits.deadline:
                 break
             losses = self._advance(rows, step)
-            if step % every == 0 or step == steps:
+            looking = step % every == 0 or step == steps
+            if looking:
                 losses = self._surface.values(rows.theta)
-                record.add(step, rows, losses)
                 for n in torch.nonzero(losses <= self._limits.valley).flatten().tolist():
                     last[rows.index[n]], last_steps[rows.index[n]] = rows.theta[n], step
                     if moments is not None:
                         moments[rows.index[n]] = rows.state["exp_avg_sq"][0][n]
             alive = torch.isfinite(losses) & (losses <= self._limits.left)
+            if looking:
+                record.add(step, rows, losses.where(alive, math.inf))
             if not bool(alive.all()):
                 for n in torch.nonzero(~alive).flatten().tolist():
                     left[rows.index[n]] = step

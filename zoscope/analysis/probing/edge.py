@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from zoscope.analysis.probing import verdict as judging
+from zoscope.analysis.probing.forecast import steps_needed
 from zoscope.analysis.probing.results import Edge, EdgePoint, Outcome
-from zoscope.theory.growth import steps_to_grow
 from zoscope.theory.mean_square import StabilityCondition, time_to_blow_up
 
 if TYPE_CHECKING:
@@ -35,11 +35,17 @@ def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
     if request.steps is not None:
         return forecast
     lr = (1.0 + 2.0 * request.edge_rtol) * forecast.true_value
-    needed = steps_to_grow(
-        forecast.spectrum.positive, lr, math.sqrt(request.growth), rule=forecast.rule, moments=forecast.moments
+    needed, _ = steps_needed(
+        forecast.spectrum,
+        forecast.gradient,
+        lr,
+        request,
+        growth=math.sqrt(request.growth),
+        rule=forecast.rule,
+        moments=forecast.moments,
+        loss=forecast.loss,
     )
-    steps = request.max_steps if not math.isfinite(needed) else min(math.ceil(needed), request.max_steps)
-    return replace(forecast, steps=max(steps, forecast.steps))
+    return replace(forecast, steps=max(min(needed, request.max_steps), forecast.steps))
 
 
 def find_edge(

@@ -90,6 +90,12 @@ class Forecast:
         return self.moments.b > 0 and (self.effective_rank < FEW_MODES or self.typical_survives)
 
     @property
+    def limit(self) -> float:
+        """The model's own infinite-time threshold of the rule, whichever is under test."""
+        exact = self.threshold.exact
+        return self.true_value if self.moments.b == 0 or exact is None else exact
+
+    @property
     def scale(self) -> float:
         """The size of a loss here: that at the start."""
         return abs(self.loss) if self.loss != 0 else 1.0
@@ -153,7 +159,9 @@ def forecast(
     ratio = _ratio_above(request, infinite)
 
     def needed(lr: float) -> tuple[int, bool]:
-        return _steps_needed(spectrum, gradient, lr, request, rule=rule, moments=moments, loss=loss)
+        return steps_needed(
+            spectrum, gradient, lr, request, growth=request.growth, rule=rule, moments=moments, loss=loss
+        )
 
     wanted, survives = needed(ratio * infinite)
     name, value = _probed(row, request, infinite)
@@ -205,12 +213,13 @@ def _ratio_above(request: ProbeRequest, threshold: float) -> float:
     return min((r for r in ratios if r > 1.0), default=1.25)
 
 
-def _steps_needed(
+def steps_needed(
     spectrum: Spectrum,
     gradient: GradientMeasure | None,
     lr: float,
     request: ProbeRequest,
     *,
+    growth: float,
     rule: UpdateRule,
     moments: EstimatorMoments,
     loss: float,
@@ -220,10 +229,10 @@ def _steps_needed(
     Growth starts from the noise of the gradient, not from the loss, and a typical run grows more slowly than the mean.
     """
     positive = spectrum.positive
-    growth = steps_to_grow(positive, lr, request.growth, rule=rule, moments=moments)
-    if not math.isfinite(growth):
+    grown = steps_to_grow(positive, lr, growth, rule=rule, moments=moments)
+    if not math.isfinite(grown):
         return request.max_steps, False
-    steps = math.ceil(growth)
+    steps = math.ceil(grown)
     longest = min(20 * steps, request.max_steps, LONGEST_CURVE)
     if gradient is not None and longest > steps:
         left = _left(loss, first_order=request.first_order)

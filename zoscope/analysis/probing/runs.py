@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int], None]
 
+MOVED = 0.97
+"""A threshold below this share of what it was has moved: the re-measurement is good to a few percent."""
+
 
 def probe_run(
     ground: Ground, forecast: Forecast, lr: float, *, adaptive: bool, runs_left: int, on_step: OnStep | None
@@ -98,7 +101,7 @@ def _end(
     """The curvature where the first replica that left was last in the valley, else where the first one ended.
 
     Returns:
-        The state, and whether ``lr`` is inside or above the band there.
+        The state, and whether the threshold came down past ``lr`` on the way: into or below the band there.
     """
     if ground.request.linearized:
         return None, False
@@ -111,6 +114,8 @@ def _end(
     if curvature is None:
         return None, False
     threshold, lowest = _thresholds(ground, forecast, curvature)
+    # Sharpened: the step size was stable where the run began, and it is the threshold that moved.
+    sharpened = lr < forecast.limit and lr >= lowest and threshold < MOVED * forecast.limit
     scale = 2.0 * (1.0 - forecast.rule.momentum) / forecast.rule.lr_scale
     state = EndState(
         step=trajectory.last_steps[replica],
@@ -120,7 +125,7 @@ def _end(
         term=scale / lr,
         preconditioner_mean=None if diagonal is None else float(diagonal.double().mean()),
     )
-    return state, lr >= lowest
+    return state, sharpened
 
 
 def _thresholds(ground: Ground, forecast: Forecast, curvature: Curvature) -> tuple[float, float]:

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import zoscope
+from zoscope.optim import ZOGD
+from zoscope.optim.replicas import Estimator, Limits, run
+from zoscope.optim.rules import GD, GDM, Adam
+from zoscope.optim.surface import SequentialSurface, StackedSurface, choose_surface
+
+
+@pytest.fixture
+def problem(net, batch):
+    data = (batch[0].double(), batch[1].double())
+    return zoscope.Problem.from_criterion(net.double(), [data], nn.MSELoss())
+
+
+def trajectory(surface, start, *, together, rule=None, **options):
+    settings = {"lr": 1e-2, "steps": 8, "replicas": 3, "seed": 0, "limits": Limits(), **options}
+    estimator = settings.pop("estimator", Estimator())
+    return run(surface, start, rule=rule or GD(), estimator=estimator, together=together, **settings)
+
+
+@pytest.mark.parametrize("rule", [GD(), GDM(), Adam()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("estimator", [Estimator(), Estimator(queries=3, directions="sphere"), Estimator(order=1)])
+def test_replicas_are_the_same_together_and_in_turn(problem, rule, estimator):
+    with problem.prepare() as objective:
+        start = objective.read()
+        one = trajectory(StackedSurface(objective), start, together=True, rule=rule, estimator=estimator)
+        other = trajectory(SequentialSurface(objective), start, together=False, rule=rule, estimator=estimator)
+    np.testing.assert_allclose(one.losses, other.losses, rtol=1e-7)
+    np.testing.assert_allclose(one.distances, other.distances, rtol=1e-6, atol=1e-15)
+
+
+def test_replicas_differ_and_a_stream_does_not_depend_on_their_number(problem):
+    with problem.prepare() as objective:
+        start, surface = objective.read(), SequentialSurface(objective)
+        three = trajectory(surface, start, together=True)
+        two = trajectory(surface, start, together=True, replicas=2)
+    assert len(set(three.losses[-1])) == 3
+    np.testing.assert_array_equal(three.losses[:, :2], two.losses)
+
+
+def test_a_replica_takes_the_steps_of_the_public_optimizer(problem):
+    child = np.random.SeedSequence(0).spawn(1)[0]
+    with problem.prepare() as objective:
+        start = objective.read()
+        ran = trajectory(SequentialSurface(objective), start, together=True, replicas=1)
+        objective.write(start)
+        optimizer = ZOGD(objective.params, lr=1e-2, seed=child)
+        for _ in range(8):
+            optimizer.step(lambda: objective.value())
+        trained = objective.read()
+    # One normal draw over all parameters in both: the same directions.
+    torch.testing.assert_close(ran.last[0], trained, rtol=1e-9, atol=1e-12)
+
+
+def test_a_replica_that_leaves_is_infinite_from_there(problem):
+    with problem.prepare() as objective:
+        start = objective.read()
+        ran = trajectory(SequentialSurface(objective), start, together=True, lr=1e3, limits=Limits(left=10.0))
+    assert all(step is not None for step in ran.left)
+    assert np.isinf(ran.losses[-1]).all()
+    assert torch.isfinite(ran.last).all()
+
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x * (1.0 if self.weight.sum().item() > 0 else 2.0) * self.weight  # data-dependent: vmap cannot
+
+
+def test_a_model_that_vmap_refuses_runs_in_turn_with_the_reason():
+    x = torch.ones(2, 3)
+    problem = zoscope.Problem.from_criterion(Stubborn(), [(x, x)], nn.MSELoss())
+    with problem.prepare() as objective:
+        surface, why_not = choose_surface(objective, replicas=4, first_order=False)
+        assert torch.equal(objective.read(), torch.ones(3))
+    assert isinstance(surface, SequentialSurface)
+    assert "vmap" in why_not
