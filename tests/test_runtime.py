@@ -207,3 +207,16 @@ def test_the_fingerprint_of_generators_tells_a_draw() -> None:
             assert runtime.rng_fingerprint() == before
             draw(1)
             assert runtime.rng_fingerprint() != before
+
+
+def test_small_problems_run_on_one_thread_and_give_the_others_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with runtime.threads_for(1000):
+            assert torch.get_num_threads() == 1
+        with runtime.threads_for(10**9):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

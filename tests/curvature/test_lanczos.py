@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from .matrices import rotated
 from zoscope.curvature.lanczos import Chain, Jacobi, project_out, short_chains
 from zoscope.curvature.operators import DenseOperator
 from zoscope.errors import NumericalError
+
+from .matrices import rotated
 
 SPECTRUM = torch.cat([torch.tensor([50.0, 20.0, -8.0]), torch.linspace(-1, 2, 57)]).double()
 

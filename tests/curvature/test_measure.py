@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from .matrices import network_like, rotated
 from zoscope.curvature import measure as module
 from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
 from zoscope.errors import NumericalError, UsageError
+
+from .matrices import network_like, rotated
 
 
 def operator(eigenvalues, *, seed=0, dtype=torch.float64):
@@ -111,7 +112,7 @@ def test_little_memory_shortens_the_chain_and_says_so(monkeypatch):
 def test_a_matrix_too_large_for_memory_is_refused_before_any_product(monkeypatch):
     monkeypatch.setattr("zoscope.curvature.dense.available_memory", lambda device: 10_000)
     op = operator(network_like(size=60))
-    with pytest.raises(UsageError, match="--method dense.*GiB.*deflated-slq"):
+    with pytest.raises(UsageError, match=r"--method dense.*GiB.*deflated-slq"):
         measure(op, method="dense")
     assert op.num_hvps == 0
 
@@ -133,6 +134,6 @@ def test_bad_arguments_are_refused(arguments):
 def test_progress_tells_stage_products_and_precision():
     seen = []
     measure(operator(network_like()), method="deflated-slq", on_progress=lambda *args: seen.append(args))
-    assert [stage for stage, _, _ in seen][0] == "outliers"
+    assert seen[0][0] == "outliers"
     assert seen[-1][0] == "bulk"
     assert np.all(np.diff([count for _, count, _ in seen]) >= 0)

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from .matrices import network_like, rotated
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.operators import DenseOperator
 from zoscope.curvature.slq import (
@@ -16,6 +15,8 @@ from zoscope.curvature.slq import (
     split,
 )
 from zoscope.theory.spectrum import Spectrum
+
+from .matrices import network_like, rotated
 
 EIGENVALUES = network_like(negative=0.4)
 

@@ -9,6 +9,25 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+SMALL_WORK = 2_000_000
+"""Parameters times examples below which the threads of a kernel wait for each other longer than they compute."""
+
+
+@contextmanager
+def threads_for(work: int) -> Iterator[None]:
+    """Run a small problem on one CPU thread, and put the number of threads back on exit.
+
+    Args:
+        work: Parameters times examples, about the multiplications of a forward pass.
+    """
+    before = torch.get_num_threads()
+    try:
+        if work < SMALL_WORK:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
