@@ -23,7 +23,7 @@ ALLOWED = {
     "runtime": set(),
     "problem": {"runtime"},
     "spec": {"problem", "runtime"},
-    "curvature": {"problem", "runtime", "theory"},
+    "curvature": {"optim", "problem", "runtime", "theory"},  # forward passes along the optimizers' directions
     "optim": {"problem", "runtime", "theory"},
     "analysis": {"config", "curvature", "optim", "problem", "runtime", "spec", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "theory"},

@@ -61,3 +61,37 @@ class Curvature:
     block_traces: tuple[Estimate, ...] | None = None
     vector_measure: Spectrum | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ForwardCurvature:
+    """What forward passes learn about the Hessian H, of dimension d; see ``measure_forward``.
+
+    Args:
+        trace: ``Tr H``.
+        frobenius_sq: ``‖H‖_F²``.
+        gradient_sq: ``‖g‖²``, loss²/param².
+        rayleigh: ``gᵀHg/‖g‖²``; ``None`` for a zero gradient.
+        loss: Loss at the parameters.
+        indefinite: Whether negative curvature was seen along a direction.
+        step: Step h of the differences along directions of unit entries, param.
+        disagreement: Relative difference between the traces at h and at 2h; part of the errors above.
+        num_hvps: Directions spent, each two evaluations; what stands for a Hessian-vector product here.
+        num_evaluations: Evaluations of the whole loss.
+        seconds: Wall time spent.
+        notes: What the user should know about how the measurement went.
+    """
+
+    trace: Estimate
+    frobenius_sq: Estimate
+    gradient_sq: Estimate
+    rayleigh: Estimate | None
+    loss: float
+    indefinite: bool
+    step: float
+    disagreement: float
+    num_hvps: int
+    num_evaluations: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    method: Method = "forward"

@@ -64,6 +64,8 @@ def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         said = f"a {type(loss).__name__}"
         remedy = "return the tensor itself, without .item() or float()"
+        if isinstance(loss, float):
+            remedy += ", or use --curvature forward, which takes numbers"
         if isinstance(getattr(loss, "loss", None), Tensor):
             remedy = "return its .loss"
         elif loss is None:

@@ -103,11 +103,13 @@ class Problem:
         return problem
 
     @classmethod
-    def from_function(cls, f: Callable[[Tensor], Tensor], x0: Tensor) -> Self:
+    def from_function(cls, f: Callable[[Tensor], Tensor | float], x0: Tensor) -> Self:
         """A problem without model and data: minimise ``f`` from ``x0``.
 
         Args:
-            f: Takes a tensor like ``x0``, returns a scalar tensor.
+            f: Takes a tensor like ``x0``, returns a scalar tensor. Where no derivative is taken, as with
+                ``curvature="forward"``, it may return a number instead: NumPy, another program, a simulator. It must
+                not keep or change its argument, which moves on.
             x0: Floating-point tensor of any shape; it is copied.
         """
         if not callable(f):
@@ -173,10 +175,12 @@ class Problem:
 
         Args:
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-            dtype: ``"auto"`` (that of the model, at least float32) or a name such as ``"float64"``.
+            dtype: ``"auto"`` (that of the model, at least float32), a name such as ``"float64"``, or ``"own"``, which
+                leaves every tensor as it is.
             micro_batch: Largest number of examples evaluated at once; None keeps the batches as they are.
             check: Evaluate the loss on entry and refuse what cannot be measured.
-            differentiable: Whether derivatives will be taken; False leaves the checks of them out.
+            differentiable: Whether derivatives will be taken. False leaves the checks of them out, lets the loss return
+                a number, takes the memory of inference and no more, and lets attention use its fused kernels.
 
         Raises:
             SpecError: On entry, for a loss or a model that cannot be measured.
@@ -199,8 +203,9 @@ class Point(nn.Module):
         self.x = nn.Parameter(x.detach().clone())
 
 
-def _at_point(f: Callable[[Tensor], Tensor]) -> LossFunction:
+def _at_point(f: Callable[[Tensor], Tensor | float]) -> LossFunction:
     def loss(model: nn.Module, _: Any) -> Tensor:
-        return f(cast("Point", model).x)  # not get_parameter: torch.func puts plain tensors in its place
+        # Not get_parameter: torch.func puts plain tensors in its place. Whether a number will do is checked on entry.
+        return cast("Tensor", f(cast("Point", model).x))
 
     return loss

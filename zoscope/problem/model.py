@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem.layers import some
+from zoscope.problem.originals import Originals
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -153,8 +154,8 @@ def _nothing_selected(model: nn.Module, regex: str | None) -> str:
     )
 
 
-def copied(module: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A deep copy on ``device``, its floating tensors in ``dtype``.
+def copied(module: Any, *, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """A deep copy on ``device``, its floating tensors in ``dtype`` unless that is None.
 
     Raises:
         SpecError: If the module cannot be copied.
@@ -166,21 +167,32 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
     except Exception as error:
         if runtime.is_out_of_memory(error):
             raise NumericalError(
-                f"A copy of the {type(module).__name__} in {str(dtype).removeprefix('torch.')} does not fit into the "
+                f"A copy of the {type(module).__name__}{_in(dtype)} does not fit into the "
                 f"memory of {device}. Use a device with more memory, a smaller --dtype, or a smaller model."
             ) from error
         raise SpecError(
-            f"The {type(module).__name__} cannot be copied to {device} in {str(dtype).removeprefix('torch.')} "
+            f"The {type(module).__name__} cannot be copied to {device}{_in(dtype)} "
             f"({type(error).__name__}: {error}). Build it on that device and in that dtype in the spec, or choose the "
             "--device and --dtype that it already has."
         ) from error
 
 
+def _in(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+
+
 @contextmanager
-def restored(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """Give the values of the named parameters and of all buffers, and the mode of every layer, back as they were."""
+def restored(model: nn.Module, names: tuple[str, ...], *, aside: bool = False) -> Iterator[None]:
+    """Give the values of the named parameters and of all buffers, and the mode of every layer, back as they were.
+
+    Args:
+        model: The model.
+        names: Of its parameters.
+        aside: Keep large parameters out of working memory meanwhile.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    values = [(parameters[name], parameters[name].detach().clone()) for name in names]
+    originals = Originals([parameters[name] for name in names]) if aside else None
+    values = [] if aside else [(parameters[name], parameters[name].detach().clone()) for name in names]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -192,6 +204,9 @@ def restored(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
+            if originals is not None:
+                originals.put_back()
+                originals.close()
             for parameter, value in values:
                 _put_back(parameter, value)
             for module, name, buffer, value in buffers:
@@ -208,8 +223,14 @@ def _put_back(tensor: Tensor, value: Tensor) -> None:
 
 
 @contextmanager
-def trainable(model: nn.Module, selection: Selection) -> Iterator[tuple[nn.Parameter, ...]]:
-    """Let exactly the selected parameters require gradients, without ``.grad``, and tie those that share memory."""
+def trainable(model: nn.Module, selection: Selection, *, gradients: bool = True) -> Iterator[tuple[nn.Parameter, ...]]:
+    """Let exactly the selected parameters require gradients, without ``.grad``, and tie those that share memory.
+
+    Args:
+        model: The model.
+        selection: Parameters to vary.
+        gradients: False lets none require them: NumPy and others can then read the parameters themselves.
+    """
     with ExitStack() as stack:
         for name, first in selection.aliases:
             owner, _, leaf = name.rpartition(".")
@@ -218,7 +239,7 @@ def trainable(model: nn.Module, selection: Selection) -> Iterator[tuple[nn.Param
             setattr(module, leaf, twin)
         everything = dict(model.named_parameters(remove_duplicate=False))  # get_parameter fails on ScriptModules
         chosen = {name: everything[name] for name in selection.names}
-        wanted = {id(parameter) for parameter in chosen.values()}
+        wanted = {id(parameter) for parameter in chosen.values()} if gradients else set()
         for parameter in model.parameters():
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None

@@ -98,7 +98,7 @@ def _same_leaf(x: Any, y: Any) -> bool:
         return True
 
 
-def moved(nest: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
+def moved(nest: Any, *, device: torch.device, dtype: torch.dtype | None) -> Any:
     """A nest on ``device``, floating tensors in ``dtype``, others in their own type; no copy where nothing changes.
 
     Tensors made under ``torch.inference_mode`` are cloned: they cannot take part in a derivative.

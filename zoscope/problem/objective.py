@@ -1,9 +1,11 @@
 """The loss as a function of one flat parameter vector, valid while a problem is prepared."""
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -57,6 +59,25 @@ class CriterionLoss:
         return self.criterion(model(inputs), targets)
 
 
+class NumberLoss:
+    """A loss that may return a Python or NumPy number instead of a tensor, where no derivative is wanted."""
+
+    def __init__(self, loss: LossFunction) -> None:
+        self._loss = loss
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of a batch; a number becomes a float64 scalar on the CPU."""
+        value: Any = self._loss(model, batch)
+        return torch.tensor(float(value), dtype=torch.float64) if _is_number(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a real number that can vary continuously: counts and truth values cannot."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind == "f"
+    return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+
+
 class _LossModule(nn.Module):
     """Makes ``loss(model, batch)`` a forward pass, so that torch can run it with other parameter tensors."""
 
@@ -108,6 +129,7 @@ class Objective:
         self.num_params = sum(p.numel() for p in self.params)
         self.num_examples = sum(counts)
         self.on_host = False
+        self.batch_dtype: torch.dtype | None = dtype  # None leaves the tensors of batches as they are
         self.warnings: list[Notice] = []
         self.indivisible: str | None = None  # why batches must not be cut, once that is known
         self._loss = loss
@@ -122,7 +144,7 @@ class Objective:
 
     def batch(self, shard: Shard) -> Any:
         """The batch of a shard, on the device."""
-        return nest.moved(shard.batch, device=self.device, dtype=self.dtype) if self.on_host else shard.batch
+        return nest.moved(shard.batch, device=self.device, dtype=self.batch_dtype) if self.on_host else shard.batch
 
     def loss(self, shard: Shard) -> Tensor:
         """Mean loss of a shard, a scalar that can be differentiated twice by :attr:`params`."""
@@ -139,7 +161,7 @@ class Objective:
         """Loss over all shards, accumulated in float64; may be infinite or NaN."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for shard in self.shards:
-            total += shard.weight * self.loss(shard).detach().double()
+            total += shard.weight * self.loss(shard).detach().to(total)
         return float(total)
 
     def outputs(self, shard: Shard) -> tuple[Any, Any]:

@@ -13,10 +13,13 @@ from zoscope.problem import nest
 from zoscope.problem.checks import check as check_objective
 from zoscope.problem.layers import some, uses_batch_statistics
 from zoscope.problem.model import Selection, copied, restored, select, trainable, unwrapped
-from zoscope.problem.objective import CriterionLoss, Objective
+from zoscope.problem.objective import CriterionLoss, NumberLoss, Objective
 
 if TYPE_CHECKING:
     from zoscope.problem.core import Problem
+
+OWN_DTYPE = "own"
+"""Every tensor in the dtype that it has: nothing is copied or converted."""
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -43,12 +46,15 @@ def prepared(
         target = (
             own if problem.own_device_only and str(device) == "auto" else runtime.resolve_device(device, model=model)
         )
-        precision = runtime.resolve_dtype(dtype, model)
+        precision = None if dtype == OWN_DTYPE else runtime.resolve_dtype(dtype, model)
 
         def opened(where: torch.device) -> Objective:
             with ExitStack() as attempt:
                 attempt.enter_context(runtime.preserved_rng(where))
-                objective = _opened(attempt, problem, model, selection, where, precision, micro_batch)
+                objective = _opened(
+                    attempt, problem, model, selection, where, precision, micro_batch, differentiable=differentiable
+                )
+                attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
                 if check:
                     _checked(objective, differentiable=differentiable, cut=micro_batch is not None)
                 stack.push(attempt.pop_all())
@@ -70,28 +76,31 @@ def _opened(
     model: nn.Module,
     selection: Selection,
     device: torch.device,
-    dtype: torch.dtype,
+    precision: torch.dtype | None,
     micro_batch: int | None,
+    *,
+    differentiable: bool,
 ) -> Objective:
     """Build an objective whose clean-up is on ``stack``."""
     counts = problem.counts
+    dtype = runtime.widest_dtype(model) if precision is None else precision
     halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in _HALF})
-    if _elsewhere(model, device, dtype):
-        model = copied(model, device=device, dtype=dtype)
+    if _elsewhere(model, device, precision):
+        model = copied(model, device=device, dtype=precision)
     else:
-        stack.enter_context(restored(model, selection.names))
-    params = stack.enter_context(trainable(model, selection))
-    stack.enter_context(runtime.second_order_mode(model))
+        stack.enter_context(restored(model, selection.names, aside=not differentiable))
+    params = stack.enter_context(trainable(model, selection, gradients=differentiable))
+    stack.enter_context(runtime.second_order_mode(model) if differentiable else runtime.full_precision())
     criterion, loss = problem.criterion, problem.loss
     if isinstance(criterion, nn.Module):
         weights = [b for b in criterion.buffers() if b.is_floating_point()]  # class weights are buffers
-        if any(b.dtype != dtype for b in weights) or _elsewhere(criterion, device, dtype):
-            criterion = copied(criterion, device=device, dtype=dtype)
+        if any(precision not in (None, b.dtype) for b in weights) or _elsewhere(criterion, device, precision):
+            criterion = copied(criterion, device=device, dtype=precision)
             loss = CriterionLoss(criterion)
-    batches, on_host = _placed(problem.batches, device, dtype)
+    batches, on_host = _placed(problem.batches, device, precision)
     objective = Objective(
         model,
-        loss=loss,
+        loss=loss if differentiable else NumberLoss(loss),
         criterion=criterion,
         params=dict(zip(selection.names, params, strict=True)),
         batches=batches,
@@ -100,8 +109,8 @@ def _opened(
         device=device,
         dtype=dtype,
     )
-    objective.on_host = on_host
-    _note_precision(objective, halves, on_host)
+    objective.on_host, objective.batch_dtype = on_host, precision
+    _note_precision(objective, halves, on_host, converted=precision is not None)
     statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
     if micro_batch is not None:
         objective.split(micro_batch)
@@ -110,17 +119,17 @@ def _opened(
     return objective
 
 
-def _elsewhere(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+def _elsewhere(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:
     """Whether a module must be copied: other device or dtype, or tensors that cannot be differentiated."""
     parameters, buffers = list(module.parameters()), list(module.buffers())
     return (
-        any(p.is_floating_point() and p.dtype != dtype for p in parameters)
+        any(p.is_floating_point() and dtype not in (None, p.dtype) for p in parameters)
         or any(t.device != device for t in (*parameters, *buffers))
         or any(t.is_inference() for t in (*parameters, *buffers))
     )
 
 
-def _placed(batches: list[Any], device: torch.device, dtype: torch.dtype) -> tuple[list[Any], bool]:
+def _placed(batches: list[Any], device: torch.device, dtype: torch.dtype | None) -> tuple[list[Any], bool]:
     """Batches on the device, or on the host where the device has no room for all of them."""
     try:
         return [nest.moved(batch, device=device, dtype=dtype) for batch in batches], False
@@ -132,18 +141,18 @@ def _placed(batches: list[Any], device: torch.device, dtype: torch.dtype) -> tup
         return [nest.moved(batch, device=host, dtype=dtype) for batch in batches], True
 
 
-def _note_precision(objective: Objective, halves: list[str], on_host: bool) -> None:
+def _note_precision(objective: Objective, halves: list[str], on_host: bool, *, converted: bool) -> None:
     if on_host:
         objective.notify(
             "host-batches", f"The batches do not fit on {objective.device}; they move there one at a time, slowly."
         )
     name = str(objective.dtype).removeprefix("torch.")
-    if objective.dtype in _HALF:
+    if objective.dtype in _HALF and converted:
         objective.notify(
             "half-precision",
             f"Measured in {name}: about 1 % noise per Hessian product, and float16 may overflow. Prefer float32.",
         )
-    elif halves:
+    elif halves and converted:
         objective.notify("upcast", f"The model is in {', '.join(halves)}; a copy in {name} is measured.")
 
 

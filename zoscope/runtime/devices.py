@@ -66,3 +66,9 @@ def resolve_dtype(name: str | torch.dtype, model: nn.Module) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"--dtype {name} is not known: expected auto, {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def widest_dtype(model: nn.Module) -> torch.dtype:
+    """The most precise floating-point dtype among a model's parameters; float32 for a model without any."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(found, key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)

@@ -1,0 +1,193 @@
+"""Curvature from forward passes alone: trace, Frobenius norm and the gradient's share, each with its error."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zoscope.curvature.measure import OnProgress
+from zoscope.curvature.results import ForwardCurvature
+from zoscope.curvature.scatter import mean_of, ratio_of, variance_of
+from zoscope.curvature.stencil import Difference, Stencil
+from zoscope.curvature.steplength import choose_step
+from zoscope.errors import NumericalError, UsageError
+from zoscope.problem import Objective
+from zoscope.theory.spectrum import Estimate
+
+LEAST_DIRECTIONS = 40
+"""Budget below which no error bar could be trusted."""
+
+GROUP = 16
+"""Directions that make one estimate of the gradient."""
+
+LEAST_GROUPS = 4
+"""Groups before a measurement may stop by itself."""
+
+PILOTS = 4
+"""Directions on which the step is chosen."""
+
+CHECKS = 2
+"""Directions of a group that are measured at 2h too."""
+
+ForwardPrecision = Callable[[ForwardCurvature], float]
+"""Largest relative 95 % half-width among the quantities wanted."""
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Some directions and the stencil along the gradient estimate that they make.
+
+    Args:
+        slopes: ``uᵀg``, ``(q,)``.
+        curvatures: ``uᵀHu``, ``(q,)``.
+        doubled: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of 2h, ``(2, c)``.
+        along_gradient: An unbiased estimate of ``gᵀHg``.
+    """
+
+    slopes: _Array
+    curvatures: _Array
+    doubled: _Array
+    along_gradient: float
+
+
+def measure_forward(
+    objective: Objective,
+    *,
+    precision: ForwardPrecision | None = None,
+    rtol: float = 0.02,
+    max_hvps: int = 600,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> ForwardCurvature:
+    """Measure ``Tr H``, ``‖H‖_F²``, ``‖g‖²`` and ``gᵀHg/‖g‖²`` from evaluations of the loss.
+
+    Along Gaussian directions ``X = uᵀHu`` has the mean ``Tr H`` and the variance ``2‖H‖_F²``, and ``s = uᵀg`` comes
+    with it for free. ``gᵀHg`` is the mean of ``s_i s_j u_iᵀHu_j`` over pairs of different directions. One stencil along
+    the gradient estimate ``Σ s_i u_i`` of a group yields the sum over all its pairs, and the ``X_i`` that are known
+    already take the pairs of equal ones out, so that the estimate carries no trace of ``Tr H``. (The covariance of s²
+    and X, which is ``2gᵀHg`` and needs no stencil, scatters four times as much for groups of 16.)
+
+    Args:
+        objective: Prepared with ``differentiable=False``.
+        precision: Largest relative 95 % half-width among the quantities wanted; that of the trace when left out.
+        rtol: Half-width at which to stop.
+        max_hvps: Directions allowed, two evaluations each.
+        seed: Of the directions.
+        on_progress: Called after every group.
+
+    Returns:
+        The measurement. Whether ``rtol`` was reached is for the caller to see: ``precision(result)``.
+
+    Raises:
+        ValueError: If ``rtol`` is not positive.
+        UsageError: If the budget is too small for an error bar.
+        NumericalError: If losses around the parameters are not finite.
+    """
+    if not rtol > 0:
+        raise ValueError(f"rtol must be > 0, got {rtol}")
+    if max_hvps < LEAST_DIRECTIONS:
+        raise UsageError(
+            f"--max-hvps {max_hvps}: --curvature forward needs at least {LEAST_DIRECTIONS} directions to put error "
+            "bars on its numbers."
+        )
+    return _Forward(objective, precision or _of_trace, rtol=rtol, budget=max_hvps, seed=seed).run(on_progress)
+
+
+class _Forward:
+    def __init__(
+        self, objective: Objective, precision: ForwardPrecision, *, rtol: float, budget: int, seed: int
+    ) -> None:
+        self._started = time.perf_counter()
+        self._stencil = Stencil(objective, seed=seed)
+        self._precision = precision
+        self._rtol = rtol
+        self._budget = budget
+        self._spent = 0
+        self._groups: list[_Group] = []
+
+    def run(self, on_progress: OnProgress | None) -> ForwardCurvature:
+        pilots = PILOTS if self._budget >= 100 else 2
+        directions = [self._stencil.direction() for _ in range(pilots)]
+        h, self._spent = choose_step(self._stencil, directions, tolerance=self._rtol / 20, budget=self._budget // 4)
+        left = self._budget - self._spent
+        size = min(GROUP, left // LEAST_GROUPS - CHECKS - 1)
+        while True:
+            self._groups.append(self._group(size, h))
+            self._spent += size + CHECKS + 1
+            enough = len(self._groups) >= LEAST_GROUPS
+            result = self._result(h) if enough else None
+            reached = self._precision(result) if result is not None else None
+            if on_progress is not None:
+                on_progress("directions", self._spent, reached)
+            over = self._spent + size + CHECKS + 1 > self._budget
+            if result is not None and reached is not None and (reached <= self._rtol or over):
+                return result
+
+    def _group(self, size: int, h: float) -> _Group:
+        stencil = self._stencil
+        directions = [stencil.direction() for _ in range(size)]
+        found = [_finite(stencil.along(u, h), h) for u in directions]
+        slopes, curvatures = _columns(found)
+        doubled = _columns([_finite(stencil.along(u, 2 * h), 2 * h) for u in directions[:CHECKS]])
+        norm = float(np.linalg.norm(slopes))
+        pairs = 0.0
+        if norm > 0:
+            c = slopes / norm  # a sum with weights of norm 1 is as long as a direction, so that h suits it too
+            whole = _finite(stencil.along(stencil.combination(directions, c.tolist()), h), h).curvature
+            pairs = norm**2 * (whole - float(c**2 @ curvatures)) / (size * (size - 1))
+        return _Group(slopes, curvatures, doubled, pairs)
+
+    def _result(self, h: float) -> ForwardCurvature:
+        groups = self._groups
+        slopes, curvatures = np.concatenate([g.slopes for g in groups]), np.concatenate([g.curvatures for g in groups])
+        single = np.concatenate([[g.slopes[:CHECKS], g.curvatures[:CHECKS]] for g in groups], axis=1)
+        double = np.concatenate([g.doubled for g in groups], axis=1)
+        change = double[1] - single[1]
+        shift, tilt = abs(float(change.mean())), abs(float(np.mean(double[0] ** 2 - single[0] ** 2)))
+        trace, variance, gradient_sq = mean_of(curvatures), variance_of(curvatures), mean_of(slopes**2)
+        # Var X changes by 2 Cov(X, change) + Var(change) from h to 2h.
+        spread = abs(float(np.cov(single[1], change)[0, 1])) + 0.5 * float(change.var(ddof=1))
+        rayleigh = None
+        if gradient_sq.value > 0:
+            found = ratio_of([g.along_gradient for g in groups], [float(np.mean(g.slopes**2)) for g in groups])
+            # Third derivatives add h² to a slope, so that its square changes by 15 times their share from h to 2h; what
+            # they add to the gradient estimate has a Rayleigh quotient of its own, below ‖H‖_F.
+            foreign = min(tilt / (15 * gradient_sq.value), 1.0) * math.sqrt(variance.value / 2)
+            rayleigh = Estimate(found.value, found.stderr, shift / (len(groups[0].slopes) - 1) + foreign)
+        return ForwardCurvature(
+            trace=Estimate(trace.value, trace.stderr, shift),
+            frobenius_sq=Estimate(variance.value / 2, variance.stderr / 2, spread),
+            gradient_sq=Estimate(gradient_sq.value, gradient_sq.stderr, tilt),
+            rayleigh=rayleigh,
+            loss=self._stencil.loss,
+            indefinite=bool((curvatures < -np.abs(change).max()).any()),
+            step=h,
+            disagreement=shift / abs(trace.value) if trace.value != 0 else math.inf,
+            num_hvps=self._spent,
+            num_evaluations=self._stencil.evaluations,
+            seconds=time.perf_counter() - self._started,
+        )
+
+
+def _of_trace(result: ForwardCurvature) -> float:
+    trace = result.trace
+    return trace.half_width / abs(trace.value) if trace.value != 0 else math.inf
+
+
+def _columns(found: Sequence[Difference]) -> _Array:
+    return np.array([[d.slope for d in found], [d.curvature for d in found]])
+
+
+def _finite(difference: Difference, h: float) -> Difference:
+    if not (math.isfinite(difference.slope) and math.isfinite(difference.curvature)):
+        raise NumericalError(
+            f"The loss is not finite at a distance of {h:.2g} along a random direction: expected finite losses around "
+            "the given parameters. The loss may overflow or leave its domain there; measure at another point, in "
+            "--dtype float64, or restrict --params."
+        )
+    return difference

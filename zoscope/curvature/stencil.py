@@ -1,0 +1,219 @@
+"""Differences of the loss along random directions: parameters move in place, nothing of their size is stored.
+
+Along ``u ~ N(0, I)`` the loss at ``θ ± hu`` and at θ gives ``uᵀg ≈ (f₊ − f₋)/2h`` and ``uᵀHu ≈ (f₊ − 2f₀ + f₋)/h²``.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoscope.errors import NumericalError
+from zoscope.optim.directions import Block, Direction, new_generator, partition
+from zoscope.optim.restore import SNAPSHOT_BYTES, FixedPoint, Perturbation
+from zoscope.problem import Objective
+from zoscope.problem.originals import Originals
+from zoscope.runtime import is_out_of_memory, release_memory
+
+BLOCKS = 128
+"""Large models are cut into about so many blocks: what is drawn at a time is then below 1 % of them."""
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 18, 1 << 23
+KEPT_SIZE = 1 << 18
+"""Entries up to which directions are kept instead of being drawn again."""
+
+
+class Walk(Protocol):
+    """Something that says where to go, block by block."""
+
+    def part(self, index: int) -> list[Tensor]:
+        """The pieces of one block."""
+        ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two evaluations tell about one direction: ``uᵀg`` and ``uᵀHu``."""
+
+    slope: float
+    curvature: float
+
+
+class Combination:
+    """``Σ_i c_i u_i`` of directions that are drawn again when they are needed.
+
+    Args:
+        directions: The ``u_i``.
+        coefficients: The ``c_i``.
+        blocks: What they cover.
+    """
+
+    def __init__(self, directions: Sequence[Direction], coefficients: Sequence[float], blocks: Sequence[Block]) -> None:
+        self._directions = directions
+        self._coefficients = coefficients
+        self._blocks = blocks
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def part(self, index: int) -> list[Tensor]:
+        """The pieces of block ``index``, valid until the next call."""
+        block = self._blocks[index]
+        total: list[Tensor] = []
+        for direction, coefficient in zip(self._directions, self._coefficients, strict=True):
+            pieces = direction.part(index)
+            if not total:
+                total = self._zeros(block, pieces[0].dtype)
+            torch._foreach_add_(total, pieces, alpha=coefficient)
+        return total
+
+    def _zeros(self, block: Block, dtype: torch.dtype) -> list[Tensor]:
+        if dtype not in self._buffers:
+            largest = max(b.size for b in self._blocks)
+            self._buffers[dtype] = torch.empty(largest, device=block.pieces[0].device, dtype=dtype)
+        parts = torch.split_with_sizes(self._buffers[dtype][: block.size].zero_(), block.sizes)
+        return [part.view(p.shape) for part, p in zip(parts, block.pieces, strict=True)]
+
+
+class Reloaded:
+    """A perturbation that starts from the parameters' own values each time, kept where they cost no working memory.
+
+    Both points are then rounded once, so that rounding hardly tilts them; half precision needs that.
+    """
+
+    overwrites: ClassVar[bool] = False
+
+    def __init__(self, blocks: Sequence[Block], originals: Originals, *, h: float) -> None:
+        self._blocks = blocks
+        self._originals = originals
+        self._h = h
+        first = np.cumsum([0, *(len(block.pieces) for block in blocks)])
+        self._pieces = [range(start, stop) for start, stop in itertools.pairwise(first.tolist())]
+
+    def begin(self) -> None:
+        """Nothing: the values were taken when they were put aside."""
+
+    def plus(self, index: int, direction: Sequence[Tensor]) -> None:
+        """Block ``index`` from θ to ``θ + hu``."""
+        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=self._h)
+
+    def minus(self, index: int, direction: Sequence[Tensor]) -> None:
+        """Block ``index`` from ``θ + hu`` to ``θ − hu``."""
+        self._originals.put_back(self._pieces[index])
+        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=-self._h)
+
+    def restore(self, index: int, direction: Sequence[Tensor], *, sign: int) -> list[Tensor]:
+        """Block ``index`` back to θ."""
+        self._originals.put_back(self._pieces[index])
+        return self.used(index, direction)
+
+    def used(self, index: int, direction: Sequence[Tensor]) -> list[Tensor]:
+        """The direction in the parameters' dtype."""
+        dtype = self._blocks[index].dtype
+        return list(direction) if direction[0].dtype == dtype else [u.to(dtype) for u in direction]
+
+
+class Stencil:
+    """Evaluates a prepared problem around where it stands; the parameters are θ between calls.
+
+    Large float32 and float64 models are rounded to a grid on which perturbations are exact (`FixedPoint`); the session
+    that prepared the problem puts their own values back.
+
+    Args:
+        objective: Prepared with ``differentiable=False``.
+        seed: Seed of the directions.
+
+    Attributes:
+        loss: ``f₀``.
+        evaluations: Losses of the whole problem computed so far.
+    """
+
+    def __init__(self, objective: Objective, *, seed: int) -> None:
+        size = min(max(objective.num_params // BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
+        self.evaluations = 0
+        self._objective = objective
+        self._blocks = partition(objective.params, block_size=size)
+        self._seeds = np.random.SeedSequence(seed)
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._originals: Originals | None = None
+        wide = all(p.dtype in (torch.float32, torch.float64) for p in objective.params)
+        if not wide or sum(p.numel() * p.element_size() for p in objective.params) <= SNAPSHOT_BYTES:
+            self._originals = Originals([piece for block in self._blocks for piece in block.pieces])
+        self._keep = self._originals is not None and objective.num_params <= KEPT_SIZE
+        self._perturbations: dict[float, Perturbation] = {}
+        self.loss = self._value()
+
+    @property
+    def typical_size(self) -> float:
+        """Root mean square of the parameters; 1 where all are zero."""
+        pieces = (piece for block in self._blocks for piece in block.pieces)  # a wider copy of one piece at a time
+        square = sum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in pieces)
+        return math.sqrt(square / self._objective.num_params) or 1.0
+
+    @property
+    def epsilon(self) -> float:
+        """Relative spacing of the coarsest dtype among the parameters."""
+        return max(torch.finfo(p.dtype).eps for p in self._objective.params)
+
+    def direction(self) -> Direction:
+        """The next direction."""
+        generator = new_generator(self._seeds.spawn(1)[0], self._objective.device)
+        return Direction(self._blocks, generator, law="gaussian", keep=self._keep, buffers=self._buffers)
+
+    def combination(self, directions: Sequence[Direction], coefficients: Sequence[float]) -> Combination:
+        """A weighted sum of directions."""
+        return Combination(directions, coefficients, self._blocks)
+
+    @torch.no_grad()
+    def along(self, direction: Walk, h: float) -> Difference:
+        """Slope and curvature along a direction, from steps of ``h`` to both sides; may be infinite or NaN."""
+        perturbation = self._at(h)
+        blocks = range(len(self._blocks))
+        for index in blocks:
+            perturbation.plus(index, direction.part(index))
+        sign = 1
+        try:
+            above = self._value()
+            for index in blocks:
+                perturbation.minus(index, direction.part(index))
+            sign = -1
+            below = self._value()
+        finally:
+            for index in blocks:
+                perturbation.restore(index, direction.part(index), sign=sign)
+        curvature = ((above - self.loss) + (below - self.loss)) / h**2
+        return Difference((above - below) / (2 * h), curvature)
+
+    def _at(self, h: float) -> Perturbation:
+        if h not in self._perturbations:
+            if self._originals is not None:
+                self._perturbations[h] = Reloaded(self._blocks, self._originals, h=h)
+            else:
+                coarser = h > max(self._perturbations, default=0.0)
+                self._perturbations[h] = FixedPoint(self._blocks, mu=h)
+                self._perturbations[h].begin()
+                if coarser:  # the grid of this h moves θ by a rounding error; a finer one contains it
+                    self.loss = self._value()
+        return self._perturbations[h]
+
+    def _value(self) -> float:
+        """The loss; halves the micro-batch when memory runs out."""
+        while True:
+            try:
+                value = self._objective.value()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                ran_out = error.with_traceback(None)
+            else:
+                self.evaluations += 1
+                return value
+            release_memory(self._objective.device)
+            if not self._objective.refine():
+                raise NumericalError(
+                    f"Memory on {self._objective.device} ran out in a forward pass, and the batches cannot be made "
+                    "smaller. Use a smaller model or batch, --dtype bfloat16, or a device with more memory."
+                ) from ran_out
