@@ -11,12 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from zoscope import Problem
 from zoscope.optim import ZOGD, ZOGDM, ZOAdam
+from zoscope.optim.replicas import Estimator, Limits, run
+from zoscope.optim.rules import GD
+from zoscope.optim.surface import StackedSurface
+
+STEPS = 300
 
 
 def digits_cnn() -> nn.Sequential:
@@ -82,6 +89,38 @@ def bench_time(rounds: int) -> dict[str, float]:
     return {name: value / seconds["two forwards"] for name, value in seconds.items()}
 
 
+def steps(optimizer: ZOGD, loss: Callable[[], Tensor]) -> None:
+    for _ in range(STEPS):
+        optimizer.step(loss)
+
+
+def bench_replicas(rounds: int) -> dict[str, float]:
+    """Eight replicas stepped together against one replica, over a short run."""
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(2) for layer in (nn.Linear(32, 32), nn.GELU())]
+    models = {
+        "logistic 64-10": nn.Linear(64, 10),
+        "MLP 64-32-10": nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10)),
+        "MLP 64-32-32-32-10": nn.Sequential(nn.Linear(64, 32), nn.GELU(), *hidden, nn.Linear(32, 10)),
+    }
+    ratios = {}
+    for name, model in models.items():
+        problem = Problem.from_criterion(model, [(torch.randn(100, 64), torch.randn(100, 10))], nn.MSELoss())
+        with problem.prepare() as objective:
+            start, shard = objective.read(), objective.shards[0]
+            optimizer = ZOGD(objective.params, lr=1e-9)
+            rule, limits = GD(), Limits()
+            settings = {"rule": rule, "estimator": Estimator(), "lr": 1e-9, "steps": STEPS, "seed": 0, "limits": limits}
+            surface = StackedSurface(objective)
+            together = partial(run, surface, start, replicas=8, together=True, **settings)
+            loss = partial(objective.loss, shard)
+            seconds = alternate(
+                {"together": together, "alone": partial(steps, optimizer, loss)}, rounds=max(rounds // STEPS, 5)
+            )
+        ratios[name] = seconds["together"] / seconds["alone"]
+    return ratios
+
+
 def large_mlp() -> nn.Sequential:
     width = 2670  # 7 square layers: 50M parameters
     return nn.Sequential(*[layer for _ in range(7) for layer in (nn.Linear(width, width), nn.ReLU())])
@@ -129,16 +168,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=["time", "memory"])
+    parser.add_argument("--only", choices=["time", "memory", "replicas"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
         print(peak_bytes(options.peak))
         return
     result = {}
-    if options.only != "memory":
+    if options.only in (None, "replicas"):
+        result["8 replicas together / one"] = bench_replicas(options.rounds)
+    if options.only in (None, "time"):
         result["time / two forwards"] = bench_time(options.rounds)
-    if options.only != "time":
+    if options.only in (None, "memory"):
         result["(memory - own state) / forward"] = bench_memory()
     print(json.dumps(result, indent=2))
 
