@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from zoscope.analysis import notices
+from zoscope.analysis.forward import forward_bounds
 from zoscope.analysis.measuring import Measurement, measure_problem
 from zoscope.analysis.request import Progress, Request
 from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds, ProblemInfo
 from zoscope.analysis.rows import Question, optimizer_row
 from zoscope.errors import NumericalError
-from zoscope.problem import Notice
+from zoscope.problem import OWN_DTYPE, Notice
 
 if TYPE_CHECKING:
     from zoscope.analysis.recommend import Threshold
@@ -60,13 +61,15 @@ def bounds(
         seed: Seed of the probe vectors.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
         dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``.
-        max_hvps: Most Hessian-vector products per operator.
+        max_hvps: Most Hessian-vector products per operator; with ``curvature="forward"`` most directions, two forward
+            passes each.
         directions: Law of the zeroth-order perturbations, ``"gaussian"`` or ``"sphere"``.
         queries: Two-point queries averaged per step.
         beta: Momentum of ``"gdm"``, in the convention of ``torch.optim.SGD``.
         betas: Adam's ``(β₁, β₂)``.
         eps: Adam's ε.
-        curvature: Matrix in place of H: ``"hessian"`` or ``"ggn"``.
+        curvature: ``"hessian"``; ``"ggn"`` for the Gauss-Newton matrix in its place; or ``"forward"`` for what forward
+            passes alone say of H, in the memory of inference, and without derivatives of the loss.
         preconditioner: Adam's P: ``"expected"`` from the gradient here, or ``"state:FILE"``.
         method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
         micro_batch: Examples per forward and backward pass; the batches as they are by default.
@@ -110,11 +113,14 @@ def bounds(
         on_progress=on_progress,
     )
     subject = problem if params is None else problem.with_params(params)
+    name = spec if spec is not None else problem.name
+    if request.curvature == "forward":
+        own = OWN_DTYPE if dtype == "auto" else dtype  # a wider copy would cost more memory than inference
+        with subject.prepare(device=device, dtype=own, micro_batch=micro_batch, differentiable=False) as objective:
+            return forward_bounds(objective, request, spec=name, started=started)
     with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
         measurement = measure_problem(objective, request)
-        return _result(
-            objective, request, measurement, spec=spec if spec is not None else problem.name, started=started
-        )
+        return _result(objective, request, measurement, spec=name, started=started)
 
 
 def _result(

@@ -98,8 +98,8 @@ def curvature_operator(objective: Objective, request: Request) -> LinearOperator
     if request.curvature == "ggn":
         return GGNOperator(objective)
     raise UsageError(
-        f"--curvature {request.curvature} is not available in this version: expected hessian or ggn. "
-        "Both need second derivatives of the loss or of its criterion."
+        f"--curvature {request.curvature} knows no spectrum, which this needs: expected hessian or ggn. "
+        "'zoscope bounds' and 'zoscope check' take it."
     )
 
 

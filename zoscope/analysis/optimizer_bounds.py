@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zoscope.theory.mean_square import HorizonPoint
     from zoscope.theory.rules import UpdateRule
 
-ThresholdName = Literal["horizon", "descent", "exact"]
+ThresholdName = Literal["horizon", "descent", "exact", "forward"]
 Outlook = Literal["stable", "uncertain", "unstable"]
 Pair = tuple[float, float]
 
@@ -106,7 +106,8 @@ class Verdict:
         ratio: ``lr`` over the binding threshold; 0 where nothing limits the step size, ``None`` without a threshold.
         outlook: ``stable`` when neither version of the horizon blows up within N steps, ``unstable`` when both do,
             ``uncertain`` when only the full one does.
-        blow_up: Steps from which the noise feeds itself, ``(T_full, T_positive)``; ``inf`` for never.
+        blow_up: Steps from which the noise feeds itself, ``(T_full, T_positive)``; ``inf`` for never, ``None`` where
+            the spectrum is not known and the outlook is about infinite time.
         doubling: Steps after which the loss has doubled, in the mean over runs and in a typical run; ``inf`` for not
             within N; ``None`` where it is not predicted.
         descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold.
@@ -116,7 +117,7 @@ class Verdict:
     steps: int
     ratio: float | None
     outlook: Outlook
-    blow_up: Pair
+    blow_up: Pair | None
     doubling: Pair | None
     descends: bool | None
 
@@ -127,9 +128,32 @@ class Verdict:
             "steps": self.steps,
             "ratio": number(self.ratio),
             "outlook": self.outlook,
-            "blow_up": [number(end) for end in self.blow_up],
+            "blow_up": None if self.blow_up is None else [number(end) for end in self.blow_up],
             "doubling": None if self.doubling is None else [number(end) for end in self.doubling],
             "descends": self.descends,
+        }
+
+
+@dataclass(frozen=True)
+class ForwardBounds:
+    """What forward passes alone say of an optimizer's thresholds, with error bars.
+
+    Args:
+        lower: Below the infinite-time threshold if ``H ⪰ 0``.
+        upper: Above the infinite-time threshold of the positive part, whatever H is.
+        descent: Descent threshold, whatever H is.
+    """
+
+    lower: Estimate
+    upper: Estimate
+    descent: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lower": {**estimate_dict(self.lower), "assumes": "H is positive semidefinite"},
+            "upper": {**estimate_dict(self.upper), "assumes": None},
+            "descent": {**estimate_dict(self.descent), "assumes": None},
         }
 
 
@@ -156,6 +180,8 @@ class OptimizerBounds:
         predicted_lr: Step size with the lowest predicted loss after the planned steps.
         commutator: ``‖PH−HP‖_F/‖PH‖_F`` of a preconditioned rule.
         verdict: On the step size asked about, if any.
+        forward: Where only forward passes were made: ``zo_lower``, ``zo_upper`` and ``descent`` with their errors. The
+            first two then come from ``Tr H`` and ``‖H‖_F²``.
     """
 
     name: str
@@ -176,6 +202,7 @@ class OptimizerBounds:
     predicted_lr: float | None = None
     commutator: Estimate | None = None
     verdict: Verdict | None = None
+    forward: ForwardBounds | None = None
 
     @property
     def exact_ci95(self) -> Pair | None:
@@ -199,6 +226,8 @@ class OptimizerBounds:
         }
         if self.commutator is not None:
             document["commutator"] = estimate_dict(self.commutator)
+        if self.forward is not None:
+            document["forward"] = self.forward.to_dict()
         if self.verdict is not None:
             document["verdict"] = self.verdict.to_dict()
         return document

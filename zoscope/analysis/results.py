@@ -22,7 +22,7 @@ from zoscope.analysis.optimizer_bounds import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from zoscope.curvature.results import Curvature, Eigenvalue
+    from zoscope.curvature.results import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.problem import Notice
 
 __all__ = [
@@ -37,6 +37,8 @@ __all__ = [
     "ThresholdName",
     "Verdict",
     "ci95",
+    "curvature_dict",
+    "eigenvalue_dict",
     "number",
 ]
 
@@ -100,6 +102,7 @@ class BoundsResult:
         seconds: Wall-clock time of everything.
         warnings: What to know before trusting a number.
         version: Version of zoscope.
+        forward: The Hessian as forward passes see it, where only those were made; ``curvature`` is empty then.
     """
 
     spec: str | None
@@ -116,6 +119,7 @@ class BoundsResult:
     seconds: float
     warnings: tuple[Notice, ...] = ()
     version: str = field(default=__version__)
+    forward: ForwardCurvature | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.bounds/1``: JSON numbers, strings and null only."""
@@ -131,7 +135,8 @@ class BoundsResult:
             "num_hvps": self.num_hvps,
             "seconds": number(self.seconds),
             "problem": self.problem.to_dict(),
-            "curvature": {name: _curvature(entry) for name, entry in self.curvature.items()},
+            "curvature": {name: curvature_dict(entry) for name, entry in self.curvature.items()}
+            | ({} if self.forward is None else {"hessian": _forward_dict(self.forward)}),
             "optimizers": {name: entry.to_dict() for name, entry in self.optimizers.items()},
             "estimator": self.estimator.to_dict(),
             "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
@@ -150,7 +155,8 @@ class BoundsResult:
         return {"text/html": to_html(self), "text/plain": to_text(self)}
 
 
-def _eigenvalue(eigenvalue: Eigenvalue) -> dict[str, Any]:
+def eigenvalue_dict(eigenvalue: Eigenvalue) -> dict[str, Any]:
+    """The JSON object of an eigenvalue."""
     return {
         "value": number(eigenvalue.value),
         "residual": number(eigenvalue.residual),
@@ -158,16 +164,34 @@ def _eigenvalue(eigenvalue: Eigenvalue) -> dict[str, Any]:
     }
 
 
-def _curvature(curvature: Curvature) -> dict[str, Any]:
+def curvature_dict(curvature: Curvature) -> dict[str, Any]:
+    """The JSON object of a measured operator."""
     return {
         "trace": estimate_dict(curvature.trace),
         "frobenius_sq": estimate_dict(curvature.frobenius_sq),
-        "lambda_max": _eigenvalue(curvature.lambda_max),
-        "lambda_min": _eigenvalue(curvature.lambda_min),
+        "lambda_max": eigenvalue_dict(curvature.lambda_max),
+        "lambda_min": eigenvalue_dict(curvature.lambda_min),
         "trace_positive": estimate_dict(curvature.trace_positive),
         "negative_mass": number(curvature.negative_mass),
         "effective_rank": number(curvature.effective_rank),
         "method": curvature.method,
         "num_hvps": curvature.num_hvps,
         "seconds": number(curvature.seconds),
+    }
+
+
+def _forward_dict(found: ForwardCurvature) -> dict[str, Any]:
+    unknown = ("lambda_max", "lambda_min", "trace_positive", "negative_mass", "effective_rank")
+    return {
+        "trace": estimate_dict(found.trace),
+        "frobenius_sq": estimate_dict(found.frobenius_sq),
+        **dict.fromkeys(unknown),
+        "rayleigh": None if found.rayleigh is None else estimate_dict(found.rayleigh),
+        "gradient_sq": estimate_dict(found.gradient_sq),
+        "step": number(found.step),
+        "step_disagreement": number(found.disagreement),
+        "method": found.method,
+        "num_hvps": found.num_hvps,
+        "num_evaluations": found.num_evaluations,
+        "seconds": number(found.seconds),
     }

@@ -2,5 +2,6 @@
 
 from zoscope.problem.core import Problem
 from zoscope.problem.objective import Notice, Objective, Shard
+from zoscope.problem.session import OWN_DTYPE
 
-__all__ = ["Notice", "Objective", "Problem", "Shard"]
+__all__ = ["OWN_DTYPE", "Notice", "Objective", "Problem", "Shard"]

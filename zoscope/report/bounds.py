@@ -17,6 +17,7 @@ from zoscope.report.bounds_tables import (
     planned_table,
     settings_line,
 )
+from zoscope.report.forward import forward_bounds_table, forward_curvature_table, forward_outlook
 from zoscope.report.style import OPTIMIZER_NAMES, count, duration, quantity, rough_count, step_size
 from zoscope.report.tables import grid, heading, lines_of
 
@@ -48,10 +49,15 @@ class BoundsReport:
         result = self.result
         yield header(result, width=options.max_width)
         yield heading("Curvature", "± is the half-width of the 95 % interval")
-        yield curvature_table(result)
-        yield from _bounds(result, console, options)
-        yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
-        yield horizon_table(result)
+        if result.forward is not None:
+            yield forward_curvature_table(result.forward)
+            yield heading("Step-size bounds", settings_line(result))
+            yield forward_bounds_table(result)
+        else:
+            yield curvature_table(result)
+            yield from _bounds(result, console, options)
+            yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
+            yield horizon_table(result)
         yield heading(f"For {count(result.steps)} steps")
         yield advice(result)
         if any(row.verdict for row in result.optimizers.values()):
@@ -90,7 +96,7 @@ def header(result: BoundsResult, *, width: int) -> RenderableType:
         f"loss {quantity(problem.loss)}",
         f"‖g‖ {quantity(problem.grad_norm)}",
         f"{result.device} {result.dtype}",
-        f"{count(result.num_hvps)} HVPs",
+        f"{count(result.num_hvps)} {'HVPs' if result.forward is None else 'directions, two forward passes each'}",
         duration(result.seconds),
         f"{estimator.directions} directions{queries}",
     ]
@@ -129,6 +135,7 @@ def _threshold_name(row: OptimizerBounds, steps: int) -> str:
         "horizon": f"η*({count(steps)})",
         "descent": "the descent threshold",
         "exact": "the infinite-time threshold",
+        "forward": "the upper bound for infinite time",
     }.get(name, "no threshold")
 
 
@@ -152,6 +159,8 @@ def _verdict(verdict: Verdict) -> Text:
 
 def _outlook(verdict: Verdict) -> str:
     planned = count(verdict.steps)
+    if verdict.blow_up is None:
+        return forward_outlook(verdict)
     if verdict.outlook == "stable":
         return f"does not blow up within {planned} steps"
     first, last = verdict.blow_up if verdict.doubling is None else verdict.doubling

@@ -54,6 +54,9 @@ class OptimizerThresholds:
     def _binding(known: Mapping[str, Threshold]) -> str:
         values = {name: known[name].value if name in known else None for name in ("horizon", "descent", "exact")}
         binding = choose_binding("binding", **values)
+        forward = known.get("forward")
+        if forward is not None and (binding is None or forward.value < binding.value):
+            return "forward"
         return "forward" if binding is None else binding.name
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +144,10 @@ def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[i
     rows: list[Threshold | None] = [_first_order(result, bounds), _forward(bounds)]
     if bounds.exact is not None and bounds.exact_ci95 is not None:
         rows.append(Threshold("exact", bounds.exact.value, *bounds.exact_ci95, bounds.exact.half_width))
-    if bounds.descent is not None:
+    if bounds.forward is not None:
+        descent = bounds.forward.descent
+        rows.append(Threshold("descent", descent.value, *ci95(descent), descent.half_width))
+    elif bounds.descent is not None:
         rows.append(Threshold("descent", bounds.descent, bounds.descent, bounds.descent))
     known = {row.name: row for row in rows if row is not None}
     return OptimizerThresholds(known, _horizons(result, bounds, steps))
@@ -173,6 +179,7 @@ def _first_order(result: BoundsResult, bounds: OptimizerBounds) -> Threshold | N
 
 def _forward(bounds: OptimizerBounds) -> Threshold | None:
     """From two moments alone, where the spectrum is not known: the interval is the pair of bounds."""
-    if bounds.exact is not None or bounds.zo_lower is None or bounds.zo_upper is None:
+    if bounds.forward is None:
         return None
-    return Threshold("forward", bounds.zo_upper, bounds.zo_lower, bounds.zo_upper)
+    lower, upper = bounds.forward.lower, bounds.forward.upper
+    return Threshold("forward", upper.value, ci95(lower)[0], ci95(upper)[1], upper.half_width)

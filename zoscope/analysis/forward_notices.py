@@ -1,0 +1,87 @@
+"""What to know before trusting numbers from forward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from zoscope.problem import Notice
+
+if TYPE_CHECKING:
+    from zoscope.analysis.optimizer_bounds import OptimizerBounds
+    from zoscope.analysis.request import Request
+    from zoscope.curvature.results import ForwardCurvature
+    from zoscope.problem import Objective
+
+DISAGREEMENT = 0.1
+"""Relative difference between the traces at h and 2h from which the reader is told."""
+
+KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d)
+"""Layers whose slope jumps."""
+
+
+def precision(reached: float, request: Request, found: ForwardCurvature) -> Notice | None:
+    """On a precision asked for and not reached."""
+    if reached <= request.rtol:
+        return None
+    value = f"± {100 * reached:.1f} %" if math.isfinite(reached) else "no finite error bar"
+    return Notice(
+        "precision",
+        f"The precision asked for (--rtol {request.rtol:g}) was not reached: {value} on the descent threshold after "
+        f"{found.num_hvps} directions of {request.max_hvps} at most. The intervals shown are honest, only wider; raise "
+        "--max-hvps or --rtol.",
+    )
+
+
+def of(
+    found: ForwardCurvature, request: Request, objective: Objective, rows: Mapping[str, OptimizerBounds]
+) -> Iterable[Notice]:
+    """Everything else."""
+    yield Notice(
+        "forward-only",
+        "Forward passes see Tr H and ‖H‖_F² but no spectrum: the lower bound assumes H ⪰ 0, the upper bound and the "
+        "descent threshold assume nothing. First-order bounds, λ_max and η*(N) need --curvature hessian.",
+    )
+    if found.indefinite or (found.rayleigh is not None and found.rayleigh.interval[1] < 0):
+        yield Notice(
+            "indefinite-hessian",
+            "Negative curvature was seen along a direction, so H is indefinite and the lower bounds do not hold.",
+        )
+    if found.trace.value <= 0:
+        yield Notice(
+            "trace-not-positive",
+            "Tr H is not positive here, so two moments bound no mean-square threshold. Use --curvature hessian.",
+        )
+    yield from _differences(found, objective)
+    if "adam" in rows:
+        yield Notice(
+            "adam-forward",
+            "Adam's preconditioner is taken as √b‖g‖ + ε for every parameter, which its expected value is up to the "
+            "share of a single parameter in the gradient.",
+        )
+    elif "adam" in request.optimizers:
+        yield Notice(
+            "adam-forward",
+            "Adam is left out: its bounds with a stored preconditioner need --curvature hessian.",
+        )
+    for note in found.notes:
+        yield Notice("measurement", note)
+
+
+def _differences(found: ForwardCurvature, objective: Objective) -> Iterable[Notice]:
+    if found.disagreement > DISAGREEMENT:
+        yield Notice(
+            "step-size-check",
+            f"Differences with steps h = {found.step:.2g} and 2h disagree by {100 * found.disagreement:.0f} %, which "
+            "the error bars contain: the loss is rounded too coarsely or is not smooth. A wider --dtype may help.",
+        )
+    kinked = {type(module).__name__ for module in objective.model.modules() if isinstance(module, KINKED)}
+    if kinked:
+        yield Notice(
+            "kinks",
+            f"The model has layers with kinks ({', '.join(sorted(kinked))}). Differences see the curvature of crossing "
+            "kinks, as a zeroth-order run does; second derivatives do not, so --curvature hessian may give less.",
+        )

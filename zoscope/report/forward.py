@@ -1,0 +1,65 @@
+"""What the report of ``zoscope.bounds`` shows where only forward passes were made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zoscope.report.style import (
+    MISSING,
+    OPTIMIZER_NAMES,
+    count,
+    duration,
+    quantity,
+    quantity_with_error,
+    step_size_with_error,
+)
+from zoscope.report.tables import number_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from zoscope.analysis.optimizer_bounds import Verdict
+    from zoscope.analysis.results import BoundsResult
+    from zoscope.curvature.results import ForwardCurvature
+    from zoscope.theory.spectrum import Estimate
+
+
+def forward_curvature_table(found: ForwardCurvature) -> Table:
+    """What was measured, and how."""
+    table = number_table("", "Hessian H")
+    table.add_row("trace", _estimate(found.trace))
+    table.add_row("‖·‖_F²", _estimate(found.frobenius_sq))
+    table.add_row("along the gradient", MISSING if found.rayleigh is None else _estimate(found.rayleigh))
+    table.add_row("λ_max, λ_min", "not known")
+    table.add_row("method", f"{found.method}, h = {quantity(found.step, digits=2)}")
+    table.add_row("cost", f"{count(found.num_evaluations)} evaluations, {duration(found.seconds)}")
+    return table
+
+
+def forward_bounds_table(result: BoundsResult) -> Table:
+    """A row per optimizer: the descent threshold and the two bounds of the infinite-time one."""
+    table = number_table(
+        "", "descent\nany H", "infinite time,\nat most; any H", "infinite time,\nat least; H ⪰ 0", justify="right"
+    )
+    for name, row in result.optimizers.items():
+        if row.forward is not None:
+            bounds = row.forward.descent, row.forward.upper, row.forward.lower
+            table.add_row(OPTIMIZER_NAMES[name], *(_step_size(estimate) for estimate in bounds))
+    return table
+
+
+def forward_outlook(verdict: Verdict) -> str:
+    """The outlook of a step size in words."""
+    return {
+        "stable": "below the infinite-time threshold if H ⪰ 0",
+        "uncertain": "between the bounds of the infinite-time threshold, which forward passes cannot narrow",
+        "unstable": "above the infinite-time threshold: blows up in the long run",
+    }[verdict.outlook]
+
+
+def _estimate(estimate: Estimate) -> str:
+    return quantity_with_error(estimate.value, estimate.half_width)
+
+
+def _step_size(estimate: Estimate) -> str:
+    return step_size_with_error(estimate.value, estimate.half_width)
