@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,12 +21,25 @@ from zoscope.cli.output import emit, warn
 from zoscope.cli.progress import loading, measuring
 from zoscope.errors import NumericalError
 
+if TYPE_CHECKING:
+    from zoscope.analysis.estimate_results import CostEstimate
+    from zoscope.spec import LoadedSpec
+
 PRECISION = "precision"  # code of the notice that --rtol was not reached
 
 StepSize = Annotated[
     float | None,
     typer.Option(
         "--lr", help="Also judge this step size.", rich_help_panel="Optimizer", metavar="LR", show_default=False
+    ),
+]
+
+Estimate = Annotated[
+    bool,
+    typer.Option(
+        "--estimate",
+        help="Only say what each kind of curvature would cost, from one timed micro-batch.",
+        rich_help_panel="Measurement",
     ),
 ]
 
@@ -39,6 +52,7 @@ def command(
     output: OutputOptions,
     threshold: Threshold = "binding",
     lr: StepSize = None,
+    estimate: Estimate = False,
 ) -> None:
     """Curvature and step-size bounds for GD, GDM and Adam, first- and zeroth-order."""
     chosen = validate.choice("--threshold", threshold, THRESHOLDS)
@@ -46,6 +60,9 @@ def command(
         validate.positive("--lr", lr)
     with loading(quiet=output.quiet):
         loaded = problem.load()
+    if estimate:
+        emit(_estimate(loaded, optimizer, measure), output)
+        return
     with measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet) as on_progress:
         result = zoscope.bounds(
             loaded.problem,
@@ -64,3 +81,11 @@ def command(
     warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
     if missed:  # after the result, which is honest all the same
         raise NumericalError(missed[0].message)
+
+
+def _estimate(loaded: LoadedSpec, optimizer: OptimizerOptions, measure: MeasureOptions) -> CostEstimate:
+    from zoscope.analysis.estimate import estimate  # late, for a fast --help
+
+    names = ("rtol", "max_hvps", "seed", "device", "dtype", "micro_batch")
+    options = {name: value for name, value in measure.kwargs().items() if name in names}
+    return estimate(loaded.problem, optimizers=optimizer.families, spec=loaded.display, **options)

@@ -24,8 +24,8 @@ BLOCKS = 128
 """Large models are cut into about so many blocks: what is drawn at a time is then below 1 % of them."""
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 18, 1 << 23
-KEPT_SIZE = 1 << 18
-"""Entries up to which directions are kept instead of being drawn again."""
+KEPT_SIZE, KEPT_GROUP = 1 << 18, 16
+"""Entries up to which directions are kept instead of being drawn again, and how many of them are at a time."""
 
 
 class Walk(Protocol):
@@ -158,6 +158,13 @@ class Stencil:
         """Relative spacing of the coarsest dtype among the parameters."""
         return max(torch.finfo(p.dtype).eps for p in self._objective.params)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that lasts between evaluations: buffers of a block, and copies of small or half-precision models."""
+        largest = max(block.size * (8 if block.dtype == torch.float64 else 4) for block in self._blocks)
+        directions = 4 * KEPT_GROUP * self._objective.num_params if self._keep else 0
+        return 2 * largest + directions + (0 if self._originals is None else self._originals.in_memory)
+
     def direction(self) -> Direction:
         """The next direction."""
         generator = new_generator(self._seeds.spawn(1)[0], self._objective.device)
@@ -186,6 +193,15 @@ class Stencil:
                 perturbation.restore(index, direction.part(index), sign=sign)
         curvature = ((above - self.loss) + (below - self.loss)) / h**2
         return Difference((above - below) / (2 * h), curvature)
+
+    @torch.no_grad()
+    def move(self, direction: Walk, h: float) -> None:
+        """There and back without looking at the loss."""
+        perturbation = self._at(h)
+        for index in range(len(self._blocks)):
+            perturbation.plus(index, direction.part(index))
+            perturbation.minus(index, direction.part(index))
+            perturbation.restore(index, direction.part(index), sign=-1)
 
     def _at(self, h: float) -> Perturbation:
         if h not in self._perturbations:

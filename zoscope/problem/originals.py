@@ -47,6 +47,13 @@ class Originals:
         except OSError:  # no room or no right to write: memory it is
             return _InMemory(tensor.clone())
 
+    @property
+    def in_memory(self) -> int:
+        """Bytes that the copies take on the tensors' own device."""
+        pairs = zip(self._copies, self._tensors, strict=True)
+        held = [t for copy, t in pairs if isinstance(copy, _InMemory) and copy.value.device == t.device]
+        return sum(t.numel() * t.element_size() for t in held)
+
     @torch.no_grad()
     def put_back(self, indices: Sequence[int] | None = None) -> None:
         """Give tensors the values that they had; all of them, or those of some indices."""
@@ -73,10 +80,10 @@ def kept(tensors: Sequence[Tensor]) -> Iterator[Originals]:
 
 class _InMemory:
     def __init__(self, value: Tensor) -> None:
-        self._value = value
+        self.value = value
 
     def put_back(self, tensor: Tensor) -> None:
-        _put(tensor, self._value)
+        _put(tensor, self.value)
 
 
 class _InFile:

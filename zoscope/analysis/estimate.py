@@ -1,0 +1,230 @@
+"""``zoscope bounds --estimate``: what each kind of curvature would cost, from one timed micro-batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from zoscope.analysis.estimate_results import CostEstimate, KindCost, recommended
+from zoscope.curvature.forward import CHECKS, GROUP, LEAST_DIRECTIONS, LEAST_GROUPS, PILOTS
+from zoscope.curvature.ggn import GGNOperator
+from zoscope.curvature.measure import BLOCK, DENSE_LIMIT, MOST_STEPS
+from zoscope.curvature.operators import HessianOperator, LinearOperator
+from zoscope.curvature.stencil import Stencil
+from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.problem import OWN_DTYPE, Objective
+from zoscope.runtime import available_memory, is_out_of_memory, peak_bytes, release_memory
+
+if TYPE_CHECKING:
+    from zoscope.problem import Problem
+
+SAMPLED_PRODUCTS = 200
+"""Products that the stochastic path usually takes for one operator; between 60 and ``max_hvps``."""
+
+TIMED_ROWS = 64
+"""Examples of the timed micro-batch at most."""
+
+SAMPLE = 6
+"""Directions that show how much ``uᵀHu`` scatters."""
+
+
+def estimate(
+    problem: Problem,
+    *,
+    optimizers: tuple[str, ...] = ("gd", "gdm", "adam"),
+    rtol: float = 0.02,
+    max_hvps: int = 600,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    micro_batch: int | None = None,
+    params: str | None = None,
+    spec: str | None = None,
+) -> CostEstimate:
+    """Products, seconds and bytes that ``zoscope.bounds`` would take with each kind of curvature.
+
+    One micro-batch is evaluated and differentiated; the rest is proportion. The number of products depends on the
+    spectrum: that of forward passes is taken from a small sample, that of the others is what networks usually need.
+
+    Args:
+        problem: Model, batches and loss.
+        optimizers: As for ``zoscope.bounds``; so for all arguments that follow.
+        rtol: Precision wanted.
+        max_hvps: Most products.
+        seed: Of the sample.
+        device: Device.
+        dtype: Floating-point type.
+        micro_batch: Examples per pass.
+        params: Which parameters.
+        spec: Name of the problem in the result.
+
+    Returns:
+        The costs, with a recommendation; prints itself.
+
+    Raises:
+        SpecError, NumericalError: If not even the loss can be evaluated.
+    """
+    subject = problem if params is None else problem.with_params(params)
+    operators = len({"adam" if name == "adam" else "plain" for name in optimizers})
+    own = OWN_DTYPE if dtype == "auto" else dtype
+    with subject.prepare(device=device, dtype=own, micro_batch=micro_batch, differentiable=False) as objective:
+        with _one_micro_batch(objective) as scale:
+            forward, evaluating = _forward(objective, scale, rtol=rtol, max_hvps=max_hvps, seed=seed)
+        kinds = [forward]
+        about = CostEstimate(
+            spec=spec if spec is not None else problem.name,
+            device=str(objective.device),
+            dtype=str(objective.dtype).removeprefix("torch."),
+            num_params=objective.num_params,
+            num_examples=objective.num_examples,
+            timed_examples=scale.timed,
+            seconds_forward=0.5 * evaluating,
+            available=available_memory(objective.device),
+            kinds=(),
+            recommended="forward",
+            reason="",
+        )
+
+    def prepared(make: Callable[[Objective], LinearOperator]) -> KindCost:
+        kind = "ggn" if make is GGNOperator else "hessian"
+        try:
+            with (
+                subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, check=False) as objective,
+                _one_micro_batch(objective) as scale,
+            ):
+                return _second_order(objective, scale, kind, make, operators=operators, max_hvps=max_hvps)
+        except (SpecError, NumericalError, UsageError) as error:
+            return KindCost.impossible(kind, str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                return KindCost.impossible(kind, str(error).splitlines()[0] if str(error) else type(error).__name__)
+            release_memory(torch.device(about.device))
+            return KindCost.impossible(kind, f"out of memory with {about.timed_examples} examples at a time")
+
+    kinds = [prepared(HessianOperator), *([prepared(GGNOperator)] if problem.criterion is not None else []), *kinds]
+    choice, reason = recommended(kinds, available=about.available)
+    return replace(about, kinds=tuple(kinds), recommended=choice, reason=reason)
+
+
+class _Scale:
+    """From the timed micro-batch to all data.
+
+    Args:
+        data: Examples in all over examples timed.
+        largest: Examples of the largest shard over examples timed.
+        timed: Examples timed.
+        single: Whether all data is one shard, whose graph every product shares.
+    """
+
+    def __init__(self, *, data: float, largest: float, timed: int, single: bool) -> None:
+        self.data, self.largest, self.timed, self.single = data, largest, timed, single
+
+
+@contextmanager
+def _one_micro_batch(objective: Objective) -> Iterator[_Scale]:
+    """Let the objective see one micro-batch."""
+    everything = objective.shards
+    largest = max(everything, key=lambda shard: shard.examples)
+    if objective.indivisible is None and (largest.rows or 1) > TIMED_ROWS:
+        objective.shards = (largest,)
+        objective.split(TIMED_ROWS)
+    else:
+        objective.shards = (largest,)
+    piece = objective.shards[0]
+    objective.shards = (replace(piece, weight=1.0),)
+    try:
+        yield _Scale(
+            data=objective.num_examples / piece.examples,
+            largest=largest.examples / piece.examples,
+            timed=piece.examples,
+            single=len(everything) == 1,
+        )
+    finally:
+        objective.shards = everything
+
+
+def _forward(objective: Objective, scale: _Scale, *, rtol: float, max_hvps: int, seed: int) -> tuple[KindCost, float]:
+    """The cost, and the seconds that the two evaluations of a direction take over all data."""
+    with torch.no_grad():
+        activations = peak_bytes(objective.value, objective.device)
+    stencil = Stencil(objective, seed=seed)
+    h = stencil.typical_size * stencil.epsilon**0.25
+    objective.value()  # warm
+    started = time.perf_counter()
+    x = np.array([stencil.along(stencil.direction(), h).curvature for _ in range(SAMPLE)])
+    moving = _moving_seconds(stencil, h)
+    evaluating = max((time.perf_counter() - started - moving) / SAMPLE - moving, 0.0)
+    scatter = float(x.var(ddof=1) / x.mean() ** 2) if np.isfinite(x).all() and x.mean() != 0 else float("inf")
+    group = (GROUP + CHECKS + 1) / GROUP
+    wanted = 4 * PILOTS + group * max(scatter * (1.96 / rtol) ** 2, GROUP * LEAST_GROUPS)
+    products = round(min(wanted, max(max_hvps, LEAST_DIRECTIONS)))
+    evaluating *= scale.data
+    seconds_each = evaluating + moving
+    cost = KindCost(
+        kind="forward",
+        products=products,
+        seconds_each=seconds_each,
+        seconds=products * seconds_each,
+        fixed_bytes=stencil.held_bytes,
+        batch_bytes=round(activations * scale.largest),
+        largest=round(scale.timed * scale.largest),
+    )
+    return cost, evaluating
+
+
+def _moving_seconds(stencil: Stencil, h: float) -> float:
+    """Seconds that moving the parameters along one direction takes, whatever the data is."""
+    started = time.perf_counter()
+    stencil.move(stencil.direction(), h)
+    return time.perf_counter() - started
+
+
+def _second_order(
+    objective: Objective,
+    scale: _Scale,
+    kind: str,
+    make: Callable[[Objective], LinearOperator],
+    *,
+    operators: int,
+    max_hvps: int,
+) -> KindCost:
+    d, itemsize = objective.num_params, torch.empty((), dtype=objective.dtype).element_size()
+    vector = torch.ones(1, d, dtype=objective.dtype, device=objective.device)
+    make(objective).matmat(vector)  # settles on a method
+    operator = make(objective)
+    graph = peak_bytes(lambda: operator.matmat(vector), objective.device)
+    kept = _seconds(lambda: operator.matmat(vector))
+    if not scale.single:  # a fresh graph for every shard and product
+        fresh = make(objective)
+        whole = objective.shards
+        objective.shards = tuple(replace(shard, weight=0.5) for shard in (*whole, *whole))
+        kept = _seconds(lambda: fresh.matmat(vector)) / 2
+        objective.shards = whole
+    dense = d <= min(DENSE_LIMIT, max_hvps)
+    products = d if dense else min(max_hvps, SAMPLED_PRODUCTS) * operators
+    rows = d if dense else min(MOST_STEPS, max(2, max_hvps // 3)) + 4 * BLOCK + 1
+    each = kept * scale.data
+    return KindCost(
+        kind=kind,
+        products=products,
+        seconds_each=each,
+        seconds=products * each,
+        fixed_bytes=(rows + 2) * d * itemsize,  # two more: the parameters' own values, and the gradient
+        batch_bytes=round(max(graph - d * itemsize, 0) * scale.largest),
+        largest=round(scale.timed * scale.largest),
+    )
+
+
+def _seconds(run: Callable[[], torch.Tensor]) -> float:
+    best = float("inf")
+    for _ in range(2):
+        started = time.perf_counter()
+        float(run().sum())  # waits for a device that works ahead
+        best = min(best, time.perf_counter() - started)
+    return best
