@@ -11,6 +11,7 @@ from zoscope._version import __version__
 if TYPE_CHECKING:
     from zoscope.analysis.bounds import bounds as bounds
     from zoscope.analysis.check import check as check
+    from zoscope.analysis.density import spectrum as spectrum
     from zoscope.analysis.probe import probe as probe
     from zoscope.errors import NumericalError as NumericalError
     from zoscope.errors import SpecError as SpecError
@@ -26,6 +27,7 @@ _HOME = {
     "bounds": "zoscope.analysis.bounds",
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
+    "spectrum": "zoscope.analysis.density",
     "ZOGD": "zoscope.optim",
     "ZOGDM": "zoscope.optim",
     "ZOAdam": "zoscope.optim",
@@ -48,6 +50,7 @@ __all__ = [
     "bounds",
     "check",
     "probe",
+    "spectrum",
 ]
 
 

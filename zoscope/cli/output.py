@@ -78,13 +78,13 @@ def warn(notices: Iterable[Notice], *, quiet: bool) -> None:
         console.print(Text("Warning: ", style="yellow") + Text(notice.message, style="default"))
 
 
-def check_writable(path: Path) -> None:
-    """Refuse an ``--output`` that cannot be written, before the work and not after it."""
+def check_writable(path: Path, *, option: str = "--output") -> None:
+    """Refuse a file that cannot be written, before the work and not after it."""
     target = path.resolve()
     if path.is_dir():
-        raise UsageError(f"--output: {path} is a folder. Expected the path of a file.")
+        raise UsageError(f"{option}: {path} is a folder. Expected the path of a file.")
     if not _is_special(path) and not target.parent.is_dir():
-        raise UsageError(f"--output: there is no folder {path.parent} to write {path.name} in. Create it first.")
+        raise UsageError(f"{option}: there is no folder {path.parent} to write {path.name} in. Create it first.")
     try:
         if _is_special(path):
             if not os.access(path, os.W_OK):
@@ -92,7 +92,7 @@ def check_writable(path: Path) -> None:
         else:
             tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
-        raise UsageError(f"--output: cannot write {path} ({error.strerror}). Choose another place.") from None
+        raise UsageError(f"{option}: cannot write {path} ({error.strerror}). Choose another place.") from None
 
 
 def write_whole(path: Path, text: str, *, option: str = "--output") -> None:

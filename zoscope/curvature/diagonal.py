@@ -73,12 +73,18 @@ class BlockTraces:
         The variance of one sample is at most ``2 D ‖(QMQ)_G‖_F²``, of the rows in G; it is half of that where M couples
         G to other groups only. The squares of the products average to the norm. Its own scatter is allowed for as
         in ``SampledSpectrum.stderr_of``.
+
+        Quadrature nodes are kept inside the spectrum, which moves the trace of ``spectrum`` by a little. The groups
+        follow in proportion to their variances, so that they add up to it.
         """
         if not self._sampled:
             return tuple(Estimate(float(value)) for value in self._exact)
         count, dimension = len(self._sampled), spectrum.dimension
         values = self._exact + dimension * np.mean(self._sampled, axis=0)
-        errors = np.sqrt(2 * dimension * np.mean(self._squares, axis=0) / count) * _widening(spectrum)
+        variances = 2 * dimension * np.mean(self._squares, axis=0) / count
+        if variances.sum() > 0:
+            values = values + (spectrum.fine.trace - values.sum()) * variances / variances.sum()
+        errors = np.sqrt(variances) * _widening(spectrum)
         return tuple(Estimate(float(v), stderr=float(e)) for v, e in zip(values, errors, strict=True))
 
     def exact(self, diagonal: Tensor) -> tuple[Estimate, ...]:

@@ -48,6 +48,8 @@ def measure(
     precision: Precision | None = None,
     vector: Tensor | None = None,
     top: int = 1,
+    bottom: int = 0,
+    most_steps: int = MOST_STEPS,
     blocks: Sequence[int] | None = None,
     rtol: float = 0.02,
     max_hvps: int = 600,
@@ -64,6 +66,8 @@ def measure(
             left out.
         vector: ``(d,)`` vector, such as the gradient, whose spectral measure is wanted too.
         top: How many of the largest eigenvalues should converge, where the budget allows.
+        bottom: How many of the smallest ones.
+        most_steps: Most steps of the long chain, which keeps as many vectors: they resolve the bulk of the spectrum.
         blocks: Sizes of neighbouring groups of coordinates, d in all, whose traces are wanted too, at no further
             product.
         rtol: Half-width at which to stop.
@@ -94,7 +98,15 @@ def measure(
         wanted = precision or _precision_of_positive_trace
         left = max(1, max_hvps - (operator.num_hvps - spent))
         result = _Sampling(
-            operator, wanted, traces, top=top, rtol=rtol, max_hvps=left, seed=seed, on_progress=on_progress
+            operator,
+            wanted,
+            traces,
+            ends=(bottom, top),
+            most_steps=most_steps,
+            rtol=rtol,
+            max_hvps=left,
+            seed=seed,
+            on_progress=on_progress,
         ).run()
     return _curvature(
         result,
@@ -142,7 +154,8 @@ class _Sampling:
         precision: Precision,
         traces: BlockTraces | None,
         *,
-        top: int,
+        ends: tuple[int, int],
+        most_steps: int,
         rtol: float,
         max_hvps: int,
         seed: int,
@@ -151,7 +164,8 @@ class _Sampling:
         self._operator = operator
         self._precision = precision
         self._traces = traces
-        self._top = top
+        self._ends = ends
+        self._most_steps = most_steps
         self._rtol = rtol
         self._max_hvps = max_hvps
         self._first = operator.num_hvps
@@ -203,12 +217,15 @@ class _Sampling:
         chain.extend(min(FIRST_STEPS, most))
         self._report("outliers", None)
         while not chain.exhausted and chain.jacobi.size < most:
-            largest = _eigenvalues(chain.jacobi)[-self._top :]
-            if self._quadrature(chain.jacobi) <= self._rtol / 4 and all(found.converged for found in largest):
+            if self._ends_converged(chain.jacobi) and self._quadrature(chain.jacobi) <= self._rtol / 4:
                 break
             chain.extend(min(MORE_STEPS, most - chain.jacobi.size))
             self._report("outliers", None)
         return chain
+
+    def _ends_converged(self, jacobi: Jacobi) -> bool:
+        found, (bottom, top) = _eigenvalues(jacobi), self._ends
+        return all(eigenvalue.converged for eigenvalue in (*found[:bottom], *found[len(found) - top :]))
 
     def _quadrature(self, jacobi: Jacobi) -> float:
         state = Deflated.of(split(jacobi), dim=self._operator.dim)
@@ -220,7 +237,7 @@ class _Sampling:
         row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
         fits = int(MEMORY_SHARE * available_memory(operator.device) / row) - 4 * BLOCK - 1
         budget = max(min(self._max_hvps, 2), self._max_hvps // 3)
-        most = min(MOST_STEPS, budget, operator.dim)
+        most = min(self._most_steps, budget, operator.dim)
         if fits < most:
             most = max(2, fits)
             self._notes.append(

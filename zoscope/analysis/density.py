@@ -1,0 +1,274 @@
+"""``zoscope.spectrum``: the eigenvalues of a problem's curvature matrix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from zoscope.analysis import notices
+from zoscope.analysis.density_results import LayerTrace, SpectrumResult
+from zoscope.analysis.measuring import curvature_operator
+from zoscope.analysis.request import Progress, Request
+from zoscope.analysis.results import ProblemInfo
+from zoscope.curvature.measure import measure
+from zoscope.curvature.operators import gradient
+from zoscope.curvature.slq import DEFLATION_TOLERANCE
+from zoscope.errors import NumericalError, UsageError
+from zoscope.problem import Notice
+from zoscope.theory.density import Known, decades, density, finest_density
+from zoscope.theory.validate import require_count
+
+if TYPE_CHECKING:
+    from zoscope.curvature.results import Curvature, Eigenvalue
+    from zoscope.problem import Objective, Problem
+    from zoscope.theory.spectrum import SampledSpectrum
+
+DENSITY_TOLERANCE = 5.0
+"""Error of the density that is worth further products, in units of the one wanted for the trace."""
+
+RESOLUTION = 3e-4
+"""Distance from zero at which the density is wanted with that error, in units of the spectral radius."""
+
+PLACED = 0.1
+"""Largest residual, relative to the value, of an eigenvalue whose place in the order counts as known."""
+
+CHAIN_STEPS = 200
+"""Most steps of the long Lanczos chain; the resolution near zero is about inversely proportional."""
+
+
+def spectrum(
+    problem: Problem,
+    *,
+    top: int = 10,
+    by_layer: bool = False,
+    rtol: float = 0.02,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_hvps: int = 600,
+    curvature: Literal["hessian", "ggn", "forward"] = "hessian",
+    method: Literal["auto", "dense", "deflated-slq"] = "auto",
+    micro_batch: int | None = None,
+    hvp: str = "auto",
+    strict: bool = False,
+    params: str | None = None,
+    spec: str | None = None,
+    on_progress: Progress | None = None,
+) -> SpectrumResult:
+    """Eigenvalue density of a problem's curvature matrix, its largest and smallest eigenvalues, and trace by layer.
+
+    The problem comes back as it was: parameters, buffers, modes, ``.grad`` and the global generators.
+
+    Args:
+        problem: Model, batches and loss.
+        top: How many of the largest and of the smallest eigenvalues to list; fewer where they do not converge.
+        by_layer: Whether to split the trace by layer; it takes no further products.
+        rtol: 95 % half-width wanted for the trace, relative to ``Σ|λ|``; of the density five times as much.
+        seed: Seed of the probe vectors.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``.
+        max_hvps: Most Hessian-vector products.
+        curvature: The matrix: ``"hessian"`` or ``"ggn"``.
+        method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
+        micro_batch: Examples per forward and backward pass; the batches as they are by default.
+        hvp: How products are computed.
+        strict: Raise where the precision asked for is not reached.
+        params: Regular expression that selects parameters by name.
+        spec: Name of the problem in the result; the problem's own by default.
+        on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
+
+    Returns:
+        A result that prints itself, with the JSON document as ``to_dict()``.
+
+    Raises:
+        ValueError: If an argument is outside of its range.
+        UsageError: If the curvature asked for cannot be had.
+        SpecError: If the problem cannot be measured.
+        NumericalError: For values that are not finite, exhausted memory, or, with ``strict``, a precision not reached.
+    """
+    started = time.perf_counter()
+    require_count("top", top)
+    request = _request(
+        rtol=rtol,
+        seed=seed,
+        max_hvps=max_hvps,
+        curvature=curvature,
+        method=method,
+        hvp=hvp,
+        strict=strict,
+        on_progress=on_progress,
+    )
+    subject = problem if params is None else problem.with_params(params)
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
+        name = spec if spec is not None else problem.name
+        return _spectrum(objective, request, top=top, by_layer=by_layer, spec=name, started=started)
+
+
+def _request(
+    *,
+    rtol: float,
+    seed: int,
+    max_hvps: int,
+    curvature: str,
+    method: Literal["auto", "dense", "deflated-slq"],
+    hvp: str,
+    strict: bool,
+    on_progress: Progress | None,
+) -> Request:
+    """The options shared with ``zoscope.bounds``, checked as they are there."""
+    if curvature == "forward":
+        raise UsageError(
+            "--curvature forward: forward passes tell two moments of the spectrum and no eigenvalues. Expected hessian "
+            "or ggn; zoscope bounds takes forward."
+        )
+    return Request(
+        optimizers=("gd",),
+        steps=1,
+        rtol=rtol,
+        seed=seed,
+        max_hvps=max_hvps,
+        directions="gaussian",
+        queries=1,
+        beta=0.0,
+        betas=(0.0, 0.0),
+        eps=0.0,
+        curvature=curvature,
+        preconditioner="expected",
+        method=method,
+        hvp=hvp,
+        threshold="exact",
+        lr=None,
+        strict=strict,
+        on_progress=on_progress,
+    )
+
+
+def _spectrum(
+    objective: Objective, request: Request, *, top: int, by_layer: bool, spec: str | None, started: float
+) -> SpectrumResult:
+    loss, g = gradient(objective)
+    if not bool(torch.isfinite(g).all()):
+        raise NumericalError(
+            f"The gradient is not finite (the loss is {loss:.4g}): expected finite derivatives at the point where the "
+            "curvature is measured. Look for 0/0, log(0) or an overflow in the loss."
+        )
+    layers = layers_of(objective)
+    operator = curvature_operator(objective, request)
+    curvature = measure(
+        operator,
+        method=request.method,
+        precision=steering_error,
+        top=top,
+        bottom=top,
+        most_steps=CHAIN_STEPS,
+        blocks=[size for _, size in layers] if by_layer else None,
+        rtol=request.rtol,
+        max_hvps=request.max_hvps,
+        seed=request.seed,
+        on_progress=request.on_progress,
+    )
+    dtype = str(objective.dtype).removeprefix("torch.")
+    found = finest_density(
+        curvature.spectrum,
+        tolerance=DENSITY_TOLERANCE * request.rtol,
+        noise=curvature.lambda_max.residual if curvature.method == "dense" else 0.0,
+        known=known_eigenvalues(curvature),
+    )
+    largest, smallest = ends(curvature, most=top)
+    return SpectrumResult(
+        spec=spec,
+        device=str(objective.device),
+        dtype=dtype,
+        seed=request.seed,
+        rtol=request.rtol,
+        problem=ProblemInfo(
+            objective.num_params, objective.num_examples, loss, float(torch.linalg.vector_norm(g.double()))
+        ),
+        operator=request.curvature,
+        curvature=curvature,
+        top=largest,
+        bottom=smallest,
+        outliers=known_eigenvalues(curvature).values,
+        density=found,
+        decades=decades(curvature.spectrum, scale=found.scale),
+        layers=_layer_traces(layers, curvature),
+        num_hvps=operator.num_hvps,
+        seconds=time.perf_counter() - started,
+        warnings=notices.without_repeats(_notices(objective, request, curvature, dtype=dtype)),
+    )
+
+
+def trace_error(sampled: SampledSpectrum) -> float:
+    """95 % half-width of the trace over ``Σ|λ|``: signs may cancel in the trace itself."""
+    size = sampled.fine.trace_of(np.abs)
+    return sampled.trace_of(lambda nodes: nodes).half_width / size if size > 0 else 0.0
+
+
+def steering_error(sampled: SampledSpectrum) -> float:
+    """What a measurement brings down: the error of the trace and, in its own units, that of the density."""
+    radius = float(np.abs(sampled.fine.nodes).max(initial=0.0))
+    if sampled.is_exact or radius == 0:
+        return 0.0
+    return max(trace_error(sampled), density(sampled, scale=RESOLUTION * radius).error / DENSITY_TOLERANCE)
+
+
+def known_eigenvalues(curvature: Curvature) -> Known:
+    """Eigenvalues that a measurement found one by one: all when dense, else those that it deflated."""
+    found: Iterable[Eigenvalue] = curvature.ritz
+    if curvature.method != "dense":
+        found = [ritz for ritz in curvature.ritz if ritz.residual <= DEFLATION_TOLERANCE * abs(ritz.value)]
+    pairs = [(ritz.value, ritz.residual) for ritz in found]
+    values, residuals = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return Known(values, residuals)
+
+
+def ends(curvature: Curvature, *, most: int) -> tuple[tuple[Eigenvalue, ...], tuple[Eigenvalue, ...]]:
+    """The largest eigenvalues, descending, and of the others the smallest, ascending, as far as their order is known.
+
+    A Ritz value that is far from an eigenvalue has no place in the order yet, and neither have those behind it. The
+    outermost one counts in any case: it bounds the spectrum from inside.
+    """
+    highest = _in_order(curvature.ritz[::-1][:most], curvature.method)
+    others = curvature.ritz[: len(curvature.ritz) - len(highest)]
+    return highest, _in_order(others[:most], curvature.method)
+
+
+def _in_order(eigenvalues: tuple[Eigenvalue, ...], method: str) -> tuple[Eigenvalue, ...]:
+    if method == "dense":
+        return eigenvalues
+    far = (i for i, found in enumerate(eigenvalues) if i > 0 and found.residual > PLACED * abs(found.value))
+    return eigenvalues[: next(far, len(eigenvalues))]
+
+
+def layers_of(objective: Objective) -> list[tuple[str, int]]:
+    """Names and sizes of the layers, in the order of the flat vector: parameters of one module belong together."""
+    sizes = [parameter.numel() for parameter in objective.params]
+    named = ((name.rpartition(".")[0] or name, size) for name, size in zip(objective.names, sizes, strict=True))
+    return [(name, sum(size for _, size in group)) for name, group in groupby(named, key=lambda pair: pair[0])]
+
+
+def _layer_traces(layers: list[tuple[str, int]], curvature: Curvature) -> tuple[LayerTrace, ...] | None:
+    if curvature.block_traces is None:
+        return None
+    total = sum(trace.value for trace in curvature.block_traces)
+    return tuple(
+        LayerTrace(name, size, trace, share=trace.value / total if total > 0 else None)
+        for (name, size), trace in zip(layers, curvature.block_traces, strict=True)
+    )
+
+
+def _notices(objective: Objective, request: Request, curvature: Curvature, *, dtype: str) -> Iterable[Notice]:
+    reached = {request.curvature: trace_error(curvature.spectrum)}
+    missed = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps))
+    if missed and request.strict:
+        raise NumericalError(missed[0].message)
+    yield from missed
+    yield from notices.dtype_notices(dtype)
+    for note in curvature.notes:
+        yield Notice("measurement", note)
+    yield from objective.warnings

@@ -1,0 +1,158 @@
+"""What ``zoscope.spectrum`` returns: a frozen dataclass whose ``to_dict`` is the document ``zoscope.spectrum/1``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoscope._version import __version__
+from zoscope.analysis.optimizer_bounds import estimate_dict, number
+from zoscope.analysis.results import ProblemInfo, curvature_dict, eigenvalue_dict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zoscope.curvature.results import Curvature, Eigenvalue
+    from zoscope.problem import Notice
+    from zoscope.theory.density import Decade, Density
+    from zoscope.theory.spectrum import Array, Estimate
+
+SCHEMA = "zoscope.spectrum/1"
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """The share of a layer in the trace.
+
+    Args:
+        name: Module that holds the parameters, or the parameter where no module does.
+        num_params: How many there are.
+        trace: Trace of the layer's diagonal block, loss/param².
+        share: Its part of the whole trace; ``None`` where that is not positive.
+    """
+
+    name: str
+    num_params: int
+    trace: Estimate
+    share: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "name": self.name,
+            "num_params": self.num_params,
+            "trace": estimate_dict(self.trace),
+            "share": number(self.share),
+        }
+
+
+@dataclass(frozen=True)
+class SpectrumResult:
+    """Eigenvalues of a problem's curvature matrix.
+
+    Args:
+        spec: What was measured, as the header shows it; ``None`` for a problem without a name.
+        device: Device of the measurement.
+        dtype: Floating-point type of the measurement.
+        seed: Seed of the probe vectors.
+        rtol: Relative 95 % half-width asked for.
+        problem: Size of the problem, loss and gradient norm.
+        operator: ``"hessian"`` or ``"ggn"``.
+        curvature: Its moments and ends.
+        top: Largest eigenvalues, the largest first.
+        bottom: Smallest eigenvalues, the smallest first; none of them is among ``top``.
+        outliers: Eigenvalues known one by one, ascending, loss/param²; all of them when the method is dense.
+        density: Eigenvalues per decade with a 95 % band.
+        decades: Counts and sums of eigenvalues by powers of ten.
+        layers: Trace by layer, in the order of the parameters; ``None`` where it was not asked for.
+        num_hvps: Hessian-vector products spent.
+        seconds: Wall-clock time of everything.
+        warnings: What to know before trusting a number.
+        version: Version of zoscope.
+    """
+
+    spec: str | None
+    device: str
+    dtype: str
+    seed: int
+    rtol: float
+    problem: ProblemInfo
+    operator: str
+    curvature: Curvature
+    top: tuple[Eigenvalue, ...]
+    bottom: tuple[Eigenvalue, ...]
+    outliers: Array
+    density: Density
+    decades: tuple[Decade, ...]
+    layers: tuple[LayerTrace, ...] | None
+    num_hvps: int
+    seconds: float
+    warnings: tuple[Notice, ...] = ()
+    version: str = field(default=__version__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document ``zoscope.spectrum/1``: JSON numbers, strings and null only."""
+        return {
+            "schema": SCHEMA,
+            "zoscope": self.version,
+            "spec": self.spec,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "rtol": self.rtol,
+            "num_hvps": self.num_hvps,
+            "seconds": number(self.seconds),
+            "problem": self.problem.to_dict(),
+            "curvature": {self.operator: curvature_dict(self.curvature)},
+            "top": [eigenvalue_dict(eigenvalue) for eigenvalue in self.top],
+            "bottom": [eigenvalue_dict(eigenvalue) for eigenvalue in self.bottom],
+            "outliers": _numbers(self.outliers),
+            "density": _density(self.density),
+            "decades": [_decade(part) for part in self.decades],
+            "layers": None if self.layers is None else [layer.to_dict() for layer in self.layers],
+            "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
+        }
+
+    def __rich__(self) -> RenderableType:
+        """Tables for the terminal; imported late because results know nothing of how they are shown."""
+        from zoscope.report.spectrum import render
+
+        return render(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """The same tables for a notebook."""
+        from zoscope.report.notebook import to_html, to_text
+
+        return {"text/html": to_html(self), "text/plain": to_text(self)}
+
+
+def _density(density: Density) -> dict[str, Any]:
+    low, high = density.values - density.half_widths, density.values + density.half_widths
+    return {
+        "unit": "eigenvalues per decade, smoothed",
+        "axis": "asinh(eigenvalue / (2 scale)) / ln 10",
+        "scale": number(density.scale),
+        "bandwidth": density.bandwidth,
+        "error": number(density.error),
+        "position": _numbers(density.positions),
+        "eigenvalue": _numbers(density.eigenvalues),
+        "value": _numbers(density.values),
+        "lower": _numbers(np.maximum(low, 0.0)),
+        "upper": _numbers(np.maximum(high, 0.0)),
+    }
+
+
+def _decade(part: Decade) -> dict[str, Any]:
+    return {
+        "lower": number(part.lower),
+        "upper": number(part.upper),
+        "count": estimate_dict(part.count),
+        "sum": estimate_dict(part.total),
+    }
+
+
+def _numbers(values: Sequence[float] | Array) -> list[float | None]:
+    return [number(float(value)) for value in values]

@@ -1,0 +1,105 @@
+"""``zoscope spectrum``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+import zoscope
+from zoscope.cli import validate
+from zoscope.cli.flatten import flatten
+from zoscope.cli.options import MeasureOptions, OutputOptions, ProblemOptions
+from zoscope.cli.output import check_writable, emit, warn
+from zoscope.cli.progress import loading, measuring
+from zoscope.errors import NumericalError, UsageError
+
+if TYPE_CHECKING:
+    from zoscope.analysis.density_results import SpectrumResult
+
+PANEL = "Spectrum"
+PRECISION = "precision"  # code of the notice that --rtol was not reached
+PICTURES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class SpectrumMeasureOptions(MeasureOptions):
+    """How the curvature is measured; what is wanted precisely is a sum over all eigenvalues."""
+
+    rtol: Annotated[
+        float,
+        Option(help="95 % half-width wanted for the trace, relative to Σ|λ|.", rich_help_panel="Measurement"),
+    ] = 0.02
+
+
+@dataclass(frozen=True)
+class SpectrumOptions:
+    """What to show of the spectrum."""
+
+    top: Annotated[
+        int, Option("--top", metavar="K", help="Largest and smallest eigenvalues to list.", rich_help_panel=PANEL)
+    ] = 10
+    by_layer: Annotated[
+        bool, Option("--by-layer", help="Split the trace by layer, at no further cost.", rich_help_panel=PANEL)
+    ] = False
+    plot: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="Eigenvalue density as a picture: .png, .svg or .pdf (needs matplotlib).",
+            rich_help_panel=PANEL,
+            show_default=False,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        validate.at_least("--top", self.top, 1)
+        if self.plot is not None:
+            self._check_plot(self.plot)
+
+    @staticmethod
+    def _check_plot(path: Path) -> None:
+        from zoscope.report.probe_plot import require_matplotlib
+
+        if path.suffix.lower() not in PICTURES:
+            raise UsageError(f"--plot: {path} has no picture's name. Expected one that ends in {', '.join(PICTURES)}.")
+        require_matplotlib()
+        check_writable(path, option="--plot")
+
+
+@flatten
+def command(
+    problem: ProblemOptions,
+    shown: SpectrumOptions,
+    measure: SpectrumMeasureOptions,
+    output: OutputOptions,
+) -> None:
+    """Eigenvalue density, largest and smallest eigenvalues, and the trace by layer."""
+    with loading(quiet=output.quiet):
+        loaded = problem.load()
+    with measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet) as on_progress:
+        result = zoscope.spectrum(
+            loaded.problem,
+            top=shown.top,
+            by_layer=shown.by_layer,
+            spec=loaded.display,
+            on_progress=on_progress,
+            **measure.kwargs(),
+        )
+    _show(result, output, plot=shown.plot)
+    missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
+    warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
+    if missed:  # after the result, which is honest all the same
+        raise NumericalError(missed[0].message)
+
+
+def _show(result: SpectrumResult, output: OutputOptions, *, plot: Path | None) -> None:
+    from zoscope.report.spectrum import render  # late, for a fast --help
+
+    emit(result, output, shown=render(result, warnings=False))
+    if plot is not None:
+        from zoscope.report.spectrum_plot import draw
+
+        draw(result, plot)
