@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from zoscope.analysis.probing import verdict as judging
-from zoscope.analysis.probing.forecast import steps_needed
+from zoscope.analysis.probing.length import steps_needed
 from zoscope.analysis.probing.results import Edge, EdgePoint, Outcome
+from zoscope.theory.growth import steps_to_grow
 from zoscope.theory.mean_square import StabilityCondition, time_to_blow_up
 
 if TYPE_CHECKING:
@@ -27,24 +28,29 @@ WIDEST = 64.0
 
 
 def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
-    """The forecast with steps that let an edge be seen to within twice the tolerance.
+    """The forecast with steps that show an edge to within twice the tolerance, for gradients to within half of it.
 
-    The square root of the growth asked for is enough: it has to carry a replica out of the valley, no further.
+    The square root of the growth asked for is enough: it has to carry a replica out of the valley, no further. The
+    whole of it is the most, because on a longer run a landscape sharpens and another edge is seen.
     """
     request = ground.request
     if request.steps is not None:
         return forecast
-    lr = (1.0 + 2.0 * request.edge_rtol) * forecast.true_value
+    lr = (1.0 + (0.5 if request.first_order else 2.0) * request.edge_rtol) * forecast.true_value
     needed, _ = steps_needed(
         forecast.spectrum,
         forecast.gradient,
         lr,
         request,
         growth=math.sqrt(request.growth),
+        left=forecast.left,
         rule=forecast.rule,
         moments=forecast.moments,
         loss=forecast.loss,
     )
+    most = steps_to_grow(forecast.spectrum.positive, lr, request.growth, rule=forecast.rule, moments=forecast.moments)
+    if not request.first_order:
+        needed = math.ceil(min(needed, most))
     return replace(forecast, steps=max(min(needed, request.max_steps), forecast.steps))
 
 

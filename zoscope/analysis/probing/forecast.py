@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from zoscope.analysis.optimizer_bounds import ci95
+from zoscope.analysis.probing.length import LONGEST_CURVE, descent_steps, left_above, steps_needed
 from zoscope.analysis.probing.results import ProbedThreshold
-from zoscope.analysis.probing.typical import exit_steps
 from zoscope.analysis.rows import Measured, Question, optimizer_row
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.slq import averaged_rule
 from zoscope.errors import NumericalError
 from zoscope.theory.curve import GradientMeasure, predicted_loss
-from zoscope.theory.growth import growth_rate, steps_to_grow
+from zoscope.theory.growth import growth_rate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,23 +33,8 @@ if TYPE_CHECKING:
 GRADIENT_STEPS = 40
 """Lanczos steps from the gradient: the mean path of a short run needs no more."""
 
-LEFT = 4.0
-"""A replica has left the valley when its loss is this many times that at the start."""
-
-LEFT_FIRST_ORDER = 2.0
-"""The same without noise, where a loss below the threshold does not rise at all."""
-
-TYPICAL_SHARE = 0.85
-"""Share of the model's replicas that should have left by the end of a run above."""
-
-SURVIVAL = 0.75
-"""Share of them that has to leave for a surviving run to mean anything."""
-
 FEW_MODES = 3.0
 """Effective rank below which typical runs and the mean square part ways."""
-
-LONGEST_CURVE = 20_000
-"""Steps up to which a loss curve is predicted."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +53,7 @@ class Forecast:
         threshold: The threshold under test.
         true_value: The model's own value of it, where another was assumed.
         effective_rank: ``p₁²/p₂`` of the positive part.
+        left: Loss at which a replica has left the valley.
         typical_survives: Whether typical runs of the quadratic model stay in the valley above the threshold.
     """
 
@@ -82,6 +68,7 @@ class Forecast:
     threshold: ProbedThreshold
     true_value: float
     effective_rank: float
+    left: float
     typical_survives: bool = False
 
     @property
@@ -99,11 +86,6 @@ class Forecast:
     def scale(self) -> float:
         """The size of a loss here: that at the start."""
         return abs(self.loss) if self.loss != 0 else 1.0
-
-    @property
-    def left(self) -> float:
-        """Loss at which a replica has left the valley."""
-        return _left(self.loss, first_order=self.moments.b == 0)
 
     def rate(self, lr: float) -> float:
         """Growth rate ρ of the mean square on the positive part, if the threshold under test is right."""
@@ -158,9 +140,11 @@ def forecast(
         )
     ratio = _ratio_above(request, infinite)
 
+    left = left_above(spectrum, gradient, 0.9 * infinite, rule=rule, moments=moments, loss=loss)
+
     def needed(lr: float) -> tuple[int, bool]:
         return steps_needed(
-            spectrum, gradient, lr, request, growth=request.growth, rule=rule, moments=moments, loss=loss
+            spectrum, gradient, lr, request, growth=request.growth, left=left, rule=rule, moments=moments, loss=loss
         )
 
     wanted, survives = needed(ratio * infinite)
@@ -169,7 +153,7 @@ def forecast(
         row = row_for(min(wanted, request.max_steps))
         name, value = _probed(row, request, infinite)
         if name == "descent":
-            wanted = _descent_steps(request)
+            wanted = descent_steps(request)
         elif name == "horizon":
             wanted, survives = needed(ratio * value)
         steps = min(wanted, request.max_steps)
@@ -195,6 +179,7 @@ def forecast(
         threshold,
         value,
         measured.curvature.effective_rank,
+        left,
         survives,
     )
 
@@ -211,63 +196,6 @@ def _ratio_above(request: ProbeRequest, threshold: float) -> float:
     """The smallest ratio above 1 among the step sizes: the slowest growth that has to be seen."""
     ratios = [*request.ratios, *(lr / threshold for lr in request.lrs)]
     return min((r for r in ratios if r > 1.0), default=1.25)
-
-
-def steps_needed(
-    spectrum: Spectrum,
-    gradient: GradientMeasure | None,
-    lr: float,
-    request: ProbeRequest,
-    *,
-    growth: float,
-    rule: UpdateRule,
-    moments: EstimatorMoments,
-    loss: float,
-) -> tuple[int, bool]:
-    """Steps for the growth asked for, and for it to show in a typical run; and whether typical runs survive.
-
-    Growth starts from the noise of the gradient, not from the loss, and a typical run grows more slowly than the mean.
-    """
-    positive = spectrum.positive
-    grown = steps_to_grow(positive, lr, growth, rule=rule, moments=moments)
-    if not math.isfinite(grown):
-        return request.max_steps, False
-    steps = math.ceil(grown)
-    longest = min(20 * steps, request.max_steps, LONGEST_CURVE)
-    if gradient is not None and longest > steps:
-        left = _left(loss, first_order=request.first_order)
-        exits = exit_steps(
-            spectrum,
-            gradient,
-            rule=rule,
-            estimator=request.estimator,
-            lr=lr,
-            loss=loss,
-            left=left,
-            steps=longest,
-            seed=request.measure.seed,
-        )
-        if exits is not None:
-            shows = float(np.quantile(exits, TYPICAL_SHARE, method="higher"))
-            survives = bool(np.isfinite(exits).mean() < SURVIVAL)
-            return max(steps, math.ceil(1.25 * min(shows, longest))), survives
-        curve = predicted_loss(positive, gradient, loss=loss, lr=lr, steps=longest, rule=rule, moments=moments)
-        beyond = np.flatnonzero(curve > left)
-        steps = max(steps, math.ceil(1.5 * (longest if beyond.size == 0 else int(beyond[0]))))
-    return steps, False
-
-
-def _left(loss: float, *, first_order: bool) -> float:
-    return loss + ((LEFT_FIRST_ORDER if first_order else LEFT) - 1.0) * (abs(loss) or 1.0)
-
-
-def _descent_steps(request: ProbeRequest) -> int:
-    """Steps after which the mean change of the loss stands out of its noise by about four standard errors.
-
-    In one step it is ``-η‖g‖²(1 - ratio)`` with a spread of about ``√2 η‖g‖²``, doubled here for the second-order part.
-    """
-    gap = min((abs(1.0 - ratio) for ratio in request.ratios if ratio != 1.0), default=0.2)
-    return math.ceil((4.0 * 2.0 * math.sqrt(2.0) / gap) ** 2 / request.replicas)
 
 
 def gradient_measure(operator: LinearOperator, g: Tensor) -> GradientMeasure | None:
