@@ -171,6 +171,9 @@ def _notices(
     first = next(iter(rows.values()))
     # The preconditioned operator has the signs of the Hessian: one account of them is enough.
     yield from notices.curvature_notices(measurement.operators[first.name].curvature, first)
+    for entry in list(measurement.operators.values())[:1]:
+        if entry.operator == "hessian":  # the preconditioned one has other units
+            yield from notices.kink_notices(entry.curvature, measurement.kinks)
     yield from notices.gradient_notices(info, first, measurement.operators[first.name].gradient)
     commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)
     if measurement.preconditioner is not None and commutator is not None:

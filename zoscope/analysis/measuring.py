@@ -12,6 +12,7 @@ from torch import Tensor
 from zoscope.analysis.rows import Measured
 from zoscope.curvature.adam_state import stored_preconditioner
 from zoscope.curvature.ggn import GGNOperator
+from zoscope.curvature.kinks import kink_trace
 from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
 from zoscope.curvature.precondition import (
@@ -44,6 +45,7 @@ class Measurement:
         descent: By optimizer: its descent threshold, ``None`` for a zero gradient.
         preconditioner: Of Adam, where it was asked for.
         num_hvps: Hessian-vector products spent in all.
+        kinks: Trace that the Hessian misses because it cannot see kinks, 0 where that is not significant.
     """
 
     loss: float
@@ -52,6 +54,7 @@ class Measurement:
     descent: dict[str, float | None]
     preconditioner: Preconditioner | None
     num_hvps: int
+    kinks: float
 
 
 def measure_problem(objective: Objective, request: Request) -> Measurement:
@@ -72,19 +75,29 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     operators: dict[str, Measured] = {}
     descent: dict[str, float | None] = {}
     preconditioner = None
+    kinks = _missed_trace(objective, base, request)
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
     if plain:
         found = _plain(base, g, plain, request=request, moments=moments)
         operators |= dict.fromkeys((rule.name for rule in plain), found)
-        descent |= {rule.name: _plain_descent(found, rule, moments=moments) for rule in plain}
+        descent |= {rule.name: _plain_descent(found, rule, kinks=kinks, moments=moments) for rule in plain}
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
     if adam:
         preconditioner = _preconditioner(objective, g, request=request, moments=moments)
-        found, threshold = _adam(base, g, preconditioner, adam, request=request, moments=moments)
+        found, threshold = _adam(base, g, preconditioner, adam, kinks=kinks, request=request, moments=moments)
         operators |= dict.fromkeys((rule.name for rule in adam), found)
         descent |= dict.fromkeys((rule.name for rule in adam), threshold)
     norm = float(torch.linalg.vector_norm(g.double()))
-    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps)
+    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps, kinks)
+
+
+def _missed_trace(objective: Objective, base: LinearOperator, request: Request) -> float:
+    """Curvature at kinks, where three standard errors tell it from none."""
+    if not isinstance(base, HessianOperator):
+        return 0.0
+    (generator,) = spawn_generators(request.seed, 1, base.device)
+    excess = kink_trace(objective, base, generator=generator)
+    return excess.value if excess.value > 3 * excess.stderr else 0.0
 
 
 def curvature_operator(objective: Objective, request: Request) -> LinearOperator:
@@ -116,12 +129,12 @@ def _plain(
     return Measured(name, curvature, gradient_measure(curvature))
 
 
-def _plain_descent(measured: Measured, rule: UpdateRule, *, moments: EstimatorMoments) -> float | None:
+def _plain_descent(measured: Measured, rule: UpdateRule, *, kinks: float, moments: EstimatorMoments) -> float | None:
     if measured.gradient is None:
         return None
     c, theta = measured.gradient.weights, measured.gradient.nodes
     rayleigh = float(c @ theta / c.sum())
-    return descent_threshold(measured.curvature.trace.value, rayleigh, moments=moments, momentum=rule.momentum)
+    return descent_threshold(measured.curvature.trace.value + kinks, rayleigh, moments=moments, momentum=rule.momentum)
 
 
 def _adam(
@@ -130,6 +143,7 @@ def _adam(
     preconditioner: Preconditioner,
     rules: list[UpdateRule],
     *,
+    kinks: float,
     request: Request,
     moments: EstimatorMoments,
 ) -> tuple[Measured, float | None]:
@@ -142,11 +156,12 @@ def _adam(
     (generator,) = spawn_generators(request.seed, 1, base.device)
     probes = probe_preconditioner(base, p, generator=generator)
     found = Measured(name, curvature, gradient_measure(curvature), probes.commutator)
-    return found, _adam_descent(found, g, probes, moments=moments)
+    kinks *= float(p.double().reciprocal().square().mean())  # spread over all directions alike
+    return found, _adam_descent(found, g, probes, kinks=kinks, moments=moments)
 
 
 def _adam_descent(
-    measured: Measured, g: Tensor, probes: PreconditionerProbes, *, moments: EstimatorMoments
+    measured: Measured, g: Tensor, probes: PreconditionerProbes, *, kinks: float, moments: EstimatorMoments
 ) -> float | None:
     if measured.gradient is None:
         return None
@@ -154,7 +169,7 @@ def _adam_descent(
     return descent_threshold_adam(
         gPg=float(c.sum()),
         gPHPg=float(c @ theta),
-        trace_php=probes.shift * measured.curvature.trace.value + probes.trace_correction.value,
+        trace_php=probes.shift * measured.curvature.trace.value + probes.trace_correction.value + kinks,
         grad_sq=float(g.double().square().sum()),
         moments=moments,
     )

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 INDEFINITE = 0.01
 """Negative mass, relative to the positive part, from which the Hessian is called indefinite."""
 
+NOTICEABLE_KINKS = 0.1
+"""Trace at kinks, relative to the positive part, from which it is worth a warning."""
+
 FEW_MODES = 5.0
 """Effective rank below which typical runs and the mean square part ways."""
 
@@ -59,6 +62,19 @@ def curvature_notices(curvature: Curvature, bounds: OptimizerBounds) -> Iterable
             f"λ_max = {curvature.lambda_max.value:.3g} has not converged "
             f"(residual {curvature.lambda_max.residual:.1g}): the first-order bound and the paper's lower bound are "
             "too high by that much. Raise --max-hvps.",
+        )
+
+
+def kink_notices(curvature: Curvature, kinks: float) -> Iterable[Notice]:
+    """On curvature that the Hessian does not contain."""
+    positive, trace = curvature.trace_positive.value, curvature.trace.value
+    if kinks > NOTICEABLE_KINKS * max(positive, 0.0):
+        yield Notice(
+            "kinks",
+            f"The loss has kinks (ReLU, max-pooling, absolute values): over steps of 1e-3 its curvature has a trace of "
+            f"{_number(trace + kinks)}, while the Hessian, which cannot see kinks, has {_number(trace)}. The descent "
+            "threshold uses the former. The others know the Hessian only and can be too large: keep a wider margin, "
+            "or probe.",
         )
 
 

@@ -118,6 +118,7 @@ class ShardOperator(LinearOperator):
         self.dim, self.device, self.dtype = objective.num_params, objective.device, objective.dtype
         self._count = 0
         self._kept: Products | None = None  # a single shard's graph serves every product
+        self._kept_at: tuple[int, ...] = ()  # versions of the parameters for which it was built
 
     @property
     def num_hvps(self) -> int:
@@ -157,8 +158,9 @@ class ShardOperator(LinearOperator):
     def _sum(self, vectors: Tensor) -> Tensor:
         shards = self.objective.shards
         if len(shards) == 1:
-            if self._kept is None:
-                self._kept = self._products(shards[0])
+            versions = tuple(p._version for p in self.objective.params)
+            if self._kept is None or versions != self._kept_at:
+                self._kept, self._kept_at = self._products(shards[0]), versions
             return self._kept(vectors)
         total = torch.zeros_like(vectors)
         for shard in shards:
