@@ -124,7 +124,7 @@ def _row(
     return OptimizerBounds(
         name=rule.name,
         rule=rule,
-        operator="preconditioned_hessian" if rule.preconditioned else "hessian",
+        operator="hessian",  # Adam's P is a number here
         settings=settings,
         fo=None,
         zo_lower=bounds.lower.value,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zoscope.problem import Objective
 
 DISAGREEMENT = 0.1
-"""Relative difference between the traces at h and 2h from which the reader is told."""
+"""Relative error of the trace from truncation and rounding from which the reader is told."""
 
 KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d)
 """Layers whose slope jumps."""
@@ -75,8 +75,9 @@ def _differences(found: ForwardCurvature, objective: Objective) -> Iterable[Noti
     if found.disagreement > DISAGREEMENT:
         yield Notice(
             "step-size-check",
-            f"Differences with steps h = {found.step:.2g} and 2h disagree by {100 * found.disagreement:.0f} %, which "
-            "the error bars contain: the loss is rounded too coarsely or is not smooth. A wider --dtype may help.",
+            f"Differences with steps of h/2, h and 2h (h = {found.step:.2g}) disagree by "
+            f"{100 * found.disagreement:.0f} %, which the error bars contain: the loss is rounded too coarsely or is "
+            "not smooth. A loss that ends in float32 (logits.float()) or a wider --dtype may help.",
         )
     kinked = {type(module).__name__ for module in objective.model.modules() if isinstance(module, KINKED)}
     if kinked:

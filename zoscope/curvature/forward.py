@@ -30,7 +30,7 @@ PILOTS = 4
 """Directions on which the step is chosen."""
 
 CHECKS = 2
-"""Directions of a group that are measured at 2h too."""
+"""Directions of a group that are measured at h/2 and at 2h too."""
 
 ForwardPrecision = Callable[[ForwardCurvature], float]
 """Largest relative 95 % half-width among the quantities wanted."""
@@ -45,13 +45,13 @@ class _Group:
     Args:
         slopes: ``uᵀg``, ``(q,)``.
         curvatures: ``uᵀHu``, ``(q,)``.
-        doubled: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of 2h, ``(2, c)``.
+        checks: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of h/2, h and 2h, ``(2, 3, c)``.
         along_gradient: An unbiased estimate of ``gᵀHg``.
     """
 
     slopes: _Array
     curvatures: _Array
-    doubled: _Array
+    checks: _Array
     along_gradient: float
 
 
@@ -115,57 +115,63 @@ class _Forward:
         directions = [self._stencil.direction() for _ in range(pilots)]
         h, self._spent = choose_step(self._stencil, directions, tolerance=self._rtol / 20, budget=self._budget // 4)
         left = self._budget - self._spent
-        size = min(GROUP, left // LEAST_GROUPS - CHECKS - 1)
+        checks = CHECKS if self._budget >= 100 else 1
+        size = min(GROUP, left // LEAST_GROUPS - 2 * checks - 1)
+        cost = size + 2 * checks + 1
         while True:
-            self._groups.append(self._group(size, h))
-            self._spent += size + CHECKS + 1
+            self._groups.append(self._group(size, checks, h))
+            self._spent += cost
             enough = len(self._groups) >= LEAST_GROUPS
             result = self._result(h) if enough else None
             reached = self._precision(result) if result is not None else None
             if on_progress is not None:
                 on_progress("directions", self._spent, reached)
-            over = self._spent + size + CHECKS + 1 > self._budget
+            over = self._spent + cost > self._budget
             if result is not None and reached is not None and (reached <= self._rtol or over):
                 return result
 
-    def _group(self, size: int, h: float) -> _Group:
+    def _group(self, size: int, checks: int, h: float) -> _Group:
         stencil = self._stencil
         directions = [stencil.direction() for _ in range(size)]
         found = [_finite(stencil.along(u, h), h) for u in directions]
         slopes, curvatures = _columns(found)
-        doubled = _columns([_finite(stencil.along(u, 2 * h), 2 * h) for u in directions[:CHECKS]])
+        half, double = (
+            _columns([_finite(stencil.along(u, step), step) for u in directions[:checks]]) for step in (h / 2, 2 * h)
+        )
+        checked = np.stack([half, np.stack([slopes, curvatures])[:, :checks], double], axis=1)
         norm = float(np.linalg.norm(slopes))
         pairs = 0.0
         if norm > 0:
             c = slopes / norm  # a sum with weights of norm 1 is as long as a direction, so that h suits it too
             whole = _finite(stencil.along(stencil.combination(directions, c.tolist()), h), h).curvature
             pairs = norm**2 * (whole - float(c**2 @ curvatures)) / (size * (size - 1))
-        return _Group(slopes, curvatures, doubled, pairs)
+        return _Group(slopes, curvatures, checked, pairs)
 
     def _result(self, h: float) -> ForwardCurvature:
         groups = self._groups
         slopes, curvatures = np.concatenate([g.slopes for g in groups]), np.concatenate([g.curvatures for g in groups])
-        single = np.concatenate([[g.slopes[:CHECKS], g.curvatures[:CHECKS]] for g in groups], axis=1)
-        double = np.concatenate([g.doubled for g in groups], axis=1)
-        change = double[1] - single[1]
-        shift, tilt = abs(float(change.mean())), abs(float(np.mean(double[0] ** 2 - single[0] ** 2)))
+        tilts, bends = np.concatenate([g.checks for g in groups], axis=2)  # slopes and curvatures, (3, c) each
+        # All directions share the loss at θ, whose rounding no comparison between them shows in full.
+        shift = _doubt(bends.mean(axis=1), power=2) + self._stencil.resolution / h**2
+        foreign = _doubt((tilts**2).mean(axis=1), power=4)
         trace, variance, gradient_sq = mean_of(curvatures), variance_of(curvatures), mean_of(slopes**2)
+        change = bends[2] - bends[1]
         # Var X changes by 2 Cov(X, change) + Var(change) from h to 2h.
-        spread = abs(float(np.cov(single[1], change)[0, 1])) + 0.5 * float(change.var(ddof=1))
+        spread = abs(float(np.cov(bends[1], change)[0, 1])) + 0.5 * float(change.var(ddof=1))
         rayleigh = None
         if gradient_sq.value > 0:
             found = ratio_of([g.along_gradient for g in groups], [float(np.mean(g.slopes**2)) for g in groups])
-            # Third derivatives add h² to a slope, so that its square changes by 15 times their share from h to 2h; what
-            # they add to the gradient estimate has a Rayleigh quotient of its own, below ‖H‖_F.
-            foreign = min(tilt / (15 * gradient_sq.value), 1.0) * math.sqrt(variance.value / 2)
-            rayleigh = Estimate(found.value, found.stderr, shift / (len(groups[0].slopes) - 1) + foreign)
+            # What truncation and rounding add to slopes has a Rayleigh quotient of its own, below ‖H‖_F.
+            share = min(foreign / gradient_sq.value, 1.0)
+            error = shift / (len(groups[0].slopes) - 1) + share * math.sqrt(variance.value / 2)
+            rayleigh = Estimate(found.value, found.stderr, error)
         return ForwardCurvature(
             trace=Estimate(trace.value, trace.stderr, shift),
             frobenius_sq=Estimate(variance.value / 2, variance.stderr / 2, spread),
-            gradient_sq=Estimate(gradient_sq.value, gradient_sq.stderr, tilt),
+            gradient_sq=Estimate(gradient_sq.value, gradient_sq.stderr, foreign),
             rayleigh=rayleigh,
             loss=self._stencil.loss,
-            indefinite=bool((curvatures < -np.abs(change).max()).any()),
+            indefinite=bool((curvatures < -np.abs(bends[0] - bends[2]).max()).any()),
             step=h,
             disagreement=shift / abs(trace.value) if trace.value != 0 else math.inf,
             num_hvps=self._spent,
@@ -177,6 +183,21 @@ class _Forward:
 def _of_trace(result: ForwardCurvature) -> float:
     trace = result.trace
     return trace.half_width / abs(trace.value) if trace.value != 0 else math.inf
+
+
+def _doubt(means: _Array, *, power: int) -> float:
+    """Size of the errors in a mean at step h, from its values at h/2, h and 2h.
+
+    Truncation grows as ``h^power`` and rounding falls as ``1/h²``. Both are solved for, because they may hide each
+    other in a single comparison, all the more where h was chosen for a small one.
+
+    Args:
+        means: ``(3,)`` at h/2, h and 2h.
+        power: Of the truncation error.
+    """
+    growth, fall = 2.0**power, 0.25
+    system = [[1 / growth - 1, 1 / fall - 1], [growth - 1, fall - 1]]
+    return float(np.abs(np.linalg.solve(system, means[[0, 2]] - means[1])).sum())
 
 
 def _columns(found: Sequence[Difference]) -> _Array:

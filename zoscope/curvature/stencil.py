@@ -145,6 +145,13 @@ class Stencil:
         self._keep = self._originals is not None and objective.num_params <= KEPT_SIZE
         self._perturbations: dict[float, Perturbation] = {}
         self.loss = self._value()
+        with torch.no_grad():
+            self._precision = torch.finfo(objective.loss(objective.shards[0]).dtype).eps
+
+    @property
+    def resolution(self) -> float:
+        """What the loss can be wrong by in its own dtype: a unit in the last place from adding up, one from storing."""
+        return 2 * self._precision * abs(self.loss)
 
     @property
     def typical_size(self) -> float:
