@@ -179,7 +179,7 @@ def test_forward_passes_are_recommended_where_nothing_else_works():
 
 
 def cost(kind, *, fixed, batch):
-    return KindCost(kind, 100, 1.0, 100.0, fixed, batch, largest=10)
+    return KindCost(kind, 100, 600, 1.0, 100.0, fixed, batch, largest=10)
 
 
 @pytest.mark.parametrize(

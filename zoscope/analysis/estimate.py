@@ -163,12 +163,14 @@ def _forward(objective: Objective, scale: _Scale, *, rtol: float, max_hvps: int,
     scatter = float(x.var(ddof=1) / x.mean() ** 2) if np.isfinite(x).all() and x.mean() != 0 else float("inf")
     group = (GROUP + 2 * CHECKS + 1) / GROUP
     wanted = 4 * PILOTS + group * max(scatter * (1.96 / rtol) ** 2, GROUP * LEAST_GROUPS)
-    products = round(min(wanted, max(max_hvps, LEAST_DIRECTIONS)))
+    most = max(max_hvps, LEAST_DIRECTIONS)
+    products = round(min(wanted, most))
     evaluating *= scale.data
     seconds_each = evaluating + moving
     cost = KindCost(
         kind="forward",
         products=products,
+        most=most,
         seconds_each=seconds_each,
         seconds=products * seconds_each,
         fixed_bytes=stencil.held_bytes,
@@ -213,6 +215,7 @@ def _second_order(
     return KindCost(
         kind=kind,
         products=products,
+        most=d if dense else max_hvps * operators,
         seconds_each=each,
         seconds=products * each,
         fixed_bytes=(rows + 2) * d * itemsize,  # two more: the parameters' own values, and the gradient

@@ -24,6 +24,7 @@ class KindCost:
     Args:
         kind: ``hessian``, ``ggn`` or ``forward``.
         products: Hessian-vector products expected; directions of two forward passes for ``forward``.
+        most: The most that there can be.
         seconds_each: Seconds of one over all data; ``None`` where the kind is not available.
         seconds: Seconds in all.
         fixed_bytes: Memory besides the model that does not depend on the batches.
@@ -34,6 +35,7 @@ class KindCost:
 
     kind: str
     products: int
+    most: int
     seconds_each: float | None
     seconds: float | None
     fixed_bytes: int | None
@@ -44,7 +46,7 @@ class KindCost:
     @classmethod
     def impossible(cls, kind: str, problem: str) -> KindCost:
         """A kind that is not available here."""
-        return cls(kind, 0, None, None, None, None, 1, problem)
+        return cls(kind, 0, 0, None, None, None, None, 1, problem)
 
     @property
     def total_bytes(self) -> int | None:
@@ -69,6 +71,7 @@ class KindCost:
             "available": self.problem is None,
             "problem": self.problem,
             "num_hvps": self.products if self.problem is None else None,
+            "num_hvps_most": self.most if self.problem is None else None,
             "seconds_per_hvp": self.seconds_each,
             "seconds": self.seconds,
             "bytes": self.total_bytes,

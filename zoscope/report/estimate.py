@@ -29,15 +29,20 @@ def render(result: CostEstimate) -> RenderableType:
         style="dim",
     )
     table = number_table(
-        "--curvature", "products\nabout", "seconds\neach", "seconds\nin all", "memory besides\nthe model"
+        "--curvature", "products,\nabout", "at most", "seconds\neach", "seconds\nin all", "memory besides\nthe model"
     )
     for cost in result.kinds:
         if cost.seconds_each is None or cost.seconds is None:
-            table.add_row(NAMES[cost.kind], *[MISSING] * 4)
+            table.add_row(NAMES[cost.kind], *[MISSING] * 5)
         else:
             each = f"{cost.seconds_each:.2g} s"
             table.add_row(
-                NAMES[cost.kind], rough_count(cost.products), each, duration(cost.seconds), memory(cost.total_bytes)
+                NAMES[cost.kind],
+                rough_count(cost.products),
+                count(cost.most),
+                each,
+                duration(cost.seconds),
+                memory(cost.total_bytes),
             )
     problems = [(cost.kind, cost.problem) for cost in result.kinds if cost.problem is not None]
     parts: list[RenderableType] = [
