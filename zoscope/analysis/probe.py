@@ -28,7 +28,7 @@ def probe(
     steps: int | None = None,
     growth: float = 1e3,
     max_steps: int = 20_000,
-    max_seconds: float = 300.0,
+    max_seconds: float = 600.0,
     replicas: int = 8,
     mu: float = 1e-3,
     batch_size: int | None = None,

@@ -90,7 +90,7 @@ class RunOptions:
         float, Option(help="Factor by which the mean square should grow above the threshold.", rich_help_panel=PANEL)
     ] = 1e3
     max_steps: Annotated[int, Option(help="Most steps of a run.", rich_help_panel=PANEL)] = 20_000
-    max_seconds: Annotated[float, Option(help="Time for all runs.", rich_help_panel=PANEL)] = 300.0
+    max_seconds: Annotated[float, Option(help="Time for all runs.", rich_help_panel=PANEL)] = 600.0
     replicas: Annotated[int, Option(help="Independent direction streams.", rich_help_panel=PANEL)] = 8
     mu: Annotated[float, Option(help="Smoothing radius μ of the estimate.", rich_help_panel=PANEL)] = 1e-3
     batch_size: Annotated[

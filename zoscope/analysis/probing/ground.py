@@ -85,13 +85,13 @@ class Ground:
         lr: float,
         *,
         forecast: Forecast,
-        runs_left: int,
+        runs_left: float,
         adaptive: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> Trajectory:
         """Run all replicas at one step size, within this run's share of the time that is left."""
         now = time.perf_counter()
-        share = now + max(self.deadline - now, 0.0) / max(runs_left, 1)
+        share = now + max(self.deadline - now, 0.0) / max(runs_left, 1.0)
         limits = Limits(left=forecast.left, valley=forecast.loss + forecast.scale, deadline=share)
         try:
             return run(

@@ -27,7 +27,7 @@ MOVED = 0.97
 
 
 def probe_run(
-    ground: Ground, forecast: Forecast, lr: float, *, adaptive: bool, runs_left: int, on_step: OnStep | None
+    ground: Ground, forecast: Forecast, lr: float, *, adaptive: bool, runs_left: float, on_step: OnStep | None
 ) -> ProbeRun:
     """All replicas at one step size, judged.
 

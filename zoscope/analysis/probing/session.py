@@ -102,7 +102,9 @@ class Session:
             plan += [(lr, True) for lr in lrs]
         for done, (lr, adaptive) in enumerate(plan):
             label = f"{lr / expected.threshold.value:.3g} × threshold{', adaptive' if adaptive else ''}"
-            left = len(plan) - done + 2 * self.request.edge
+            # An adaptive run has a quarter of the replicas and does not count: it gets little of the time.
+            left = sum(0.2 if later else 1.0 for _, later in plan[done:]) / (0.2 if adaptive else 1.0)
+            left += 2.0 * self.request.edge
             tick = self._ticker(label, expected.steps, 1)
             self.runs.append(probe_run(ground, expected, lr, adaptive=adaptive, runs_left=left, on_step=tick))
 
