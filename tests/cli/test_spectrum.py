@@ -61,7 +61,7 @@ def test_a_file_holds_the_document(zoscope_cli, tmp_path: Path) -> None:
         (("--plot", "spectrum.txt"), "--plot: spectrum.txt"),
         (("--plot", "nowhere/spectrum.png"), "--plot: there is no folder nowhere"),
         (("--top", "0"), "--top: got 0"),
-        (("--curvature", "forward"), "--curvature forward"),
+        (("--curvature", "forward"), "--curvature: unknown value 'forward'. Expected one of hessian, ggn"),
         (("--rtol", "2"), "--rtol: got 2"),
     ],
 )

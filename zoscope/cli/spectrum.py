@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PANEL = "Spectrum"
 PRECISION = "precision"  # code of the notice that --rtol was not reached
+MATRICES = ("hessian", "ggn")
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -32,6 +33,14 @@ class SpectrumMeasureOptions(MeasureOptions):
         float,
         Option(help="95 % half-width wanted for the trace, relative to Σ|λ|.", rich_help_panel="Measurement"),
     ] = 0.02
+    curvature: Annotated[
+        str,
+        Option(metavar="|".join(MATRICES), help="Hessian or Gauss-Newton matrix.", rich_help_panel="Measurement"),
+    ] = "hessian"
+
+    def __post_init__(self) -> None:
+        validate.choice("--curvature", self.curvature, MATRICES)  # forward passes tell no eigenvalues
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
