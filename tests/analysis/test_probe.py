@@ -126,8 +126,9 @@ def test_the_same_seed_gives_the_same_runs(many_modes):
         result = probe(many_modes, ratios=(0.8,), steps=10, replicas=2, seed=seed)
         return result.runs[0].curves.losses
 
-    assert losses(1) == losses(1)
-    assert losses(1) != losses(2)
+    # To rounding: the fastest way to run replicas is chosen by timing, and each adds up in an order of its own.
+    np.testing.assert_allclose(losses(1), losses(1), rtol=1e-9)
+    assert not np.allclose(losses(1), losses(2), rtol=1e-3)
 
 
 def test_an_interruption_carries_what_is_known(many_modes):
