@@ -209,7 +209,7 @@ def test_a_multiple_of_the_identity_has_a_spectrum(value: float) -> None:
 
 def test_a_precision_out_of_reach_is_said_and_with_strict_raised() -> None:
     problem = quadratic(VALUES)
-    options = {"method": "deflated-slq", "max_hvps": 12, "rtol": 1e-4, "device": "cpu"}
+    options = {"method": "deflated-slq", "max_hvps": 24, "rtol": 1e-4, "device": "cpu"}
     assert "precision" in {notice.code for notice in zoscope.spectrum(problem, **options).warnings}
     with pytest.raises(NumericalError, match="--rtol"):
         zoscope.spectrum(problem, **options, strict=True)

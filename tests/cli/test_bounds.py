@@ -123,7 +123,7 @@ def test_a_precision_out_of_reach_is_an_answer_and_with_strict_exit_3(zoscope_cl
         "d = torch.logspace(-3, 0, 300, dtype=torch.float64)\n"
         "problem = zoscope.Problem.from_function(lambda x: 0.5 * (d * x * x).sum(), torch.ones_like(d))\n"
     )
-    args = ("bounds", "wide.py", "--method", "deflated-slq", "--max-hvps", "12", "--rtol", "1e-4")
+    args = ("bounds", "wide.py", "--method", "deflated-slq", "--max-hvps", "24", "--rtol", "1e-4")
     honest = zoscope_cli(*args)
     assert honest.code == 0
     assert "--rtol" in honest.err

@@ -72,7 +72,7 @@ def test_mistakes_are_one_paragraph_and_exit_2(zoscope_cli, args: tuple[str, ...
 
 
 def test_with_strict_a_precision_out_of_reach_exits_3_after_the_result(zoscope_cli) -> None:
-    args = ("spectrum", "model.py", "--method", "deflated-slq", "--max-hvps", "12", "--rtol", "1e-4")
+    args = ("spectrum", "model.py", "--method", "deflated-slq", "--max-hvps", "24", "--rtol", "1e-4")
     honest = zoscope_cli(*args)
     assert honest.code == 0
     assert "Warning: " in honest.err

@@ -56,10 +56,15 @@ def test_small_problems_are_dense_and_large_ones_are_sampled():
     assert measure(operator(network_like(size=300)), max_hvps=100).method == "deflated-slq"
 
 
-@pytest.mark.parametrize("budget", [1, 7, 40, 100])
+@pytest.mark.parametrize("budget", [20, 40, 100])
 def test_the_budget_is_respected(budget):
     found = measure(operator(network_like()), method="deflated-slq", rtol=1e-6, max_hvps=budget)
-    assert found.num_hvps <= max(budget, 2)
+    assert found.num_hvps <= budget
+
+
+def test_a_budget_too_small_for_an_error_bar_is_refused():
+    with pytest.raises(UsageError, match="--max-hvps 7"):
+        measure(operator(network_like()), method="deflated-slq", max_hvps=7)
 
 
 def test_products_are_spent_until_the_precision_wanted_is_reached():

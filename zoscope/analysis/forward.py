@@ -135,7 +135,7 @@ def _row(
         horizon=None,
         descent=bounds.descent.value if found.rayleigh is not None else None,
         binding=binding,
-        recommended=MARGIN * binding.value if finite else None,
+        recommended=MARGIN * min(binding.value, bounds.lower.value) if finite else None,
         recommended_reason=_REASON if finite else "forward passes found nothing that limits the step size",
         verdict=None if request.lr is None else _verdict(request.lr, request.steps, bounds, binding),
         forward=bounds,
@@ -143,8 +143,8 @@ def _row(
 
 
 _REASON = (
-    f"{MARGIN:g} × the smaller of the descent threshold and the upper bound of the infinite-time threshold, because "
-    "curvature usually rises while a network trains"
+    f"{MARGIN:g} × the smaller of the descent threshold and the lower end of the interval, because the threshold may "
+    "be there, and because curvature usually rises while a network trains"
 )
 
 

@@ -110,7 +110,8 @@ class Verdict:
             the spectrum is not known and the outlook is about infinite time.
         doubling: Steps after which the loss has doubled, in the mean over runs and in a typical run; ``inf`` for not
             within N; ``None`` where it is not predicted.
-        descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold.
+        descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold or with
+            momentum, where one step says little.
     """
 
     lr: float

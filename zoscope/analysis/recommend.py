@@ -95,7 +95,7 @@ def judge(
         outlook=outlook,
         blow_up=(first, last),
         doubling=doubling,
-        descends=None if descent is None else lr < descent,
+        descends=None if descent is None or rule.momentum > 0 else lr < descent,  # with momentum not about one step
     )
 
 

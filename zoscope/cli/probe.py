@@ -19,7 +19,7 @@ from zoscope.cli import validate
 from zoscope.cli.flatten import flatten
 from zoscope.cli.options import THRESHOLDS, MeasureOptions, OptimizerOptions, OutputOptions, ProblemOptions
 from zoscope.cli.output import emit, warn
-from zoscope.cli.progress import loading, visible
+from zoscope.cli.progress import aside, loading, visible
 from zoscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def command(
     from zoscope.analysis.probing.results import ProbeInterruptedError  # late, for a fast --help
 
     interrupted = False
-    with running(quiet=output.quiet) as (on_progress, on_run):
+    with running(quiet=output.quiet) as (on_progress, on_run), aside():
         try:
             result = zoscope.probe(
                 loaded.problem,

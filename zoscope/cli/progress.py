@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -41,9 +42,10 @@ def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | N
         means the relative 95 % half-width reached so far, or ``None``.
     """
     if not visible(quiet=quiet):
-        yield None
+        with aside():
+            yield None
         return
-    with _bar() as progress:
+    with _bar() as progress, aside():
         task = progress.add_task("first products", total=max_hvps, precision="")
         spent = 0
 
@@ -57,6 +59,13 @@ def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | N
             progress.update(task, description=stage, completed=num_hvps, total=max(total, num_hvps), precision=reached)
 
         yield report
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Send what the user's own code prints to stderr: stdout is for the result."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def products_needed(num_hvps: int, precision: float | None, *, max_hvps: int, rtol: float) -> int:

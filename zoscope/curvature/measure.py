@@ -1,5 +1,6 @@
 """One pass over an operator that yields trace, norm, extreme eigenvalues and the spectrum behind every threshold."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,12 @@ from zoscope.curvature.lanczos import Chain, Jacobi
 from zoscope.curvature.operators import DenseOperator, LinearOperator
 from zoscope.curvature.results import Curvature, Eigenvalue, Method
 from zoscope.curvature.slq import Deflated, Precision, choose_length, gauss_rule, probe_block, split
+from zoscope.errors import UsageError
 from zoscope.runtime import available_memory, spawn_generators
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+
+FEWEST_HVPS = 20
+"""Products below which neither the outliers nor the error of the rest can be told."""
 
 DENSE_LIMIT = 4096
 """Largest dimension for which the dense path is chosen by itself."""
@@ -80,6 +85,7 @@ def measure(
 
     Raises:
         ValueError: If an argument is out of range.
+        UsageError: If the budget is too small for an error bar, or the matrix too large for memory.
         NumericalError: If a product is not finite.
     """
     if not rtol > 0:
@@ -94,6 +100,11 @@ def measure(
         result = _dense(operator, traces)
         vector_measure = _measure_of(DenseOperator(operator.dense()), vector)
     else:
+        if max_hvps < FEWEST_HVPS:
+            raise UsageError(
+                f"--max-hvps {max_hvps}: {operator.dim:,} parameters are sampled, and an error bar takes at least "
+                f"{FEWEST_HVPS} products. Raise it; the default is 600."
+            )
         vector_measure = _measure_of(operator, vector, steps=max(1, min(VECTOR_STEPS, max_hvps // 10)))
         wanted = precision or _precision_of_positive_trace
         left = max(1, max_hvps - (operator.num_hvps - spent))
@@ -176,7 +187,7 @@ class _Sampling:
     def run(self) -> _Result:
         op, traces, chain = self._operator, self._traces, self._long_chain()
         jacobi = chain.jacobi
-        parts = split(jacobi)
+        parts = split(jacobi, dim=op.dim)
         basis = chain.combine(parts.vectors) if traces is None else traces.deflate(chain, parts)
         state = Deflated.of(parts, dim=op.dim)
         state.length = choose_length(state, self._precision, rtol=self._rtol, budget=self._left)
@@ -228,8 +239,8 @@ class _Sampling:
         return all(eigenvalue.converged for eigenvalue in (*found[:bottom], *found[len(found) - top :]))
 
     def _quadrature(self, jacobi: Jacobi) -> float:
-        state = Deflated.of(split(jacobi), dim=self._operator.dim)
-        return self._precision(state.spectrum().with_endless_sampling())
+        state = Deflated.of(split(jacobi, dim=self._operator.dim), dim=self._operator.dim)
+        return self._precision(state.spectrum().with_endless_sampling()) if state.is_known else math.inf
 
     def _capacity(self) -> int:
         """Steps of the long chain that budget and memory allow; a third of the products at most."""

@@ -22,8 +22,15 @@ from zoscope.curvature.lanczos import Array, Jacobi, OnProducts, project_out, sh
 from zoscope.curvature.operators import LinearOperator
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
-DEFLATION_TOLERANCE = 0.05
-"""Largest residual of a deflated Ritz pair, in units of its value: it enters traces by its square."""
+DEFLATION_TOLERANCES = (0.05, 0.02, 0.01, 1e-3, 1e-6, 0.0)
+"""Largest residual of a deflated Ritz pair, in units of its value: it enters traces by its square. The first that
+leaves the start a random vector is taken; stricter ones are for spectra without outliers, whose Ritz vectors mix."""
+
+RANDOM_REST = 0.9
+"""Share of the start that deflation must leave, in units of the share that it leaves of a random vector."""
+
+LARGEST_SHARE = 15.0
+"""Most of a random unit vector that one eigenvector holds, in units of 1/d: exceeded once in 10,000 times."""
 
 SHORT_LENGTHS = (5, 8, 12, 20)
 """Lengths of the short chains to choose from."""
@@ -102,11 +109,23 @@ class Split:
     rest: Jacobi | None
 
 
-def split(jacobi: Jacobi) -> Split:
-    """Separate the converged Ritz pairs of a chain from the rest of its measure."""
+def split(jacobi: Jacobi, *, dim: int) -> Split:
+    """Separate the converged Ritz pairs of a chain from the rest of its measure.
+
+    A Ritz vector that holds much more of a random start than one eigenvector can is a mixture of many: it belongs to
+    the bulk, however small its residual, and deflating it would leave a start that is no random vector any more.
+
+    Args:
+        jacobi: Tridiagonal matrix of the chain.
+        dim: Dimension d of the operator.
+    """
     values, vectors = jacobi.eigh()
     residuals = jacobi.betas[-1] * np.abs(vectors[-1])
-    converged = residuals <= DEFLATION_TOLERANCE * np.abs(values)
+    single = vectors[0] ** 2 <= LARGEST_SHARE / dim
+    for tolerance in DEFLATION_TOLERANCES:
+        converged = single & (residuals <= tolerance * np.abs(values))
+        if 1 - (vectors[0, converged] ** 2).sum() >= RANDOM_REST * (1 - converged.sum() / dim):
+            break
     rest = Spectrum(values[~converged], vectors[0, ~converged] ** 2)
     return Split(
         ends=(float(values[0]), float(values[-1])),

@@ -153,7 +153,7 @@ def _verdict(verdict: Verdict) -> Text:
     times = "" if verdict.ratio is None else f"{quantity(verdict.ratio, digits=3)} × the binding threshold: "
     text = Text.assemble(times, (_outlook(verdict), colour))
     if verdict.descends is False:
-        text.append("; the expected loss rises, since this is above the descent threshold")
+        text.append("; the expected loss rises at first, since this is above the descent threshold")
     return text.append(".")
 
 

@@ -17,6 +17,9 @@ Array = NDArray[np.float64]
 OUTLIERS = 64
 """Single eigenvalues that are followed one by one; the others average themselves out."""
 
+MANY_QUERIES = 8
+"""Queries from which their average is drawn at once."""
+
 BULK = 128
 """Nodes into which the other eigenvalues are gathered."""
 
@@ -107,18 +110,27 @@ class _Simulation:
         """Advance all runs and return how far each loss has risen."""
         slope = 1 + self.theta * self.y
         scatter = np.sqrt(np.maximum(self.c @ slope**2 + self.state[:, 0] @ self.signal_of, 0.0))
-        u = self.random.standard_normal((self.queries, *self.delta.shape))
-        other = self.random.standard_normal((self.queries, len(self.delta)))
-        s = (u * (self.single * self.delta)).sum(axis=2) + other * scatter
-        self.velocity = self.beta * self.velocity + (u * s[:, :, None]).mean(axis=0)
+        estimate, noise = self._estimate(scatter)
+        self.velocity = self.beta * self.velocity + estimate
         self.delta = self.delta - self.eta * self.velocity
-        noise = (s**2).sum(axis=0) / self.queries**2
         self.state = np.einsum("ijn,rjn->rin", self.matrices, self.state) + noise[:, None, None] * self.entry[:, None]
         self.mean_velocity = self.beta * self.mean_velocity + slope
         self.y = self.y - self.eta * self.mean_velocity
         mean = self.c @ (self.y + 0.5 * self.theta * self.y**2)
         rise: Array = mean + 0.5 * self.delta**2 @ self.single + self.state[:, 0] @ self.loss_of
         return rise
+
+    def _estimate(self, scatter: Array) -> tuple[Array, Array]:
+        """The gradient estimate along the single modes, and the variance that it brings to every mode of the bulk."""
+        exact = self.single * self.delta
+        if self.queries > MANY_QUERIES:  # an average of many is Gaussian, with the moments of the estimator
+            total = (exact**2).sum(axis=1) + scatter**2
+            spread = np.sqrt((exact**2 + total[:, None]) / self.queries)
+            return exact + spread * self.random.standard_normal(exact.shape), total / self.queries
+        u = self.random.standard_normal((self.queries, *exact.shape))
+        other = self.random.standard_normal((self.queries, len(exact)))
+        s = (u * exact).sum(axis=2) + other * scatter
+        return (u * s[:, :, None]).mean(axis=0), (s**2).sum(axis=0) / self.queries**2
 
 
 def _separate(spectrum: Spectrum) -> tuple[Array, Spectrum]:
