@@ -152,10 +152,11 @@ def _predicted_lr(measured: Measured, question: Question, *, rule: UpdateRule, u
     """Step size with the lowest predicted loss after N steps, on the positive part.
 
     Negative curvature is left out: over a whole run the quadratic model would promise a loss without lower bound.
+    ``None`` where the loss still falls at the largest step size that is stable: then there is no lowest point to name.
     """
     if measured.gradient is None or not math.isfinite(upper):
         return None
-    return best_lr(
+    best = best_lr(
         measured.curvature.spectrum.fine.positive,
         measured.gradient,
         loss=question.loss,
@@ -164,3 +165,4 @@ def _predicted_lr(measured: Measured, question: Question, *, rule: UpdateRule, u
         moments=question.moments,
         upper=upper,
     )
+    return None if best is None or best >= 0.99 * upper else best
