@@ -206,9 +206,8 @@ def test_memory_too_small_for_one_example_is_a_numerical_failure(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_hessian_on_the_gpu_is_that_on_the_cpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     problem = classification(batch_size=4)
     with problem.prepare(device="cuda") as objective:
         found = HessianOperator(objective).dense().cpu()
