@@ -5,9 +5,10 @@ import pytest
 
 from zoscope.theory.curve import GradientMeasure, predicted_loss
 from zoscope.theory.descent import descent_threshold, descent_threshold_adam
-from zoscope.theory.moments import estimator_moments
+from zoscope.theory.moments import EstimatorMoments, estimator_moments
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.thresholds import fo_threshold
 
 from .second_moment_oracle import Quadratic, expected_losses
 
@@ -53,7 +54,7 @@ def test_momentum_shrinks_the_threshold_of_slow_modes_by_one_minus_beta(beta):
     """Thousands of slow modes: after the average has filled, the loss falls below the threshold and rises above."""
     spectrum = Spectrum(np.array([1.0]), np.array([1e6]))
     gradient = GradientMeasure(np.array([1.0]), np.array([1.0]))
-    edge = descent_threshold(spectrum.trace, 1.0, momentum=beta)
+    edge = descent_threshold(spectrum.trace, 1.0, rule=update_rule("gdm", beta=beta))
     slopes = []
     for scale in (0.98, 1.02):
         losses = predicted_loss(
@@ -61,6 +62,28 @@ def test_momentum_shrinks_the_threshold_of_slow_modes_by_one_minus_beta(beta):
         )
         slopes.append(losses[400] - losses[200])
     assert slopes[0] < 0 < slopes[1]
+
+
+@pytest.mark.parametrize("name", ["gd", "gdm", "adam"])
+def test_without_noise_it_is_the_first_order_threshold_of_the_gradients_curvature(name):
+    rule, without_noise = update_rule(name, beta=0.7), EstimatorMoments(a=1.0, b=0.0)
+    assert descent_threshold(50.0, 4.0, moments=without_noise, rule=rule) == pytest.approx(fo_threshold(4.0, rule=rule))
+
+
+@pytest.mark.parametrize("name", ["gdm", "adam"])
+@pytest.mark.parametrize("queries", [20, 1000])
+def test_many_queries_under_momentum_keep_the_sign_of_the_predicted_change(name, queries):
+    """Between noise and determinism: half below it the predicted loss falls, at 1.5 times it rises."""
+    spectrum = Spectrum(np.array([1.0]), np.array([200.0]))
+    gradient = GradientMeasure(np.array([1.0]), np.array([1.0]))
+    rule, moments = update_rule(name), estimator_moments(queries=queries)
+    edge = descent_threshold(spectrum.trace, 1.0, moments=moments, rule=rule)
+    below, above = (
+        predicted_loss(spectrum, gradient, loss=0.0, lr=s * edge, steps=100, rule=rule, moments=moments)
+        for s in (0.5, 1.5)
+    )
+    assert below[100] < below[0]
+    assert above[100] > above[40]
 
 
 def test_without_curvature_every_step_descends():
@@ -72,7 +95,6 @@ def test_bad_arguments_are_refused():
     for call in (
         lambda: descent_threshold(math.nan, 1.0),
         lambda: descent_threshold(1.0, math.inf),
-        lambda: descent_threshold(1.0, 1.0, momentum=1.0),
         lambda: descent_threshold_adam(gPg=-1.0, gPHPg=1.0, trace_php=1.0, grad_sq=1.0),
         lambda: descent_threshold_adam(gPg=1.0, gPHPg=1.0, trace_php=math.nan, grad_sq=1.0),
     ):

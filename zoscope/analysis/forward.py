@@ -111,7 +111,7 @@ def _row(
         return interval.lower, interval.upper
 
     def descent(trace: float, rayleigh: float) -> float:
-        return scale * descent_threshold(trace, rayleigh, moments=moments, momentum=_slowing(rule))
+        return scale * descent_threshold(trace, rayleigh, moments=moments, rule=rule)
 
     moved = found.trace, found.frobenius_sq
     bounds = ForwardBounds(
@@ -161,11 +161,6 @@ def preconditioner_scale(found: ForwardCurvature, request: Request, moments: Est
             "choose other optimizers."
         )
     return scale
-
-
-def _slowing(rule: UpdateRule) -> float:
-    """Momentum as the descent threshold counts it: Adam's average has unit gain and slows no mode down."""
-    return 0.0 if rule.preconditioned else rule.momentum
 
 
 def _descent_curvature(found: ForwardCurvature, moments: EstimatorMoments) -> Estimate:

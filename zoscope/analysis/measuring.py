@@ -134,7 +134,7 @@ def _plain_descent(measured: Measured, rule: UpdateRule, *, kinks: float, moment
         return None
     c, theta = measured.gradient.weights, measured.gradient.nodes
     rayleigh = float(c @ theta / c.sum())
-    return descent_threshold(measured.curvature.trace.value + kinks, rayleigh, moments=moments, momentum=rule.momentum)
+    return descent_threshold(measured.curvature.trace.value + kinks, rayleigh, moments=moments, rule=rule)
 
 
 def _adam(
@@ -157,11 +157,17 @@ def _adam(
     probes = probe_preconditioner(base, p, generator=generator)
     found = Measured(name, curvature, gradient_measure(curvature), probes.commutator)
     kinks *= float(p.double().reciprocal().square().mean())  # spread over all directions alike
-    return found, _adam_descent(found, g, probes, kinks=kinks, moments=moments)
+    return found, _adam_descent(found, g, probes, rules[0], kinks=kinks, moments=moments)
 
 
 def _adam_descent(
-    measured: Measured, g: Tensor, probes: PreconditionerProbes, *, kinks: float, moments: EstimatorMoments
+    measured: Measured,
+    g: Tensor,
+    probes: PreconditionerProbes,
+    rule: UpdateRule,
+    *,
+    kinks: float,
+    moments: EstimatorMoments,
 ) -> float | None:
     if measured.gradient is None:
         return None
@@ -172,6 +178,7 @@ def _adam_descent(
         trace_php=probes.shift * measured.curvature.trace.value + probes.trace_correction.value + kinks,
         grad_sq=float(g.double().square().sum()),
         moments=moments,
+        rule=rule,
     )
 
 

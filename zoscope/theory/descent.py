@@ -3,47 +3,61 @@
 import math
 
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
+from zoscope.theory.rules import UpdateRule, update_rule
 from zoscope.theory.validate import require_finite, require_non_negative
+
+PLAIN = update_rule("gd")
 
 
 def descent_threshold(
-    trace: float, rayleigh: float, *, moments: EstimatorMoments = GAUSSIAN, momentum: float = 0.0
+    trace: float, rayleigh: float, *, moments: EstimatorMoments = GAUSSIAN, rule: UpdateRule = PLAIN
 ) -> float:
-    """Step size below which the expected loss falls: ``2(1-β) / (b Tr H + a r_g)``.
+    """Step size below which the expected loss falls: ``2 / (b Tr H + a r_g)`` without momentum.
 
-    Without momentum this is exact for one step of the quadratic model, whatever the sign of H:
-    ``E f(x⁺) - f = -η‖g‖² + ½η²(a gᵀHg + b Tr(H) ‖g‖²)``. With momentum, modes slow against the ``1/(1-β)`` steps of
-    the average move as if by steps of ``η/(1-β)``, and the threshold shrinks by that factor.
+    That is exact for one step of the quadratic model, whatever the sign of H:
+    ``E f(x⁺) - f = -η‖g‖² + ½η²(a gᵀHg + b Tr(H) ‖g‖²)``. Momentum makes it a statement about the steps after the
+    average has filled: modes slow against ``1/(1-β)`` steps move, and diffuse, as if by ``η̃ = η s/(1-β)`` (s = 1, or
+    1-β for an average with unit gain), while the deterministic part is stable up to ``η̃ r_g = 2(1+β)/(1-β)``:
+    ``η̃ = 2 / (b Tr H + (a - 1 + (1-β)/(1+β)) r_g)``. It joins the first-order threshold, ``a = 1`` and ``b = 0``,
+    to that of noise in slow modes.
 
     Args:
         trace: ``Tr H``, signed, loss/param².
         rayleigh: ``r_g = gᵀHg/‖g‖²``, signed, loss/param².
         moments: Constants of the estimator.
-        momentum: Heavy-ball β in ``[0, 1)``.
+        rule: Update rule; its preconditioner, if any, is taken as done.
 
     Returns:
         Threshold in param²/loss; ``inf`` when the denominator is not positive.
 
     Raises:
-        ValueError: If an argument is not finite or β is outside ``[0, 1)``.
+        ValueError: If an argument is not finite.
 
     Source: derived in the README's theory section.
     """
     require_finite("trace", trace)
     require_finite("rayleigh", rayleigh)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
-    denominator = moments.b * trace + moments.a * rayleigh
-    return 2 * (1 - momentum) / denominator if denominator > 0 else math.inf
+    denominator = moments.b * trace + _along_gradient(moments, rule) * rayleigh
+    return 2 * (1 - rule.momentum) / (rule.lr_scale * denominator) if denominator > 0 else math.inf
+
+
+def _along_gradient(moments: EstimatorMoments, rule: UpdateRule) -> float:
+    """Weight of the curvature along the gradient: noise, and the deterministic path under momentum."""
+    return moments.a - 1 + (1 - rule.momentum) / (1 + rule.momentum)
 
 
 def descent_threshold_adam(
-    *, gPg: float, gPHPg: float, trace_php: float, grad_sq: float, moments: EstimatorMoments = GAUSSIAN
+    *,
+    gPg: float,
+    gPHPg: float,
+    trace_php: float,
+    grad_sq: float,
+    moments: EstimatorMoments = GAUSSIAN,
+    rule: UpdateRule = PLAIN,
 ) -> float:
     """Adam's descent threshold with frozen P: ``2 gᵀP⁻¹g / (a gᵀP⁻¹HP⁻¹g + b Tr(P⁻¹HP⁻¹) ‖g‖²)``.
 
-    Exact for one step without momentum. Adam's ``m ← β₁m + (1-β₁)g`` averages with unit gain, so that β₁ does not
-    change the threshold of slow modes.
+    Exact for one step without momentum, which changes it as in :func:`descent_threshold`.
 
     Args:
         gPg: ``gᵀP⁻¹g``.
@@ -51,6 +65,7 @@ def descent_threshold_adam(
         trace_php: ``Tr P⁻¹HP⁻¹``.
         grad_sq: ``‖g‖²``.
         moments: Constants of the estimator.
+        rule: Adam's update rule.
 
     Returns:
         Threshold on Adam's learning rate (parameter units, P having the unit of a gradient); ``inf`` when the
@@ -65,5 +80,5 @@ def descent_threshold_adam(
     require_finite("gPHPg", gPHPg)
     require_finite("trace_php", trace_php)
     require_non_negative("grad_sq", grad_sq)
-    denominator = moments.a * gPHPg + moments.b * trace_php * grad_sq
-    return 2 * gPg / denominator if denominator > 0 else math.inf
+    denominator = _along_gradient(moments, rule) * gPHPg + moments.b * trace_php * grad_sq
+    return 2 * gPg * (1 - rule.momentum) / (rule.lr_scale * denominator) if denominator > 0 else math.inf
