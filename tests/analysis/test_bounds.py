@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -328,3 +329,31 @@ def test_the_document_is_that_of_the_numbers() -> None:
     assert (zo["lower"], zo["upper"], zo["exact"]) == (row.zo_lower, row.zo_upper, row.exact.value)
     assert (zo["horizon"]["lower"], zo["horizon"]["upper"]) == (row.horizon.lower, row.horizon.upper)
     assert np.allclose(zo["exact_ci95"], row.exact.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"optimizers": "gdx"}, "optimizer must be one of"),
+        ({"optimizers": [None]}, "optimizers must be names"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"beta": None}, "beta must be a number"),
+        ({"rtol": None}, "rtol must be finite"),
+        ({"eps": "small"}, "eps must be finite"),
+        ({"lr": -1.0}, "lr must be finite"),
+    ],
+)
+def test_a_bad_argument_is_named_with_what_was_expected(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        zoscope.bounds(quadratic(INDEFINITE), **arguments)
+
+
+def test_optimizers_are_named_as_on_the_command_line_too() -> None:
+    found = zoscope.bounds(quadratic(INDEFINITE), optimizers="zo-gd", device="cpu")
+    assert list(found.optimizers) == ["gd"]
+    assert "stable for" in str(found)
+
+
+def test_a_file_name_is_no_problem() -> None:
+    with pytest.raises(ValueError, match="load_spec"):
+        zoscope.bounds("model.py")  # type: ignore[arg-type]

@@ -334,7 +334,7 @@ def test_a_cache_serves_another_checkout(write: Write, tmp_path: Path, calls: li
 
 
 def test_a_report_shows_itself_in_a_notebook(write: Write) -> None:
-    assert "zo-gd" in zoscope.check(write([entry("a", 0.01)]))._repr_html_()
+    assert "zo-gd" in zoscope.check(write([entry("a", 0.01)]))._repr_mimebundle_()["text/html"]
 
 
 def test_another_step_size_is_no_other_measurement(write: Write, tmp_path: Path, calls: list[tuple[str, ...]]) -> None:

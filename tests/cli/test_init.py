@@ -26,10 +26,19 @@ def test_ci_adds_a_config_that_names_the_spec(zoscope_cli, tmp_path: Path) -> No
     assert "net.py" in (tmp_path / "zoscope.yaml").read_text()
 
 
-@pytest.mark.parametrize("taken", ["model.py", "zoscope.yaml"])
-def test_nothing_is_overwritten_and_nothing_half_written(zoscope_cli, tmp_path: Path, taken: str) -> None:
+def test_ci_keeps_a_spec_that_is_there(zoscope_cli, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("mine")
+    assert zoscope_cli("init", "--ci").code == 0
+    assert (tmp_path / "model.py").read_text() == "mine"
+    assert "model.py" in (tmp_path / "zoscope.yaml").read_text()
+
+
+@pytest.mark.parametrize(("taken", "options"), [("model.py", []), ("zoscope.yaml", ["--ci"])])
+def test_nothing_is_overwritten_and_nothing_half_written(
+    zoscope_cli, tmp_path: Path, taken: str, options: list[str]
+) -> None:
     (tmp_path / taken).write_text("mine")
-    finished = zoscope_cli("init", "--ci")
+    finished = zoscope_cli("init", *options)
     assert finished.code == 2
     assert taken in finished.paragraph
     assert [path.name for path in tmp_path.iterdir()] == [taken]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from zoscope.analysis import notices
 from zoscope.analysis.forward import forward_bounds
 from zoscope.analysis.measuring import Measurement, measure_problem
-from zoscope.analysis.request import Progress, Request
+from zoscope.analysis.request import Progress, Request, rule_names, subject_of
 from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds, ProblemInfo
 from zoscope.analysis.rows import Question, optimizer_row
 from zoscope.errors import NumericalError
@@ -54,7 +54,7 @@ def bounds(
 
     Args:
         problem: Model, batches and loss.
-        optimizers: Some of ``"gd"``, ``"gdm"``, ``"adam"``.
+        optimizers: Some of ``"gd"``, ``"gdm"``, ``"adam"``; first- and zeroth-order bounds come together.
         steps: Planned number of training steps N, the horizon of η*(N).
         rtol: Relative 95 % half-width wanted for η*(N), and for the infinite-time threshold where it is asked for or
             close to binding.
@@ -93,7 +93,7 @@ def bounds(
     """
     started = time.perf_counter()
     request = Request(
-        optimizers=tuple(dict.fromkeys(optimizers)),
+        optimizers=rule_names(optimizers),
         steps=steps,
         rtol=rtol,
         seed=seed,
@@ -101,7 +101,7 @@ def bounds(
         directions=directions,
         queries=queries,
         beta=beta,
-        betas=(betas[0], betas[1]),
+        betas=betas,
         eps=eps,
         curvature=curvature,
         preconditioner=preconditioner,
@@ -112,7 +112,7 @@ def bounds(
         strict=strict,
         on_progress=on_progress,
     )
-    subject = problem if params is None else problem.with_params(params)
+    subject = subject_of(problem, params)
     name = spec if spec is not None else problem.name
     if request.curvature == "forward":
         own = OWN_DTYPE if dtype == "auto" else dtype  # a wider copy would cost more memory than inference
@@ -179,7 +179,9 @@ def _notices(
     if measurement.preconditioner is not None and commutator is not None:
         yield from notices.preconditioner_notices(measurement.preconditioner, commutator)
     reached = _precision_reached(request, measurement, dimension=info.num_params)
-    missed = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps))
+    missed = tuple(
+        notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=info.num_params)
+    )
     if missed and request.strict:
         raise NumericalError(missed[0].message)
     yield from missed

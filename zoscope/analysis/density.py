@@ -13,7 +13,7 @@ import torch
 from zoscope.analysis import notices
 from zoscope.analysis.density_results import LayerTrace, SpectrumResult
 from zoscope.analysis.measuring import curvature_operator
-from zoscope.analysis.request import Progress, Request
+from zoscope.analysis.request import Progress, Request, subject_of
 from zoscope.analysis.results import ProblemInfo
 from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import gradient
@@ -103,7 +103,7 @@ def spectrum(
         strict=strict,
         on_progress=on_progress,
     )
-    subject = problem if params is None else problem.with_params(params)
+    subject = subject_of(problem, params)
     with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
         name = spec if spec is not None else problem.name
         return _spectrum(objective, request, top=top, by_layer=by_layer, spec=name, started=started)
@@ -264,7 +264,9 @@ def _layer_traces(layers: list[tuple[str, int]], curvature: Curvature) -> tuple[
 
 def _notices(objective: Objective, request: Request, curvature: Curvature, *, dtype: str) -> Iterable[Notice]:
     reached = {request.curvature: trace_error(curvature.spectrum)}
-    missed = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps))
+    missed = tuple(
+        notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=objective.num_params)
+    )
     if missed and request.strict:
         raise NumericalError(missed[0].message)
     yield from missed

@@ -11,6 +11,7 @@ import numpy as np
 from zoscope._version import __version__
 from zoscope.analysis.optimizer_bounds import estimate_dict, number
 from zoscope.analysis.results import ProblemInfo, curvature_dict, eigenvalue_dict
+from zoscope.analysis.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +51,7 @@ class LayerTrace:
 
 
 @dataclass(frozen=True)
-class SpectrumResult:
+class SpectrumResult(Shown):
     """Eigenvalues of a problem's curvature matrix.
 
     Args:
@@ -117,16 +118,10 @@ class SpectrumResult:
         }
 
     def __rich__(self) -> RenderableType:
-        """Tables for the terminal; imported late because results know nothing of how they are shown."""
+        """Tables for the terminal."""
         from zoscope.report.spectrum import render
 
         return render(self)
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        """The same tables for a notebook."""
-        from zoscope.report.notebook import to_html, to_text
-
-        return {"text/html": to_html(self), "text/plain": to_text(self)}
 
 
 def _density(density: Density) -> dict[str, Any]:

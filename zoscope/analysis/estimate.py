@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from zoscope.analysis.estimate_results import CostEstimate, KindCost, recommended
+from zoscope.analysis.request import subject_of
 from zoscope.curvature.forward import CHECKS, GROUP, LEAST_DIRECTIONS, LEAST_GROUPS, PILOTS
 from zoscope.curvature.ggn import GGNOperator
 from zoscope.curvature.measure import BLOCK, DENSE_LIMIT, MOST_STEPS
@@ -70,7 +71,7 @@ def estimate(
     Raises:
         SpecError, NumericalError: If not even the loss can be evaluated.
     """
-    subject = problem if params is None else problem.with_params(params)
+    subject = subject_of(problem, params)
     operators = len({"adam" if name == "adam" else "plain" for name in optimizers})
     own = OWN_DTYPE if dtype == "auto" else dtype
     with subject.prepare(device=device, dtype=own, micro_batch=micro_batch, differentiable=False) as objective:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoscope._version import __version__
+from zoscope.analysis.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,7 +82,7 @@ class KindCost:
 
 
 @dataclass(frozen=True)
-class CostEstimate:
+class CostEstimate(Shown):
     """What each kind of curvature would cost.
 
     Args:
@@ -127,7 +128,7 @@ class CostEstimate:
         }
 
     def __rich__(self) -> RenderableType:
-        """A table for the terminal; imported late because results know nothing of how they are shown."""
+        """A table for the terminal."""
         from zoscope.report.estimate import render
 
         return render(self)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zoscope.curvature.measure import DENSE_LIMIT
 from zoscope.problem import Notice
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ NOTICEABLE_KINKS = 0.1
 FEW_MODES = 5.0
 """Effective rank below which typical runs and the mean square part ways."""
 
-LONG_WAY = 0.5
-"""Decrease of the loss over the planned run, relative to the loss, that leaves the neighbourhood."""
+LONG_WAY = 1.1
+"""Decrease of the loss over the planned run, relative to the loss, that no quadratic model with a minimum can mean."""
 
 LARGE_COMMUTATOR = 0.05
 """Relative commutator up to which P and H count as commuting: the largest seen in the paper's training runs."""
@@ -102,12 +103,11 @@ def gradient_notices(
     step = bounds.recommended * bounds.rule.lr_scale / (1 - bounds.rule.momentum)
     share = _decrease(gradient, step=step, steps=steps) / abs(problem.loss)
     if share > LONG_WAY:
-        amount = f"{100 * share:.0f} %" if share < 1 else "all of its value or more"
         yield Notice(
             "gradient-not-small",
-            f"The gradient is not small: {steps:,} steps of {bounds.recommended:.2g} along it would lower the loss by "
-            f"{amount}. The run leaves the neighbourhood where this curvature holds, so the bounds are about its "
-            "beginning; measure again as it goes on.",
+            f"The gradient is not small: {steps:,} steps of {_number(bounds.recommended)} along it would lower the "
+            "loss by more than all of its value. The run leaves the neighbourhood where this curvature holds, so the "
+            "bounds are about its beginning; measure again as it goes on.",
         )
 
 
@@ -139,16 +139,17 @@ def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate)
         yield Notice("preconditioner", remark)
 
 
-def precision_notices(reached: Mapping[str, float], *, rtol: float, max_hvps: int) -> Iterable[Notice]:
+def precision_notices(reached: Mapping[str, float], *, rtol: float, max_hvps: int, dimension: int) -> Iterable[Notice]:
     """On operators whose thresholds are less precise than asked for."""
     missed = {name: value for name, value in reached.items() if value > rtol}
     if missed:
         worst = max(missed.values())
         value = f"± {100 * worst:.1f} %" if math.isfinite(worst) else "no finite error bar"
+        exact = f", or use --method dense ({dimension:,} products)" if dimension <= DENSE_LIMIT else ""
         yield Notice(
             "precision",
             f"The precision asked for (--rtol {rtol:g}) was not reached: {value} after {max_hvps} Hessian-vector "
-            "products at most. The intervals shown are honest, only wider; raise --max-hvps or --rtol.",
+            f"products at most. The intervals shown are honest, only wider; raise --max-hvps or --rtol{exact}.",
         )
 
 

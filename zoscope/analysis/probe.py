@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from zoscope.analysis.probing.request import ProbeProgress, ProbeRequest
 from zoscope.analysis.probing.results import ProbeInterruptedError, ProbeResult
 from zoscope.analysis.probing.session import Session
-from zoscope.analysis.request import Progress, Request
+from zoscope.analysis.request import Progress, Request, subject_of
 
 if TYPE_CHECKING:
     from zoscope.analysis.recommend import Threshold
@@ -121,7 +121,7 @@ def probe(
             directions=directions,
             queries=queries,
             beta=beta,
-            betas=(betas[0], betas[1]),
+            betas=betas,
             eps=eps,
             curvature=curvature,
             preconditioner=preconditioner,
@@ -148,7 +148,7 @@ def probe(
         batch_size=batch_size,
         on_progress=on_run,
     )
-    subject = problem if params is None else problem.with_params(params)
+    subject = subject_of(problem, params)
     with subject.prepare(device=device, dtype=dtype, micro_batch=batch_size or micro_batch) as objective:
         session = Session(objective, request, spec=spec if spec is not None else problem.name)
         try:

@@ -51,15 +51,25 @@ def choose_binding(
     return Binding(name, value)
 
 
-def recommend(binding: Binding | None) -> tuple[float | None, str]:
-    """A step size with a margin below the binding threshold, and the reason for it."""
+def recommend(binding: Binding | None, *, full: float = math.inf) -> tuple[float | None, str]:
+    """A step size with a margin below the binding threshold, and the reason for it.
+
+    Args:
+        binding: What limits the step size; ``None`` where no threshold is known.
+        full: η*(N) of all eigenvalues, the only limit where none is positive.
+    """
     if binding is None:
         return None, "no threshold is known here"
-    if not math.isfinite(binding.value):
-        return None, "nothing limits the step size on this quadratic model"
-    return MARGIN * binding.value, (
-        f"{MARGIN:g} × the binding threshold, because curvature usually rises while a network trains"
-    )
+    if math.isfinite(binding.value):
+        return MARGIN * binding.value, (
+            f"{MARGIN:g} × the binding threshold, because curvature usually rises while a network trains"
+        )
+    if math.isfinite(full):
+        return MARGIN * full, (
+            f"no eigenvalue is positive; {MARGIN:g} × η*(N) of all eigenvalues, because noise grows along negative "
+            "curvature too"
+        )
+    return None, "nothing limits the step size on this quadratic model"
 
 
 def judge(

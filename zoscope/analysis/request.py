@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from zoscope.analysis.precision import Precision, wanted_precision
 from zoscope.analysis.recommend import Threshold
 from zoscope.theory.moments import Directions, EstimatorMoments, estimator_moments
 from zoscope.theory.rules import OPTIMIZERS, UpdateRule, update_rule
-from zoscope.theory.validate import require_count, require_positive
+from zoscope.theory.validate import require_count, require_non_negative, require_positive
+
+if TYPE_CHECKING:
+    from zoscope.problem import Problem
 
 Progress = Callable[[str, int, float | None], None]
 """Called with the stage of the measurement, the products spent and the precision reached, if there is one."""
@@ -50,6 +53,10 @@ class Request:
     on_progress: Progress | None = field(repr=False)
 
     def __post_init__(self) -> None:
+        if not _below_one(self.beta):
+            raise ValueError(f"beta must be a number in [0, 1), got {self.beta!r}")
+        if len(self.betas) != 2 or not all(map(_below_one, self.betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not self.optimizers:
             raise ValueError(f"optimizers is empty: expected some of {', '.join(OPTIMIZERS)}")
         for name in self.optimizers:
@@ -60,10 +67,7 @@ class Request:
         require_count("seed", self.seed, least=0)
         if self.lr is not None:
             require_positive("lr", self.lr)
-        if len(self.betas) != 2 or not 0 <= self.betas[1] < 1:
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be finite and >= 0, got {self.eps!r}")
+        require_non_negative("eps", self.eps)
         if self.preconditioner != "expected" and not self.preconditioner.removeprefix(STATE_PREFIX):
             raise ValueError("preconditioner is 'state:' without a file: expected 'state:FILE'")
         if self.preconditioner != "expected" and not self.preconditioner.startswith(STATE_PREFIX):
@@ -104,6 +108,39 @@ class Request:
     def precision(self, rules: list[UpdateRule], *, moments: EstimatorMoments) -> Precision:
         """The error that measuring an operator for these rules should bring down."""
         return wanted_precision(rules, steps=self.steps, moments=moments, always_exact=self.threshold == "exact")
+
+
+def _below_one(value: object) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < 1
+
+
+def rule_names(optimizers: str | Iterable[str]) -> tuple[str, ...]:
+    """Update rules of the optimizers named, each once; ``"zo-gd"``, as the command line has it, is ``"gd"`` here.
+
+    Raises:
+        ValueError: If it is not a list of names.
+    """
+    names = (optimizers,) if isinstance(optimizers, str) else tuple(optimizers)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"optimizers must be names out of {', '.join(OPTIMIZERS)}, got {optimizers!r}")
+    return tuple(dict.fromkeys(name.removeprefix("zo-") for name in names))
+
+
+def subject_of(problem: Problem, params: str | None) -> Problem:
+    """The problem with the parameters asked for.
+
+    Raises:
+        ValueError: If it is no problem.
+        SpecError: If the pattern selects nothing.
+    """
+    from zoscope.problem import Problem  # late: it loads torch
+
+    if not isinstance(problem, Problem):
+        raise ValueError(
+            f"problem must be a zoscope.Problem, got {problem!r}: make one from a model, batches and a loss, or load a "
+            "spec file with zoscope.spec.load_spec(file).problem"
+        )
+    return problem if params is None else problem.with_params(params)
 
 
 def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from zoscope.analysis.optimizer_bounds import (
     estimate_dict,
     number,
 )
+from zoscope.analysis.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -84,7 +85,7 @@ class Estimator:
 
 
 @dataclass(frozen=True)
-class BoundsResult:
+class BoundsResult(Shown):
     """Curvature and step-size bounds of a problem.
 
     Args:
@@ -143,16 +144,10 @@ class BoundsResult:
         }
 
     def __rich__(self) -> RenderableType:
-        """Tables for the terminal; imported late because results know nothing of how they are shown."""
+        """Tables for the terminal."""
         from zoscope.report.bounds import render
 
         return render(self)
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        """The same tables for a notebook."""
-        from zoscope.report.notebook import to_html, to_text
-
-        return {"text/html": to_html(self), "text/plain": to_text(self)}
 
 
 def eigenvalue_dict(eigenvalue: Eigenvalue) -> dict[str, Any]:

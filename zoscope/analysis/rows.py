@@ -82,7 +82,7 @@ def optimizer_row(
     exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
     horizon = _horizon(curvature, question, rule=rule)
     binding = choose_binding(question.threshold, horizon=horizon.upper, descent=descent, exact=exact.value)
-    recommended, reason = recommend(binding)
+    recommended, reason = recommend(binding, full=horizon.lower)
     return OptimizerBounds(
         name=rule.name,
         rule=rule,

@@ -18,7 +18,7 @@ from zoscope.cli.options import (
     Threshold,
 )
 from zoscope.cli.output import emit, warn
-from zoscope.cli.progress import loading, measuring
+from zoscope.cli.progress import about, loading, measuring
 from zoscope.errors import NumericalError
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def command(
     if estimate:
         emit(_estimate(loaded, optimizer, measure), output)
         return
-    with measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet) as on_progress:
+    progress = measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet)
+    with about(loaded.display), progress as on_progress:
         result = zoscope.bounds(
             loaded.problem,
             optimizers=optimizer.families,

@@ -22,6 +22,8 @@ def command(path: SpecPath = Path("model.py"), ci: WithConfig = False) -> None:
     texts = {spec: _template("model.py")}
     if ci:
         texts[config] = _template("zoscope.yaml").replace("model.py", spec.name)
+        if spec.is_file():
+            del texts[spec]  # the config is what is missing
     _refuse(spec, texts)
     for file, text in texts.items():
         write_whole(file, text, option="PATH")

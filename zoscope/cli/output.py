@@ -52,8 +52,16 @@ def emit(result: Document, options: OutputOptions, *, shown: RenderableType | No
     if options.json:
         sys.stdout.write(as_json(result))
     else:
-        PipeConsole().print(result if shown is None else shown)
+        _print(result if shown is None else shown)
     sys.stdout.flush()
+
+
+def _print(shown: RenderableType) -> None:
+    console = PipeConsole()
+    if console.is_terminal:
+        console.print(shown)
+    else:
+        sys.stdout.write(as_text(shown, width=console.width))
 
 
 def as_json(result: Document) -> str:
@@ -61,12 +69,13 @@ def as_json(result: Document) -> str:
     return json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def as_text(result: Document, *, width: int = 120) -> str:
-    """The tables without colours."""
+def as_text(result: RenderableType, *, width: int = 120) -> str:
+    """The tables without colours, and without the spaces that fill a terminal's lines."""
     console = Console(width=width, no_color=True, force_terminal=False, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
     with console.file:
         console.print(result)
-    return console.export_text(styles=False)
+    text = console.export_text(styles=False)
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
 def warn(notices: Iterable[Notice], *, quiet: bool) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager, redirect_stdout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from zoscope.errors import ZoscopeError
+
 Report = Callable[..., None]
 
 
@@ -66,6 +68,18 @@ def aside() -> Iterator[None]:
     """Send what the user's own code prints to stderr: stdout is for the result."""
     with redirect_stdout(sys.stderr):
         yield
+
+
+@contextmanager
+def about(spec: str) -> Iterator[None]:
+    """Name the spec in an error that does not say what it is about."""
+    try:
+        yield
+    except ZoscopeError as error:
+        message = str(error)
+        if spec.partition(":")[0] not in message and not message.startswith("--"):
+            error.args = (f"{spec}: {message}",)
+        raise
 
 
 def products_needed(num_hvps: int, precision: float | None, *, max_hvps: int, rtol: float) -> int:

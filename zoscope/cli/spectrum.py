@@ -13,7 +13,7 @@ from zoscope.cli import validate
 from zoscope.cli.flatten import flatten
 from zoscope.cli.options import MeasureOptions, OutputOptions, ProblemOptions
 from zoscope.cli.output import check_writable, emit, warn
-from zoscope.cli.progress import loading, measuring
+from zoscope.cli.progress import about, loading, measuring
 from zoscope.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def command(
     """Eigenvalue density, largest and smallest eigenvalues, and the trace by layer."""
     with loading(quiet=output.quiet):
         loaded = problem.load()
-    with measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet) as on_progress:
+    progress = measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet)
+    with about(loaded.display), progress as on_progress:
         result = zoscope.spectrum(
             loaded.problem,
             top=shown.top,

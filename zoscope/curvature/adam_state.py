@@ -49,6 +49,11 @@ def stored_preconditioner(
         NumericalError: If P is zero or not finite somewhere.
     """
     entries = _matched(_entries(_load(path), path), objective, path)
+    if all(entry.state is None for entry in entries):
+        raise UsageError(
+            f"--preconditioner state:{path}: the optimizer has made no step yet, so it has no second moments. Save the "
+            "state after at least one step."
+        )
     roots, scales, epsilons = [], [], []
     for name, parameter, entry in zip(objective.names, objective.params, entries, strict=True):
         root, scale = _corrected(entry, name=name, shape=parameter.shape, path=path)

@@ -119,11 +119,11 @@ def advice(result: BoundsResult) -> RenderableType:
 def _advice(row: OptimizerBounds, steps: int) -> Text:
     if row.binding is None or row.recommended is None:
         return Text(f"{row.recommended_reason[0].upper()}{row.recommended_reason[1:]}.")
-    text = Text.assemble(
-        _threshold_name(row, steps).capitalize() if row.binding.name != "horizon" else _threshold_name(row, steps),
-        f" binds at {step_size(row.binding.value)}: use lr ≤ ",
-        (step_size(row.recommended), "bold green"),
-    )
+    name = _threshold_name(row, steps)
+    name = name if row.binding.name == "horizon" else name.capitalize()
+    known = math.isfinite(row.binding.value)
+    binds = f"{name} binds at {step_size(row.binding.value)}" if known else "Negative curvature"
+    text = Text.assemble(f"{binds}: use lr ≤ ", (step_size(row.recommended), "bold green"))
     if row.predicted_lr is not None:
         text.append(f"; the predicted loss is lowest at {step_size(row.predicted_lr, digits=2)}")
     return text.append(".")

@@ -28,8 +28,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         r"derivative for '?(aten::)?[\w:]+'? is not implemented|is not differentiable twice|once_differentiable"
         r"|marked with @once_differentiable|trying to differentiate twice a function",
         "An operation in the loss has no second derivative: replace it (for example embedding_bag by embedding and a "
-        "mean, cdist by (x[:, None] - y).square().sum(-1), ctc_loss by its native version), or use --curvature "
-        "forward, which works without derivatives.",
+        "mean, cdist by (x[:, None] - y).square().sum(-1); ctc_loss has none at all), or use --curvature forward, "
+        "which works without derivatives.",
     ),
     (
         r"modified by an inplace operation",

@@ -53,10 +53,15 @@ def _spec_of_yaml(path: Path) -> Any:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(
-            f"{path.name} cannot be read: {' '.join(str(error).split())}. Fix it, or name a SPEC."
-        ) from error
+        raise UsageError(f"{path.name} cannot be read: {_reason(error)}. Fix it, or name a SPEC.") from error
     return config.get("problem") if isinstance(config, dict) else None
+
+
+def _reason(error: Exception) -> str:
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'not valid YAML'}"
 
 
 def _spec_of_pyproject(path: Path) -> Any:

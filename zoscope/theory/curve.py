@@ -16,6 +16,9 @@ from zoscope.theory.validate import require_count, require_finite, require_posit
 
 Array = NDArray[np.float64]
 
+TIE = 1e-6
+"""Part of the decrease of the loss that does not tell two step sizes apart: runs that have converged to rounding."""
+
 
 @dataclass(frozen=True)
 class GradientMeasure:
@@ -169,7 +172,7 @@ def best_lr(
 
     Returns:
         Step size in param²/loss, to about 1 %; ``upper`` itself when the loss still falls there; ``None`` when no step
-        size lowers the loss.
+        size lowers the loss, or step sizes far apart lower it equally well.
 
     Raises:
         ValueError: If ``loss`` is not finite, ``upper`` not positive and finite, or ``steps`` not a positive integer.
@@ -186,7 +189,8 @@ def best_lr(
     grid = math.log(upper) + np.linspace(-8, 0, 17)
     values = [final(x) for x in grid]
     best = int(np.argmin(values))
-    if values[best] >= loss:
+    tied = np.asarray(values) <= values[best] + TIE * (loss - values[best])
+    if values[best] >= loss or tied.sum() > 1:
         return None
     ends = grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)]
     found = minimize_scalar(final, bounds=ends, method="bounded", options={"xatol": 5e-3})

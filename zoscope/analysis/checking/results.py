@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoscope._version import __version__
+from zoscope.analysis.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -146,7 +147,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Shown):
     """The outcomes of all checks, in the order of the configuration.
 
     Args:
@@ -193,13 +194,7 @@ class CheckReport:
         }
 
     def __rich__(self) -> RenderableType:
-        """A table for the terminal; imported late because results know nothing of how they are shown."""
+        """A table for the terminal."""
         from zoscope.report.check import render
 
         return render(self)
-
-    def _repr_html_(self) -> str:
-        """The same table for a notebook."""
-        from zoscope.report.notebook import to_html
-
-        return to_html(self)

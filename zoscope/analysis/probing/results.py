@@ -11,6 +11,7 @@ from zoscope.analysis.optimizer_bounds import number
 from zoscope.analysis.probing.edge_results import Edge, EdgePoint, ProbedThreshold
 from zoscope.analysis.probing.run_results import Curves, EndState, PredictionError, ProbeRun, RunVerdict, Variant
 from zoscope.analysis.results import Estimator, ProblemInfo
+from zoscope.analysis.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,7 +40,7 @@ Outcome = Literal["confirmed", "refuted", "inconclusive"]
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(Shown):
     """What a probe found.
 
     Args:
@@ -125,12 +126,6 @@ class ProbeResult:
         from zoscope.report.probe import render
 
         return render(self)
-
-    def _repr_html_(self) -> str:
-        """The same tables for a notebook."""
-        from zoscope.report.notebook import to_html
-
-        return to_html(self)
 
 
 class ProbeInterruptedError(KeyboardInterrupt):
