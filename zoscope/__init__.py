@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.check import check as check
     from zoscope.analysis.density import spectrum as spectrum
     from zoscope.analysis.probe import probe as probe
+    from zoscope.analysis.track import track as track
     from zoscope.errors import NumericalError as NumericalError
     from zoscope.errors import SpecError as SpecError
     from zoscope.errors import UsageError as UsageError
@@ -27,6 +28,7 @@ _HOME = {
     "bounds": "zoscope.analysis.bounds",
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
+    "track": "zoscope.analysis.track",
     "spectrum": "zoscope.analysis.density",
     "ZOGD": "zoscope.optim",
     "ZOGDM": "zoscope.optim",
@@ -51,6 +53,7 @@ __all__ = [
     "check",
     "probe",
     "spectrum",
+    "track",
 ]
 
 

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Any, NoReturn
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from zoscope._version import __version__
 from zoscope.errors import SpecError, ZoscopeError
 
 # Order of the help page. Each is a module of this package whose ``command`` is the command of that name.
-COMMANDS = ("bounds", "probe", "check", "spectrum", "init")
+COMMANDS = ("bounds", "probe", "check", "track", "spectrum", "init")
 
 EXIT_USAGE = 2
 EXIT_FAILED = 3
@@ -60,7 +60,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without η prints '?' rather than a traceback
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    given = sys.argv[1:] if args is None else args
+    from zoscope.cli.ranked import is_ranked, run_ranked
+
+    sys.exit(run_ranked(given) if is_ranked(os.environ) else run(given))
 
 
 def run(args: Sequence[str]) -> int:
@@ -69,7 +72,7 @@ def run(args: Sequence[str]) -> int:
         code = _invoke(list(args) or ["--help"])
         sys.stdout.flush()
     except BaseException as error:
-        return _report(error)
+        return report(error)
     return code if args else EXIT_USAGE
 
 
@@ -84,7 +87,8 @@ def _invoke(args: list[str]) -> int:
     return 0
 
 
-def _report(error: BaseException) -> int:
+def report(error: BaseException) -> int:
+    """Say on stderr what went wrong, and return the exit code for it."""
     if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
         return _broken_pipe()  # rich raises SystemExit out of it
     if isinstance(error, SystemExit):
@@ -109,9 +113,9 @@ def _report(error: BaseException) -> int:
     return EXIT_FAILED
 
 
-def complain(message: str, *, frame: str = "", label: str = "Error: ") -> None:
-    """One paragraph on stderr, with the user's own traceback lines below it."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+def complain(message: str, *, frame: str = "", label: str = "Error: ", file: IO[str] | None = None) -> None:
+    """One paragraph on stderr, or in another file, with the user's own traceback lines below it."""
+    console = Console(stderr=True, file=file, soft_wrap=True, highlight=False)
     console.print(Text(label, style="bold red") + Text(" ".join(message.split()), style="default"))
     if frame:
         console.print(Text(frame.rstrip("\n"), style="dim"))

@@ -148,17 +148,46 @@ def _has_rows(nest: Any, rows: int) -> bool:
     return False
 
 
+def rows(nest: Any, indices: Tensor, *, of: int) -> Any:
+    """The examples of a nest at ``indices`` ``(k,)``; what has no ``of`` examples is shared."""
+    return _selected(nest, of, indices)
+
+
+def joined(nests: Sequence[Any]) -> Any:
+    """Nests of one shape as one, their tensors and arrays end to end; what is neither comes from the first.
+
+    Raises:
+        RuntimeError: If tensors do not fit together (from torch).
+        ValueError: If the nests have different leaves, or arrays do not fit together.
+    """
+    columns = zip(*(leaves(nest) for nest in nests), strict=True)
+    merged = iter([_joined_leaf(column) for column in columns])
+    return map_leaves(nests[0], lambda _: next(merged))
+
+
+def _joined_leaf(column: tuple[Any, ...]) -> Any:
+    if isinstance(column[0], Tensor) and column[0].ndim > 0:
+        return torch.cat(column)
+    return np.concatenate(column) if isinstance(column[0], np.ndarray) and column[0].ndim > 0 else column[0]
+
+
 def _piece(nest: Any, rows: int, start: int, stop: int) -> Any:
+    return _selected(nest, rows, slice(start, stop))
+
+
+def _selected(nest: Any, rows: int, which: slice | Tensor) -> Any:
     if not _has_rows(nest, rows):
         return nest
-    if isinstance(nest, (Tensor, np.ndarray)):
-        return nest[start:stop]
+    if isinstance(nest, Tensor):
+        return nest[which] if isinstance(which, slice) else nest.index_select(0, which.to(nest.device))
+    if isinstance(nest, np.ndarray):
+        return nest[which if isinstance(which, slice) else which.numpy()]
     if isinstance(nest, Mapping):
-        return _rebuilt_mapping(nest, {key: _piece(value, rows, start, stop) for key, value in nest.items()})
+        return _rebuilt_mapping(nest, {key: _selected(value, rows, which) for key, value in nest.items()})
     if isinstance(nest, (list, tuple)):
         if not any(_has_rows(item, rows) for item in nest):
-            return nest[start:stop]
-        items = [_piece(item, rows, start, stop) for item in nest]
+            return nest[which] if isinstance(which, slice) else type(nest)(nest[i] for i in which.tolist())
+        items = [_selected(item, rows, which) for item in nest]
         return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
-    fields = {f.name: _piece(getattr(nest, f.name), rows, start, stop) for f in dataclasses.fields(nest) if f.init}
+    fields = {f.name: _selected(getattr(nest, f.name), rows, which) for f in dataclasses.fields(nest) if f.init}
     return dataclasses.replace(nest, **fields)
