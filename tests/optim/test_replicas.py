@@ -82,3 +82,13 @@ def test_a_model_that_vmap_refuses_runs_in_turn_with_the_reason():
         assert torch.equal(objective.read(), torch.ones(3))
     assert isinstance(surface, SequentialSurface)
     assert "vmap" in why_not
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 3), nn.Linear(6, 40), nn.Conv1d(1, 3, 2)], ids=["thin", "wide", "conv"])
+def test_stacked_losses_are_those_of_single_copies(layer):
+    x = torch.randn(5, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = zoscope.Problem(layer.double(), [x], lambda model, batch: model(batch).square().mean())
+    with problem.prepare() as objective:
+        rows = objective.read() + torch.linspace(0, 1, 4, dtype=torch.float64)[:, None]
+        stacked, single = StackedSurface(objective).values(rows), SequentialSurface(objective).values(rows)
+    torch.testing.assert_close(stacked, single, rtol=1e-12, atol=0.0)

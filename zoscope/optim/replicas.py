@@ -1,6 +1,7 @@
 """Replicas of a short run: independent direction streams, one update rule, watched until they leave the valley."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -186,6 +187,7 @@ class _Runner:
         left: list[int | None] = [None] * count
         last, last_steps = theta.clone(), [0] * count
         moments = torch.zeros_like(theta) if "exp_avg_sq" in rows.state else None
+        ceiling = min(self._limits.left, sys.float_info.max)
         record, done, every = _Record(self._start, count), 0, max(1, steps // RECORDS)
         record.add(0, rows, self._surface.values(rows.theta))
         for step in range(1, steps + 1):
@@ -199,7 +201,7 @@ class _Runner:
                     last[rows.index[n]], last_steps[rows.index[n]] = rows.theta[n], step
                     if moments is not None:
                         moments[rows.index[n]] = rows.state["exp_avg_sq"][0][n]
-            alive = torch.isfinite(losses) & (losses <= self._limits.left)
+            alive = losses <= ceiling  # not when it is NaN
             if looking:
                 record.add(step, rows, losses.where(alive, math.inf))
             if not bool(alive.all()):
@@ -235,14 +237,19 @@ class _Runner:
         return losses
 
     def _estimate(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        total, losses = torch.zeros_like(rows.theta), torch.zeros(len(rows.index), dtype=torch.float64)
+        total, losses = self._query(rows)
+        for _ in range(self._estimator.queries - 1):
+            estimate, means = self._query(rows)
+            total += estimate
+            losses = losses + means
         queries = self._estimator.queries
-        for _ in range(queries):
-            directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
-            slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
-            total.addcmul_(directions, (slopes / queries).to(total.dtype)[:, None])
-            losses = losses.to(means) + means / queries
-        return total, losses
+        return (total, losses) if queries == 1 else (total.div_(queries), losses / queries)
+
+    def _query(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """A two-point estimate along one direction per row."""
+        directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
+        slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
+        return directions.mul_(slopes.to(directions.dtype)[:, None]), means
 
 
 def _joined(parts: Sequence[Trajectory], *, seconds: float) -> Trajectory:
