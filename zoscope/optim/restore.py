@@ -128,8 +128,7 @@ class FixedPoint:
             torch._foreach_mul_(shift, self._bound)
             torch._foreach_add_(block.pieces, shift)
             torch._foreach_sub_(block.pieces, shift)
-            largest = torch.stack(torch._foreach_norm(block.pieces, math.inf)).tolist()
-            self._spacing.append([self._spacing_for(value, block.dtype) for value in largest])
+            self._spacing.append([self._spacing_for(value, block.dtype) for value in _largest(block.pieces)])
 
     def plus(self, index: int, direction: Sequence[Tensor]) -> None:
         """See `Perturbation.plus`."""
@@ -166,3 +165,10 @@ class FixedPoint:
             return self._finest
         exponent = math.floor(math.log2(largest + self._bound))
         return max(self._finest, 2.0**exponent * torch.finfo(dtype).eps)
+
+
+def _largest(pieces: Sequence[Tensor]) -> list[float]:
+    """Largest absolute value of each tensor."""
+    # A maximum norm takes as long as drawing the direction; the two extremes a twentieth of it.
+    ends = torch.stack([end for piece in pieces for end in torch.aminmax(piece)])
+    return ends.abs_().view(-1, 2).amax(1).tolist()
