@@ -1,113 +1,32 @@
 """Symmetric linear operators: the Hessian, the Gauss-Newton matrix, their preconditioned forms, and a dense one."""
 
+import itertools
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from zoscope.curvature import together
 from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
+from zoscope.curvature.linear import DENSE_BLOCK, DenseOperator, LinearOperator, Preconditioned
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import Objective, Shard
 from zoscope.runtime import explain_autograd_error, is_out_of_memory, release_memory
 
-DENSE_BLOCK = 64
-"""Unit vectors multiplied at once when a whole matrix is formed."""
+_generations = itertools.count()
 
-
-class LinearOperator(ABC):
-    """A symmetric matrix known by its products.
-
-    Attributes:
-        dim: Dimension d.
-        device: Where vectors live.
-        dtype: Their type.
-    """
-
-    dim: int
-    device: torch.device
-    dtype: torch.dtype
-    _matrix: Tensor | None = None
-
-    @property
-    @abstractmethod
-    def num_hvps(self) -> int:
-        """Products with a Hessian computed so far."""
-
-    @abstractmethod
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Products with several vectors.
-
-        Args:
-            vectors: ``(k, d)`` rows.
-
-        Returns:
-            ``(k, d)`` rows ``M v``.
-        """
-
-    def dense(self) -> Tensor:
-        """The whole matrix, ``(d, d)``, from d products; computed once."""
-        if self._matrix is None:
-            matrix = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.device)
-            for begin in range(0, self.dim, DENSE_BLOCK):
-                count = min(DENSE_BLOCK, self.dim - begin)
-                units = torch.zeros(count, self.dim, dtype=self.dtype, device=self.device)
-                units[torch.arange(count), torch.arange(begin, begin + count)] = 1
-                matrix[begin : begin + count] = self.matmat(units)
-            self._matrix = matrix
-        return self._matrix
-
-
-class DenseOperator(LinearOperator):
-    """A matrix held in memory.
-
-    Args:
-        matrix: ``(d, d)``, symmetric.
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self._matrix = matrix
-        self._count = 0
-        self.dim = len(matrix)
-        self.device, self.dtype = matrix.device, matrix.dtype
-
-    @property
-    def num_hvps(self) -> int:
-        """Products computed so far."""
-        return self._count
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Products with the rows of ``vectors``."""
-        assert self._matrix is not None
-        self._count += len(vectors)
-        return vectors @ self._matrix
-
-
-class Preconditioned(LinearOperator):
-    """``P^-½ M P^-½`` for a positive diagonal P: similar to ``P⁻¹M``, and symmetric.
-
-    Args:
-        operator: M.
-        diagonal: ``(d,)`` diagonal of P, positive.
-    """
-
-    def __init__(self, operator: LinearOperator, diagonal: Tensor) -> None:
-        self._operator = operator
-        self._scale = diagonal.double().rsqrt().to(operator.dtype)
-        self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
-
-    @property
-    def num_hvps(self) -> int:
-        """Products with M computed so far."""
-        return self._operator.num_hvps
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Products with the rows of ``vectors``."""
-        return self._operator.matmat(vectors * self._scale) * self._scale
-
-    def dense(self) -> Tensor:
-        """The whole matrix; reuses that of M."""
-        return self._scale[:, None] * self._operator.dense() * self._scale
+__all__ = [
+    "DENSE_BLOCK",
+    "DenseOperator",
+    "HessianOperator",
+    "LinearOperator",
+    "Preconditioned",
+    "ShardOperator",
+    "cannot_differentiate",
+    "gradient",
+]
 
 
 class ShardOperator(LinearOperator):
@@ -119,6 +38,8 @@ class ShardOperator(LinearOperator):
         self._count = 0
         self._kept: Products | None = None  # a single shard's graph serves every product
         self._kept_at: tuple[int, ...] = ()  # versions of the parameters for which it was built
+        self._kept_for: Shard | None = None
+        self._generation = next(_generations)
 
     @property
     def num_hvps(self) -> int:
@@ -146,7 +67,7 @@ class ShardOperator(LinearOperator):
             else:
                 self._count += len(vectors)
                 return result
-            self._kept = None
+            self._forget()
             release_memory(self.device)
             if not self.objective.refine():
                 raise NumericalError(
@@ -156,16 +77,35 @@ class ShardOperator(LinearOperator):
                 ) from ran_out
 
     def _sum(self, vectors: Tensor) -> Tensor:
-        shards = self.objective.shards
+        crew = self.objective.crew
+        if crew is not None and crew.follows:
+            return together.products(crew, self, vectors)
+        return self.partial(vectors, self.objective.shards)
+
+    def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
+        """What some shards contribute to the products, computed here."""
         if len(shards) == 1:
-            versions = tuple(p._version for p in self.objective.params)
-            if self._kept is None or versions != self._kept_at:
-                self._kept, self._kept_at = self._products(shards[0]), versions
-            return self._kept(vectors)
+            shard, versions = shards[0], tuple(p._version for p in self.objective.params)
+            if self._kept is None or versions != self._kept_at or shard is not self._kept_for:
+                self._kept, self._kept_at, self._kept_for = self._products(shard), versions, shard
+            found = self._kept(vectors)
+            return found if shard.weight == 1 else found.mul_(shard.weight)
         total = torch.zeros_like(vectors)
         for shard in shards:
             total.add_(self._products(shard)(vectors), alpha=shard.weight)
         return total
+
+    def _forget(self) -> None:
+        """Build graphs anew, here and elsewhere."""
+        self._kept, self._generation = None, next(_generations)
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What another process needs to compute the same products; a new value makes it build graphs anew."""
+        return (self._generation,)
+
+    def apply(self, settings: tuple[object, ...]) -> None:
+        """Take over the settings of an operator in another process."""
 
 
 class HessianOperator(ShardOperator):
@@ -188,6 +128,15 @@ class HessianOperator(ShardOperator):
         self._chosen_by_user = self.method is not None
         self._checked = False
 
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """The method too."""
+        return (*super().settings, self.method)
+
+    def apply(self, settings: tuple[object, ...]) -> None:
+        """Take over the method."""
+        self.method = next((m for m in METHODS if m == settings[1]), None)
+
     def _products(self, shard: Shard) -> Products:
         return shard_products(self.objective, shard, method=self.method or "double-backward")
 
@@ -201,7 +150,7 @@ class HessianOperator(ShardOperator):
     def _settle(self, vector: Tensor) -> None:
         """On the first product: see that the method works, and that the answer repeats with a fresh graph."""
         first = self._attempt(vector)
-        self._kept = None
+        self._forget()
         again = super()._sum(vector)
         self._count += 1
         scale = float(torch.linalg.vector_norm(first))
@@ -224,7 +173,8 @@ class HessianOperator(ShardOperator):
                 raise
             failure = error
         if not self._chosen_by_user:
-            self.method, self._kept = "forward-over-reverse", None
+            self.method = "forward-over-reverse"
+            self._forget()
             try:
                 result = super()._sum(vector)
             except (RuntimeError, NotImplementedError) as error:
@@ -242,7 +192,7 @@ class HessianOperator(ShardOperator):
         """Keep the faster of two methods for blocks of vectors; both results are right."""
         best, result = float("inf"), vectors
         for method in ("double-backward", "batched"):
-            self._kept = None
+            self._forget()
             previous, self.method = self.method, _as_method(method)
             try:
                 super()._sum(vectors)  # allocates and builds what later calls reuse
@@ -257,7 +207,8 @@ class HessianOperator(ShardOperator):
                 best, result, chosen = seconds, candidate, self.method
             else:
                 self.method = previous
-        self.method, self._kept = chosen, None
+        self.method = chosen
+        self._forget()
         return result
 
 
@@ -272,22 +223,11 @@ def gradient(objective: Objective) -> tuple[float, Tensor]:
     """
     while True:
         try:
-            return _gradient(objective)
+            return objective.gradient()
         except RuntimeError as error:
             if not is_out_of_memory(error) or not objective.refine():
                 raise
         release_memory(objective.device)
-
-
-def _gradient(objective: Objective) -> tuple[float, Tensor]:
-    total = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
-    value = 0.0
-    for shard in objective.shards:
-        loss = objective.loss(shard)
-        grads = torch.autograd.grad(loss, objective.params, allow_unused=True)
-        total.add_(objective.flatten(grads), alpha=shard.weight)
-        value += shard.weight * float(loss.detach().double())
-    return value, total
 
 
 def _as_method(name: str) -> HvpMethod:

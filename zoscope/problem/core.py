@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from zoscope.errors import SpecError
 from zoscope.problem import data
+from zoscope.problem.losses import CriterionLoss, LossFunction
 from zoscope.problem.model import Selection, select, unwrapped
-from zoscope.problem.objective import CriterionLoss, LossFunction, Objective
-from zoscope.problem.session import prepared
+from zoscope.problem.objective import Objective
+from zoscope.problem.together import prepared
 
 
 class Problem:
@@ -62,6 +63,7 @@ class Problem:
         self.params = params
         self.batch_size_of = batch_size_of
         self.own_device_only = False
+        self.shared: int | None = None  # number under which the other processes of a job know this problem
         self._source = batches
         self._batch_size = batch_size
 

@@ -1,11 +1,11 @@
 """The loss as a function of one flat parameter vector, valid while a problem is prepared."""
 
-import numbers
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -13,8 +13,10 @@ from torch.func import functional_call
 from zoscope.errors import SpecError
 from zoscope.problem import nest
 from zoscope.problem.data import examples_in
+from zoscope.problem.losses import LossFunction, LossModule, pair
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
+if TYPE_CHECKING:
+    from zoscope.problem.together import Crew
 
 
 @dataclass(frozen=True)
@@ -45,49 +47,6 @@ class Shard:
     weight: float
     examples: int
     rows: int | None
-
-
-class CriterionLoss:
-    """``criterion(model(x), y)`` as a loss of a model and a batch."""
-
-    def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
-        self.criterion = criterion
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """Loss of one pair ``(x, y)``."""
-        inputs, targets = pair(batch)
-        return self.criterion(model(inputs), targets)
-
-
-class NumberLoss:
-    """A loss that may return a Python or NumPy number instead of a tensor, where no derivative is wanted."""
-
-    def __init__(self, loss: LossFunction) -> None:
-        self._loss = loss
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """Loss of a batch; a number becomes a float64 scalar on the CPU."""
-        value: Any = self._loss(model, batch)
-        return torch.tensor(float(value), dtype=torch.float64) if _is_number(value) else value
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a real number that can vary continuously: counts and truth values cannot."""
-    if isinstance(value, np.ndarray):
-        return value.ndim == 0 and value.dtype.kind == "f"
-    return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
-
-
-class _LossModule(nn.Module):
-    """Makes ``loss(model, batch)`` a forward pass, so that torch can run it with other parameter tensors."""
-
-    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
 
 
 class Objective:
@@ -132,6 +91,8 @@ class Objective:
         self.batch_dtype: torch.dtype | None = dtype  # None leaves the tensors of batches as they are
         self.warnings: list[Notice] = []
         self.indivisible: str | None = None  # why batches must not be cut, once that is known
+        self.splits: list[int] = []  # micro-batches that they were cut into so far
+        self.crew: Crew | None = None  # other processes that hold the same problem
         self._loss = loss
         self.batch_size_of = batch_size_of
         self._sizes = [p.numel() for p in self.params]
@@ -144,7 +105,11 @@ class Objective:
 
     def batch(self, shard: Shard) -> Any:
         """The batch of a shard, on the device."""
-        return nest.moved(shard.batch, device=self.device, dtype=self.batch_dtype) if self.on_host else shard.batch
+        return self.placed(shard).batch if self.on_host else shard.batch
+
+    def placed(self, shard: Shard) -> Shard:
+        """A shard with its batch on the device."""
+        return replace(shard, batch=nest.moved(shard.batch, device=self.device, dtype=self.batch_dtype))
 
     def loss(self, shard: Shard) -> Tensor:
         """Mean loss of a shard, a scalar that can be differentiated twice by :attr:`params`."""
@@ -153,16 +118,40 @@ class Objective:
     def loss_at(self, tensors: Sequence[Tensor], shard: Shard) -> Tensor:
         """Mean loss of a shard with ``tensors`` in place of :attr:`params`: a pure function, for ``torch.func``."""
         named = {f"model.{name}": tensor for name, tensor in zip(self.names, tensors, strict=True)}
-        result: Tensor = functional_call(_LossModule(self.model, self._loss), named, (self.batch(shard),))
+        result: Tensor = functional_call(LossModule(self.model, self._loss), named, (self.batch(shard),))
         return result
 
-    @torch.no_grad()
     def value(self) -> float:
         """Loss over all shards, accumulated in float64; may be infinite or NaN."""
+        if self.crew is not None and self.crew.follows:
+            return self.crew.value()
+        return self.value_of(self.shards)
+
+    @torch.no_grad()
+    def value_of(self, shards: Sequence[Shard]) -> float:
+        """What some shards contribute to the loss, computed here."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for shard in self.shards:
+        for shard in shards:
             total += shard.weight * self.loss(shard).detach().to(total)
         return float(total)
+
+    def gradient(self) -> tuple[float, Tensor]:
+        """Loss, accumulated in float64, and gradient ``(d,)`` over all shards, loss/param."""
+        if self.crew is not None and self.crew.follows:
+            return self.crew.gradient()
+        return self.gradient_of(self.shards)
+
+    @torch.enable_grad()
+    def gradient_of(self, shards: Sequence[Shard]) -> tuple[float, Tensor]:
+        """What some shards contribute to the loss and to the gradient, computed here."""
+        total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+        value = 0.0
+        for shard in shards:
+            loss = self.loss(shard)
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+            total.add_(self.flatten(grads), alpha=shard.weight)
+            value += shard.weight * float(loss.detach().double())
+        return value, total
 
     def outputs(self, shard: Shard) -> tuple[Any, Any]:
         """``(model(x), y)`` of a shard, for problems with a criterion.
@@ -214,7 +203,11 @@ class Objective:
         Raises:
             SpecError: If a batch has no leading dimension to cut along.
         """
+        following = self.crew is not None and self.crew.follows
         self.shards = tuple(piece for shard in self.shards for piece in self._pieces(shard, micro_batch))
+        self.splits.append(micro_batch)
+        if self.crew is not None and following:
+            self.crew.split(micro_batch)
 
     def _pieces(self, shard: Shard, micro_batch: int) -> list[Shard]:
         rows = shard.rows
@@ -266,19 +259,3 @@ def _even(rows: int, micro_batch: int) -> list[int]:
     """Sizes that differ by one at most, so that no piece is needlessly small."""
     pieces = -(-rows // micro_batch)
     return [rows // pieces + (index < rows % pieces) for index in range(pieces)]
-
-
-def pair(batch: Any) -> tuple[Any, Any]:
-    """Take ``(inputs, targets)`` apart.
-
-    Raises:
-        SpecError: If the batch is something else.
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    size = f" of {len(batch)} items" if isinstance(batch, (tuple, list)) else ""
-    raise SpecError(
-        f"A batch is a {type(batch).__name__}{size}: Problem.from_criterion expects pairs (inputs, targets). For a "
-        "dataset in memory pass a tuple (inputs, targets), not a list, which is read as a list of batches; for other "
-        "batches use Problem(model, batches, loss) with loss(model, batch)."
-    )

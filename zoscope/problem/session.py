@@ -12,8 +12,9 @@ from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import nest
 from zoscope.problem.checks import check as check_objective
 from zoscope.problem.layers import some, uses_batch_statistics
+from zoscope.problem.losses import CriterionLoss, NumberLoss
 from zoscope.problem.model import Selection, copied, restored, select, trainable, unwrapped
-from zoscope.problem.objective import CriterionLoss, NumberLoss, Objective
+from zoscope.problem.objective import Objective
 
 if TYPE_CHECKING:
     from zoscope.problem.core import Problem
@@ -25,7 +26,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def prepared(
+def prepared_here(
     problem: "Problem",
     *,
     device: str | torch.device,
@@ -33,8 +34,12 @@ def prepared(
     micro_batch: int | None,
     check: bool,
     differentiable: bool,
+    spread: bool = False,
 ) -> Iterator[Objective]:
-    """Implements :meth:`zoscope.Problem.prepare`."""
+    """Implements :meth:`zoscope.Problem.prepare` in this process.
+
+    With ``spread`` the batches stay on the host: each of several processes moves those that it evaluates.
+    """
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"--micro-batch {micro_batch}: expected at least 1.")
     with ExitStack() as stack:
@@ -52,7 +57,15 @@ def prepared(
             with ExitStack() as attempt:
                 attempt.enter_context(runtime.preserved_rng(where))
                 objective = _opened(
-                    attempt, problem, model, selection, where, precision, micro_batch, differentiable=differentiable
+                    attempt,
+                    problem,
+                    model,
+                    selection,
+                    where,
+                    precision,
+                    micro_batch,
+                    differentiable=differentiable,
+                    spread=spread,
                 )
                 attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
                 if check:
@@ -80,6 +93,7 @@ def _opened(
     micro_batch: int | None,
     *,
     differentiable: bool,
+    spread: bool,
 ) -> Objective:
     """Build an objective whose clean-up is on ``stack``."""
     counts = problem.counts
@@ -97,7 +111,8 @@ def _opened(
         if any(precision not in (None, b.dtype) for b in weights) or _elsewhere(criterion, device, precision):
             criterion = copied(criterion, device=device, dtype=precision)
             loss = CriterionLoss(criterion)
-    batches, on_host = _placed(problem.batches, device, precision)
+    spread = spread and differentiable and device.type != "cpu"  # forward passes share directions, not examples
+    batches, on_host = _placed(problem.batches, torch.device("cpu") if spread else device, precision)
     objective = Objective(
         model,
         loss=loss if differentiable else NumberLoss(loss),
@@ -109,7 +124,7 @@ def _opened(
         device=device,
         dtype=dtype,
     )
-    objective.on_host, objective.batch_dtype = on_host, precision
+    objective.on_host, objective.batch_dtype = on_host or spread, precision
     _note_precision(objective, halves, on_host, converted=precision is not None)
     statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
     if micro_batch is not None:
@@ -147,12 +162,7 @@ def _note_precision(objective: Objective, halves: list[str], on_host: bool, *, c
             "host-batches", f"The batches do not fit on {objective.device}; they move there one at a time, slowly."
         )
     name = str(objective.dtype).removeprefix("torch.")
-    if objective.dtype in _HALF and converted:
-        objective.notify(
-            "half-precision",
-            f"Measured in {name}: about 1 % noise per Hessian product, and float16 may overflow. Prefer float32.",
-        )
-    elif halves and converted:
+    if halves and converted and objective.dtype not in _HALF:
         objective.notify("upcast", f"The model is in {', '.join(halves)}; a copy in {name} is measured.")
 
 

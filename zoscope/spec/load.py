@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from zoscope import runtime
 from zoscope.errors import SpecError
 from zoscope.problem import Problem
 from zoscope.problem.checkpoint import load_checkpoint
 from zoscope.spec.importing import existing, importable, load_file, load_module, loading, own_argv
 from zoscope.spec.which import DEFAULT_NAME, split_spec
 
+_numbers = itertools.count()  # of problems that several processes have loaded
 _MINIMAL = "problem = zoscope.Problem(model=..., batches=..., loss=...)"
 
 
@@ -51,6 +54,25 @@ def load_spec(
         UsageError: If the spec cannot be found.
         SpecError: If it cannot be loaded, or is not a problem.
     """
+    options: dict[str, Any] = {"settings": settings, "params": params, "checkpoint": checkpoint}
+    ranks = runtime.current_ranks()
+    if ranks is None:
+        return _loaded(spec, **options)
+    number = next(_numbers)
+    ranks.tell("zoscope.spec.load:follow", number, spec, options)
+    loaded = ranks.attempt(lambda: _loaded(spec, **options))
+    loaded.problem.shared = number
+    return loaded
+
+
+def follow(desk: runtime.Desk, number: int, spec: str, options: dict[str, Any]) -> None:
+    """Load on another rank what rank 0 loads."""
+    desk.problems[number] = desk.ranks.attempt(lambda: _loaded(spec, **options)).problem
+
+
+def _loaded(
+    spec: str, *, settings: Mapping[str, Any] | None, params: str | None, checkpoint: Path | None
+) -> LoadedSpec:
     target, name, named = split_spec(spec)
     source = existing(target) if isinstance(target, Path) else None
     folder = source.parent if source is not None else Path.cwd()

@@ -1,0 +1,262 @@
+"""A prepared problem on several ranks: each holds the same parameters and evaluates its own part of the examples."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoscope import runtime
+from zoscope.errors import SpecError
+from zoscope.problem import nest
+from zoscope.problem.session import prepared_here
+
+if TYPE_CHECKING:
+    from zoscope.problem.core import Problem
+    from zoscope.problem.objective import Objective, Shard
+
+CUT_WORK = 10_000_000
+"""Parameters times examples from which a single batch is cut for the ranks; below it does not pay."""
+
+_numbers = itertools.count()
+
+
+@contextmanager
+def prepared(problem: Problem, **options: Any) -> Iterator[Objective]:
+    """Implements :meth:`zoscope.Problem.prepare`: here, and on the other ranks of a job that know the problem."""
+    ranks = runtime.current_ranks()
+    if ranks is None or problem.shared is None:
+        with prepared_here(problem, **options) as objective:
+            yield objective
+        return
+    number = next(_numbers)
+    ranks.tell("zoscope.problem.together:_open", number, problem.shared, problem.params, options)
+    with ExitStack() as stack:
+        objective = ranks.attempt(lambda: stack.enter_context(prepared_here(problem, spread=True, **options)))
+        objective.crew = Crew(ranks, number, objective)
+        try:
+            objective.crew.begin()
+            yield objective
+        finally:
+            if ranks.in_step:
+                ranks.tell("zoscope.problem.together:_close", number)
+
+
+@dataclass
+class Post:
+    """A prepared problem on a rank other than 0.
+
+    Args:
+        ranks: The job.
+        objective: The problem; its shards are all of rank 0's.
+        stack: Ends the session.
+        kept: What pieces of work keep for the next one.
+    """
+
+    ranks: runtime.Ranks
+    objective: Objective
+    stack: ExitStack
+    own: tuple[Shard, ...] = ()
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+def _open(desk: runtime.Desk, number: int, problem: int, params: str | None, options: dict[str, Any]) -> None:
+    subject = desk.problems[problem]
+    if subject.params != params:
+        subject = subject.with_params(params)
+    with ExitStack() as stack:
+        session = prepared_here(subject, spread=True, **{**options, "check": False})
+        objective = desk.ranks.attempt(lambda: stack.enter_context(session))
+        desk.sessions[number] = Post(desk.ranks, objective, stack.pop_all())
+
+
+def _close(desk: runtime.Desk, number: int) -> None:
+    post = desk.sessions.pop(number, None)
+    if post is not None:
+        post.stack.close()
+
+
+def _work(desk: runtime.Desk, number: int, fresh: bool, name: str, *args: Any) -> None:
+    """Take rank 0's parameters if they are new, then do the piece of work."""
+    post: Post = desk.sessions[number]
+    if fresh:
+        _receive(post.ranks, post.objective)
+    runtime.named(name)(post, *args)
+
+
+class Crew:
+    """The ranks at work on one prepared problem, as rank 0 sees them.
+
+    Args:
+        ranks: The job.
+        number: Of the session.
+        objective: The problem on rank 0.
+    """
+
+    _holder: Crew | None = None  # whose parameters the other ranks have: sessions may share a model
+
+    def __init__(self, ranks: runtime.Ranks, number: int, objective: Objective) -> None:
+        self.ranks = ranks
+        self.own: tuple[Shard, ...] = ()
+        self._number = number
+        self._objective = objective
+        self._shards: tuple[Shard, ...] = ()
+        self._sent: tuple[int, ...] = ()
+
+    def begin(self) -> None:
+        """Bring the other ranks to where this one is: the shards, every parameter and buffer."""
+        objective, size = self._objective, self.ranks.size
+        self._tell("_layout", list(objective.splits), _signature(objective))
+        self.ranks.attempt(lambda: None)
+        for tensor in _state(objective):
+            self.ranks.share(tensor)
+        self._shards = objective.shards
+        rows = max((shard.rows or 1) for shard in objective.shards)
+        few = len(objective.shards) < size and objective.indivisible is None and rows > 1
+        if few and objective.num_params * objective.num_examples >= CUT_WORK:
+            pieces = -(-size // len(objective.shards))
+            with suppress(SpecError):  # batches that cannot be cut leave some ranks idle
+                return objective.split(-(-rows // pieces))
+        return self.deal_out()
+
+    @property
+    def follows(self) -> bool:
+        """Whether the other ranks have the same shards: a caller may have put others in their place for a while."""
+        return self._objective.shards is self._shards
+
+    def split(self, micro_batch: int) -> None:
+        """Let the other ranks cut their shards as this one has."""
+        self._tell("_split", micro_batch)
+        self._shards = self._objective.shards
+        self.deal_out()
+
+    def deal_out(self) -> None:
+        """Choose which rank evaluates which shard."""
+        self.own = _dealt(self._objective, self.ranks)
+        self._tell("_take")
+
+    def work(self, name: str, *args: Any) -> None:
+        """Announce a piece of work, ``module:function``; the parameters go along where they have changed."""
+        params = self._objective.params
+        versions = tuple(p._version for p in params)
+        fresh = versions != self._sent or Crew._holder is not self
+        self.ranks.tell("zoscope.problem.together:_work", self._number, fresh, name, *args)
+        if fresh:
+            self.ranks.share(self._objective.read())
+            self._sent, Crew._holder = versions, self
+
+    def value(self) -> float:
+        """Loss over all shards."""
+        self.work("zoscope.problem.together:value")
+        return _value(self.ranks, self._objective, self.own)
+
+    def gradient(self) -> tuple[float, Tensor]:
+        """Loss and gradient over all shards."""
+        self.work("zoscope.problem.together:gradient")
+        return _gradient(self.ranks, self._objective, self.own)
+
+    def _tell(self, name: str, *args: Any) -> None:
+        self.ranks.tell(f"zoscope.problem.together:{name}", self._number, *args)
+
+
+# --- pieces of work, the same on every rank -------------------------------------------------------------------------
+
+
+def value(post: Post) -> None:
+    """This rank's part of a loss."""
+    _value(post.ranks, post.objective, post.own)
+
+
+def gradient(post: Post) -> None:
+    """This rank's part of a gradient."""
+    _gradient(post.ranks, post.objective, post.own)
+
+
+def _value(ranks: runtime.Ranks, objective: Objective, own: tuple[Shard, ...]) -> float:
+    part = ranks.attempt(lambda: objective.value_of(own))
+    return float(ranks.total(torch.tensor([part], dtype=torch.float64))[0])
+
+
+def _gradient(ranks: runtime.Ranks, objective: Objective, own: tuple[Shard, ...]) -> tuple[float, Tensor]:
+    loss, flat = ranks.attempt(lambda: objective.gradient_of(own))
+    total = ranks.total(torch.tensor([loss], dtype=torch.float64))
+    return float(total[0]), ranks.collect(flat)
+
+
+def _receive(ranks: runtime.Ranks, objective: Objective) -> None:
+    flat = torch.empty(objective.num_params, dtype=objective.read().dtype, device=objective.device)
+    objective.write(ranks.share(flat))
+
+
+def _layout(desk: runtime.Desk, number: int, splits: list[int], signature: tuple[Any, ...]) -> None:
+    post: Post = desk.sessions[number]
+    desk.ranks.attempt(lambda: _follow(post.objective, splits, signature, rank=desk.ranks.rank))
+    for tensor in _state(post.objective):
+        desk.ranks.share(tensor)
+
+
+def _follow(objective: Objective, splits: list[int], signature: tuple[Any, ...], *, rank: int) -> None:
+    for micro_batch in splits[len(objective.splits) :]:
+        objective.split(micro_batch)
+    found = _signature(objective)
+    if found == signature:
+        return
+    names = ("parameters", "batches", "data")
+    what = next(name for name, a, b in zip(names, found, signature, strict=True) if a != b)
+    raise SpecError(
+        f"The spec gives other {what} on rank {rank} than on rank 0: expected the same problem on every rank. Fix the "
+        "seeds of what it draws, and shard nothing by rank itself: zoscope distributes the batches."
+    )
+
+
+def _signature(objective: Objective) -> tuple[Any, ...]:
+    """What tells two problems apart at little cost: names and shapes, examples, and a few numbers of every batch."""
+    shapes = [(name, tuple(p.shape)) for name, p in zip(objective.names, objective.params, strict=True)]
+    counts = [(shard.examples, shard.rows) for shard in objective.shards]
+    return shapes, counts, [_checksum(shard.batch) for shard in objective.shards]
+
+
+def _checksum(batch: Any) -> int:
+    found = 0
+    for item in nest.leaves(batch):
+        values = item.detach().cpu() if isinstance(item, Tensor) and item.layout == torch.strided else item
+        if isinstance(values, (Tensor, np.ndarray)) and not getattr(values, "is_nested", False):
+            flat = torch.as_tensor(values).reshape(-1)
+            sample = flat[:: max(1, len(flat) // 64)].to(torch.float64)
+            found = zlib.crc32(sample.numpy().tobytes(), found)
+    return found
+
+
+def _split(desk: runtime.Desk, number: int, micro_batch: int) -> None:
+    desk.sessions[number].objective.split(micro_batch)
+
+
+def _take(desk: runtime.Desk, number: int) -> None:
+    post: Post = desk.sessions[number]
+    post.own = _dealt(post.objective, post.ranks)
+
+
+def _dealt(objective: Objective, ranks: runtime.Ranks) -> tuple[Shard, ...]:
+    """The shards of this rank, on the device: the largest first, each to the rank with the fewest examples so far."""
+    loads, own = [0] * ranks.size, []
+    for index in sorted(range(len(objective.shards)), key=lambda i: -objective.shards[i].examples):
+        rank = loads.index(min(loads))
+        loads[rank] += objective.shards[index].examples
+        if rank == ranks.rank:
+            own.append(index)
+    return tuple(objective.placed(objective.shards[index]) for index in sorted(own))
+
+
+def _state(objective: Objective) -> list[Tensor]:
+    """Everything that a loss may depend on, in one order."""
+    found: dict[int, Tensor] = {}
+    for tensor in (*objective.model.parameters(), *objective.model.buffers()):
+        found.setdefault(id(tensor), tensor.detach())
+    return [tensor for tensor in found.values() if tensor.layout == torch.strided]
