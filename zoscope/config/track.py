@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoscope.config.build import absolute_spec
 from zoscope.config.keys import CURVATURE, ESTIMATOR, OPTIMIZER, SCHEDULE
-from zoscope.config.kinds import Arguments, Choice, Integer, Number, Regex, Schema, Text
+from zoscope.config.kinds import Arguments, Choice, Integer, Kind, Number, Regex, Schema, Text, plain
 from zoscope.config.load import shown_path
-from zoscope.config.located import ConfigError, InvalidError, Located, suggest
-from zoscope.config.schedule import Schedule, StepSizes, parse_step_sizes, step_sizes
+from zoscope.config.located import ConfigError, InvalidError, Issue, Located, suggest
+from zoscope.config.schedule import Piecewise, Schedule, StepSizes, parse_step_sizes, step_sizes
 from zoscope.config.sections import Key, Section
 from zoscope.config.yaml_reader import read_yaml
 from zoscope.errors import UsageError
@@ -73,6 +74,44 @@ def _taken(section: Section, *names: str) -> tuple[Key, ...]:
     return tuple(key for key in section.keys if key.name in names)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Names of options, each with a list of values; ``set.NAME`` is an argument of the spec."""
+
+    def read(self, node: Located, name: str) -> dict[str, list[Any]]:
+        if not isinstance(node.value, Mapping) or not node.value:
+            raise InvalidError.at(
+                node, f"{name} must be a mapping of options to lists of values, got {node.described}."
+            )
+        issues: list[Issue] = []
+        for key, entry in node.value.items():
+            try:
+                _check_axis(key, entry, name)
+            except InvalidError as error:
+                issues.extend(error.issues)
+        if issues:
+            raise InvalidError(issues)
+        return {key: plain(entry) for key, entry in node.value.items()}
+
+    def schema(self) -> Schema:
+        return {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}, "minProperties": 1}
+
+
+def _check_axis(key: str, entry: Located, name: str) -> None:
+    if not isinstance(entry.value, tuple) or not entry.value:
+        raise InvalidError.at(entry, f"{name}.{key} must be a list of values, got {entry.described}.")
+    if key.startswith(SETTING) and key.removeprefix(SETTING).isidentifier():
+        return
+    if key not in KINDS or key in FIXED:
+        raise InvalidError.at(entry, f"{name} has {key!r}, which cannot be varied. {suggest(key, _varied())}")
+    for item in entry.value:
+        KINDS[key].read(item, f"{name}.{key}")
+
+
+def _varied() -> list[str]:
+    return [key for key in KINDS if key not in FIXED]
+
+
 TRACK = Section(
     (
         Key("spec", Text(), "path/to/model.py[:name] or package.module:name; paths are relative to this file."),
@@ -100,12 +139,15 @@ TRACK = Section(
             "auto",
         ),
         Key("run", Text(), "Folder of the run, relative to the working folder."),
-        Key("sweep", Arguments(), "Options with lists of values; one run for each combination."),
+        Key("sweep", Grid(), "Options with lists of values; one run for each combination."),
     ),
     free_prefix="x-",
 )
 
-KINDS = {key.name: key.kind for key in TRACK.keys}
+KINDS: dict[str, Kind] = {key.name: key.kind for key in TRACK.keys}
+SETTING = "set."
+FIXED = ("set", "run", "sweep")
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z")
 
 
 def read_track_config(file: Path) -> dict[str, Any]:
@@ -156,6 +198,70 @@ def read_track_option(name: str, value: object) -> Any:
         return KINDS[name].read(_located(value), f"--{name.replace('_', '-')}")
     except InvalidError as error:
         raise UsageError(error.issues[0].message) from None
+
+
+def read_sweep(items: Sequence[str]) -> dict[str, list[Any]]:
+    """Read ``KEY=V1,V2`` options; values that hold commas are separated by ``;``.
+
+    Raises:
+        UsageError: If one has no ``=``, its key cannot be varied, or a value is wrong.
+    """
+    grid: dict[str, list[Any]] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not text:
+            raise UsageError(f"--sweep {item!r}: expected an option and its values, such as beta=0,0.5,0.9.")
+        key = key.strip().replace("-", "_")
+        if key in grid:
+            raise UsageError(f"--sweep: {key} is given twice. Put all of its values into one.")
+        parts = text.split(";") if ";" in text else text.split(",")
+        grid[key] = [_scalar(key, part.strip()) for part in parts]
+    try:
+        Grid().read(_located(grid), "--sweep")
+    except InvalidError as error:
+        raise UsageError(error.issues[0].message) from None
+    return grid
+
+
+def _scalar(key: str, text: str) -> Any:
+    """A value of the command line as a configuration file would hold it."""
+    if key == "lr":
+        return text
+    if key == "betas":
+        return [_scalar("", part) for part in text.split(",")]
+    return float(text) if _EXPONENT.match(text) else plain(read_yaml(text)) if text else text
+
+
+def read_axis(key: str, values: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The values of an option that is varied, checked, and as text."""
+    labels = [_label(value) for value in values]
+    if key.startswith(SETTING):
+        return list(values), labels
+    checked = [read_track_option(key, value) for value in values]
+    if key == "spec":
+        checked = [absolute_spec(value, Path.cwd()) for value in checked]
+    return checked, labels
+
+
+def _label(value: Any) -> str:
+    return (
+        ",".join(map(_label, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as a configuration file holds them."""
+
+    def written(value: Any) -> Any:
+        if isinstance(value, Schedule | Piecewise):
+            return value.to_config()
+        return list(value) if isinstance(value, tuple) else value
+
+    return {key: written(value) for key, value in values.items() if value is not None}
 
 
 def _located(value: object) -> Located:

@@ -40,7 +40,9 @@ class TrackReport:
         yield header(result)
         if result.records:
             shown = thinned(result.records)
-            remark = "" if len(shown) == len(result.records) else f"{len(shown)} of {count(len(result.records))}"
+            remark = f"the term is {term_name(result)}"
+            if len(shown) < len(result.records):
+                remark = f"{len(shown)} of {count(len(result.records))}; {remark}"
             yield heading("Measurements", remark)
             yield table(result, shown)
         yield Text()
@@ -85,7 +87,7 @@ def thinned(records: Sequence[Record], most: int = MOST_ROWS) -> list[Record]:
 
 def table(result: TrackResult, records: Sequence[Record]) -> Table:
     """One row per measurement."""
-    columns = number_table("step", "loss", "η", "trace", "λ_max", "lower", term_name(result), "upper", "η*", "η/η*")
+    columns = number_table("step", "loss", "η", "trace", "λ_max", "lower", "term", "upper", "η*", "η/η*")
     for record in records:
         columns.add_row(
             count(record.step),
@@ -114,6 +116,16 @@ def term_name(result: TrackResult) -> str:
     return {"gdm": "2(1+β)/η", "adam": "2(1+β₁)/((1−β₁)η)"}.get(result.optimizer, "2/η")
 
 
+def _band(result: TrackResult) -> str:
+    term, band = term_name(result), result.band
+    if band.since is None:
+        return f"not reached: {term} stays above 1.1 upper"
+    return (
+        f"{term} within [0.9 lower, 1.1 upper] at {band.inside} of {band.of} measurements since step "
+        f"{count(band.since)}, where the curvature reached it"
+    )
+
+
 def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
     """How it ended and what it cost."""
     yield (
@@ -121,9 +133,7 @@ def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
         Text(result.status, style=STATUS_STYLES.get(result.status, "bold yellow"))
         + Text(f": {result.reason}", style="default"),
     )
-    inside, known = result.band
-    if known:
-        yield "in the band", f"{inside} of {known} measurements have {term_name(result)} within [0.9 lower, 1.1 upper]"
+    yield "band", _band(result)
     share = f"{result.measuring_seconds / result.seconds:.0%}" if result.seconds > 0 else MISSING
     per = f" ({count(result.num_hvps / len(result.records))} each)" if result.records else ""
     yield "measuring", f"every {count(result.every)} steps, {count(result.num_hvps)} HVPs{per}, {share} of the time"

@@ -38,6 +38,9 @@ class Observer(Protocol):
     def stepped(self, step: int, loss: float) -> None:
         """``step`` steps are done; the last one saw ``loss``."""
 
+    def measuring(self, step: int) -> None:
+        """A measurement begins."""
+
     def measured(self, record: Record) -> None:
         """A measurement was made and kept."""
 
@@ -180,6 +183,8 @@ class Run:
 
     def _measure(self) -> tuple[Status, str] | None:
         """Measure, keep, and see whether that ends the run."""
+        for observer in self.observers:
+            observer.measuring(self.step)
         began = time.perf_counter()
         record = self.measurer.at(self._moment())
         record = replace(record, metrics=self.objective.metrics()) if hasattr(self.objective, "metrics") else record

@@ -95,6 +95,11 @@ class Record:
             return None
         return 0.9 * self.lower <= self.threshold <= 1.1 * self.upper
 
+    @property
+    def reaches_edge(self) -> bool:
+        """Whether the curvature has risen to what the step size allows: ``threshold ≤ 1.1 upper``."""
+        return self.threshold is not None and self.upper is not None and self.threshold <= 1.1 * self.upper
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object; never NaN or Infinity."""
         return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,35 @@ SCHEMA = "zoscope.track/1"
 Status = Literal["finished", "target", "diverged", "time", "interrupted"]
 OVER: tuple[str, ...] = ("finished", "target", "diverged")
 """How a run ends that cannot go on; the others can be resumed."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """How often the threshold term lies in ``[0.9 lower, 1.1 upper]`` once the curvature has risen to it.
+
+    Args:
+        inside: Measurements inside.
+        of: Measurements since the first one with ``threshold ≤ 1.1 upper``.
+        since: Step of that one; ``None`` where the edge was never reached.
+    """
+
+    inside: int
+    of: int
+    since: int | None
+
+    @property
+    def share(self) -> float | None:
+        """Their ratio."""
+        return self.inside / self.of if self.of else None
+
+
+def band_of(records: Sequence[Record]) -> Band:
+    """See `Band`."""
+    known = [record for record in records if record.in_band is not None]
+    reached = next((n for n, record in enumerate(known) if record.reaches_edge), None)
+    if reached is None:
+        return Band(0, 0, None)
+    return Band(sum(bool(record.in_band) for record in known[reached:]), len(known) - reached, known[reached].step)
 
 
 @dataclass(frozen=True)
@@ -75,10 +104,9 @@ class TrackResult:
         return sum(record.num_hvps for record in self.records)
 
     @property
-    def band(self) -> tuple[int, int]:
-        """How many measurements have their threshold term in ``[0.9 lower, 1.1 upper]``, and of how many."""
-        known = [record.in_band for record in self.records if record.in_band is not None]
-        return sum(known), len(known)
+    def band(self) -> Band:
+        """How many measurements lie in the band, from the first one on that reached it."""
+        return band_of(self.records)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -87,7 +115,7 @@ class TrackResult:
 
     def summary(self) -> dict[str, Any]:
         """The document without its measurements, as ``summary.json`` holds it."""
-        inside, known = self.band
+        band = self.band
         last = self.records[-1] if self.records else None
         return {
             "schema": SCHEMA,
@@ -100,7 +128,7 @@ class TrackResult:
             "loss": None if last is None else number(last.loss),
             "every": self.every,
             "measurements": len(self.records),
-            "in_band": {"inside": inside, "of": known, "share": inside / known if known else None},
+            "in_band": {"inside": band.inside, "of": band.of, "share": band.share, "since": band.since},
             "num_hvps": self.num_hvps,
             "seconds": number(self.seconds),
             "measuring_seconds": number(self.measuring_seconds),
