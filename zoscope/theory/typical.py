@@ -24,6 +24,63 @@ BULK = 128
 """Nodes into which the other eigenvalues are gathered."""
 
 
+def exit_times(
+    spectrum: Spectrum,
+    gradient: GradientMeasure,
+    *,
+    rise: float,
+    lr: float,
+    steps: int,
+    rule: UpdateRule,
+    moments: EstimatorMoments = GAUSSIAN,
+    runs: int = 64,
+    share: float = 1.0,
+    seed: int = 0,
+) -> Array:
+    """Steps after which single runs of the quadratic model have risen by ``rise``.
+
+    The mean of the loss over all runs (``predicted_loss``) is carried by rare ones where few eigenvalues dominate: a
+    typical run stays in the valley for longer. Here the large eigenvalues are followed singly, each with its own random
+    projection ``u_i``, and share the scalar ``s = uᵀ(ḡ + Hδ)`` of the step; the bulk, whose many projections average
+    themselves out, enters by its second moments. The mean path is that of ``predicted_loss``, taken as independent of
+    the ``u_i``; so are the fluctuations of ``ḡᵀδ``, which the loss leaves out.
+
+    Args:
+        spectrum: All of M or its positive part; nodes ``(n,)`` in loss/param², weights ``(n,)``.
+        gradient: Spectral measure of the gradient in M.
+        rise: How far its loss has to rise above that at the start for a run to have left, > 0.
+        lr: Step size in param²/loss.
+        steps: Longest run, ≥ 1.
+        rule: Update rule.
+        moments: Constants of the estimator.
+        runs: Number of simulated runs.
+        share: Stop as soon as this share of them has left.
+        seed: Of the simulation.
+
+    Returns:
+        ``(runs,)`` ascending; ``inf`` for runs that had not left at the end.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: derived in the README's theory section.
+    """
+    require_positive("rise", rise)
+    require_positive("lr", lr)
+    require_count("steps", steps)
+    simulation = _Simulation(
+        spectrum, gradient, eta=rule.lr_scale * lr, rule=rule, moments=moments, runs=runs, seed=seed
+    )
+    times = np.full(runs, math.inf)
+    with np.errstate(over="ignore", invalid="ignore"):  # a run that blows up overflows; not finite counts as risen
+        for step in range(1, steps + 1):
+            risen = ~(simulation.step() < rise)
+            times[risen] = np.minimum(times[risen], step)
+            if np.isfinite(times).sum() >= share * runs:
+                break
+    return np.sort(times)
+
+
 def typical_doubling_time(
     spectrum: Spectrum,
     gradient: GradientMeasure,
@@ -38,15 +95,9 @@ def typical_doubling_time(
 ) -> float:
     """Median step after which the loss of the quadratic model has risen by its own size.
 
-    The mean of the loss over all runs (``predicted_loss``) is carried by rare ones where few eigenvalues dominate: a
-    typical run stays in the valley for longer. Here the large eigenvalues are followed singly, each with its own random
-    projection ``u_i``, and share the scalar ``s = uᵀ(ḡ + Hδ)`` of the step; the bulk, whose many projections average
-    themselves out, enters by its second moments. The mean path is that of ``predicted_loss``, taken as independent of
-    the ``u_i``; so are the fluctuations of ``ḡᵀδ``, which the loss leaves out.
-
     Args:
-        spectrum: All of M or its positive part; nodes ``(n,)`` in loss/param², weights ``(n,)``.
-        gradient: Spectral measure of the gradient in M.
+        spectrum: As in ``exit_times``.
+        gradient: As in ``exit_times``.
         loss: Loss at the start, not 0.
         lr: Step size in param²/loss.
         steps: Longest run, ≥ 1.
@@ -65,18 +116,19 @@ def typical_doubling_time(
     Source: derived in the README's theory section.
     """
     require_finite("loss", loss)
-    require_positive("lr", lr)
-    require_count("steps", steps)
-    simulation = _Simulation(
-        spectrum, gradient, eta=rule.lr_scale * lr, rule=rule, moments=moments, runs=runs, seed=seed
+    times = exit_times(
+        spectrum,
+        gradient,
+        rise=abs(loss),
+        lr=lr,
+        steps=steps,
+        rule=rule,
+        moments=moments,
+        runs=runs,
+        share=0.5,
+        seed=seed,
     )
-    risen = np.zeros(runs, dtype=bool)
-    with np.errstate(over="ignore", invalid="ignore"):  # a run that blows up overflows; not finite counts as risen
-        for step in range(1, steps + 1):
-            risen |= ~(simulation.step() < abs(loss))
-            if 2 * risen.sum() >= runs:
-                return float(step)
-    return math.inf
+    return float(times[(runs + 1) // 2 - 1])
 
 
 class _Simulation:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoscope.analysis.probing.typical import exit_steps
 from zoscope.theory.curve import GradientMeasure, predicted_loss
 from zoscope.theory.growth import steps_to_grow
+from zoscope.theory.typical import exit_times
 
 if TYPE_CHECKING:
     from zoscope.analysis.probing.request import ProbeRequest
@@ -58,26 +58,25 @@ def steps_needed(
         return request.max_steps, False
     steps = math.ceil(grown)
     longest = min(20 * steps, request.max_steps, LONGEST_CURVE)
-    if gradient is not None and longest > steps:
-        exits = exit_steps(
-            spectrum,
+    if gradient is None or longest <= steps:
+        return steps, False
+    if moments.b == 0:
+        curve = predicted_loss(positive, gradient, loss=loss, lr=lr, steps=longest, rule=rule, moments=moments)
+        exits = np.append(np.flatnonzero(curve > left), math.inf)[:1]
+    else:
+        exits = exit_times(
+            positive,
             gradient,
-            rule=rule,
-            estimator=request.estimator,
+            rise=left - loss,
             lr=lr,
-            loss=loss,
-            left=left,
             steps=longest,
+            rule=rule,
+            moments=moments,
             seed=request.measure.seed,
         )
-        if exits is not None:
-            shows = float(np.quantile(exits, TYPICAL_SHARE, method="higher"))
-            survives = bool(np.isfinite(exits).mean() < SURVIVAL)
-            return max(steps, math.ceil(1.25 * min(shows, longest))), survives
-        curve = predicted_loss(positive, gradient, loss=loss, lr=lr, steps=longest, rule=rule, moments=moments)
-        beyond = np.flatnonzero(curve > left)
-        steps = max(steps, math.ceil(1.5 * (longest if beyond.size == 0 else int(beyond[0]))))
-    return steps, False
+    shows = float(np.quantile(exits, TYPICAL_SHARE, method="higher"))
+    survives = bool(np.isfinite(exits).mean() < SURVIVAL)
+    return max(steps, math.ceil(1.25 * min(shows, longest))), survives
 
 
 def left_above(
