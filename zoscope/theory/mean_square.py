@@ -136,7 +136,7 @@ class StabilityCondition:
             return self._infinite_threshold(part)
         if self.moments.b == 0 or part.frobenius_sq <= 0:
             return math.inf
-        return _first_crossing(lambda lr: self.total_feedback(part, lr), guess=self._guess(part))
+        return first_crossing(lambda lr: self.total_feedback(part, lr), guess=self._guess(part))
 
     def _infinite_threshold(self, part: Spectrum) -> float:
         if min(part.trace, part.frobenius_sq) <= 0:
@@ -149,7 +149,7 @@ class StabilityCondition:
         if self.moments.b == 0 or (gains.own <= 0 and self.total_feedback(part, limit) < 1):
             return limit
         lower = tight_bounds(part.trace, part.frobenius_sq, largest, rule=self.rule, moments=self.moments).lower
-        return min(limit, _first_crossing(lambda lr: self.total_feedback(part, lr), guess=lower))
+        return min(limit, first_crossing(lambda lr: self.total_feedback(part, lr), guess=lower))
 
     def _guess(self, part: Spectrum) -> float:
         """A step size near the threshold: that without momentum, where the effective step is ``lr_scale·lr/(1-β)``."""
@@ -254,7 +254,7 @@ def time_to_blow_up(
     return float(late)
 
 
-def _first_crossing(total: Callable[[float], float], *, guess: float) -> float:
+def first_crossing(total: Callable[[float], float], *, guess: float) -> float:
     """Root of ``total(lr) = 1``, from a guess; ``inf`` when there is none below the largest float.
 
     Secant steps on ``log total`` in ``log lr``, kept inside the bracket seen so far. That curve is nearly a straight

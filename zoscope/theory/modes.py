@@ -39,24 +39,45 @@ def _change(z: Array, *, momentum: float, a: float) -> Array:
 
 def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments) -> Array:
     """``φ = b z² Σ_{τ≥0} k(τ) = b(1+β) z / (2(1-β²) - c z)``, ``(n,)``, for ``z ≥ 0``; ``inf`` from the pole on."""
-    beta = momentum
-    own = (1 - beta) + (1 + beta) * (moments.a - 1)
-    gap = 2 * (1 - beta**2) - own * z
     result = np.full_like(z, np.inf)
-    np.divide(moments.b * (1 + beta) * z, gap, out=result, where=gap > 0)
+    gap = _gap(z, momentum=momentum, a=moments.a)
+    np.divide(moments.b * (1 + momentum) * z, gap, out=result, where=gap > 0)
     return result
+
+
+def infinite_response(z: Array, *, momentum: float, a: float) -> Array:
+    """``Σ_{τ≥0} k(τ) = (1+β) / (z (2(1-β²) - c z))``, ``(n,)``, for ``z ≥ 0``; ``inf`` at 0 and from the pole on."""
+    result = np.full_like(z, np.inf)
+    gap = z * _gap(z, momentum=momentum, a=a)
+    np.divide(1 + momentum, gap, out=result, where=gap > 0)
+    return result
+
+
+def _gap(z: Array, *, momentum: float, a: float) -> Array:
+    own = (1 - momentum) + (1 + momentum) * (a - 1)
+    gap: Array = 2 * (1 - momentum**2) - own * z
+    return gap
 
 
 def horizon_feedback(z: Array, steps: int, *, momentum: float, moments: EstimatorMoments) -> Array:
     """``φ = b z² Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape ``(n,)``."""
     # An unstable mode overflows on a long horizon: that is infinite feedback, and so is the inf - inf that may follow.
     with np.errstate(over="ignore", invalid="ignore"):
-        if momentum == 0:
-            total = geometric_sum(z * (moments.a * z - 2), steps)
-        else:
-            total = _response_sum(_change(z, momentum=momentum, a=moments.a), steps)
-        feedback = moments.b * z**2 * total
+        feedback = moments.b * z**2 * _horizon_sum(z, steps, momentum=momentum, a=moments.a)
     return np.where(np.isnan(feedback), np.inf, feedback)
+
+
+def horizon_response(z: Array, steps: int, *, momentum: float, a: float) -> Array:
+    """``Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape ``(n,)``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        response = _horizon_sum(z, steps, momentum=momentum, a=a)
+    return np.where(np.isnan(response), np.inf, response)
+
+
+def _horizon_sum(z: Array, steps: int, *, momentum: float, a: float) -> Array:
+    if momentum == 0:
+        return geometric_sum(z * (a * z - 2), steps)
+    return _response_sum(_change(z, momentum=momentum, a=a), steps)
 
 
 def geometric_sum(excess: Array, steps: int) -> Array:
