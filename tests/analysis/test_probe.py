@@ -217,3 +217,12 @@ def test_random_batches_run_and_are_said():
     problem = zoscope.Problem.from_criterion(model, [(x, y)], nn.MSELoss())
     result = probe(problem, batch_size=8, steps=10, replicas=2)
     assert "mini-batch" in {notice.code for notice in result.warnings}
+
+
+def test_a_tiny_loss_is_judged_by_its_own_scale():
+    basis, _ = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    matrix = (basis * torch.linspace(0.5, 1.5, 60, dtype=torch.float64)) @ basis.T
+    start = 1e-6 * torch.ones(60, dtype=torch.float64)  # far below μ = 1e-3: the smoothed loss is 1e6 times the loss
+    problem = zoscope.Problem.from_function(lambda x: 0.5 * x @ (matrix @ x), start)
+    result = probe(problem, ratios=(0.7, 1.4), **SHORT)
+    assert result.outcome == "confirmed", result.reason

@@ -60,7 +60,7 @@ def test_a_picture_is_written(zoscope_cli, spec, tmp_path):
         (["--mu", "nan"], "--mu"),
         (["--edge-rtol", "0"], "--edge-rtol"),
         (["--assume-threshold", "0"], "--assume-threshold"),
-        (["--plot", "missing/probe.png"], "--output"),
+        (["--plot", "missing/probe.png"], "--plot"),
         (["--batch-size", "4", "--linearized"], "--batch-size"),
         (["--threshold", "best"], "--threshold"),
     ],

@@ -178,7 +178,7 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True)
-class OptimizerOptions:
+class RuleOptions:
     """Which optimizers, their constants, and the gradient estimate that feeds them."""
 
     optimizer: Annotated[
@@ -190,9 +190,6 @@ class OptimizerOptions:
             show_default=False,
         ),
     ] = None
-    steps: Annotated[
-        int, Option(metavar="N", help="Training steps planned: the horizon.", rich_help_panel="Optimizer")
-    ] = 1000
     beta: Annotated[float, Option(help="Momentum of GDM.", rich_help_panel="Optimizer")] = 0.9
     betas: Annotated[str, Option(metavar="B1,B2", help="Both coefficients of Adam.", rich_help_panel="Optimizer")] = (
         "0.9,0.999"
@@ -217,7 +214,6 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         for name in self.optimizer or ():
             validate.choice("--optimizer", name, OPTIMIZERS)
-        validate.at_least("--steps", self.steps, 1)
         validate.momentum("--beta", self.beta)
         validate.pair("--betas", self.betas)
         validate.positive("--eps", self.eps)
@@ -233,7 +229,6 @@ class OptimizerOptions:
     def kwargs(self) -> dict[str, Any]:
         """As keyword arguments, without the optimizers themselves: one command takes several, another one."""
         return {
-            "steps": self.steps,
             "beta": self.beta,
             "betas": validate.pair("--betas", self.betas),
             "eps": self.eps,
@@ -241,6 +236,23 @@ class OptimizerOptions:
             "directions": self.directions,
             "queries": self.queries,
         }
+
+
+@dataclass(frozen=True)
+class OptimizerOptions(RuleOptions):
+    """The same with the training that is planned."""
+
+    steps: Annotated[
+        int, Option(metavar="N", help="Training steps planned: the horizon.", rich_help_panel="Optimizer")
+    ] = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate.at_least("--steps", self.steps, 1)
+
+    def kwargs(self) -> dict[str, Any]:
+        """As keyword arguments; see `RuleOptions.kwargs`."""
+        return {"steps": self.steps, **super().kwargs()}
 
 
 @dataclass(frozen=True)

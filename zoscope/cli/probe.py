@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from typer import Option
 import zoscope
 from zoscope.cli import validate
 from zoscope.cli.flatten import flatten
-from zoscope.cli.options import THRESHOLDS, MeasureOptions, OptimizerOptions, OutputOptions, ProblemOptions
+from zoscope.cli.options import THRESHOLDS, MeasureOptions, OutputOptions, ProblemOptions, RuleOptions
 from zoscope.cli.output import emit, warn
 from zoscope.cli.progress import aside, loading, visible
 from zoscope.errors import UsageError
@@ -30,17 +30,17 @@ EXIT_CODES = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
 
 
 @dataclass(frozen=True)
-class ProbedOptions(OptimizerOptions):
+class ProbedOptions(RuleOptions):
     """The optimizer, with steps that default to what a run needs."""
 
     steps: Annotated[
         str,
         Option(metavar="auto|N", help="Steps of a run; auto is what the growth takes.", rich_help_panel="Optimizer"),
-    ] = "auto"  # type: ignore[assignment]
+    ] = "auto"
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(OptimizerOptions)}
-        OptimizerOptions(**{**values, "steps": self.planned or 1})  # checks itself
+        super().__post_init__()
+        self.kwargs()
 
     @property
     def planned(self) -> int | None:
@@ -59,6 +59,10 @@ class ProbedOptions(OptimizerOptions):
         if len(names) > 1:
             raise UsageError(f"--optimizer: got {', '.join(names)}. Expected one; probe them one at a time.")
         return names[0]
+
+    def kwargs(self) -> dict[str, Any]:
+        """As keyword arguments of ``zoscope.probe``."""
+        return {"optimizer": self.name, "steps": self.planned, **super().kwargs()}
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ class RunOptions:
         from zoscope.report.probe_plot import require_matplotlib
 
         require_matplotlib()
-        check_writable(path)
+        check_writable(path, option="--plot")
 
 
 @flatten
@@ -181,8 +185,7 @@ def command(
     output: OutputOptions,
 ) -> None:
     """Short training runs on each side of the threshold: confirmed (exit 0), refuted (1) or inconclusive (3)."""
-    name = optimizer.name
-    if runs.batch_size is not None and (runs.linearized or not name.startswith("zo-")):
+    if runs.batch_size is not None and (runs.linearized or not optimizer.name.startswith("zo-")):
         raise UsageError("--batch-size is for zeroth-order runs on the loss itself. Leave it out here.")
     with loading(quiet=output.quiet):
         loaded = problem.load()
@@ -193,12 +196,11 @@ def command(
         try:
             result = zoscope.probe(
                 loaded.problem,
-                optimizer=name,
                 spec=loaded.display,
                 on_progress=on_progress,
                 on_run=on_run,
                 **runs.kwargs(),
-                **{**optimizer.kwargs(), "steps": optimizer.planned},
+                **optimizer.kwargs(),
                 **measure.kwargs(),
             )
         except ProbeInterruptedError as error:

@@ -95,6 +95,8 @@ class _Rows:
     streams: list[torch.Generator]
 
     def keep(self, alive: Tensor) -> None:
+        if bool(alive.all()):
+            return
         numbers = [n for n, yes in enumerate(alive.tolist()) if yes]
         self.index = [self.index[n] for n in numbers]
         self.streams = [self.streams[n] for n in numbers]
@@ -193,18 +195,18 @@ class _Runner:
         for step in range(1, steps + 1):
             if self._limits.deadline is not None and time.perf_counter() > self._limits.deadline:
                 break
-            losses = self._advance(rows, step)
+            alive = self._advance(rows, step) <= ceiling  # not when it is NaN
             looking = step % every == 0 or step == steps
-            if looking:
+            # What a step sees is the loss smoothed over μ, which may lie far above a small loss: it only raises a doubt.
+            if looking or not bool(alive.all()):
                 losses = self._surface.values(rows.theta)
-                for n in torch.nonzero(losses <= self._limits.valley).flatten().tolist():
-                    last[rows.index[n]], last_steps[rows.index[n]] = rows.theta[n], step
-                    if moments is not None:
-                        moments[rows.index[n]] = rows.state["exp_avg_sq"][0][n]
-            alive = losses <= ceiling  # not when it is NaN
-            if looking:
-                record.add(step, rows, losses.where(alive, math.inf))
-            if not bool(alive.all()):
+                alive = losses <= ceiling
+                if looking:
+                    for n in torch.nonzero(losses <= self._limits.valley).flatten().tolist():
+                        last[rows.index[n]], last_steps[rows.index[n]] = rows.theta[n], step
+                        if moments is not None:
+                            moments[rows.index[n]] = rows.state["exp_avg_sq"][0][n]
+                    record.add(step, rows, losses.where(alive, math.inf))
                 for n in torch.nonzero(~alive).flatten().tolist():
                     left[rows.index[n]] = step
                 rows.keep(alive)

@@ -18,7 +18,7 @@ from zoscope.report.style import (
     step_range,
     step_size,
 )
-from zoscope.report.tables import grid, heading, number_table
+from zoscope.report.tables import grid, heading, lines_of, number_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -54,7 +54,7 @@ class ProbeReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Everything, top to bottom."""
         result = self.result
-        yield header(result)
+        yield header(result, width=options.max_width)
         yield heading("Predicted")
         yield predictions(result)
         if result.runs:
@@ -87,8 +87,8 @@ def optimizer_name(result: ProbeResult) -> str:
     return f"ZO-{family}" if result.optimizer.startswith("zo-") else family
 
 
-def header(result: ProbeResult) -> Text:
-    """What was probed, and what it took."""
+def header(result: ProbeResult, *, width: int) -> Text:
+    """What was probed, and what it took; lines break between facts."""
     name = Text(f"{result.spec or 'problem'}: {optimizer_name(result)}", style="bold")
     problem = result.problem
     facts = [
@@ -100,7 +100,7 @@ def header(result: ProbeResult) -> Text:
         f"{count(result.num_hvps)} HVPs",
         duration(result.seconds),
     ]
-    return name + Text("\n" + " · ".join(facts), style="default")
+    return name + Text("\n" + "\n".join(lines_of(facts, width=width)), style="default")
 
 
 def predictions(result: ProbeResult) -> Table:
