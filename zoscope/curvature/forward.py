@@ -2,18 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zoscope.curvature.measure import OnProgress
+from zoscope.curvature.party import Group, Party, exploring
 from zoscope.curvature.results import ForwardCurvature
 from zoscope.curvature.scatter import mean_of, ratio_of, variance_of
-from zoscope.curvature.stencil import Difference, Stencil
 from zoscope.curvature.steplength import choose_step
-from zoscope.errors import NumericalError, UsageError
+from zoscope.errors import UsageError
 from zoscope.problem import Objective
 from zoscope.theory.spectrum import Estimate
 
@@ -36,23 +35,6 @@ ForwardPrecision = Callable[[ForwardCurvature], float]
 """Largest relative 95 % half-width among the quantities wanted."""
 
 _Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Some directions and the stencil along the gradient estimate that they make.
-
-    Args:
-        slopes: ``uᵀg``, ``(q,)``.
-        curvatures: ``uᵀHu``, ``(q,)``.
-        checks: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of h/2, h and 2h, ``(2, 3, c)``.
-        along_gradient: An unbiased estimate of ``gᵀHg``.
-    """
-
-    slopes: _Array
-    curvatures: _Array
-    checks: _Array
-    along_gradient: float
 
 
 def measure_forward(
@@ -95,64 +77,50 @@ def measure_forward(
             f"--max-hvps {max_hvps}: --curvature forward needs at least {LEAST_DIRECTIONS} directions to put error "
             "bars on its numbers."
         )
-    return _Forward(objective, precision or _of_trace, rtol=rtol, budget=max_hvps, seed=seed).run(on_progress)
+    with exploring(objective, seed=seed) as party:
+        return _Forward(party, precision or _of_trace, rtol=rtol, budget=max_hvps).run(on_progress)
 
 
 class _Forward:
-    def __init__(
-        self, objective: Objective, precision: ForwardPrecision, *, rtol: float, budget: int, seed: int
-    ) -> None:
+    def __init__(self, party: Party, precision: ForwardPrecision, *, rtol: float, budget: int) -> None:
         self._started = time.perf_counter()
-        self._stencil = Stencil(objective, seed=seed)
+        self._party = party
         self._precision = precision
         self._rtol = rtol
         self._budget = budget
         self._spent = 0
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
 
     def run(self, on_progress: OnProgress | None) -> ForwardCurvature:
         pilots = PILOTS if self._budget >= 100 else 2
-        directions = [self._stencil.direction() for _ in range(pilots)]
-        h, self._spent = choose_step(self._stencil, directions, tolerance=self._rtol / 20, budget=self._budget // 4)
+        h, self._spent = choose_step(
+            self._party.pilots(pilots),
+            start=self._party.first_step,
+            tolerance=self._rtol / 20,
+            budget=self._budget // 4,
+        )
         left = self._budget - self._spent
         checks = CHECKS if self._budget >= 100 else 1
         size = min(GROUP, left // LEAST_GROUPS - 2 * checks - 1)
         cost = size + 2 * checks + 1
-        while True:
-            self._groups.append(self._group(size, checks, h))
+        for group in self._party.groups(size, first=pilots, checks=checks, h=h, most=left // cost):
+            self._groups.append(group)
             self._spent += cost
             enough = len(self._groups) >= LEAST_GROUPS
             result = self._result(h) if enough else None
             reached = self._precision(result) if result is not None else None
             if on_progress is not None:
                 on_progress("directions", self._spent, reached)
-            over = self._spent + cost > self._budget
-            if result is not None and reached is not None and (reached <= self._rtol or over):
-                return result
-
-    def _group(self, size: int, checks: int, h: float) -> _Group:
-        stencil = self._stencil
-        directions = [stencil.direction() for _ in range(size)]
-        found = [_finite(stencil.along(u, h), h) for u in directions]
-        slopes, curvatures = _columns(found)
-        half, double = (
-            _columns([_finite(stencil.along(u, step), step) for u in directions[:checks]]) for step in (h / 2, 2 * h)
-        )
-        checked = np.stack([half, np.stack([slopes, curvatures])[:, :checks], double], axis=1)
-        norm = float(np.linalg.norm(slopes))
-        pairs = 0.0
-        if norm > 0:
-            c = slopes / norm  # a sum with weights of norm 1 is as long as a direction, so that h suits it too
-            whole = _finite(stencil.along(stencil.combination(directions, c.tolist()), h), h).curvature
-            pairs = norm**2 * (whole - float(c**2 @ curvatures)) / (size * (size - 1))
-        return _Group(slopes, curvatures, checked, pairs)
+            if reached is not None and reached <= self._rtol:
+                break
+        return self._result(h)
 
     def _result(self, h: float) -> ForwardCurvature:
         groups = self._groups
         slopes, curvatures = np.concatenate([g.slopes for g in groups]), np.concatenate([g.curvatures for g in groups])
         tilts, bends = np.concatenate([g.checks for g in groups], axis=2)  # slopes and curvatures, (3, c) each
         # All directions share the loss at θ, whose rounding no comparison between them shows in full.
-        shift = _doubt(bends.mean(axis=1), power=2) + self._stencil.resolution / h**2
+        shift = _doubt(bends.mean(axis=1), power=2) + self._party.stencil.resolution / h**2
         foreign = _doubt((tilts**2).mean(axis=1), power=4)
         trace, variance, gradient_sq = mean_of(curvatures), variance_of(curvatures), mean_of(slopes**2)
         change = bends[2] - bends[1]
@@ -170,12 +138,12 @@ class _Forward:
             frobenius_sq=Estimate(variance.value / 2, variance.stderr / 2, spread),
             gradient_sq=Estimate(gradient_sq.value, gradient_sq.stderr, foreign),
             rayleigh=rayleigh,
-            loss=self._stencil.loss,
+            loss=self._party.stencil.loss,
             indefinite=bool((curvatures < -np.abs(bends[0] - bends[2]).max()).any()),
             step=h,
             disagreement=shift / abs(trace.value) if trace.value != 0 else math.inf,
             num_hvps=self._spent,
-            num_evaluations=self._stencil.evaluations,
+            num_evaluations=self._party.stencil.centres + 2 * self._spent,
             seconds=time.perf_counter() - self._started,
         )
 
@@ -198,17 +166,3 @@ def _doubt(means: _Array, *, power: int) -> float:
     growth, fall = 2.0**power, 0.25
     system = [[1 / growth - 1, 1 / fall - 1], [growth - 1, fall - 1]]
     return float(np.abs(np.linalg.solve(system, means[[0, 2]] - means[1])).sum())
-
-
-def _columns(found: Sequence[Difference]) -> _Array:
-    return np.array([[d.slope for d in found], [d.curvature for d in found]])
-
-
-def _finite(difference: Difference, h: float) -> Difference:
-    if not (math.isfinite(difference.slope) and math.isfinite(difference.curvature)):
-        raise NumericalError(
-            f"The loss is not finite at a distance of {h:.2g} along a random direction: expected finite losses around "
-            "the given parameters. The loss may overflow or leave its domain there; measure at another point, in "
-            "--dtype float64, or restrict --params."
-        )
-    return difference

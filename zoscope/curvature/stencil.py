@@ -129,14 +129,15 @@ class Stencil:
     Attributes:
         loss: ``f₀``.
         evaluations: Losses of the whole problem computed so far.
+        centres: How many of them were f₀.
     """
 
     def __init__(self, objective: Objective, *, seed: int) -> None:
         size = min(max(objective.num_params // BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
-        self.evaluations = 0
+        self.evaluations = self.centres = 0
         self._objective = objective
         self._blocks = partition(objective.params, block_size=size)
-        self._seeds = np.random.SeedSequence(seed)
+        self._seed, self._next = seed, 0
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._originals: Originals | None = None
         wide = all(p.dtype in (torch.float32, torch.float64) for p in objective.params)
@@ -144,7 +145,7 @@ class Stencil:
             self._originals = Originals([piece for block in self._blocks for piece in block.pieces])
         self._keep = self._originals is not None and objective.num_params <= KEPT_SIZE
         self._perturbations: dict[float, Perturbation] = {}
-        self.loss = self._value()
+        self.loss = self._centre()
         with torch.no_grad():
             self._precision = torch.finfo(objective.loss(objective.shards[0]).dtype).eps
 
@@ -172,9 +173,11 @@ class Stencil:
         directions = 4 * KEPT_GROUP * self._objective.num_params if self._keep else 0
         return 2 * largest + directions + (0 if self._originals is None else self._originals.in_memory)
 
-    def direction(self) -> Direction:
-        """The next direction."""
-        generator = new_generator(self._seeds.spawn(1)[0], self._objective.device)
+    def direction(self, number: int | None = None) -> Direction:
+        """The direction of a number, always the same for one seed; the next one where it is left out."""
+        if number is None:
+            number, self._next = self._next, self._next + 1
+        generator = new_generator(np.random.SeedSequence(self._seed, spawn_key=(number,)), self._objective.device)
         return Direction(self._blocks, generator, law="gaussian", keep=self._keep, buffers=self._buffers)
 
     def combination(self, directions: Sequence[Direction], coefficients: Sequence[float]) -> Combination:
@@ -210,6 +213,10 @@ class Stencil:
             perturbation.minus(index, direction.part(index))
             perturbation.restore(index, direction.part(index), sign=-1)
 
+    def reach(self, h: float) -> None:
+        """Get ready for steps of ``h``, which may move θ to a grid."""
+        self._at(h)
+
     def _at(self, h: float) -> Perturbation:
         if h not in self._perturbations:
             if self._originals is not None:
@@ -219,8 +226,12 @@ class Stencil:
                 self._perturbations[h] = FixedPoint(self._blocks, mu=h)
                 self._perturbations[h].begin()
                 if coarser:  # the grid of this h moves θ by a rounding error; a finer one contains it
-                    self.loss = self._value()
+                    self.loss = self._centre()
         return self._perturbations[h]
+
+    def _centre(self) -> float:
+        self.centres += 1
+        return self._value()
 
     def _value(self) -> float:
         """The loss; halves the micro-batch when memory runs out."""

@@ -1,14 +1,16 @@
 """How far to step for a second difference: far enough for rounding, near enough for the quadratic model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zoscope.curvature.stencil import Stencil, Walk
+from zoscope.curvature.stencil import Difference
 from zoscope.errors import NumericalError
+
+Differences = Callable[[float], Sequence[Difference]]
 
 MOST_DOUBLINGS = 24
 """The search ends so many factors of two away from its start."""
@@ -18,22 +20,18 @@ MOST_DOUBLINGS = 24
 class _Trials:
     """Curvatures along a few directions at steps ``start·2^k``."""
 
-    stencil: Stencil
-    directions: Sequence[Walk]
+    differences: Differences
     start: float
+    spent: int = 0
     found: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-
-    @property
-    def spent(self) -> int:
-        return len(self.found) * len(self.directions)
 
     def step(self, k: int) -> float:
         return math.ldexp(self.start, k)
 
     def at(self, k: int) -> NDArray[np.float64]:
         if k not in self.found:
-            h = self.step(k)
-            self.found[k] = np.array([self.stencil.along(u, h).curvature for u in self.directions])
+            self.found[k] = np.array([difference.curvature for difference in self.differences(self.step(k))])
+            self.spent += len(self.found[k])
         return self.found[k]
 
     def disagreement(self, k: int) -> float:
@@ -45,16 +43,15 @@ class _Trials:
         return float(np.sqrt(np.mean((here - half) ** 2))) / scale if scale > 0 else 0.0
 
 
-def choose_step(stencil: Stencil, directions: Sequence[Walk], *, tolerance: float, budget: int) -> tuple[float, int]:
+def choose_step(differences: Differences, *, start: float, tolerance: float, budget: int) -> tuple[float, int]:
     """The step at which curvatures agree best with those at half of it.
 
     Truncation grows as h² and rounding as 1/h², four times as much at h/2, so that their balance shows as the least
-    disagreement, whatever the dtype and the curvature are. The search walks down that valley by factors of two, from
-    where both would balance for weights of the size seen and curvature that changes over that size.
+    disagreement, whatever the dtype and the curvature are. The search walks down that valley by factors of two.
 
     Args:
-        stencil: Evaluates the loss.
-        directions: Along which to compare.
+        differences: Tells for a step the differences along some directions, always the same.
+        start: Where both may balance.
         tolerance: Relative disagreement that is good enough.
         budget: Most differences to spend.
 
@@ -64,10 +61,10 @@ def choose_step(stencil: Stencil, directions: Sequence[Walk], *, tolerance: floa
     Raises:
         NumericalError: If no step gives finite losses.
     """
-    trials = _Trials(stencil, directions, stencil.typical_size * stencil.epsilon**0.25)
+    trials = _Trials(differences, start)
     k, best = 0, trials.disagreement(0)
     for sign in (1, -1):
-        while best > tolerance and abs(k) < MOST_DOUBLINGS and trials.spent + len(directions) <= budget:
+        while best > tolerance and abs(k) < MOST_DOUBLINGS and trials.spent + len(trials.at(0)) <= budget:
             value = trials.disagreement(k + sign)
             lost = math.isinf(value) and math.isinf(best) and sign < 0  # not yet where the loss is finite
             if value >= best and not lost:

@@ -1,0 +1,165 @@
+"""Directions explored by forward passes: here, or by all ranks of a job, each on directions of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zoscope.curvature.stencil import Difference, Stencil
+from zoscope.errors import NumericalError
+from zoscope.optim.directions import Direction
+from zoscope.problem import Objective
+from zoscope.problem.together import Crew, Post
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some directions and the stencil along the gradient estimate that they make.
+
+    Args:
+        slopes: ``uᵀg``, ``(q,)``.
+        curvatures: ``uᵀHu``, ``(q,)``.
+        checks: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of h/2, h and 2h, ``(2, 3, c)``.
+        along_gradient: An unbiased estimate of ``gᵀHg``.
+    """
+
+    slopes: _Array
+    curvatures: _Array
+    checks: _Array
+    along_gradient: float
+
+
+class Party:
+    """Measures along numbered directions; the answer does not depend on how many ranks share them.
+
+    Args:
+        stencil: On this rank.
+        crew: The ranks; None for this process alone.
+    """
+
+    def __init__(self, stencil: Stencil, crew: Crew | None) -> None:
+        self.stencil = stencil
+        self._crew = crew
+        self._pilots: list[Direction] = []
+
+    @property
+    def first_step(self) -> float:
+        """Where truncation and rounding would balance for weights and curvature of the usual sizes."""
+        return float(self.stencil.typical_size * self.stencil.epsilon**0.25)
+
+    def pilots(self, count: int) -> Callable[[float], list[Difference]]:
+        """What tells the differences along the first ``count`` directions for any step."""
+        return lambda h: self._all("pilots", list(range(count)), h)
+
+    def groups(self, size: int, *, first: int, checks: int, h: float, most: int) -> Iterator[Group]:
+        """Groups of ``size`` directions each, from number ``first`` on, in order; a few may be measured in vain."""
+        self._pilots.clear()
+        ahead = 1 if self._crew is None else self._crew.ranks.size
+        for start in range(0, most, ahead):
+            firsts = [first + number * size for number in range(start, min(start + ahead, most))]
+            yield from self._all("groups", firsts, h, size, checks)
+
+    def _all(self, name: str, numbers: list[int], *args: float) -> list[Any]:
+        if self._crew is None:
+            return [_WORK[name](self, number, *args) for number in numbers]
+        self._crew.work("zoscope.curvature.party:explore", name, numbers, args)
+        return _share(self, self._crew, name, numbers, args)
+
+    def pilot(self, number: int) -> Direction:
+        """One of the directions that are measured at many steps."""
+        while len(self._pilots) <= number:
+            self._pilots.append(self.stencil.direction(len(self._pilots)))
+        return self._pilots[number]
+
+
+@contextmanager
+def exploring(objective: Objective, *, seed: int) -> Iterator[Party]:
+    """A party of all ranks that hold an objective.
+
+    Args:
+        objective: Prepared with ``differentiable=False``.
+        seed: Seed of the directions.
+    """
+    crew = objective.crew
+    if crew is None or not crew.follows:
+        yield Party(Stencil(objective, seed=seed), None)
+        return
+    crew.work("zoscope.curvature.party:begin", seed)
+    objective.crew = None  # from here on a rank evaluates directions of its own, on all of the data
+    try:
+        yield Party(crew.ranks.attempt(lambda: Stencil(objective, seed=seed)), crew)
+    finally:
+        objective.crew = crew
+
+
+def begin(post: Post, seed: int) -> None:
+    """Make a stencil on another rank."""
+    post.kept["party"] = Party(post.ranks.attempt(lambda: Stencil(post.objective, seed=seed)), None)
+
+
+def explore(post: Post, name: str, numbers: list[int], args: tuple[float, ...]) -> None:
+    """The part of another rank in what a party measures."""
+    _share(post.kept["party"], post, name, numbers, args)
+
+
+def _share(party: Party, crew: Crew | Post, name: str, numbers: list[int], args: tuple[float, ...]) -> list[Any]:
+    ranks = crew.ranks
+
+    def mine() -> dict[int, Any]:
+        party.stencil.reach(args[0])  # moves θ to a grid where it is large: the same on every rank
+        return {n: _WORK[name](party, n, *args) for i, n in enumerate(numbers) if i % ranks.size == ranks.rank}
+
+    found = {number: item for part in ranks.gather(ranks.attempt(mine)) for number, item in part.items()}
+    return [found[number] for number in numbers] if ranks.leads else []
+
+
+def _pilot(party: Party, number: int, h: float) -> Difference:
+    return party.stencil.along(party.pilot(number), h)
+
+
+def _group(party: Party, first: int, h: float, size: float, checks: float) -> Group:
+    return measure_group(party.stencil, range(first, first + int(size)), checks=int(checks), h=h)
+
+
+_WORK: dict[str, Callable[..., object]] = {"pilots": _pilot, "groups": _group}
+
+
+def measure_group(stencil: Stencil, numbers: Sequence[int], *, checks: int, h: float) -> Group:
+    """One group of directions, by their numbers, of which the first ``checks`` are measured at h/2 and 2h too."""
+    size = len(numbers)
+    directions = [stencil.direction(number) for number in numbers]
+    found = [_finite(stencil.along(u, h), h) for u in directions]
+    slopes, curvatures = _columns(found)
+    half, double = (
+        _columns([_finite(stencil.along(u, step), step) for u in directions[:checks]]) for step in (h / 2, 2 * h)
+    )
+    checked = np.stack([half, np.stack([slopes, curvatures])[:, :checks], double], axis=1)
+    norm = float(np.linalg.norm(slopes))
+    pairs = 0.0
+    if norm > 0:
+        c = slopes / norm  # a sum with weights of norm 1 is as long as a direction, so that h suits it too
+        whole = _finite(stencil.along(stencil.combination(directions, c.tolist()), h), h).curvature
+        pairs = norm**2 * (whole - float(c**2 @ curvatures)) / (size * (size - 1))
+    return Group(slopes, curvatures, checked, pairs)
+
+
+def _columns(found: Sequence[Difference]) -> _Array:
+    return np.array([[d.slope for d in found], [d.curvature for d in found]])
+
+
+def _finite(difference: Difference, h: float) -> Difference:
+    if not (math.isfinite(difference.slope) and math.isfinite(difference.curvature)):
+        raise NumericalError(
+            f"The loss is not finite at a distance of {h:.2g} along a random direction: expected finite losses around "
+            "the given parameters. The loss may overflow or leave its domain there; measure at another point, in "
+            "--dtype float64, or restrict --params."
+        )
+    return difference
