@@ -1,7 +1,7 @@
 """Problem: what a user hands over."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Self, cast
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoscope.errors import SpecError
 from zoscope.problem import data
-from zoscope.problem.losses import CriterionLoss, LossFunction
+from zoscope.problem.losses import CriterionLoss, LossFunction, Metric
 from zoscope.problem.model import Selection, select, unwrapped
 from zoscope.problem.objective import Objective
 from zoscope.problem.together import prepared
@@ -31,9 +31,11 @@ class Problem:
         batch_size: Examples per batch where ``batches`` is a dataset in memory.
         batch_size_of: Number of examples of a batch, its weight in the mean. By default the leading dimension of the
             first tensor in it; a batch without tensors counts as one example.
+        metrics: Functions ``metric(model, batch)`` by name, each the mean of something over a batch, such as the
+            accuracy; `zoscope.track` follows them.
 
     Raises:
-        SpecError: If the model is not a module or the loss cannot be called.
+        SpecError: If the model is not a module, or the loss or a metric cannot be called.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Problem:
         params: str | None = None,
         batch_size: int | None = None,
         batch_size_of: Callable[[Any], int] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
@@ -56,8 +59,15 @@ class Problem:
             raise SpecError(
                 f"loss is a {type(loss).__name__}: expected a function loss(model, batch) that returns a scalar."
             )
+        for metric, function in (metrics or {}).items():
+            if not callable(function):
+                raise SpecError(
+                    f"The metric {metric!r} is a {type(function).__name__}: expected a function metric(model, batch) that "
+                    "returns a number, its mean over the batch."
+                )
         self.model = model
         self.loss = loss
+        self.metrics = dict(metrics or {})
         self.criterion: Callable[[Any, Any], Tensor] | None = None
         self.name: str | None = None
         self.params = params
@@ -77,6 +87,7 @@ class Problem:
         params: str | None = None,
         batch_size: int | None = None,
         batch_size_of: Callable[[Any], int] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> Self:
         """A problem with the loss ``criterion(model(x), y)`` over batches ``(x, y)``, which has a GGN matrix.
 
@@ -87,6 +98,7 @@ class Problem:
             params: As for :class:`Problem`.
             batch_size: As for :class:`Problem`.
             batch_size_of: As for :class:`Problem`.
+            metrics: As for :class:`Problem`.
         """
         if not callable(criterion) or isinstance(criterion, type):
             raise SpecError(
@@ -100,6 +112,7 @@ class Problem:
             params=params,
             batch_size=batch_size,
             batch_size_of=batch_size_of,
+            metrics=metrics,
         )
         problem.criterion = criterion
         return problem

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoscope.errors import SpecError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+Metric = Callable[[nn.Module, Any], Tensor | float]
 
 
 class CriterionLoss:

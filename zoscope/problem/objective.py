@@ -13,7 +13,8 @@ from torch.func import functional_call
 from zoscope.errors import SpecError
 from zoscope.problem import nest
 from zoscope.problem.data import examples_in
-from zoscope.problem.losses import LossFunction, LossModule, pair
+from zoscope.problem.losses import LossFunction, LossModule, Metric, pair
+from zoscope.problem.user_code import user_code
 
 if TYPE_CHECKING:
     from zoscope.problem.together import Crew
@@ -93,6 +94,7 @@ class Objective:
         self.indivisible: str | None = None  # why batches must not be cut, once that is known
         self.splits: list[int] = []  # micro-batches that they were cut into so far
         self.crew: Crew | None = None  # other processes that hold the same problem
+        self.metrics: Mapping[str, Metric] = {}
         self._loss = loss
         self.batch_size_of = batch_size_of
         self._sizes = [p.numel() for p in self.params]
@@ -152,6 +154,15 @@ class Objective:
             total.add_(self.flatten(grads), alpha=shard.weight)
             value += shard.weight * float(loss.detach().double())
         return value, total
+
+    @torch.no_grad()
+    def metric_values(self) -> dict[str, float]:
+        """The problem's own metrics, means over all examples; a value may be infinite or NaN."""
+        found = {}
+        for name, metric in self.metrics.items():
+            with user_code(f"The metric {name!r}", remedy="It is called as metric(model, batch) and returns a number."):
+                found[name] = sum(s.weight * float(metric(self.model, self.batch(s))) for s in self.shards)
+        return found
 
     def outputs(self, shard: Shard) -> tuple[Any, Any]:
         """``(model(x), y)`` of a shard, for problems with a criterion.

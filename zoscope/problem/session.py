@@ -124,6 +124,7 @@ def _opened(
         device=device,
         dtype=dtype,
     )
+    objective.metrics = problem.metrics
     objective.on_host, objective.batch_dtype = on_host or spread, precision
     _note_precision(objective, halves, on_host, converted=precision is not None)
     statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]

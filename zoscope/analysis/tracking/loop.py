@@ -187,7 +187,7 @@ class Run:
             observer.measuring(self.step)
         began = time.perf_counter()
         record = self.measurer.at(self._moment())
-        record = replace(record, metrics=self.objective.metrics()) if hasattr(self.objective, "metrics") else record
+        record = replace(record, metrics=self.objective.metric_values())
         self.measuring_seconds += time.perf_counter() - began
         loss = math.nan if record.loss is None else record.loss
         if math.isinf(self._limit) and math.isfinite(loss):
