@@ -27,6 +27,7 @@ ALLOWED = {
     "optim": {"problem", "runtime", "theory"},
     "analysis": {"config", "curvature", "optim", "problem", "runtime", "spec", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "theory"},
+    "integrations": {"problem", "runtime"},
 }
 FREE = {"cli", "__init__", "__main__"}
 # The only packages from outside that these rooms may see.
@@ -56,7 +57,9 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 # A result that shows itself imports its report when it is asked to, and not before.
 def shows_itself(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and (node.name == "__rich__" or node.name.startswith("_repr_"))
+    return isinstance(node, ast.FunctionDef) and (
+        node.name in ("__rich__", "__str__") or node.name.startswith("_repr_")
+    )
 
 
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:

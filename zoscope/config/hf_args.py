@@ -30,11 +30,13 @@ SCHEDULERS = {
     "cosine": "cosine",
     "cosine_with_restarts": "cosine",
     "cosine_with_min_lr": "cosine",
+    "cosine_warmup_with_min_lr": "cosine",
 }
 """``lr_scheduler_type`` and the shape that stands for it: all of them peak at ``learning_rate``."""
 
 TRAINERS = {"zo": "zo-gd", "zo_sgd": "zo-gd", "zo_sgd_mmt": "zo-gdm", "zo_adam": "zo-adam"}
-FO_OPTIMIZERS = {"sgd": "gd", "adam": "adam", "adamw": "adam", "adamw_torch": "adam", "adamw_hf": "adam"}
+ADAMW = ("torch", "torch_fused", "torch_xla", "torch_npu_fused", "anyprecision", "hf")
+FO_OPTIMIZERS = {"sgd": "gd", "adam": "adam", "adamw": "adam"} | {f"adamw_{name}": "adam" for name in ADAMW}
 MODES = ("two_side", "one_side")
 
 
