@@ -179,6 +179,9 @@ def edge_summary(edge: Edge) -> Table:
         rows.append(
             (f"to η*({count(edge.steps)})", f"{full:.3f} × (all eigenvalues), {positive:.3f} × (positive ones)")
         )
+    if edge.ratio_to_predicted is not None:
+        typical = f"{step_size(edge.predicted, digits=4)}, where half of the quadratic model's own runs diverge"
+        rows.append(("to single runs", f"{edge.ratio_to_predicted:.3f} × {typical}"))
     return grid(rows)
 
 

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from zoscope.analysis.probing import verdict as judging
 from zoscope.analysis.probing.length import steps_needed
 from zoscope.analysis.probing.results import Edge, EdgePoint, Outcome
 from zoscope.theory.growth import steps_to_grow
 from zoscope.theory.mean_square import StabilityCondition, time_to_blow_up
+from zoscope.theory.typical import exit_times
 
 if TYPE_CHECKING:
     from zoscope.analysis.probing.forecast import Forecast
     from zoscope.analysis.probing.ground import Ground
 
 FIRST_BRACKET = 1.25
-"""The first two step sizes are the prediction times and over this."""
+"""After the prediction itself, the next step size is larger or smaller by this."""
 
 AGREES = 0.15
 """How far the edge may lie from the prediction: its own spread over seeds is several percent."""
@@ -28,30 +31,62 @@ WIDEST = 64.0
 
 
 def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
-    """The forecast with steps that show an edge to within twice the tolerance, for gradients to within half of it.
+    """The forecast with steps that show an edge to within the tolerance, for gradients to within half of it.
 
-    The square root of the growth asked for is enough: it has to carry a replica out of the valley, no further. The
-    whole of it is the most, because on a longer run a landscape sharpens and another edge is seen.
+    The square root of the growth asked for is enough: it has to carry a replica out of the valley, no further. A longer
+    run would see another edge, because the landscape sharpens on the way.
     """
     request = ground.request
     if request.steps is not None:
         return forecast
-    lr = (1.0 + (0.5 if request.first_order else 2.0) * request.edge_rtol) * forecast.true_value
-    needed, _ = steps_needed(
-        forecast.spectrum,
-        forecast.gradient,
-        lr,
-        request,
-        growth=math.sqrt(request.growth),
-        left=forecast.left,
-        rule=forecast.rule,
-        moments=forecast.moments,
-        loss=forecast.loss,
-    )
-    most = steps_to_grow(forecast.spectrum.positive, lr, request.growth, rule=forecast.rule, moments=forecast.moments)
-    if not request.first_order:
-        needed = math.ceil(min(needed, most))
+    spectrum, rule, moments = forecast.spectrum, forecast.rule, forecast.moments
+    growth = math.sqrt(request.growth)
+    if request.first_order:
+        needed, _ = steps_needed(
+            spectrum,
+            forecast.gradient,
+            (1.0 + 0.5 * request.edge_rtol) * forecast.true_value,
+            request,
+            growth=growth,
+            left=forecast.left,
+            rule=rule,
+            moments=moments,
+            loss=forecast.loss,
+        )
+    else:
+        lr = (1.0 + request.edge_rtol) * forecast.limit
+        needed = math.ceil(steps_to_grow(spectrum.positive, lr, growth, rule=rule, moments=moments))
     return replace(forecast, steps=max(min(needed, request.max_steps), forecast.steps))
+
+
+def typical_edge(forecast: Forecast, *, seed: int, rtol: float) -> float | None:
+    """The step size at which half of the quadratic model's own runs leave the valley: what the replicas should see.
+
+    It lies above the threshold of the mean square, which rare runs carry, the more so the shorter the run.
+    """
+    gradient = forecast.gradient
+    if forecast.moments.b == 0 or gradient is None:
+        return None
+
+    def leaves(lr: float) -> bool:
+        times = exit_times(
+            forecast.spectrum.positive,
+            gradient,
+            rise=forecast.left - forecast.loss,
+            lr=lr,
+            steps=forecast.steps,
+            rule=forecast.rule,
+            moments=forecast.moments,
+            share=0.5,
+            seed=seed,
+        )
+        return 2 * int(np.isfinite(times).sum()) >= times.size
+
+    low, high = _bracket(forecast.limit, leaves)
+    while low is not None and high is not None and high / low > 1.0 + rtol:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if leaves(middle) else (middle, high)
+    return None if low is None or high is None else math.sqrt(low * high)
 
 
 def find_edge(
@@ -89,14 +124,21 @@ def find_edge(
                 low = middle
     except _OutOfTimeError:
         low = high = None
-    return summarise(tuple(points.values()), forecast, closed=(low, high))
+    predicted = typical_edge(forecast, seed=ground.request.measure.seed, rtol=0.5 * rtol)
+    return summarise(tuple(points.values()), forecast, closed=(low, high), predicted=predicted)
 
 
 class _OutOfTimeError(Exception):
     """A run was cut short before half of its replicas had diverged: it says nothing."""
 
 
-def summarise(points: tuple[EdgePoint, ...], forecast: Forecast, *, closed: tuple[float | None, float | None]) -> Edge:
+def summarise(
+    points: tuple[EdgePoint, ...],
+    forecast: Forecast,
+    *,
+    closed: tuple[float | None, float | None],
+    predicted: float | None = None,
+) -> Edge:
     """The edge that a set of points shows."""
     ordered = tuple(sorted(points, key=lambda point: point.lr))
     ends = (ordered[0].lr, ordered[-1].lr) if ordered else (forecast.true_value, forecast.true_value)
@@ -115,6 +157,7 @@ def summarise(points: tuple[EdgePoint, ...], forecast: Forecast, *, closed: tupl
         steps=forecast.steps,
         ratio_to_exact=value / reference if reference else None,
         ratio_to_horizon=_horizon_ratios(forecast, value),
+        predicted=predicted,
         found=found,
         points=ordered,
     )
@@ -129,7 +172,7 @@ def edge_outcome(edge: Edge, forecast: Forecast) -> tuple[Outcome, str]:
     low = high = forecast.threshold.value
     if edge.ratio_to_horizon is not None and forecast.threshold.name != "assumed":
         full, positive = (edge.value / ratio for ratio in edge.ratio_to_horizon)
-        low, high = min(full, forecast.threshold.exact or full), positive
+        low, high = min(full, forecast.threshold.exact or full), max(positive, edge.predicted or positive)
     if low * (1 - AGREES) <= edge.value <= high * (1 + AGREES):
         return "confirmed", f"the edge lies within {AGREES:.0%} of the prediction"
     return "refuted", f"the edge lies more than {AGREES:.0%} from the prediction"
@@ -152,16 +195,15 @@ def _horizon_ratios(forecast: Forecast, value: float) -> tuple[float, float] | N
 
 
 def _bracket(guess: float, diverges: Callable[[float], bool]) -> tuple[float | None, float | None]:
-    """A step size that stays and one that does not, widened from the guess; ``None`` where none was found."""
-    low: float | None = guess / FIRST_BRACKET
-    high: float | None = guess * FIRST_BRACKET
-    while low is not None and diverges(low):
-        high = low
-        low = low / 2.0 if low > guess / WIDEST else None
-    while low is not None and high is not None and not diverges(high):
-        low = high
-        high = high * 2.0 if high < guess * WIDEST else None
-    return low, high
+    """A step size that stays and one that does not, from the guess outwards; ``None`` where none was found."""
+    up = not diverges(guess)
+    inner, factor = guess, FIRST_BRACKET
+    while factor <= WIDEST:
+        outer = guess * factor if up else guess / factor
+        if diverges(outer) == up:
+            return (inner, outer) if up else (outer, inner)
+        inner, factor = outer, 2.0 * factor
+    return (inner, None) if up else (None, inner)
 
 
 def _point(

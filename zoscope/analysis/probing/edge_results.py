@@ -80,6 +80,8 @@ class Edge:
         steps: Steps of every run.
         ratio_to_exact: ``value`` over the infinite-time threshold.
         ratio_to_horizon: Over η*(steps), full and positive; ``None`` for a first-order optimizer.
+        predicted: The edge of single runs of the quadratic model by the same rule and over the same steps: above the
+            threshold of the mean square, which rare runs carry. ``None`` where it is not known.
         found: Whether the bisection closed its bracket.
         points: Every step size tried, ascending.
     """
@@ -90,8 +92,14 @@ class Edge:
     steps: int
     ratio_to_exact: float | None
     ratio_to_horizon: Pair | None
+    predicted: float | None
     found: bool
     points: tuple[EdgePoint, ...]
+
+    @property
+    def ratio_to_predicted(self) -> float | None:
+        """``value`` over ``predicted``: what the landscape adds to the quadratic model."""
+        return None if self.predicted is None or not self.found else self.value / self.predicted
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
@@ -102,6 +110,8 @@ class Edge:
             "steps": self.steps,
             "ratio_to_exact": number(self.ratio_to_exact),
             "ratio_to_horizon": _pair(self.ratio_to_horizon),
+            "predicted": number(self.predicted),
+            "ratio_to_predicted": number(self.ratio_to_predicted),
             "found": self.found,
             "points": [point.to_dict() for point in self.points],
         }

@@ -92,7 +92,7 @@ class Session:
                 self.ground,
                 self.edge_forecast,
                 keep=self.points.append,
-                on_step=self._ticker("edge", self.edge_forecast.steps, 6),
+                on_step=self._ticker("edge", self.edge_forecast.steps, 5),
             )
 
     def _run_all(self, expected: Forecast, ground: Ground) -> None:
