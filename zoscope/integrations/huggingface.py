@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoscope.errors import SpecError
-from zoscope.integrations.hf_batches import Collator, Counted, Task, Weighting, make_batches, nothing_counts
+from zoscope.integrations.hf_batches import IGNORED, Collator, Counted, Task, Weighting, make_batches, nothing_counts
 from zoscope.problem import Problem
 from zoscope.problem.model import wrapped
 
@@ -118,19 +118,21 @@ class HeadLoss:
                 f"{type(_head(model)).__name__} returned no loss: expected a model with a head, such as "
                 "AutoModelForCausalLM or AutoModelForSequenceClassification, and batches with labels."
             )
-        if loss.dtype in _HALF and self.task == "sequence-classification" and isinstance(output, Mapping):
-            # Heads that predict tokens go to float32 by themselves; this one computes its loss in what it has.
-            return _classification_loss(output["logits"].float(), batch["labels"], _head(model))
+        if loss.dtype in _HALF and self.task != "other" and isinstance(output, Mapping):
+            # Some heads go to float32 for their loss (most causal ones), some do not (BERT's).
+            return _loss_of(output["logits"].float(), batch["labels"], self.task, _head(model))
         return loss
 
 
-def _classification_loss(logits: Tensor, labels: Tensor, head: Any) -> Tensor:
-    """As ``transformers`` defines it, by the kind of problem that a model notes in its config."""
-    if head.config.problem_type == "regression":
+def _loss_of(logits: Tensor, labels: Tensor, task: Task, head: Any) -> Tensor:
+    """As ``transformers`` defines it; of classification by the kind of problem that a model notes in its config."""
+    if task == "sequence-classification" and head.config.problem_type == "regression":
         return functional.mse_loss(logits.view(labels.shape), labels.float())
-    if head.config.problem_type == "multi_label_classification":
+    if task == "sequence-classification" and head.config.problem_type == "multi_label_classification":
         return functional.binary_cross_entropy_with_logits(logits, labels.float())
-    return functional.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+    if task == "causal-lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED)
 
 
 def _require(name: str, value: str, allowed: Sequence[str]) -> None:

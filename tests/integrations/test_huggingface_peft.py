@@ -1,0 +1,83 @@
+"""Adapters and prefixes of peft: what is trained is what is varied."""
+
+import importlib.util
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zoscope
+from tests.integrations.conftest import small_examples, small_model
+from zoscope.curvature.operators import HessianOperator
+from zoscope.integrations.huggingface import problem_from_transformers
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+KINDS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+ATTENTION = {"causal-lm": ["q_proj", "v_proj"], "sequence-classification": ["query", "value"]}
+
+
+def adapted(task: str, tuning: str) -> nn.Module:
+    import peft
+
+    config: Any = (
+        peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=ATTENTION[task], task_type=KINDS[task])
+        if tuning == "lora"
+        else peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=KINDS[task])
+    )
+    base = small_model(task)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(0)
+        model: nn.Module = peft.get_peft_model(base, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:  # a LoRA begins at zero, where half of it has no effect
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("tuning", ["lora", "prefix"])
+@pytest.mark.parametrize("task", KINDS)
+def test_what_peft_trains_is_varied_and_nothing_else(task: str, tuning: str) -> None:
+    model = adapted(task, tuning)
+    problem = problem_from_transformers(model, small_examples(task), batch_size=7)
+    assert problem.num_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert problem.num_params < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tuning", ["lora", "prefix"])
+@pytest.mark.parametrize("task", KINDS)
+def test_products_are_differences_of_gradients(task: str, tuning: str) -> None:
+    problem = problem_from_transformers(adapted(task, tuning), small_examples(task), batch_size=7)
+    with problem.prepare(device="cpu", dtype="float64") as objective:
+        generator = torch.Generator().manual_seed(2)
+        vector = torch.randn(objective.num_params, generator=generator, dtype=torch.float64)
+        found, start, h = HessianOperator(objective).matmat(vector[None])[0], objective.read(), 1e-4
+
+        def gradient(at: torch.Tensor) -> torch.Tensor:
+            objective.write(at)
+            (shard,) = objective.shards
+            grads = torch.autograd.grad(objective.loss(shard), objective.params, allow_unused=True)
+            return objective.flatten(grads)
+
+        expected = (gradient(start + h * vector) - gradient(start - h * vector)) / (2 * h)
+        objective.write(start)
+    # Parts of these models are in float32 whatever they are given.
+    assert torch.allclose(found, expected, rtol=1e-3, atol=2e-3 * float(found.abs().max()))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "prefix"])
+def test_a_prefix_and_a_lora_have_bounds_and_come_back_as_they_were(tuning: str) -> None:
+    model = adapted("causal-lm", tuning)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    problem = problem_from_transformers(model, small_examples("causal-lm"), batch_size=7)
+    result = zoscope.bounds(problem, optimizers=["gd"], steps=100, max_hvps=40)
+    assert result.optimizers["gd"].binding is not None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
