@@ -62,6 +62,26 @@ def test_on_the_quadratic_model_of_a_quadratic_the_runs_are_the_same(many_modes)
     assert real.runs[0].loss_end == pytest.approx(model.runs[0].loss_end, rel=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["zo-gd", "zo-adam", "gdm"])
+def test_a_large_quadratic_model_runs_in_its_eigenbasis(optimizer, monkeypatch, many_modes):
+    monkeypatch.setattr("zoscope.analysis.probing.ground.DENSE_LIMIT", 10)
+    result = probe(many_modes, optimizer=optimizer, ratios=(0.7, 1.4), linearized=True, **SHORT)
+    assert "linearized-spectrum" in {notice.code for notice in result.warnings}
+    assert result.outcome == "confirmed", result.reason
+
+
+def test_in_the_eigenbasis_the_mean_loss_is_that_of_the_matrix(monkeypatch, many_modes):
+    def change():
+        result = probe(many_modes, ratios=(0.6,), steps=40, replicas=64, linearized=True)
+        return result.runs[0].prediction
+
+    whole = change()
+    monkeypatch.setattr("zoscope.analysis.probing.ground.DENSE_LIMIT", 10)
+    found = change()
+    error = math.hypot(whole.stderr, found.stderr)
+    assert abs(found.measured_change - whole.measured_change) < 4 * error
+
+
 def test_the_predicted_curve_lies_within_four_standard_errors(many_modes):
     result = probe(many_modes, ratios=(0.3, 0.6), steps=40, replicas=32)
     for run in result.runs:

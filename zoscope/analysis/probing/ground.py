@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from zoscope.analysis.measuring import curvature_operator
+from zoscope.analysis.probing.linear import DENSE_LIMIT, eigenbasis_model, matrix_model
 from zoscope.curvature.measure import measure
-from zoscope.curvature.operators import DENSE_BLOCK, LinearOperator, Preconditioned, gradient
+from zoscope.curvature.operators import DENSE_BLOCK, LinearOperator, Preconditioned
 from zoscope.errors import NumericalError
 from zoscope.optim.directions import new_generator
 from zoscope.optim.replicas import Limits, Trajectory, run
 from zoscope.optim.rules import GD, GDM, Adam, FrozenAdam, Rule
-from zoscope.optim.surface import (
-    MiniBatchSurface,
-    QuadraticSurface,
-    SequentialSurface,
-    Surface,
-    choose_surface,
-)
+from zoscope.optim.surface import MiniBatchSurface, SequentialSurface, Surface, choose_surface
 
 if TYPE_CHECKING:
     from zoscope.analysis.probing.forecast import Forecast
@@ -31,9 +26,6 @@ if TYPE_CHECKING:
     from zoscope.curvature.results import Curvature
     from zoscope.problem import Objective
     from zoscope.theory.moments import EstimatorMoments
-
-DENSE_LIMIT = 4096
-"""Largest dimension in which the quadratic model is held as a matrix."""
 
 REMEASURE_HVPS = 200
 REMEASURE_RTOL = 0.05
@@ -47,6 +39,7 @@ class Ground:
         objective: The prepared problem.
         request: What is asked.
         origin: ``(d,)`` parameters at the start.
+        start: Where runs start: ``origin``, or the same point in the coordinates of the surface.
         diagonal: Adam's frozen P; ``None`` for other rules.
         surface: What runs walk on.
         together: Whether replicas are stepped together.
@@ -57,6 +50,7 @@ class Ground:
     objective: Objective
     request: ProbeRequest
     origin: Tensor
+    start: Tensor
     diagonal: Tensor | None
     surface: Surface
     together: bool
@@ -96,7 +90,7 @@ class Ground:
         try:
             return run(
                 self.surface,
-                self.origin,
+                self.start,
                 rule=self.rule(adaptive=adaptive),
                 estimator=self.request.estimator,
                 lr=lr,
@@ -136,15 +130,26 @@ class Ground:
         return self.request.measure.moments(dimension=self.objective.num_params)
 
 
-def choose_ground(objective: Objective, request: ProbeRequest, *, diagonal: Tensor | None, deadline: float) -> Ground:
+def choose_ground(
+    objective: Objective, request: ProbeRequest, *, forecast: Forecast, diagonal: Tensor | None, deadline: float
+) -> Ground:
     """The loss itself, or its quadratic model at the start."""
     origin = objective.read()
 
     def ground(surface: Surface, *, together: bool) -> Ground:
-        return Ground(objective, request, origin, diagonal, surface, together, deadline)
+        return Ground(objective, request, origin, origin, diagonal, surface, together, deadline)
 
+    if request.linearized and objective.num_params <= DENSE_LIMIT:
+        return ground(matrix_model(objective, request, origin), together=True)
     if request.linearized:
-        return ground(quadratic_model(objective, request, origin), together=True)
+        objective.notify(
+            "linearized-spectrum",
+            f"The quadratic model has {objective.num_params:,} dimensions: the runs are in its eigenbasis, with the "
+            "eigenvalues and the gradient that were measured.",
+        )
+        model, start = eigenbasis_model(forecast, device=objective.device)
+        flat = None if diagonal is None else torch.ones_like(start)
+        return Ground(objective, request, origin, start, flat, model, together=True, deadline=deadline)
     if request.batch_size is not None:
         objective.notify(
             "mini-batch",
@@ -157,16 +162,3 @@ def choose_ground(objective: Objective, request: ProbeRequest, *, diagonal: Tens
     if why_not is not None:
         objective.notify("replicas-in-turn", f"The replicas run one after another: {why_not}.")
     return ground(surface, together=not isinstance(surface, SequentialSurface))
-
-
-def quadratic_model(objective: Objective, request: ProbeRequest, origin: Tensor) -> QuadraticSurface:
-    """The quadratic model at the current parameters, as a matrix where that is small."""
-    loss, g = gradient(objective)
-    operator = curvature_operator(objective, request.measure)
-    if operator.dim <= DENSE_LIMIT:
-        matrix = operator.dense().double()
-        symmetric = 0.5 * (matrix + matrix.T)
-        return QuadraticSurface(
-            origin, loss=loss, gradient=g, matmat=lambda rows: (rows.double() @ symmetric).to(rows.dtype)
-        )
-    return QuadraticSurface(origin, loss=loss, gradient=g, matmat=torch.enable_grad()(operator.matmat))

@@ -83,7 +83,7 @@ class Session:
             descent=self.measurement.descent[request.family],
         )
         deadline = time.perf_counter() + request.max_seconds
-        self.ground = choose_ground(objective, request, diagonal=diagonal, deadline=deadline)
+        self.ground = choose_ground(objective, request, forecast=self.forecast, diagonal=diagonal, deadline=deadline)
         self.ground.num_hvps = operator.num_hvps
         self._run_all(self.forecast, self.ground)
         if request.edge:
