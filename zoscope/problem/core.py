@@ -62,8 +62,8 @@ class Problem:
         for metric, function in (metrics or {}).items():
             if not callable(function):
                 raise SpecError(
-                    f"The metric {metric!r} is a {type(function).__name__}: expected a function metric(model, batch) that "
-                    "returns a number, its mean over the batch."
+                    f"The metric {metric!r} is a {type(function).__name__}: expected a function metric(model, batch) "
+                    "that returns a number, its mean over the batch."
                 )
         self.model = model
         self.loss = loss

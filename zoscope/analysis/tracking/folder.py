@@ -57,6 +57,7 @@ class RunFolder:
         Raises:
             UsageError: If it cannot be made or written, or another run is at work in it.
         """
+        fresh = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the run
@@ -71,6 +72,10 @@ class RunFolder:
                 yield
             finally:
                 self._lock = None
+                if fresh and not self.has_run:  # nothing came of it
+                    with contextlib.suppress(OSError):
+                        (self.path / LOCK).unlink()
+                        self.path.rmdir()
 
     def _seize(self, lock: IO[str]) -> None:
         if fcntl is None:

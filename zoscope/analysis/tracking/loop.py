@@ -29,6 +29,10 @@ AGREEMENT = 1e-3
 """Relative difference between the loss of a checkpoint and that of its parameters now, from which data have changed."""
 
 
+class _MeasuredEnoughError(Exception):
+    """Out of the middle of a measurement."""
+
+
 class Observer(Protocol):
     """Someone who watches a run: a terminal, a log."""
 
@@ -147,8 +151,7 @@ class Run:
         if not abs(loss) <= self._limit:
             return self._diverged(loss)
         if request.target_loss is not None and request.batch_size is None and loss <= request.target_loss:
-            self._measure()
-            return "target", f"the loss reached {request.target_loss:g} at step {self.step:,}"
+            return self._measure() or ("target", f"the loss reached {request.target_loss:g} at step {self.step:,}")
         every = request.checkpoint_every
         if every is not None and self.step % every == 0 and self.step < self.clock.due:
             self.checkpoint()
@@ -186,12 +189,15 @@ class Run:
         for observer in self.observers:
             observer.measuring(self.step)
         began = time.perf_counter()
-        record = self.measurer.at(self._moment())
+        try:
+            record = self.measurer.at(self._moment(), on_progress=self._look_up)
+        except _MeasuredEnoughError:
+            return self._wanted_stop()
         record = replace(record, metrics=self.objective.metric_values())
         self.measuring_seconds += time.perf_counter() - began
         loss = math.nan if record.loss is None else record.loss
         if math.isinf(self._limit) and math.isfinite(loss):
-            self._limit = self.request.divergence * max(abs(loss), 1e-12)
+            self._limit = self.request.divergence * abs(loss) if loss else math.inf
         self.clock.measured(record)
         if not abs(loss) <= self._limit:
             self._keep(record)
@@ -201,6 +207,11 @@ class Run:
         if self.request.target_loss is not None and loss <= self.request.target_loss:
             return "target", f"the loss was {loss:.4g} at step {self.step:,}"
         return None
+
+    def _look_up(self, stage: str, num_hvps: int, precision: float | None) -> None:
+        """Leave a measurement that takes long when the run is to stop; it is made when the run goes on."""
+        if self.stop.wanted:
+            raise _MeasuredEnoughError
 
     def _keep(self, record: Record) -> None:
         record = self._losses.described(record)
@@ -227,6 +238,7 @@ class Run:
                 "optimizer": self.stepper.state_dict(),
                 "run": {
                     "step": self.step,
+                    "trained": list(self.objective.names),
                     "loss": self.objective.value() if loss is None else loss,
                     "limit": self._limit,
                     "losses": [self._losses.total, self._losses.largest, self._losses.count],
@@ -266,6 +278,7 @@ class Run:
         }
         model = content["model"]
         different = [n for n, t in own.items() if n not in model or model[n].shape != t.shape]
+        different += sorted(set(self.objective.names) ^ set(run["trained"]))
         if different:
             raise UsageError(
                 f"--resume {where}: the checkpoint has other parameters than the problem has now ({different[0]!r} and "

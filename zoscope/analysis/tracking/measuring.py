@@ -13,7 +13,7 @@ from zoscope.analysis.optimizer_bounds import ci95
 from zoscope.analysis.precision import relative_half_width
 from zoscope.analysis.tracking.record import Record
 from zoscope.curvature.ggn import GGNOperator
-from zoscope.curvature.measure import measure
+from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, ShardOperator, gradient
 from zoscope.curvature.precondition import expected_preconditioner, probe_preconditioner
 from zoscope.errors import NumericalError
@@ -66,8 +66,13 @@ class Measurer:
         self._moments = request.moments(dimension=objective.num_params)
         self._hvp = request.hvp
 
-    def at(self, moment: Moment) -> Record:
-        """Measure where the parameters stand. Where the loss or a derivative is not finite, curvature is left open."""
+    def at(self, moment: Moment, *, on_progress: OnProgress | None = None) -> Record:
+        """Measure where the parameters stand. Where the loss or a derivative is not finite, curvature is left open.
+
+        Args:
+            moment: Where the run is.
+            on_progress: Called after every stage of the measurement.
+        """
         objective, request = self._objective, self._request
         try:
             loss, g = gradient(objective)
@@ -83,6 +88,7 @@ class Measurer:
                 rtol=request.rtol,
                 max_hvps=request.max_hvps,
                 seed=request.seed,
+                on_progress=on_progress,
             )
         except NumericalError:
             return self.without_curvature(moment, loss=objective.value())
