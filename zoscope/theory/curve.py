@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from zoscope.theory.modes import NOISE, transition
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
+from zoscope.theory.scalar import lowest
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.transform import is_long, mean_path, noise_loss
 from zoscope.theory.validate import require_count, require_finite, require_positive
@@ -43,6 +43,30 @@ class GradientMeasure:
         object.__setattr__(self, "weights", checked.weights)
 
 
+@dataclass(frozen=True)
+class MeanPath:
+    """The path of the mean, known otherwise than from the quadratic model.
+
+    Args:
+        losses: ``(steps + 1,)`` loss on it after 0, 1, … steps.
+        squares: ``(steps + 1,)`` squared norm of the gradient there (of ``P^-1/2 g`` when preconditioned).
+
+    Raises:
+        ValueError: If the shapes differ, or a value is not finite.
+    """
+
+    losses: Array
+    squares: Array
+
+    def __post_init__(self) -> None:
+        if self.losses.ndim != 1 or self.losses.shape != self.squares.shape:
+            raise ValueError(
+                f"losses and squares must be vectors of one length, got {self.losses.shape}, {self.squares.shape}"
+            )
+        if not (np.isfinite(self.losses).all() and np.isfinite(self.squares).all()):
+            raise ValueError("losses and squares of a mean path must be finite")
+
+
 def predicted_loss(
     spectrum: Spectrum,
     gradient: GradientMeasure,
@@ -52,6 +76,7 @@ def predicted_loss(
     steps: int,
     rule: UpdateRule,
     moments: EstimatorMoments = GAUSSIAN,
+    path: MeanPath | None = None,
 ) -> Array:
     """Expected loss of the quadratic model after 0, 1, …, ``steps`` steps of the zeroth-order optimizer.
 
@@ -69,18 +94,22 @@ def predicted_loss(
         steps: Number of steps, ≥ 0.
         rule: Update rule.
         moments: Constants of the estimator.
+        path: Mean path in place of the model's own: its gradients drive the noise, its loss is what the noise adds to.
 
     Returns:
         ``(steps + 1,)`` losses; ``inf`` from where the model overflows.
 
     Raises:
-        ValueError: If ``loss`` is not finite, ``lr`` not positive or ``steps`` not a whole number ≥ 0.
+        ValueError: If ``loss`` is not finite, ``lr`` not positive, ``steps`` not a whole number ≥ 0, or ``path`` of
+            another length.
 
     Source: derived in the README's theory section.
     """
     require_finite("loss", loss)
     require_positive("lr", lr)
     require_count("steps", steps, least=0)
+    if path is not None and path.losses.size != steps + 1:
+        raise ValueError(f"path must have steps + 1 = {steps + 1} points, got {path.losses.size}")
     eta, beta = rule.lr_scale * lr, rule.momentum
     theta, c = gradient.nodes, gradient.weights
     nodes = np.concatenate([spectrum.nodes, theta])  # modes under isotropic noise, then the noise along the gradient
@@ -95,12 +124,15 @@ def predicted_loss(
         for step in range(1, steps + 1):
             slope = 1 + theta * y
             mean_sq = c * slope**2
+            if path is not None:
+                mean_sq *= path.squares[step - 1] / max(mean_sq.sum(), np.finfo(np.float64).tiny)
             isotropic = moments.b * (mean_sq.sum() + signal_of @ state[0])
             noise = np.concatenate([np.full_like(spectrum.nodes, isotropic), (moments.a - 1) * mean_sq])
             state = np.einsum("ijn,jn->in", matrices, state) + entry * noise
             velocity = beta * velocity + slope
             y = y - eta * velocity
-            losses[step] = loss + c @ (y + 0.5 * theta * y**2) + loss_of @ state[0]
+            mean = loss + c @ (y + 0.5 * theta * y**2) if path is None else path.losses[step]
+            losses[step] = mean + loss_of @ state[0]
             if not math.isfinite(losses[step]):
                 losses[step:] = math.inf
                 break
@@ -193,5 +225,5 @@ def best_lr(
     if values[best] >= loss or tied.sum() > 1:
         return None
     ends = grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)]
-    found = minimize_scalar(final, bounds=ends, method="bounded", options={"xatol": 5e-3})
-    return min(upper, math.exp(found.x if found.fun < values[best] else grid[best]))
+    place, value = lowest(final, *ends, xtol=5e-3)
+    return min(upper, math.exp(place if value < values[best] else grid[best]))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
+    from zoscope.analysis.probing.path import GradientFlow
     from zoscope.analysis.probing.request import ProbeRequest
     from zoscope.curvature.operators import LinearOperator
     from zoscope.theory.moments import EstimatorMoments
@@ -96,12 +97,19 @@ class Forecast:
         exponent = steps * math.log(max(self.rate(lr), 1e-300))
         return math.exp(exponent) if exponent < 700 else math.inf
 
-    def curve(self, lr: float, steps: int) -> NDArray[np.float64] | None:
-        """The predicted mean loss, ``(steps + 1,)``."""
+    def curve(self, lr: float, steps: int, *, flow: GradientFlow | None = None) -> NDArray[np.float64] | None:
+        """The predicted mean loss, ``(steps + 1,)``; around the measured mean path where that is known."""
         if self.gradient is None or steps > LONGEST_CURVE:
             return None
         return predicted_loss(
-            self.spectrum, self.gradient, loss=self.loss, lr=lr, steps=steps, rule=self.rule, moments=self.moments
+            self.spectrum,
+            self.gradient,
+            loss=self.loss,
+            lr=lr,
+            steps=steps,
+            rule=self.rule,
+            moments=self.moments,
+            path=None if flow is None else flow.mean_path(lr=lr, steps=steps, rule=self.rule),
         )
 
     def _meant(self, lr: float) -> float:

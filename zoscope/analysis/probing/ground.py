@@ -22,6 +22,7 @@ from zoscope.optim.surface import MiniBatchSurface, SequentialSurface, Surface, 
 
 if TYPE_CHECKING:
     from zoscope.analysis.probing.forecast import Forecast
+    from zoscope.analysis.probing.path import GradientFlow
     from zoscope.analysis.probing.request import ProbeRequest
     from zoscope.curvature.results import Curvature
     from zoscope.problem import Objective
@@ -44,6 +45,7 @@ class Ground:
         surface: What runs walk on.
         together: Whether replicas are stepped together.
         deadline: ``time.perf_counter()`` at which everything has to be over.
+        flow: The mean path of the runs; ``None`` where it was not measured.
         num_hvps: Hessian-vector products spent since the start was measured.
     """
 
@@ -55,6 +57,7 @@ class Ground:
     surface: Surface
     together: bool
     deadline: float
+    flow: GradientFlow | None = None
     num_hvps: int = 0
 
     def rule(self, *, adaptive: bool) -> Rule:

@@ -66,13 +66,15 @@ class PredictionError:
 
     Args:
         step: Where they are compared: when the mean loss has fallen by a quarter, or at the end.
-        predicted_change: Predicted change of the loss up to there.
+        predicted_change: Predicted change of the loss up to there, around the measured mean path where that is known.
+        quadratic_change: The same from the quadratic model at the start alone.
         measured_change: Mean change of the replicas.
         stderr: Its standard error.
     """
 
     step: int
     predicted_change: float
+    quadratic_change: float
     measured_change: float
     stderr: float | None
 
@@ -88,6 +90,7 @@ class PredictionError:
         return {
             "step": self.step,
             "predicted_change": number(self.predicted_change),
+            "quadratic_change": number(self.quadratic_change),
             "measured_change": number(self.measured_change),
             "stderr": number(self.stderr),
             "relative": number(self.relative),

@@ -60,7 +60,10 @@ def probe_run(
             f"stable at first, but the landscape sharpened: at step {end.step} the threshold had come down to "
             f"{end.threshold:.3g}; this does not count"
         )
-    predicted = None if adaptive else forecast.curve(lr, trajectory.length)
+    quadratic = None if adaptive else forecast.curve(lr, trajectory.length)
+    predicted = quadratic
+    if ground.flow is not None and not adaptive:
+        predicted = forecast.curve(lr, trajectory.length, flow=ground.flow)
     stayed = [float(change) for change, left in zip(found.changes, trajectory.left, strict=True) if left is None]
     variant = _variant(ground, adaptive=adaptive)
     return ProbeRun(
@@ -80,7 +83,7 @@ def probe_run(
         verdict=verdict,
         as_predicted=None if adaptive else as_predicted,
         reason=f"P adapts, which the theorem does not cover: {reason}" if adaptive else reason,
-        prediction=judging.prediction_error(trajectory, predicted),
+        prediction=judging.prediction_error(trajectory, predicted, quadratic=quadratic),
         end=end,
         curves=judging.curves(trajectory, predicted),
         seconds=trajectory.seconds,

@@ -12,6 +12,7 @@ from zoscope.analysis.measuring import Measurement, curvature_operator, measure_
 from zoscope.analysis.probing.edge import edge_forecast, edge_outcome, find_edge, summarise
 from zoscope.analysis.probing.forecast import Forecast, forecast, gradient_measure, preconditioned_gradient
 from zoscope.analysis.probing.ground import Ground, choose_ground
+from zoscope.analysis.probing.path import GradientFlow, flow_times, follow_gradient
 from zoscope.analysis.probing.request import ProbeProgress, ProbeRequest
 from zoscope.analysis.probing.results import Edge, EdgePoint, ProbeResult, ProbeRun
 from zoscope.analysis.probing.runs import probe_run
@@ -21,6 +22,8 @@ from zoscope.curvature.operators import LinearOperator, Preconditioned, gradient
 from zoscope.problem import Notice
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from zoscope.problem import Objective
 
 
@@ -85,6 +88,7 @@ class Session:
         deadline = time.perf_counter() + request.max_seconds
         self.ground = choose_ground(objective, request, forecast=self.forecast, diagonal=diagonal, deadline=deadline)
         self.ground.num_hvps = operator.num_hvps
+        self.ground.flow = self._mean_path(self.forecast, diagonal)
         self._run_all(self.forecast, self.ground)
         if request.edge:
             self.edge_forecast = edge_forecast(self.forecast, self.ground)
@@ -95,8 +99,21 @@ class Session:
                 on_step=self._ticker("edge", self.edge_forecast.steps, 5),
             )
 
+    def _mean_path(self, expected: Forecast, diagonal: Tensor | None) -> GradientFlow | None:
+        """The path of the mean as long as the runs below the threshold follow it; others leave it soon."""
+        below = [lr for lr in self._step_sizes(expected) if lr <= expected.threshold.value]
+        if self.request.first_order or self.request.linearized or expected.gradient is None or not below:
+            return None
+        end = flow_times(lr=max(below), steps=expected.steps, rule=expected.rule)[-1]
+        return follow_gradient(
+            self.objective, until=float(end), sharpness=expected.spectrum.lambda_max, diagonal=diagonal
+        )
+
+    def _step_sizes(self, expected: Forecast) -> list[float]:
+        return sorted({*(ratio * expected.threshold.value for ratio in self.request.ratios), *self.request.lrs})
+
     def _run_all(self, expected: Forecast, ground: Ground) -> None:
-        lrs = sorted({*(ratio * expected.threshold.value for ratio in self.request.ratios), *self.request.lrs})
+        lrs = self._step_sizes(expected)
         plan = [(lr, False) for lr in lrs]
         if self.request.family == "adam" and not self.request.linearized:
             plan += [(lr, True) for lr in lrs]

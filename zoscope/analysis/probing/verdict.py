@@ -142,9 +142,11 @@ def outcome(runs: Sequence[ProbeRun], *, few_modes: bool) -> tuple[Outcome, str]
     return "confirmed", "runs below the threshold did as predicted, and so did runs above"
 
 
-def prediction_error(trajectory: Trajectory, predicted: NDArray[np.float64] | None) -> PredictionError | None:
+def prediction_error(
+    trajectory: Trajectory, predicted: NDArray[np.float64] | None, *, quadratic: NDArray[np.float64] | None
+) -> PredictionError | None:
     """The predicted curve against the mean of the replicas, up to where the loss has fallen by a quarter."""
-    if predicted is None or len(trajectory.steps) < 2:
+    if predicted is None or quadratic is None or len(trajectory.steps) < 2:
         return None
     count = len(trajectory.left)
     inside = np.isfinite(trajectory.losses).all(axis=1) & np.isfinite(predicted[trajectory.steps])
@@ -160,6 +162,7 @@ def prediction_error(trajectory: Trajectory, predicted: NDArray[np.float64] | No
     return PredictionError(
         step=step,
         predicted_change=float(predicted[step] - predicted[0]),
+        quadratic_change=float(quadratic[step] - quadratic[0]),
         measured_change=float(changes.mean()),
         stderr=float(changes.std(ddof=1)) / math.sqrt(count) if count > 1 else None,
     )
