@@ -15,7 +15,7 @@ from zoscope.curvature.lanczos import Array, project_out
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
-    from zoscope.curvature.lanczos import Chain
+    from zoscope.curvature.lanczos import Chain, Rows
     from zoscope.curvature.slq import Split
     from zoscope.theory.spectrum import SampledSpectrum
 
@@ -37,7 +37,7 @@ class BlockTraces:
         self._sampled: list[Array] = []
         self._squares: list[Array] = []
 
-    def deflate(self, chain: Chain, parts: Split) -> Tensor:
+    def deflate(self, chain: Chain, parts: Split) -> Rows:
         """Count the deflated Ritz pairs exactly; what is left of the chain's start is the first sample.
 
         Args:
@@ -51,7 +51,9 @@ class BlockTraces:
         start, product = chain.first_product()
         product -= float(parts.vectors[0] @ parts.vectors[-1]) * residual  # QM(P start)
         vectors = chain.combine(parts.vectors)
-        coupling = torch.as_tensor(parts.vectors[-1], dtype=vectors.dtype, device=vectors.device) @ vectors
+        coupling = torch.zeros_like(start)
+        for weight, vector in zip(parts.vectors[-1].tolist(), vectors, strict=True):
+            coupling.add_(vector, alpha=weight)
         self._exact += 2 * self._sums(coupling * residual)
         for value, vector in zip(parts.values, vectors, strict=True):
             self._exact += value * self._sums(vector.square())

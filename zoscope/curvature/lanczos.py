@@ -8,10 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoscope.curvature.basis import SharedBasis, new_basis
 from zoscope.curvature.operators import LinearOperator
 from zoscope.errors import NumericalError
 
 Array = NDArray[np.float64]
+Rows = Tensor | SharedBasis
+"""Vectors ``(q, d)``, in this process or in slices on all ranks."""
+
 OnProducts = Callable[[Tensor, Tensor], None]
 
 
@@ -55,8 +59,8 @@ class Chain:
 
     def __init__(self, operator: LinearOperator, start: Tensor, *, capacity: int) -> None:
         self._operator = operator
-        self._basis = torch.empty(capacity + 1, operator.dim, dtype=start.dtype, device=start.device)
-        self._basis[0] = start / torch.linalg.vector_norm(start)
+        self._basis = new_basis(operator, start, capacity=capacity + 1)
+        self._dtype = start.dtype
         self._alphas: list[float] = []
         self._betas: list[float] = []
         self.exhausted = False
@@ -76,51 +80,43 @@ class Chain:
             k = len(self._alphas)
             if self.exhausted or k + 1 >= len(self._basis):
                 return
-            w = self._operator.matmat(self._basis[k : k + 1])[0]
-            known = self._basis[: k + 1]
-            alpha = float(known[k] @ w)
-            for _ in range(2):  # twice is enough (Kahan; Parlett 1980, §6.9)
-                w -= (known @ w) @ known
-            beta = float(torch.linalg.vector_norm(w))
+            w = self._operator.matmat(self._basis.row(k)[None])[0]
+            alpha, beta = self._basis.orthogonalise(w, k + 1)
             _require_finite(alpha, beta)
             scale = max(map(abs, [*self._alphas, *self._betas, alpha]))
             self._alphas.append(alpha)
-            self.exhausted = k + 1 == self._operator.dim or beta <= breakdown(w.dtype, scale)
+            self.exhausted = k + 1 == self._operator.dim or beta <= breakdown(self._dtype, scale)
             self._betas.append(0.0 if self.exhausted else beta)
             if not self.exhausted:
-                torch.div(w, beta, out=self._basis[k + 1])
+                self._basis.append(k + 1, beta)
 
     def first_product(self) -> tuple[Tensor, Tensor]:
         """The unit starting vector q and ``Mq``, each ``(d,)``; they take at least one step, and no product."""
-        product = self._alphas[0] * self._basis[0]
+        start = self._basis.row(0)
+        product = self._alphas[0] * start
         if self._betas[0]:
-            product += self._betas[0] * self._basis[1]
-        return self._basis[0].clone(), product
+            product += self._betas[0] * self._basis.row(1)
+        return start.clone(), product
 
     def residual(self) -> Tensor:
         """``(d,)`` r of ``M Q = Q T + r e_kᵀ``, orthogonal to the basis Q; zero for an invariant space."""
         if not self._betas[-1]:
-            return torch.zeros_like(self._basis[0])
-        return self._betas[-1] * self._basis[len(self._betas)]
+            return torch.zeros_like(self._basis.row(0))
+        return self._betas[-1] * self._basis.row(len(self._betas))
 
-    def combine(self, coefficients: Array) -> Tensor:
+    def combine(self, coefficients: Array) -> Rows:
         """Orthonormal combinations of the basis, ``(n, d)``, in its place; the chain cannot be extended afterwards.
 
         Args:
             coefficients: ``(k, n)`` orthonormal columns, n ≤ k.
         """
-        k, n = coefficients.shape
-        mix = torch.as_tensor(coefficients.T, dtype=self._basis.dtype, device=self._basis.device)
-        width = max(1, 2**22 // max(k, 1))  # columns at a time: no second copy of the basis
-        for begin in range(0, self._operator.dim, width):
-            columns = self._basis[:k, begin : begin + width]
-            self._basis[:n, begin : begin + width] = mix @ columns
+        device = self._operator.device
         self.exhausted = True
-        return self._basis[:n]
+        return self._basis.combine(torch.as_tensor(coefficients.T, dtype=self._dtype, device=device))
 
 
 def short_chains(
-    operator: LinearOperator, starts: Tensor, *, steps: int, deflated: Tensor, on_first: OnProducts | None = None
+    operator: LinearOperator, starts: Tensor, *, steps: int, deflated: Rows, on_first: OnProducts | None = None
 ) -> list[Jacobi]:
     """Lanczos on ``(I - VVᵀ) M (I - VVᵀ)`` from several vectors at once, one block product per step.
 
@@ -162,8 +158,10 @@ def short_chains(
     return [_cut(Jacobi(row_a, row_b), starts.dtype) for row_a, row_b in zip(a, b, strict=True)]
 
 
-def project_out(vectors: Tensor, basis: Tensor) -> Tensor:
+def project_out(vectors: Tensor, basis: Rows) -> Tensor:
     """``vectors`` ``(b, d)`` less their components along the orthonormal rows of ``basis`` ``(q, d)``."""
+    if isinstance(basis, SharedBasis):
+        return basis.project_out(vectors) if len(basis) else vectors
     return torch.addmm(vectors, vectors @ basis.T, basis, alpha=-1) if len(basis) else vectors
 
 

@@ -1,9 +1,15 @@
 """Symmetric matrices known by their products."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from zoscope.problem.together import Crew
 
 DENSE_BLOCK = 64
 """Unit vectors multiplied at once when a whole matrix is formed."""
@@ -22,6 +28,11 @@ class LinearOperator(ABC):
     device: torch.device
     dtype: torch.dtype
     _matrix: Tensor | None = None
+
+    @property
+    def crew(self) -> Crew | None:
+        """The ranks that compute products together; None for this process alone."""
+        return None
 
     @property
     @abstractmethod
@@ -89,6 +100,11 @@ class Preconditioned(LinearOperator):
         self._operator = operator
         self._scale = diagonal.double().rsqrt().to(operator.dtype)
         self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
+
+    @property
+    def crew(self) -> Crew | None:
+        """That of M."""
+        return self._operator.crew
 
     @property
     def num_hvps(self) -> int:

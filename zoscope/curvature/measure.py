@@ -246,7 +246,9 @@ class _Sampling:
         """Steps of the long chain that budget and memory allow; a third of the products at most."""
         operator = self._operator
         row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
-        fits = int(MEMORY_SHARE * available_memory(operator.device) / row) - 4 * BLOCK - 1
+        crew = operator.crew
+        free = available_memory(operator.device) if crew is None else crew.memory_for_vectors()
+        fits = int(MEMORY_SHARE * free / row) - 4 * BLOCK - 1
         budget = max(min(self._max_hvps, 2), self._max_hvps // 3)
         most = min(self._most_steps, budget, operator.dim)
         if fits < most:

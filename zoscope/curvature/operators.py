@@ -13,6 +13,7 @@ from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
 from zoscope.curvature.linear import DENSE_BLOCK, DenseOperator, LinearOperator, Preconditioned
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import Objective, Shard
+from zoscope.problem.together import Crew
 from zoscope.runtime import explain_autograd_error, is_out_of_memory, release_memory
 
 _generations = itertools.count()
@@ -40,6 +41,12 @@ class ShardOperator(LinearOperator):
         self._kept_at: tuple[int, ...] = ()  # versions of the parameters for which it was built
         self._kept_for: Shard | None = None
         self._generation = next(_generations)
+
+    @property
+    def crew(self) -> Crew | None:
+        """The ranks that hold the objective."""
+        crew = self.objective.crew
+        return crew if crew is not None and crew.follows else None
 
     @property
     def num_hvps(self) -> int:
@@ -77,8 +84,8 @@ class ShardOperator(LinearOperator):
                 ) from ran_out
 
     def _sum(self, vectors: Tensor) -> Tensor:
-        crew = self.objective.crew
-        if crew is not None and crew.follows:
+        crew = self.crew
+        if crew is not None:
             return together.products(crew, self, vectors)
         return self.partial(vectors, self.objective.shards)
 

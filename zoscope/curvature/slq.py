@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from zoscope.curvature.lanczos import Array, Jacobi, OnProducts, project_out, short_chains
+from zoscope.curvature.lanczos import Array, Jacobi, OnProducts, Rows, project_out, short_chains
 from zoscope.curvature.operators import LinearOperator
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
@@ -246,7 +245,7 @@ def choose_length(state: Deflated, precision: Precision, *, rtol: float, budget:
 
 def probe_block(
     operator: LinearOperator,
-    deflated: Tensor,
+    deflated: Rows,
     *,
     probes: int,
     length: int,

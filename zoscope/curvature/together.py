@@ -21,7 +21,7 @@ def products(crew: Crew, operator: ShardOperator, vectors: Tensor) -> Tensor:
     shape = tuple(vectors.shape)
     crew.work("zoscope.curvature.together:multiply", f"{kind.__module__}:{kind.__name__}", operator.settings, shape)
     crew.ranks.share(vectors)
-    return _sum(crew.ranks, operator, crew.own, vectors)
+    return _sum(crew.ranks, operator, crew.pieces, vectors)
 
 
 def multiply(post: Post, kind: str, settings: tuple[object, ...], shape: tuple[int, int]) -> None:
@@ -34,7 +34,7 @@ def multiply(post: Post, kind: str, settings: tuple[object, ...], shape: tuple[i
     objective = post.objective
     vectors = torch.empty(shape, dtype=objective.read().dtype, device=objective.device)
     post.ranks.share(vectors)
-    _sum(post.ranks, kept[1], post.own, vectors)
+    _sum(post.ranks, kept[1], post.pieces, vectors)
 
 
 def _sum(ranks: runtime.Ranks, operator: ShardOperator, own: tuple[Shard, ...], vectors: Tensor) -> Tensor:

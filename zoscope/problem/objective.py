@@ -215,10 +215,14 @@ class Objective:
             SpecError: If a batch has no leading dimension to cut along.
         """
         following = self.crew is not None and self.crew.follows
-        self.shards = tuple(piece for shard in self.shards for piece in self._pieces(shard, micro_batch))
+        self.shards = self.cut(micro_batch)
         self.splits.append(micro_batch)
         if self.crew is not None and following:
             self.crew.split(micro_batch)
+
+    def cut(self, micro_batch: int) -> tuple[Shard, ...]:
+        """All shards in pieces of at most ``micro_batch`` rows; see `split`, which puts them in their place."""
+        return tuple(piece for shard in self.shards for piece in self._pieces(shard, micro_batch))
 
     def _pieces(self, shard: Shard, micro_batch: int) -> list[Shard]:
         rows = shard.rows

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zoscope.problem.objective import Objective, Shard
 
 CUT_WORK = 10_000_000
-"""Parameters times examples from which a single batch is cut for the ranks; below it does not pay."""
+"""Parameters times examples from which batches fewer than ranks are cut, for derivatives; below it does not pay."""
 
 _numbers = itertools.count()
 
@@ -57,6 +57,8 @@ class Post:
         ranks: The job.
         objective: The problem; its shards are all of rank 0's.
         stack: Ends the session.
+        own: Shards that this rank evaluates.
+        pieces: What it differentiates: the same, or parts of all where there are fewer shards than ranks.
         kept: What pieces of work keep for the next one.
     """
 
@@ -64,6 +66,7 @@ class Post:
     objective: Objective
     stack: ExitStack
     own: tuple[Shard, ...] = ()
+    pieces: tuple[Shard, ...] = ()
     kept: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,6 +108,7 @@ class Crew:
     def __init__(self, ranks: runtime.Ranks, number: int, objective: Objective) -> None:
         self.ranks = ranks
         self.own: tuple[Shard, ...] = ()
+        self.pieces: tuple[Shard, ...] = ()
         self._number = number
         self._objective = objective
         self._shards: tuple[Shard, ...] = ()
@@ -112,19 +116,13 @@ class Crew:
 
     def begin(self) -> None:
         """Bring the other ranks to where this one is: the shards, every parameter and buffer."""
-        objective, size = self._objective, self.ranks.size
+        objective = self._objective
         self._tell("_layout", list(objective.splits), _signature(objective))
         self.ranks.attempt(lambda: None)
         for tensor in _state(objective):
             self.ranks.share(tensor)
         self._shards = objective.shards
-        rows = max((shard.rows or 1) for shard in objective.shards)
-        few = len(objective.shards) < size and objective.indivisible is None and rows > 1
-        if few and objective.num_params * objective.num_examples >= CUT_WORK:
-            pieces = -(-size // len(objective.shards))
-            with suppress(SpecError):  # batches that cannot be cut leave some ranks idle
-                return objective.split(-(-rows // pieces))
-        return self.deal_out()
+        self.deal_out()
 
     @property
     def follows(self) -> bool:
@@ -138,9 +136,19 @@ class Crew:
         self.deal_out()
 
     def deal_out(self) -> None:
-        """Choose which rank evaluates which shard."""
-        self.own = _dealt(self._objective, self.ranks)
-        self._tell("_take")
+        """Choose which rank evaluates which shard, and which pieces each differentiates.
+
+        Losses stay those of whole shards: second differences of them would show how the batches were cut.
+        """
+        objective, size = self._objective, self.ranks.size
+        rows, count = max((shard.rows or 1) for shard in objective.shards), len(objective.shards)
+        cut = None
+        if count < size and rows > 1 and objective.indivisible is None:
+            cut = -(-rows // -(-size // count))
+        if objective.num_params * objective.num_examples < CUT_WORK:
+            cut = None
+        self._tell("_take", cut)
+        self.own, self.pieces = _dealt(objective, self.ranks, cut)
 
     def work(self, name: str, *args: Any) -> None:
         """Announce a piece of work, ``module:function``; the parameters go along where they have changed."""
@@ -160,7 +168,14 @@ class Crew:
     def gradient(self) -> tuple[float, Tensor]:
         """Loss and gradient over all shards."""
         self.work("zoscope.problem.together:gradient")
-        return _gradient(self.ranks, self._objective, self.own)
+        return _gradient(self.ranks, self._objective, self.pieces)
+
+    def memory_for_vectors(self) -> int:
+        """Bytes for vectors that are kept: of rank 0, or of all ranks, each as much as the one with the least has."""
+        if not self.ranks.shard_basis:
+            return runtime.available_memory(self._objective.device)
+        self.work("zoscope.problem.together:memory")
+        return int(self.ranks.size * _memory(self.ranks, self._objective))
 
     def _tell(self, name: str, *args: Any) -> None:
         self.ranks.tell(f"zoscope.problem.together:{name}", self._number, *args)
@@ -176,7 +191,17 @@ def value(post: Post) -> None:
 
 def gradient(post: Post) -> None:
     """This rank's part of a gradient."""
-    _gradient(post.ranks, post.objective, post.own)
+    _gradient(post.ranks, post.objective, post.pieces)
+
+
+def memory(post: Post) -> None:
+    """This rank's free memory."""
+    _memory(post.ranks, post.objective)
+
+
+def _memory(ranks: runtime.Ranks, objective: Objective) -> float:
+    free = runtime.available_memory(objective.device)
+    return ranks.smallest(free / (ranks.local_size if objective.device.type == "cpu" else 1))
 
 
 def _value(ranks: runtime.Ranks, objective: Objective, own: tuple[Shard, ...]) -> float:
@@ -238,20 +263,28 @@ def _split(desk: runtime.Desk, number: int, micro_batch: int) -> None:
     desk.sessions[number].objective.split(micro_batch)
 
 
-def _take(desk: runtime.Desk, number: int) -> None:
+def _take(desk: runtime.Desk, number: int, cut: int | None) -> None:
     post: Post = desk.sessions[number]
-    post.own = _dealt(post.objective, post.ranks)
+    post.own, post.pieces = _dealt(post.objective, post.ranks, cut)
 
 
-def _dealt(objective: Objective, ranks: runtime.Ranks) -> tuple[Shard, ...]:
+def _dealt(objective: Objective, ranks: runtime.Ranks, cut: int | None) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
+    own = pieces = _share(objective, objective.shards, ranks)
+    if cut is not None:
+        with suppress(SpecError):  # batches that cannot be cut leave some ranks idle
+            pieces = _share(objective, objective.cut(cut), ranks)
+    return own, pieces
+
+
+def _share(objective: Objective, shards: tuple[Shard, ...], ranks: runtime.Ranks) -> tuple[Shard, ...]:
     """The shards of this rank, on the device: the largest first, each to the rank with the fewest examples so far."""
     loads, own = [0] * ranks.size, []
-    for index in sorted(range(len(objective.shards)), key=lambda i: -objective.shards[i].examples):
+    for index in sorted(range(len(shards)), key=lambda i: -shards[i].examples):
         rank = loads.index(min(loads))
-        loads[rank] += objective.shards[index].examples
+        loads[rank] += shards[index].examples
         if rank == ranks.rank:
             own.append(index)
-    return tuple(objective.placed(objective.shards[index]) for index in sorted(own))
+    return tuple(objective.placed(shards[index]) for index in sorted(own))
 
 
 def _state(objective: Objective) -> list[Tensor]:

@@ -47,12 +47,14 @@ class Ranks:
         rank: Number of this one.
         size: How many there are.
         control: Process group for messages between CPUs.
+        shard_basis: Whether each rank holds a slice of Lanczos vectors, instead of rank 0 all of them.
         in_step: Whether all of them are known to be at the same place. False for good once one left an operation early.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.in_step = True
+        self.shard_basis = False
         self.watch: Watch | None = None
         self.control = dist.new_group(backend="gloo", timeout=ENDLESS)
         self._tensors = dist.new_group(backend="nccl", timeout=ENDLESS) if self._a_gpu_each() else None
@@ -62,9 +64,13 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """How many of them are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     def _a_gpu_each(self) -> bool:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        enough = torch.cuda.is_available() and dist.is_nccl_available() and torch.cuda.device_count() >= local
+        enough = torch.cuda.is_available() and dist.is_nccl_available() and torch.cuda.device_count() >= self.local_size
         return bool(self.smallest(float(enough)))
 
     # --- messages -------------------------------------------------------------------------------------------------

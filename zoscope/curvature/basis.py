@@ -1,0 +1,223 @@
+"""Where the vectors of a Lanczos chain are: in this process, or in slices on all ranks of a job."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from zoscope.runtime import Ranks
+
+if TYPE_CHECKING:
+    from zoscope.curvature.linear import LinearOperator
+    from zoscope.problem.together import Crew, Post
+
+WIDTH = 2**22
+"""Entries that are combined at a time, so that no second copy of a basis is needed."""
+
+_numbers = itertools.count()
+
+
+def new_basis(operator: LinearOperator, start: Tensor, *, capacity: int) -> LocalBasis | SharedBasis:
+    """Room for ``capacity`` vectors like ``start``, which is the first one, normalised."""
+    unit = start / torch.linalg.vector_norm(start)
+    crew = operator.crew
+    if crew is not None and crew.ranks.shard_basis:
+        return SharedBasis(crew, unit, capacity=capacity)
+    return LocalBasis(unit, capacity=capacity)
+
+
+class LocalBasis:
+    """Vectors in this process.
+
+    Args:
+        first: ``(d,)``, the first one.
+        capacity: How many there will be at most.
+    """
+
+    def __init__(self, first: Tensor, *, capacity: int) -> None:
+        self._rows = torch.empty(capacity, len(first), dtype=first.dtype, device=first.device)
+        self._rows[0] = first
+        self._next = first
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> Tensor:
+        """One vector ``(d,)``."""
+        return self._rows[index]
+
+    def orthogonalise(self, vector: Tensor, count: int) -> tuple[float, float]:
+        """Take the first ``count`` vectors out of another one, in place.
+
+        Returns:
+            Its coefficient along the last of them, and the length of what is left.
+        """
+        known = self._rows[:count]
+        along = float(known[-1] @ vector)
+        for _ in range(2):  # twice is enough (Kahan; Parlett 1980, §6.9)
+            vector -= (known @ vector) @ known
+        self._next = vector
+        return along, float(torch.linalg.vector_norm(vector))
+
+    def append(self, index: int, length: float) -> None:
+        """Put what was left, of a known length, at ``index`` as a unit vector."""
+        torch.div(self._next, length, out=self._rows[index])
+
+    def combine(self, mix: Tensor) -> Tensor:
+        """Put the combinations ``mix`` ``(n, k)`` of the first k vectors in their place; ``(n, d)``."""
+        return _combined(self._rows, mix)
+
+
+def _combined(rows: Tensor, mix: Tensor) -> Tensor:
+    n, k = mix.shape
+    width = max(1, WIDTH // max(k, 1))
+    for begin in range(0, rows.shape[1], width):
+        rows[:n, begin : begin + width] = mix @ rows[:k, begin : begin + width]
+    return rows[:n]
+
+
+class SharedBasis:
+    """Vectors of which each rank holds a slice of the coordinates: memory per rank falls as ranks are added.
+
+    Sums over coordinates are exchanged, a few numbers each; whole vectors only where a product takes one.
+
+    Args:
+        crew: The ranks.
+        first: ``(d,)``, the first vector.
+        capacity: How many there will be at most.
+    """
+
+    def __init__(self, crew: Crew, first: Tensor, *, capacity: int) -> None:
+        self._crew, self._dim, self._count = crew, len(first), capacity
+        self.dtype, self.device = first.dtype, first.device
+        self._number = next(_numbers)
+        live = [*_live, self._number]
+        _live[self._number] = self
+        crew.work("zoscope.curvature.basis:begin", self._number, live, capacity, len(first), self.dtype)
+        self._slice = crew.ranks.attempt(lambda: Slice(crew.ranks, capacity, len(first), self.dtype, self.device))
+        self._tell("put")
+        self._slice.put(first)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.row(index) for index in range(self._count))
+
+    def row(self, index: int) -> Tensor:
+        """See `LocalBasis.row`."""
+        self._tell("row", index)
+        return self._slice.row(index)[: self._dim]
+
+    def orthogonalise(self, vector: Tensor, count: int) -> tuple[float, float]:
+        """See `LocalBasis.orthogonalise`; the vector itself is left as it is."""
+        self._tell("orthogonalise", count)
+        return self._slice.orthogonalise(count, vector)
+
+    def append(self, index: int, length: float) -> None:
+        """See `LocalBasis.append`."""
+        self._tell("append", index, length)
+        self._slice.append(index, length)
+
+    def combine(self, mix: Tensor) -> SharedBasis:
+        """See `LocalBasis.combine`."""
+        self._tell("combine", mix.cpu())
+        self._slice.combine(mix)
+        self._count = len(mix)
+        return self
+
+    def project_out(self, vectors: Tensor) -> Tensor:
+        """``vectors`` ``(b, d)`` less their components along this orthonormal basis."""
+        self._tell("project_out", self._count, len(vectors))
+        return self._slice.project_out(self._count, len(vectors), vectors)[:, : self._dim]
+
+    def whole(self) -> Tensor:
+        """All of it on rank 0, ``(q, d)``, for a caller that cannot do with less."""
+        return torch.stack(list(self))
+
+    def _tell(self, name: str, *args: object) -> None:
+        self._crew.work("zoscope.curvature.basis:act", self._number, name, args)
+
+
+_live: weakref.WeakValueDictionary[int, SharedBasis] = weakref.WeakValueDictionary()
+
+
+class Slice:
+    """One rank's coordinates of all vectors; every rank calls the same methods, and rank 0 has the whole vectors.
+
+    Args:
+        ranks: The job.
+        capacity: Number of vectors.
+        dim: Their length.
+        dtype: Their type.
+        device: Where they are.
+    """
+
+    def __init__(self, ranks: Ranks, capacity: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._ranks = ranks
+        self._width = -(-dim // ranks.size)  # the last slice ends in zeros
+        self._rows = torch.zeros(capacity, self._width, dtype=dtype, device=device)
+        self._next = torch.zeros(self._width, dtype=dtype, device=device)
+
+    def put(self, whole: Tensor | None = None) -> None:
+        """The first vector."""
+        self._rows[0] = self._dealt(1, None if whole is None else whole[None])[0]
+
+    def row(self, index: int) -> Tensor:
+        """One vector, on rank 0."""
+        return self._joined(self._rows[index : index + 1])[0]
+
+    def orthogonalise(self, count: int, whole: Tensor | None = None) -> tuple[float, float]:
+        """See `LocalBasis.orthogonalise`."""
+        known = self._rows[:count]
+        self._next = vector = self._dealt(1, None if whole is None else whole[None])[0]
+        along = 0.0
+        for turn in range(2):
+            products = self._ranks.total((known @ vector).double().cpu())
+            along = float(products[-1]) if turn == 0 else along
+            vector -= products.to(vector) @ known
+        square = self._ranks.total(vector.double().square().sum().cpu())
+        return along, float(square.sqrt())
+
+    def append(self, index: int, length: float) -> None:
+        """See `LocalBasis.append`."""
+        torch.div(self._next, length, out=self._rows[index])
+
+    def combine(self, mix: Tensor) -> None:
+        """See `LocalBasis.combine`."""
+        self._rows = _combined(self._rows, mix.to(self._rows))
+
+    def project_out(self, count: int, number: int, whole: Tensor | None = None) -> Tensor:
+        """Vectors ``(number, d)`` less their components along the first ``count`` rows, on rank 0."""
+        basis, vectors = self._rows[:count], self._dealt(number, whole)
+        products = self._ranks.total((vectors @ basis.T).double().cpu())
+        return self._joined(torch.addmm(vectors, products.to(vectors), basis, alpha=-1))
+
+    def _dealt(self, number: int, whole: Tensor | None) -> Tensor:
+        mine = torch.empty(number, self._width, dtype=self._rows.dtype, device=self._rows.device)
+        if whole is not None:
+            whole = torch.nn.functional.pad(whole, (0, self._width * self._ranks.size - whole.shape[1]))
+        return self._ranks.deal(whole, mine)
+
+    def _joined(self, mine: Tensor) -> Tensor:
+        whole = self._ranks.join(mine)
+        return mine if whole is None else whole
+
+
+def begin(post: Post, number: int, live: list[int], capacity: int, dim: int, dtype: torch.dtype) -> None:
+    """Make room on another rank, in place of bases that are gone."""
+    slices: dict[int, Slice] = post.kept.setdefault("slices", {})
+    for old in set(slices) - set(live):
+        del slices[old]
+    device = post.objective.device
+    slices[number] = post.ranks.attempt(lambda: Slice(post.ranks, capacity, dim, dtype, device))
+
+
+def act(post: Post, number: int, name: str, args: tuple[object, ...]) -> None:
+    """Do on another rank what rank 0 does with its slice."""
+    getattr(post.kept["slices"][number], name)(*args)
