@@ -49,7 +49,7 @@ def problem_from_transformers(
 
     Varied are the parameters with ``requires_grad``: all of an ordinary model, with tied embeddings counted once, and
     the adapter or prefix of a ``peft`` one. Attention with fused kernels uses the plain one where second derivatives
-    are taken. Gradient checkpointing is not active in eval mode; second derivatives need every activation anyway.
+    are taken. Gradient checkpointing is not active in eval mode; it saves second derivatives little (micro-batches do).
 
     Args:
         model: A ``transformers`` model with a head, or ``peft`` around one; in any mode, which it keeps.
