@@ -149,8 +149,17 @@ class MeasureOptions:
         bool,
         Option("--strict", help="Exit 3 when the precision of --rtol was not reached.", rich_help_panel="Measurement"),
     ] = False
+    shard_basis: Annotated[
+        bool,
+        Option(
+            "--shard-basis",
+            help="With torchrun: spread the Lanczos vectors over the processes, which saves memory on the first.",
+            rich_help_panel="Measurement",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
+        validate.shard_basis(self.shard_basis)
         validate.relative("--rtol", self.rtol)
         validate.at_least("--max-hvps", self.max_hvps, 1)
         validate.choice("--method", self.method, METHODS)
