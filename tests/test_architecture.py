@@ -27,7 +27,7 @@ ALLOWED = {
     "optim": {"problem", "runtime", "theory"},
     "analysis": {"config", "curvature", "optim", "problem", "runtime", "spec", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "theory"},
-    "integrations": {"problem", "runtime"},
+    "integrations": {"analysis", "problem", "runtime"},
 }
 FREE = {"cli", "__init__", "__main__"}
 # The only packages from outside that these rooms may see.

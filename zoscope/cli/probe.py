@@ -170,7 +170,7 @@ class RunOptions:
     @staticmethod
     def _check_plot(path: Path) -> None:
         from zoscope.cli.output import check_writable
-        from zoscope.report.probe_plot import require_matplotlib
+        from zoscope.report.figures import require_matplotlib
 
         require_matplotlib()
         check_writable(path, option="--plot")

@@ -70,7 +70,7 @@ class SpectrumOptions:
 
     @staticmethod
     def _check_plot(path: Path) -> None:
-        from zoscope.report.probe_plot import require_matplotlib
+        from zoscope.report.figures import require_matplotlib
 
         if path.suffix.lower() not in PICTURES:
             raise UsageError(f"--plot: {path} has no picture's name. Expected one that ends in {', '.join(PICTURES)}.")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from zoscope.cli.flatten import flatten
 from zoscope.cli.options import OutputOptions
-from zoscope.cli.output import emit, warn
-from zoscope.cli.progress import aside, loading, visible
+from zoscope.cli.output import check_writable, emit, warn
+from zoscope.cli.progress import about, aside, loading, visible
 from zoscope.cli.track_options import FolderOptions, RunOptions
 from zoscope.errors import UsageError
 
@@ -31,6 +32,11 @@ Values = dict[str, Any]
 @flatten
 def command(run: RunOptions, place: FolderOptions, output: OutputOptions) -> None:
     """Train, and follow trace, λ_max, the band and the threshold on the way; resumable."""
+    if place.plot is not None:
+        from zoscope.report.figures import require_matplotlib
+
+        check_writable(place.plot, option="--plot")
+        require_matplotlib()
     if place.compare:
         _compare(run, place, output)
         return
@@ -44,9 +50,13 @@ def command(run: RunOptions, place: FolderOptions, output: OutputOptions) -> Non
 
     interrupted = False
     try:
-        result = _tracked(values, folder, output, resume=place.resume is not None, overwrite=place.overwrite)
+        result = _tracked(values, folder, place, output, resume=place.resume is not None, overwrite=place.overwrite)
     except TrackInterruptedError as error:
         result, interrupted = error.result, True
+    if place.plot is not None:
+        from zoscope.report.track_plot import draw
+
+        draw(result, [place.plot])
     emit(result, output, shown=render(result, warnings=False))
     warn(result.warnings, quiet=output.quiet)
     if interrupted:
@@ -121,10 +131,18 @@ def _relative(origin: Mapping[str, Any], folder: Path) -> Values:
 
 
 def _tracked(
-    values: Mapping[str, Any], folder: Path, output: OutputOptions, *, resume: bool, overwrite: bool, label: str = ""
+    values: Mapping[str, Any],
+    folder: Path,
+    place: FolderOptions,
+    output: OutputOptions,
+    *,
+    resume: bool,
+    overwrite: bool,
+    label: str = "",
 ) -> TrackResult:
     from zoscope.analysis.track import track_request
     from zoscope.analysis.tracking.request import TrackRequest
+    from zoscope.analysis.tracking.results import TrackInterruptedError
     from zoscope.spec import load_spec
 
     options = dict(values)
@@ -138,18 +156,43 @@ def _tracked(
             params=origin.get("params"),
             checkpoint=None if "checkpoint" not in origin else Path(origin["checkpoint"]),
         )
-    with watching(quiet=output.quiet, label=label) as observers, aside():
-        return track_request(
-            loaded.problem,
-            request,
-            origin=_relative(origin, folder),
-            folder=folder,
-            resume=resume,
-            overwrite=overwrite,
-            max_seconds=max_seconds,
-            spec=_display(loaded.display),
-            observers=observers,
-        )
+    display = _display(loaded.display)
+    logs = _logs(folder, place)
+    try:
+        with about(display), watching(quiet=output.quiet, label=label) as observers, aside():
+            result = track_request(
+                loaded.problem,
+                request,
+                origin=_relative(origin, folder),
+                folder=folder,
+                resume=resume,
+                overwrite=overwrite,
+                max_seconds=max_seconds,
+                spec=display,
+                observers=(*observers, *logs),
+            )
+    except TrackInterruptedError as error:
+        _picture(error.result, folder)
+        raise
+    _picture(result, folder)
+    return result
+
+
+def _logs(folder: Path, place: FolderOptions) -> tuple[Observer, ...]:
+    if not place.tensorboard:
+        return ()
+    from zoscope.integrations.tensorboard import TensorBoard
+
+    return (TensorBoard(folder / "tensorboard"),)
+
+
+def _picture(result: TrackResult, folder: Path) -> None:
+    """The picture in the run's folder, where matplotlib is installed: nobody asked for it."""
+    if find_spec("matplotlib") is None or len(result.records) < 2:
+        return
+    from zoscope.report.track_plot import draw
+
+    draw(result, [folder / "plot.png", folder / "plot.svg"], option="--run")
 
 
 def _display(spec: str) -> str:
@@ -204,6 +247,7 @@ def _sweep(values: Values, folder: Path, place: FolderOptions, output: OutputOpt
         return _tracked(
             options,
             where,
+            place,
             replace(output, quiet=quiet),
             resume=goes_on,
             overwrite=overwrite and not goes_on,
@@ -215,7 +259,7 @@ def _sweep(values: Values, folder: Path, place: FolderOptions, output: OutputOpt
         comparison = run_sweep(sweep, there, config=config, start=start, resume=resume)
     except SweepInterruptedError as error:
         comparison, interrupted = error.comparison, True
-    _show(comparison, output)
+    _show(comparison, place, output)
     if interrupted:
         _say_interrupted(folder)
     if comparison.failed:
@@ -230,10 +274,15 @@ def _compare(run: RunOptions, place: FolderOptions, output: OutputOptions) -> No
         raise UsageError("--compare: no folder was named. Expected those of runs: zoscope track --compare RUN RUN.")
     if place.resume is not None or place.config is not None or place.sweep or place.overwrite:
         raise UsageError("--compare only reads runs. Leave --config, --resume, --sweep and --overwrite out.")
-    _show(compare(folders), output)
+    _show(compare(folders), place, output)
 
 
-def _show(comparison: Comparison, output: OutputOptions) -> None:
+def _show(comparison: Comparison, place: FolderOptions, output: OutputOptions) -> None:
     from zoscope.report.track_compare import render
+
+    if place.plot is not None:
+        from zoscope.report.track_plot import draw_comparison
+
+        draw_comparison(comparison, [place.plot])
 
     emit(comparison, output, shown=render(comparison))

@@ -252,6 +252,19 @@ class FolderOptions:
             metavar="KEY=V1,V2",
         ),
     ] = None
+    plot: Annotated[
+        Path | None,
+        _option(
+            "--plot",
+            panel=FOLDER,
+            help="Also write the picture here; of several runs one over another. A run's own folder has it anyway.",
+            metavar="FILE",
+        ),
+    ] = None
+    tensorboard: Annotated[
+        bool,
+        Option("--tensorboard", help="Also write TensorBoard scalars into the folder.", rich_help_panel=FOLDER),
+    ] = False
     compare: Annotated[
         bool,
         Option("--compare", help="Compare the runs in the folders given instead of SPEC.", rich_help_panel=FOLDER),

@@ -5,29 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoscope.errors import UsageError
+from zoscope.report.figures import COLOURS, gaps, new_figure, require_matplotlib, save
 
 if TYPE_CHECKING:
     from zoscope.analysis.probing.results import ProbeResult
     from zoscope.analysis.probing.run_results import ProbeRun
 
-# Okabe and Ito: distinct for every common kind of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = {"adaptive": ":"}
-
-
-def require_matplotlib() -> None:
-    """Fail early, and say how to go on.
-
-    Raises:
-        UsageError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed. Install it with: pip install 'zoscope[plot]'"
-        ) from None
 
 
 def draw(result: ProbeResult, path: Path) -> None:
@@ -37,9 +21,7 @@ def draw(result: ProbeResult, path: Path) -> None:
         UsageError: If matplotlib is not installed, does not know the format, or the file cannot be written.
     """
     require_matplotlib()
-    from matplotlib.figure import Figure  # no pyplot: it would choose a window system
-
-    figure: Any = Figure(figsize=(9, 7), layout="constrained")
+    figure: Any = new_figure(width=9, height=7)
     losses, distances = figure.subplots(2, 1, sharex=True)
     for run, colour in zip(result.runs, _colours(result.runs), strict=True):
         _draw_run(losses, distances, run, colour)
@@ -52,10 +34,7 @@ def draw(result: ProbeResult, path: Path) -> None:
     distances.set_yscale("symlog", linthresh=1e-6)
     losses.legend(fontsize="small", frameon=False)
     figure.suptitle(f"{result.spec or 'problem'}, {result.optimizer}: {result.outcome}")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--plot: cannot write {path} ({error}). Choose another name, such as probe.png.") from None
+    save(figure, path)
 
 
 def _colours(runs: tuple[ProbeRun, ...]) -> list[str]:
@@ -70,16 +49,10 @@ def _draw_run(losses: Any, distances: Any, run: ProbeRun, colour: str) -> None:
     for replica in range(run.replicas):
         column = [row[replica] for row in curves.losses]
         away = [row[replica] for row in curves.distances]
-        losses.plot(curves.steps, _gaps(column), style, color=colour, alpha=0.5, linewidth=0.9, label=label)
-        distances.plot(curves.steps, _gaps(away), style, color=colour, alpha=0.5, linewidth=0.9)
+        losses.plot(curves.steps, gaps(column), style, color=colour, alpha=0.5, linewidth=0.9, label=label)
+        distances.plot(curves.steps, gaps(away), style, color=colour, alpha=0.5, linewidth=0.9)
         label = "_nolegend_"
     if any(value is not None for value in curves.predicted):
         ceiling = 10.0 * abs(run.loss_start) + run.loss_start
         shown = [value if value is not None and value < ceiling else None for value in curves.predicted]
-        losses.plot(
-            curves.steps, _gaps(shown), "--", color=colour, linewidth=1.8, label=f"{run.ratio:.3g} ×, predicted"
-        )
-
-
-def _gaps(values: list[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]  # how matplotlib leaves a line out
+        losses.plot(curves.steps, gaps(shown), "--", color=colour, linewidth=1.8, label=f"{run.ratio:.3g} ×, predicted")

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoscope.errors import UsageError
 from zoscope.report.bounds_tables import OPERATOR_NAMES
-from zoscope.report.probe_plot import require_matplotlib
+from zoscope.report.figures import COLOURS, new_figure, require_matplotlib, save
 from zoscope.report.style import count, quantity
 from zoscope.theory.density import position_of
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.density_results import SpectrumResult
     from zoscope.theory.spectrum import Array
 
-# Okabe and Ito: distinct for every common kind of colour blindness, and of different lightness in print.
-NEGATIVE, POSITIVE = "#D55E00", "#0072B2"
+POSITIVE, NEGATIVE = COLOURS[:2]
 
 LOWEST = 0.2
 """Where the axis of the density begins, eigenvalues per decade; one eigenvalue alone rises to 2.7."""
@@ -42,17 +40,12 @@ def draw(result: SpectrumResult, path: Path) -> None:
         UsageError: If matplotlib is not installed, does not know the format, or the file cannot be written.
     """
     require_matplotlib()
-    from matplotlib.figure import Figure  # no pyplot: it would choose a window system
-
-    figure: Any = Figure(figsize=(8, 4.5), layout="constrained")
+    figure: Any = new_figure(width=8, height=4.5)
     axes: Any = figure.subplots()
     _draw_density(axes, result)
     _draw_outliers(axes, result)
     _label(axes, result)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--plot: cannot write {path} ({error}). Choose another name, such as spectrum.png.") from None
+    save(figure, path)
 
 
 def _draw_density(axes: Any, result: SpectrumResult) -> None:
