@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
+from zoscope.theory.scalar import root
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.validate import require_positive
 
@@ -89,7 +89,7 @@ def _excess_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: Es
     low = 0.0 if margin(0.0) <= 0 else -1.0
     if low < 0:
         high = 0.0
-    return max(flat, brentq(margin, low, high, xtol=1e-300 if low == 0 else 1e-15, rtol=8.9e-16, maxiter=500))
+    return max(flat, root(margin, low, high, xtol=1e-300 if low == 0 else 1e-15))
 
 
 def _inverse_feedback(excess: float, z: Array, weights: Array, beta: float, moments: EstimatorMoments) -> float:

@@ -7,11 +7,11 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from zoscope.theory.modes import horizon_feedback, infinite_feedback
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
+from zoscope.theory.scalar import root
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 from zoscope.theory.thresholds import Gains, fo_threshold, tight_bounds
 from zoscope.theory.validate import require_count, require_positive
@@ -283,7 +283,7 @@ def first_crossing(total: Callable[[float], float], *, guess: float) -> float:
             return math.inf if x > 0 else 0.0
         previous, value = value, excess(x)
         slope = max((value - previous) / step, 1e-2)
-    return math.exp(brentq(excess, low, high, xtol=2e-14, rtol=8.9e-16))
+    return math.exp(root(excess, low, high, xtol=2e-14))
 
 
 def _finite(values: Array) -> Array:

@@ -7,7 +7,8 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
+
+from zoscope.theory.student import widening
 
 Array = NDArray[np.float64]
 NodeFunction = Callable[[Array], Array]
@@ -144,8 +145,7 @@ class SampledSpectrum:
         if variance <= 0:
             return 0.0
         freedom = self.num_probes * second**2 / fourth
-        widening = float(stdtrit(max(freedom, 1.0), 0.975)) / 1.96
-        return scale * widening * float(np.sqrt(variance / self.num_probes))
+        return scale * widening(max(freedom, 1.0)) * float(np.sqrt(variance / self.num_probes))
 
     def quadrature_error_of(self, f: NodeFunction) -> float:
         """Bound on the error of ``Tr f(M)`` from quadrature, added up over its kinds."""
