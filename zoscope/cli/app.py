@@ -40,8 +40,8 @@ def _root(
     """How large may the step size be? First- and zeroth-order stability bounds from your model's own curvature."""
 
 
-def build() -> typer.Typer:
-    """The application with its commands."""
+def build(args: Sequence[str] = ()) -> typer.Typer:
+    """The application with its commands: the one that ``args`` begin with, as its modules take time to load, or all."""
     app = typer.Typer(
         name="zoscope",
         add_completion=False,
@@ -50,7 +50,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name in COMMANDS:
+    for name in [name for name in COMMANDS if name in args[:1]] or COMMANDS:
         app.command(name)(import_module(f"zoscope.cli.{name}").command)
     return app
 
@@ -78,7 +78,7 @@ def run(args: Sequence[str]) -> int:
 
 def _invoke(args: list[str]) -> int:
     # Not command.main(): it turns a broken pipe and every usage error into exits of its own.
-    command: Any = typer.main.get_command(build())
+    command: Any = typer.main.get_command(build(args))
     try:
         with command.make_context("zoscope", args) as context:
             command.invoke(context)

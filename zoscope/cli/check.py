@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import zoscope
-from zoscope.analysis.checking.baseline import Baseline, baseline_document, load_baseline
 from zoscope.cli.check_options import OverrideOptions
 from zoscope.cli.flatten import flatten
 from zoscope.cli.formats import FORMATS, Target, formatted, repository_path, targets, write_all
@@ -19,8 +18,10 @@ from zoscope.cli.output import PipeConsole, check_writable, write_whole
 from zoscope.cli.progress import measuring
 from zoscope.cli.validate import choice
 from zoscope.config.located import ConfigError
-from zoscope.config.schema import schema_text
 from zoscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from zoscope.analysis.checking.baseline import Baseline
 
 Config = Annotated[
     Path | None,
@@ -92,6 +93,8 @@ def command(
     configuration is wrong; of several the worst, in the order 2 > 3 > 1 > 0. Every check runs.
     """
     if schema:
+        from zoscope.config.schema import schema_text
+
         sys.stdout.write(schema_text())
         return
     shown = _format(format, json_output)
@@ -115,6 +118,8 @@ def command(
         raise
     write_all(report, files)
     if baseline is not None and update_baseline:
+        from zoscope.analysis.checking.baseline import baseline_document
+
         document = baseline_document(report, earlier=replaced, keep_absent=bool(only))
         write_whole(baseline, json.dumps(document, indent=2, allow_nan=False) + "\n", option="--baseline")
     if shown == "text":
@@ -129,7 +134,7 @@ def command(
 def _format(given: str | None, as_json: bool) -> str:
     if as_json and given not in (None, "json"):
         raise UsageError(f"--json and --format {given} contradict each other. Use one, and --output FORMAT=FILE too.")
-    return "json" if as_json else choice("--format", given or "text", tuple(FORMATS))
+    return "json" if as_json else choice("--format", given or "text", FORMATS)
 
 
 def _replaced(file: Path | None) -> Baseline | None:
@@ -137,6 +142,8 @@ def _replaced(file: Path | None) -> Baseline | None:
     if file is None:
         raise UsageError("--update-baseline needs --baseline FILE, the file to write.")
     check_writable(file)
+    from zoscope.analysis.checking.baseline import load_baseline
+
     return load_baseline(file) if file.is_file() else None
 
 

@@ -5,28 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoscope.cli.output import as_json, as_text, check_writable, write_whole
 from zoscope.cli.validate import choice
 from zoscope.errors import UsageError
-from zoscope.report.github import github
-from zoscope.report.junit import junit
-from zoscope.report.markdown import markdown
-from zoscope.report.sarif import sarif
 
 if TYPE_CHECKING:
     from zoscope.analysis.checking.results import CheckReport
 
-FORMATS: dict[str, Callable[[CheckReport], str]] = {
-    "text": as_text,
-    "json": as_json,
-    "junit": junit,
-    "github": github,
-    "sarif": sarif,
-    "markdown": markdown,
-}
+FORMATS = ("text", "json", "junit", "github", "sarif", "markdown")
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 WORKSPACE_VARIABLE = "GITHUB_WORKSPACE"
 FROM_REPOSITORY = ("github", "sarif")
@@ -54,7 +44,7 @@ def targets(outputs: Sequence[str], *, default: str) -> list[Target]:
             name, file = default, item
         if not file:
             raise UsageError(f"--output: got '{item}'. Expected FORMAT=FILE, such as junit=zoscope.xml.")
-        target = Target(choice("--output", name, tuple(FORMATS)), Path(file))
+        target = Target(choice("--output", name, FORMATS), Path(file))
         if any(target.file.resolve() == other.file.resolve() for other in found):
             raise UsageError(f"--output: {file} is named twice. Expected one file per format.")
         check_writable(target.file)
@@ -66,7 +56,7 @@ def write_all(report: CheckReport, files: Sequence[Target]) -> None:
     """Write every file, whole or not at all, and the job summary where GitHub asks for one."""
     for target in files:
         write_whole(target.file, formatted(report, target.format))
-    _append_summary(markdown(report))
+    _append_summary(_writer("markdown")(report))
 
 
 def formatted(report: CheckReport, name: str) -> str:
@@ -74,7 +64,16 @@ def formatted(report: CheckReport, name: str) -> str:
     if name in FROM_REPOSITORY:
         checks = tuple(replace(check, file=repository_path(check.file)) for check in report.checks)
         report = replace(report, checks=checks)
-    return FORMATS[name](report)
+    return _writer(name)(report)
+
+
+def _writer(name: str) -> Callable[[CheckReport], str]:
+    plain: dict[str, Callable[[CheckReport], str]] = {"text": as_text, "json": as_json}
+    if name in plain:
+        return plain[name]
+    # Each in a module of its name, with an XML library behind one of them: loaded when it is used.
+    writer: Callable[[CheckReport], str] = getattr(import_module(f"zoscope.report.{name}"), name)
+    return writer
 
 
 def repository_path(file: str | None) -> str | None:
