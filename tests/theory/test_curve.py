@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.curve import GradientMeasure, best_lr, final_loss, predicted_loss
+from zoscope.theory.curve import GradientMeasure, MeanPath, best_lr, final_loss, predicted_loss
 from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.moments import EstimatorMoments, estimator_moments
 from zoscope.theory.rules import UpdateRule, update_rule
@@ -162,3 +162,35 @@ def test_bad_arguments_are_refused():
     for nodes, weights in (([1.0], [-1.0]), ([math.nan], [1.0]), ([1.0, 2.0], [1.0])):
         with pytest.raises(ValueError, match="nodes and weights"):
             GradientMeasure(np.array(nodes), np.array(weights))
+
+
+@pytest.mark.parametrize("name", ["gd", "gdm"])
+def test_a_given_path_that_is_the_models_own_changes_nothing(name):
+    rule, lr, steps = update_rule(name, beta=0.8), 0.02, 50
+    spectrum = Spectrum.of(np.linspace(0.2, 2.0, 30))
+    gradient = GradientMeasure(np.array([0.3, 1.0]), np.array([0.5, 0.2]))
+    options = {"loss": 1.0, "lr": lr, "steps": steps, "rule": rule}
+    whole = predicted_loss(spectrum, gradient, **options)
+    y, m, losses, squares = np.zeros(2), np.zeros(2), [], []
+    for _ in range(steps + 1):
+        slope = 1 + gradient.nodes * y
+        losses.append(1.0 + gradient.weights @ (y + 0.5 * gradient.nodes * y**2))
+        squares.append(gradient.weights @ slope**2)
+        m = rule.momentum * m + slope
+        y = y - lr * m
+    path = MeanPath(np.array(losses), np.array(squares))
+    np.testing.assert_allclose(predicted_loss(spectrum, gradient, path=path, **options), whole, rtol=1e-12)
+
+
+def test_a_path_of_another_length_is_refused():
+    path = MeanPath(np.ones(3), np.ones(3))
+    with pytest.raises(ValueError, match="path"):
+        predicted_loss(
+            Spectrum.of([1.0]),
+            GradientMeasure(np.ones(1), np.ones(1)),
+            loss=1.0,
+            lr=0.1,
+            steps=5,
+            rule=update_rule("gd"),
+            path=path,
+        )

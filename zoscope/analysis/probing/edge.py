@@ -34,7 +34,8 @@ def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
     """The forecast with steps that show an edge to within the tolerance, for gradients to within half of it.
 
     The square root of the growth asked for is enough: it has to carry a replica out of the valley, no further. A longer
-    run would see another edge, because the landscape sharpens on the way.
+    run sees another edge: the landscape sharpens on the way, and from some time on escape along negative curvature
+    alone brings the threshold below that of infinite time, which leaves escape out.
     """
     request = ground.request
     if request.steps is not None:
@@ -55,7 +56,9 @@ def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
         )
     else:
         lr = (1.0 + request.edge_rtol) * forecast.limit
-        needed = math.ceil(steps_to_grow(spectrum.positive, lr, growth, rule=rule, moments=moments))
+        grown = steps_to_grow(spectrum.positive, lr, growth, rule=rule, moments=moments)
+        escaped = time_to_blow_up(spectrum, forecast.limit, rule=rule, moments=moments, version="full")
+        needed = math.ceil(min(grown, escaped, request.max_steps))
     return replace(forecast, steps=max(min(needed, request.max_steps), forecast.steps))
 
 
