@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from zoscope.analysis.probing.request import ProbeProgress, ProbeRequest
+from zoscope.analysis.probing.request import ProbeProgress, ProbeRequest, check_optimizer, numbers
 from zoscope.analysis.probing.results import ProbeInterruptedError, ProbeResult
 from zoscope.analysis.probing.session import Session
 from zoscope.analysis.request import Progress, Request, subject_of
@@ -22,7 +22,7 @@ def probe(
     problem: Problem,
     *,
     optimizer: str = "zo-gd",
-    ratios: Sequence[float] | None = None,
+    ratios: float | Sequence[float] | None = None,
     lr: float | Sequence[float] | None = None,
     threshold: Threshold = "binding",
     steps: int | None = None,
@@ -108,9 +108,9 @@ def probe(
         NumericalError: If the start is not finite, or nothing limits the step size there.
         ProbeInterruptedError: A ``KeyboardInterrupt`` that carries what was known.
     """
-    lrs = () if lr is None else (lr,) if isinstance(lr, int | float) else tuple(lr)
-    if ratios is None:
-        ratios = () if lrs or edge else DEFAULT_RATIOS
+    check_optimizer(optimizer)
+    lrs = () if lr is None else numbers("lr", lr)
+    multiples = numbers("ratios", ratios) if ratios is not None else () if lrs or edge else DEFAULT_RATIOS
     request = ProbeRequest(
         measure=Request(
             optimizers=(optimizer.removeprefix("zo-"),),
@@ -136,7 +136,7 @@ def probe(
         mu=mu,
         replicas=replicas,
         growth=growth,
-        ratios=tuple(ratios),
+        ratios=multiples,
         lrs=lrs,
         steps=steps,
         max_steps=max_steps,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from zoscope.analysis.request import Request
@@ -22,6 +22,29 @@ ProbeProgress = Callable[[str, int, int], None]
 PROBED: tuple[str, ...] = (*(f"zo-{name}" for name in OPTIMIZERS), *OPTIMIZERS)
 FIRST_ORDER = EstimatorMoments(1.0, 0.0)
 """The exact gradient as an estimate: ``E ĝĝᵀ = HΣH``, the limit of infinitely many queries."""
+
+
+def check_optimizer(name: object) -> None:
+    """Refuse what is not the name of an optimizer.
+
+    Raises:
+        ValueError: If it is not one of ``PROBED``.
+    """
+    if name not in PROBED:
+        raise ValueError(f"optimizer must be one of {', '.join(PROBED)}, got {name!r}")
+
+
+def numbers(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """One number or several, as a tuple; their range is checked by the request.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(values, Real):
+        return (float(values),)
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a number or several, got {values!r}")
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -50,11 +73,11 @@ class ProbeRequest:
     on_progress: ProbeProgress | None = field(repr=False)
 
     def __post_init__(self) -> None:
-        if self.optimizer not in PROBED:
-            raise ValueError(f"optimizer must be one of {', '.join(PROBED)}, got {self.optimizer!r}")
+        check_optimizer(self.optimizer)
         require_positive("mu", self.mu)
         require_count("replicas", self.replicas)
-        if not (math.isfinite(self.growth) and self.growth > 1):
+        require_positive("growth", self.growth)
+        if self.growth <= 1:
             raise ValueError(f"growth must be finite and > 1, got {self.growth!r}")
         for name, values in (("ratios", self.ratios), ("lr", self.lrs)):
             for value in values:
@@ -65,8 +88,12 @@ class ProbeRequest:
             require_count("steps", self.steps)
         require_count("max_steps", self.max_steps)
         require_positive("max_seconds", self.max_seconds)
-        if not 0 < self.edge_rtol < 1:
+        require_positive("edge_rtol", self.edge_rtol)
+        if self.edge_rtol >= 1:
             raise ValueError(f"edge_rtol must lie in (0, 1), got {self.edge_rtol!r}")
+        for name, flag in (("edge", self.edge), ("linearized", self.linearized)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
         if self.assume_threshold is not None:
             require_positive("assume_threshold", self.assume_threshold)
         if self.batch_size is not None:
