@@ -146,7 +146,7 @@ TRACK = Section(
 
 KINDS: dict[str, Kind] = {key.name: key.kind for key in TRACK.keys}
 SETTING = "set."
-FIXED = ("set", "run", "sweep")
+FIXED = ("spec", "checkpoint", "set", "run", "sweep")
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z")
 
 
@@ -238,8 +238,6 @@ def read_axis(key: str, values: Sequence[Any]) -> tuple[list[Any], list[str]]:
     if key.startswith(SETTING):
         return list(values), labels
     checked = [read_track_option(key, value) for value in values]
-    if key == "spec":
-        checked = [absolute_spec(value, Path.cwd()) for value in checked]
     return checked, labels
 
 
