@@ -43,6 +43,7 @@ def bounds(
     hvp: str = "auto",
     threshold: Threshold = "binding",
     lr: float | None = None,
+    batch_size: int | None = None,
     strict: bool = False,
     params: str | None = None,
     spec: str | None = None,
@@ -77,6 +78,8 @@ def bounds(
         threshold: What the recommendation and the verdict go by: ``"binding"`` is the smaller one of ``"horizon"`` and
             ``"descent"``; ``"exact"`` is the infinite-time threshold.
         lr: A step size to judge.
+        batch_size: Examples per training step, drawn at random; all of them by default. Adds the thresholds with such
+            mini-batches, which the recommendation and the verdict then go by.
         strict: Raise where the precision asked for is not reached.
         params: Regular expression that selects parameters by name.
         spec: Name of the problem in the result; the problem's own by default.
@@ -111,6 +114,7 @@ def bounds(
         lr=lr,
         strict=strict,
         on_progress=on_progress,
+        batch_size=batch_size,
     )
     subject = subject_of(problem, params)
     name = spec if spec is not None else problem.name

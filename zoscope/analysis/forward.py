@@ -40,6 +40,11 @@ def forward_bounds(objective: Objective, request: Request, *, spec: str | None, 
         NumericalError: If the loss is not finite around the parameters, or, with ``strict``, for a missed precision.
     """
     rules = _rules(request)
+    if request.batch_size is not None:
+        raise UsageError(
+            f"--batch-size {request.batch_size}: forward passes know no spectrum, which the thresholds with "
+            "mini-batches need. Use --curvature hessian or ggn, or leave it out."
+        )
     moments = request.moments(dimension=objective.num_params)
     found = measure_forward(
         objective,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from zoscope.analysis.minibatch import Batches, Slope, batches_of
 from zoscope.analysis.rows import Measured
 from zoscope.curvature.adam_state import stored_preconditioner
 from zoscope.curvature.ggn import GGNOperator
@@ -17,14 +17,12 @@ from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
 from zoscope.curvature.precondition import (
     Preconditioner,
-    PreconditionerProbes,
     expected_preconditioner,
     probe_preconditioner,
 )
 from zoscope.errors import NumericalError, UsageError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.curve import GradientMeasure
-from zoscope.theory.descent import descent_threshold, descent_threshold_adam
 
 if TYPE_CHECKING:
     from zoscope.analysis.request import Request
@@ -77,18 +75,22 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     preconditioner = None
     kinks = _missed_trace(objective, base, request)
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
+    batches = batches_of(objective, base, g, request)
     if plain:
-        found = _plain(base, g, plain, request=request, moments=moments)
+        found, slope = _plain(base, g, plain, kinks=kinks, batches=batches, request=request, moments=moments)
         operators |= dict.fromkeys((rule.name for rule in plain), found)
-        descent |= {rule.name: _plain_descent(found, rule, kinks=kinks, moments=moments) for rule in plain}
+        descent |= {rule.name: None if slope is None else slope.threshold(rule, moments) for rule in plain}
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
     if adam:
         preconditioner = _preconditioner(objective, g, request=request, moments=moments)
-        found, threshold = _adam(base, g, preconditioner, adam, kinks=kinks, request=request, moments=moments)
+        found, slope = _adam(
+            base, g, preconditioner, adam, kinks=kinks, batches=batches, request=request, moments=moments
+        )
         operators |= dict.fromkeys((rule.name for rule in adam), found)
-        descent |= dict.fromkeys((rule.name for rule in adam), threshold)
+        descent |= {rule.name: None if slope is None else slope.threshold(rule, moments) for rule in adam}
     norm = float(torch.linalg.vector_norm(g.double()))
-    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps, kinks)
+    swept = sum({id(m.batches): m.batches.num_sweeps for m in operators.values() if m.batches is not None}.values())
+    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps + swept, kinks)
 
 
 def _missed_trace(objective: Objective, base: LinearOperator, request: Request) -> float:
@@ -122,19 +124,23 @@ def operator_name(request: Request, *, preconditioned: bool) -> str:
 
 
 def _plain(
-    base: LinearOperator, g: Tensor, rules: Iterable[UpdateRule], *, request: Request, moments: EstimatorMoments
-) -> Measured:
+    base: LinearOperator,
+    g: Tensor,
+    rules: list[UpdateRule],
+    *,
+    kinks: float,
+    batches: Batches | None,
+    request: Request,
+    moments: EstimatorMoments,
+) -> tuple[Measured, Slope | None]:
     name = operator_name(request, preconditioned=False)
-    curvature = _measured(base, g, list(rules), name=name, request=request, moments=moments)
-    return Measured(name, curvature, gradient_measure(curvature))
-
-
-def _plain_descent(measured: Measured, rule: UpdateRule, *, kinks: float, moments: EstimatorMoments) -> float | None:
-    if measured.gradient is None:
-        return None
-    c, theta = measured.gradient.weights, measured.gradient.nodes
-    rayleigh = float(c @ theta / c.sum())
-    return descent_threshold(measured.curvature.trace.value + kinks, rayleigh, moments=moments, rule=rule)
+    curvature = _measured(base, g, rules, name=name, batches=batches, request=request, moments=moments)
+    measure, slope = gradient_measure(curvature), None
+    if measure is not None:
+        square = float(measure.weights.sum())
+        slope = Slope(square, float(measure.weights @ measure.nodes), curvature.trace.value + kinks, square)
+    spread = None if batches is None else batches.spread_of(slope, moments, diagonal=None)
+    return Measured(name, curvature, measure, batches=spread), slope
 
 
 def _adam(
@@ -144,42 +150,29 @@ def _adam(
     rules: list[UpdateRule],
     *,
     kinks: float,
+    batches: Batches | None,
     request: Request,
     moments: EstimatorMoments,
-) -> tuple[Measured, float | None]:
+) -> tuple[Measured, Slope | None]:
     p = preconditioner.diagonal
     scaled = Preconditioned(base, p)
     name = operator_name(request, preconditioned=True)
     # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
     scaled_g = (g.double() / p.double().sqrt()).to(g.dtype)
-    curvature = _measured(scaled, scaled_g, rules, name=name, request=request, moments=moments)
+    curvature = _measured(scaled, scaled_g, rules, name=name, batches=batches, request=request, moments=moments)
     (generator,) = spawn_generators(request.seed, 1, base.device)
     probes = probe_preconditioner(base, p, generator=generator)
-    found = Measured(name, curvature, gradient_measure(curvature), probes.commutator)
     kinks *= float(p.double().reciprocal().square().mean())  # spread over all directions alike
-    return found, _adam_descent(found, g, probes, rules[0], kinks=kinks, moments=moments)
-
-
-def _adam_descent(
-    measured: Measured,
-    g: Tensor,
-    probes: PreconditionerProbes,
-    rule: UpdateRule,
-    *,
-    kinks: float,
-    moments: EstimatorMoments,
-) -> float | None:
-    if measured.gradient is None:
-        return None
-    c, theta = measured.gradient.weights, measured.gradient.nodes
-    return descent_threshold_adam(
-        gPg=float(c.sum()),
-        gPHPg=float(c @ theta),
-        trace_php=probes.shift * measured.curvature.trace.value + probes.trace_correction.value + kinks,
-        grad_sq=float(g.double().square().sum()),
-        moments=moments,
-        rule=rule,
-    )
+    measure, slope = gradient_measure(curvature), None
+    if measure is not None:
+        slope = Slope(
+            gPg=float(measure.weights.sum()),
+            gPHPg=float(measure.weights @ measure.nodes),
+            trace=probes.shift * curvature.trace.value + probes.trace_correction.value + kinks,
+            grad_sq=float(g.double().square().sum()),
+        )
+    spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
+    return Measured(name, curvature, measure, probes.commutator, spread), slope
 
 
 def gradient_measure(curvature: Curvature) -> GradientMeasure | None:
@@ -196,6 +189,7 @@ def _measured(
     rules: list[UpdateRule],
     *,
     name: str,
+    batches: Batches | None,
     request: Request,
     moments: EstimatorMoments,
 ) -> Curvature:
@@ -208,6 +202,7 @@ def _measured(
         max_hvps=request.max_hvps,
         seed=request.seed,
         on_progress=_told(request.on_progress, name.replace("_", " ")),
+        on_pairs=None if batches is None else batches.keep,
     )
 
 

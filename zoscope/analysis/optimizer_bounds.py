@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
+    from zoscope.analysis.minibatch_results import MiniBatchBounds
     from zoscope.theory.mean_square import HorizonPoint
     from zoscope.theory.rules import UpdateRule
 
@@ -183,6 +184,8 @@ class OptimizerBounds:
         verdict: On the step size asked about, if any.
         forward: Where only forward passes were made: ``zo_lower``, ``zo_upper`` and ``descent`` with their errors. The
             first two then come from ``Tr H`` and ``‖H‖_F²``.
+        minibatch: Thresholds with mini-batches, where a batch size was asked for; ``binding``, ``recommended`` and
+            ``verdict`` go by them then.
     """
 
     name: str
@@ -204,6 +207,7 @@ class OptimizerBounds:
     commutator: Estimate | None = None
     verdict: Verdict | None = None
     forward: ForwardBounds | None = None
+    minibatch: MiniBatchBounds | None = None
 
     @property
     def exact_ci95(self) -> Pair | None:
@@ -247,4 +251,4 @@ class OptimizerBounds:
             "recommended": number(self.recommended),
             "recommended_reason": self.recommended_reason,
             "predicted_lr": number(self.predicted_lr),
-        }
+        } | ({} if self.minibatch is None else {"minibatch": self.minibatch.to_dict()})

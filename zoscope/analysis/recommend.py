@@ -9,10 +9,11 @@ import numpy as np
 
 from zoscope.analysis.optimizer_bounds import Binding, Outlook, ThresholdName, Verdict
 from zoscope.theory.curve import GradientMeasure, predicted_loss
-from zoscope.theory.mean_square import Version, time_to_blow_up
+from zoscope.theory.mean_square import LONGEST_RUN, Version, time_to_blow_up
 from zoscope.theory.typical import typical_doubling_time
 
 if TYPE_CHECKING:
+    from zoscope.analysis.minibatch_results import MiniBatchBounds, MiniBatchModel
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
     from zoscope.theory.spectrum import Spectrum
@@ -107,6 +108,43 @@ def judge(
         doubling=doubling,
         descends=None if descent is None or rule.momentum > 0 else lr < descent,  # with momentum not about one step
     )
+
+
+def judge_batches(lr: float, minibatch: MiniBatchBounds, *, binding: Binding | None, descent: float | None) -> Verdict:
+    """What a step size does within the planned steps when every step sees a mini-batch.
+
+    Args:
+        lr: Step size asked about, param²/loss.
+        minibatch: Thresholds with mini-batches.
+        binding: The threshold to compare with.
+        descent: Descent threshold.
+    """
+    model, steps = minibatch.model, minibatch.horizon.steps
+    ends = [_steps_to_blow_up(model, lr, version=version) for version in VERSIONS]
+    first, last = min(ends), max(ends)
+    return Verdict(
+        lr=lr,
+        steps=steps,
+        ratio=None if binding is None else lr / binding.value,
+        outlook="unstable" if last <= steps else "uncertain" if first <= steps else "stable",
+        blow_up=(first, last),
+        doubling=None,
+        descends=None if descent is None or model.rule.momentum > 0 else lr < descent,
+    )
+
+
+def _steps_to_blow_up(model: MiniBatchModel, lr: float, *, version: Version) -> float:
+    """The smallest T at which a step size is no longer stable; ``inf`` for not within ``LONGEST_RUN`` steps."""
+    late = 1
+    while not model.unstable_at(lr, late, version):
+        late *= 2
+        if late > LONGEST_RUN:
+            return math.inf
+    early = late // 2
+    while late - early > 1:
+        middle = (early + late) // 2
+        early, late = (early, middle) if model.unstable_at(lr, middle, version) else (middle, late)
+    return float(late)
 
 
 def doubling_steps(

@@ -51,6 +51,7 @@ class Request:
     lr: float | None
     strict: bool
     on_progress: Progress | None = field(repr=False)
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if not _below_one(self.beta):
@@ -65,6 +66,8 @@ class Request:
         require_positive("rtol", self.rtol)
         require_count("max_hvps", self.max_hvps)
         require_count("seed", self.seed, least=0)
+        if self.batch_size is not None:
+            require_count("batch_size", self.batch_size)
         if self.lr is not None:
             require_positive("lr", self.lr)
         require_non_negative("eps", self.eps)

@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds, Verdict, ci95
-from zoscope.analysis.recommend import Threshold, choose_binding, doubling_steps, judge, recommend
+from zoscope.analysis.recommend import (
+    Threshold,
+    choose_binding,
+    doubling_steps,
+    judge,
+    judge_batches,
+    recommend,
+)
 from zoscope.theory.curve import GradientMeasure, best_lr
 from zoscope.theory.mean_square import StabilityCondition, horizon_curve
 from zoscope.theory.thresholds import fo_threshold, paper_bounds, tight_bounds
 
 if TYPE_CHECKING:
+    from zoscope.analysis.minibatch import BatchSpread
+    from zoscope.analysis.minibatch_results import MiniBatchBounds
     from zoscope.curvature.results import Curvature
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
@@ -35,12 +44,14 @@ class Measured:
         curvature: What the measurement found.
         gradient: Spectral measure of the gradient in the operator's coordinates; ``None`` for a zero gradient.
         commutator: Of a preconditioner with the Hessian.
+        batches: How mini-batches spread around it, where a batch size was asked for.
     """
 
     operator: str
     curvature: Curvature
     gradient: GradientMeasure | None
     commutator: Estimate | None = None
+    batches: BatchSpread | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,13 @@ def optimizer_row(
     tight = tight_bounds(positive.trace, positive.frobenius_sq, max(largest, 0.0), rule=rule, moments=moments)
     exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
     horizon = _horizon(curvature, question, rule=rule)
-    binding = choose_binding(question.threshold, horizon=horizon.upper, descent=descent, exact=exact.value)
-    recommended, reason = recommend(binding, full=horizon.lower)
+    met = Met(horizon.lower, horizon.upper, descent, exact.value)
+    minibatch = None
+    if measured.batches is not None:
+        minibatch = measured.batches.bounds(curvature.spectrum, steps=question.steps, rule=rule, moments=moments)
+        met = Met.of(minibatch)
+    binding = choose_binding(question.threshold, horizon=met.upper, descent=met.descent, exact=met.exact)
+    recommended, reason = recommend(binding, full=met.lower)
     return OptimizerBounds(
         name=rule.name,
         rule=rule,
@@ -101,16 +117,46 @@ def optimizer_row(
         recommended_reason=reason,
         predicted_lr=_predicted_lr(measured, question, rule=rule, upper=horizon.upper),
         commutator=measured.commutator,
-        verdict=_verdict(measured, question, rule=rule, binding=binding, descent=descent),
+        verdict=_verdict(measured, question, rule=rule, binding=binding, met=met, minibatch=minibatch),
+        minibatch=minibatch,
     )
 
 
+@dataclass(frozen=True)
+class Met:
+    """The thresholds that training meets: those of mini-batches where it uses them."""
+
+    lower: float
+    upper: float
+    descent: float | None
+    exact: float | None
+
+    @classmethod
+    def of(cls, minibatch: MiniBatchBounds) -> Met:
+        """With mini-batches."""
+        point, descent, exact = minibatch.horizon, minibatch.descent, minibatch.exact
+        return cls(
+            point.lower.value,
+            point.upper.value,
+            None if descent is None else descent.value,
+            None if exact is None else exact.value,
+        )
+
+
 def _verdict(
-    measured: Measured, question: Question, *, rule: UpdateRule, binding: Binding | None, descent: float | None
+    measured: Measured,
+    question: Question,
+    *,
+    rule: UpdateRule,
+    binding: Binding | None,
+    met: Met,
+    minibatch: MiniBatchBounds | None,
 ) -> Verdict | None:
     if question.lr is None:
         return None
     spectrum, doubling = measured.curvature.spectrum.fine, None
+    if minibatch is not None:
+        return judge_batches(question.lr, minibatch, binding=binding, descent=met.descent)
     if measured.gradient is not None and question.loss != 0:
         doubling = doubling_steps(
             question.lr,
@@ -130,7 +176,7 @@ def _verdict(
         rule=rule,
         moments=question.moments,
         binding=binding,
-        descent=descent,
+        descent=met.descent,
         doubling=doubling,
     )
 
@@ -154,8 +200,8 @@ def _predicted_lr(measured: Measured, question: Question, *, rule: UpdateRule, u
     Negative curvature is left out: over a whole run the quadratic model would promise a loss without lower bound.
     ``None`` where the loss still falls at the largest step size that is stable: then there is no lowest point to name.
     """
-    if measured.gradient is None or not math.isfinite(upper):
-        return None
+    if measured.gradient is None or not math.isfinite(upper) or measured.batches is not None:
+        return None  # the noise of mini-batches is not in the predicted loss
     best = best_lr(
         measured.curvature.spectrum.fine.positive,
         measured.gradient,

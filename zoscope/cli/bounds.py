@@ -34,6 +34,17 @@ StepSize = Annotated[
     ),
 ]
 
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        help="Examples per training step, where that is fewer than the data: adds the thresholds with mini-batches.",
+        rich_help_panel="Optimizer",
+        metavar="B",
+        show_default=False,
+    ),
+]
+
 Estimate = Annotated[
     bool,
     typer.Option(
@@ -52,12 +63,15 @@ def command(
     output: OutputOptions,
     threshold: Threshold = "binding",
     lr: StepSize = None,
+    batch_size: BatchSize = None,
     estimate: Estimate = False,
 ) -> None:
     """Curvature and step-size bounds for GD, GDM and Adam, first- and zeroth-order."""
     chosen = validate.choice("--threshold", threshold, THRESHOLDS)
     if lr is not None:
         validate.positive("--lr", lr)
+    if batch_size is not None:
+        validate.at_least("--batch-size", batch_size, 1)
     with loading(quiet=output.quiet):
         loaded = problem.load()
     if estimate:
@@ -70,6 +84,7 @@ def command(
             optimizers=optimizer.families,
             threshold=chosen,
             lr=lr,
+            batch_size=batch_size,
             spec=loaded.display,
             on_progress=on_progress,
             **optimizer.kwargs(),

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from zoscope.curvature.operators import LinearOperator
 from zoscope.errors import NumericalError, UsageError
@@ -40,3 +41,10 @@ def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], fl
     double = matrix.double()
     asymmetry = float(torch.linalg.matrix_norm(double - double.T)) / 2
     return torch.linalg.eigvalsh((double + double.T) / 2).cpu().numpy(), asymmetry
+
+
+def dense_eigenpairs(operator: LinearOperator) -> tuple[NDArray[np.float64], Tensor]:
+    """All eigenvalues ``(d,)``, ascending, and the eigenvectors as rows ``(d, d)``, in the operator's type."""
+    double = operator.dense().double()
+    values, vectors = torch.linalg.eigh((double + double.T) / 2)
+    return values.cpu().numpy(), vectors.T.to(operator.dtype)

@@ -8,9 +8,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.dense import dense_eigenvalues
+from zoscope.curvature.basis import SharedBasis
+from zoscope.curvature.dense import dense_eigenpairs, dense_eigenvalues
 from zoscope.curvature.diagonal import BlockTraces
 from zoscope.curvature.lanczos import Chain, Jacobi
 from zoscope.curvature.operators import DenseOperator, LinearOperator
@@ -45,6 +47,9 @@ MEMORY_SHARE = 0.4
 OnProgress = Callable[[str, int, float | None], None]
 """Called with the stage, the products spent in it and the relative half-width reached, if there is one."""
 
+OnPairs = Callable[[NDArray[np.float64], Tensor], None]
+"""Called with eigenvalues ``(q,)`` and orthonormal eigenvectors ``(q, d)``, which are valid during the call."""
+
 
 def measure(
     operator: LinearOperator,
@@ -60,6 +65,7 @@ def measure(
     max_hvps: int = 600,
     seed: int = 0,
     on_progress: OnProgress | None = None,
+    on_pairs: OnPairs | None = None,
 ) -> Curvature:
     """Measure a symmetric operator.
 
@@ -79,6 +85,7 @@ def measure(
         max_hvps: Products allowed.
         seed: Of the probe vectors.
         on_progress: Called after every stage.
+        on_pairs: Called with the eigenpairs that were found one by one: all of them, or the deflated ones.
 
     Returns:
         The measurement. Whether ``rtol`` was reached is for the caller to see: ``precision(result.spectrum)``.
@@ -99,6 +106,8 @@ def measure(
     if method == "dense" or (method == "auto" and operator.dim <= min(DENSE_LIMIT, max_hvps)):
         result = _dense(operator, traces)
         vector_measure = _measure_of(DenseOperator(operator.dense()), vector)
+        if on_pairs is not None:
+            on_pairs(*dense_eigenpairs(operator))
     else:
         if max_hvps < FEWEST_HVPS:
             raise UsageError(
@@ -118,6 +127,7 @@ def measure(
             max_hvps=left,
             seed=seed,
             on_progress=on_progress,
+            on_pairs=on_pairs,
         ).run()
     return _curvature(
         result,
@@ -171,7 +181,9 @@ class _Sampling:
         max_hvps: int,
         seed: int,
         on_progress: OnProgress | None,
+        on_pairs: OnPairs | None,
     ) -> None:
+        self._on_pairs = on_pairs
         self._operator = operator
         self._precision = precision
         self._traces = traces
@@ -189,6 +201,8 @@ class _Sampling:
         jacobi = chain.jacobi
         parts = split(jacobi, dim=op.dim)
         basis = chain.combine(parts.vectors) if traces is None else traces.deflate(chain, parts)
+        if self._on_pairs is not None:
+            self._on_pairs(parts.values, basis.whole() if isinstance(basis, SharedBasis) else basis)
         state = Deflated.of(parts, dim=op.dim)
         state.length = choose_length(state, self._precision, rtol=self._rtol, budget=self._left)
         while state.dimension > 0:

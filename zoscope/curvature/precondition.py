@@ -49,9 +49,16 @@ def expected_preconditioner(gradient: Tensor, *, moments: EstimatorMoments, eps:
 
     Source: arXiv:2604.14669; the constants as in the README's theory section.
     """
-    exact = gradient.detach().double()
-    root = (moments.a * exact.square() + moments.b * exact.square().sum()).sqrt()
+    root = expected_diagonal(gradient, moments=moments, eps=0.0)
     return assemble(root, eps=eps, source="expected", dtype=gradient.dtype)
+
+
+def expected_diagonal(
+    gradient: Tensor, *, moments: EstimatorMoments, eps: float, variance: Tensor | float = 0.0
+) -> Tensor:
+    """``√E[ĝ²] + ε``, ``(d,)`` in float64; with mini-batches whose gradients have a ``variance`` ``(d,)`` around g."""
+    squares = gradient.detach().double().square() + variance
+    return (moments.a * squares + moments.b * squares.sum()).sqrt() + eps
 
 
 def assemble(

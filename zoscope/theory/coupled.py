@@ -1,7 +1,7 @@
 """Second moments of eigenmodes that feed one another: their response to noise, and its sum over time.
 
-As in ``modes``, with the signal ``a z² E x²`` of a mode replaced by ``a Σ_j G_ij E x_j²``: what a random Hessian carries
-from mode to mode. Every mode receives one unit of noise.
+As in ``modes``, with the signal ``a z² E x²`` of a mode replaced by ``a Σ_j G_ij E x_j²``: what a random Hessian
+carries from mode to mode. Every mode receives one unit of noise.
 """
 
 import numpy as np
@@ -66,7 +66,7 @@ def _change(z: Array, gains: Array, *, momentum: float, a: float) -> Array:
 def _resolvent(change: Array, noise: Array) -> Array:
     if not np.isfinite(change).all() or np.abs(1 + np.linalg.eigvals(change)).max() >= 1:
         return np.full_like(noise, np.inf)
-    return np.linalg.solve(-change, noise)
+    return np.asarray(np.linalg.solve(-change, noise), dtype=np.float64)
 
 
 def _summed(change: Array, noise: Array, steps: int) -> Array:

@@ -52,18 +52,24 @@ def descent_threshold_adam(
     gPHPg: float,
     trace_php: float,
     grad_sq: float,
+    noise_curvature: float = 0.0,
+    noise_sq: float = 0.0,
     moments: EstimatorMoments = GAUSSIAN,
     rule: UpdateRule = PLAIN,
 ) -> float:
     """Adam's descent threshold with frozen P: ``2 gᵀP⁻¹g / (a gᵀP⁻¹HP⁻¹g + b Tr(P⁻¹HP⁻¹) ‖g‖²)``.
 
-    Exact for one step without momentum, which changes it as in :func:`descent_threshold`.
+    Exact for one step without momentum, which changes it as in :func:`descent_threshold`. With mini-batches the
+    gradient is ``g_B``: ``E g_BᵀP⁻¹HP⁻¹g_B`` and ``E‖g_B‖²`` take the place of what they are for g. ``P = I`` is
+    gradient descent.
 
     Args:
         gPg: ``gᵀP⁻¹g``.
         gPHPg: ``gᵀP⁻¹HP⁻¹g``.
         trace_php: ``Tr P⁻¹HP⁻¹``.
         grad_sq: ``‖g‖²``.
+        noise_curvature: ``E (g_B-g)ᵀP⁻¹HP⁻¹(g_B-g)`` of mini-batches.
+        noise_sq: ``E‖g_B-g‖²`` of mini-batches.
         moments: Constants of the estimator.
         rule: Adam's update rule.
 
@@ -80,5 +86,8 @@ def descent_threshold_adam(
     require_finite("gPHPg", gPHPg)
     require_finite("trace_php", trace_php)
     require_non_negative("grad_sq", grad_sq)
-    denominator = _along_gradient(moments, rule) * gPHPg + moments.b * trace_php * grad_sq
+    require_finite("noise_curvature", noise_curvature)
+    require_non_negative("noise_sq", noise_sq)
+    denominator = _along_gradient(moments, rule) * gPHPg + moments.b * trace_php * (grad_sq + noise_sq)
+    denominator += moments.a * noise_curvature
     return 2 * gPg * (1 - rule.momentum) / (rule.lr_scale * denominator) if denominator > 0 else math.inf

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from zoscope.theory.coupled import coupled_response
 from zoscope.theory.mean_square import StabilityCondition, Version, first_crossing
@@ -18,6 +17,7 @@ from zoscope.theory.modes import horizon_response, infinite_response
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+from zoscope.theory.student import widening
 from zoscope.theory.validate import require_count
 
 Array = NDArray[np.float64]
@@ -210,7 +210,9 @@ class MiniBatchCondition:
             return 0.0
         parts = np.array_split(np.arange(count), min(JACKKNIFE, count))
         values = [
-            self._excess(noise.nodes, np.delete(noise.coupling, p, 0).mean(0), np.delete(noise.spread, p, 0).mean(0), lr)
+            self._excess(
+                noise.nodes, np.delete(noise.coupling, p, 0).mean(0), np.delete(noise.spread, p, 0).mean(0), lr
+            )
             for p in parts
         ]
         scatter = float(np.std(values))  # (g-1)/g times the sum of squares, as a variance over g
@@ -254,4 +256,4 @@ def _stderr(values: list[float]) -> float:
 
 
 def _widening(count: int) -> float:
-    return float(stdtrit(count - 1, 0.975)) / 1.96
+    return widening(count - 1)

@@ -1,0 +1,225 @@
+"""What mini-batches add to a measurement: the spread of Hessians and gradients over random examples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zoscope.analysis.minibatch_results import MiniBatchBounds, MiniBatchModel
+from zoscope.curvature.linear import LinearOperator
+from zoscope.curvature.minibatch import Eigenpairs, ExampleMean, GradientNoise, gradient_noise, hessian_noise
+from zoscope.curvature.operators import ShardOperator
+from zoscope.curvature.precondition import expected_diagonal
+from zoscope.errors import UsageError
+from zoscope.problem.examples import Examples
+from zoscope.runtime import spawn_generators
+from zoscope.theory.descent import descent_threshold_adam
+from zoscope.theory.minibatch import spread_of_batches
+from zoscope.theory.spectrum import Estimate
+from zoscope.theory.student import widening
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zoscope.analysis.request import Request
+    from zoscope.problem import Objective
+    from zoscope.theory.minibatch import HessianNoise
+    from zoscope.theory.moments import EstimatorMoments
+    from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.spectrum import SampledSpectrum
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """What the descent threshold depends on, P being the identity for gradient descent.
+
+    Args:
+        gPg: ``gᵀP⁻¹g``.
+        gPHPg: ``gᵀP⁻¹HP⁻¹g``.
+        trace: ``Tr P⁻¹HP⁻¹``.
+        grad_sq: ``‖g‖²``.
+    """
+
+    gPg: float  # noqa: N815 - as in the formula
+    gPHPg: float  # noqa: N815
+    trace: float
+    grad_sq: float
+
+    def threshold(
+        self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0
+    ) -> float:
+        """The descent threshold, with the noise of mini-batches if there is any."""
+        return descent_threshold_adam(
+            gPg=self.gPg,
+            gPHPg=self.gPHPg,
+            trace_php=self.trace,
+            grad_sq=self.grad_sq,
+            noise_curvature=noise_curvature,
+            noise_sq=noise_sq,
+            moments=moments,
+            rule=rule,
+        )
+
+
+@dataclass(frozen=True)
+class BatchSpread:
+    """What one operator's mini-batches are like; plain numbers.
+
+    Args:
+        batch_size: B.
+        examples: n.
+        spread: Variance of a mini-batch in units of that of one example.
+        noise: Spread of the examples' Hessians.
+        slope: Of the mean; ``None`` for a zero gradient.
+        noise_curvature: ``(p,)`` samples of ``E (g_B-g)ᵀP⁻¹HP⁻¹(g_B-g)``.
+        noise_sq: ``(p,)`` samples of ``E‖g_B-g‖²``.
+        scale: How much larger Adam's P is with the noise of mini-batches in it.
+        num_hvps: Cost, in Hessian-vector products on all examples.
+        num_sweeps: The part of it that were sweeps over the data in random groups.
+    """
+
+    batch_size: int
+    examples: int
+    spread: float
+    noise: HessianNoise
+    slope: Slope | None
+    noise_curvature: Array
+    noise_sq: Array
+    scale: float
+    num_hvps: int
+    num_sweeps: int
+
+    def bounds(
+        self, spectrum: SampledSpectrum, *, steps: int, rule: UpdateRule, moments: EstimatorMoments
+    ) -> MiniBatchBounds:
+        """The thresholds of an update rule."""
+        model = MiniBatchModel(rule, moments, spectrum, self.noise, self.spread, self.scale)
+        return MiniBatchBounds(
+            batch_size=self.batch_size,
+            examples=self.examples,
+            horizon=model.at(steps),
+            exact=model.for_ever(),
+            descent=self._descent(rule, moments),
+            num_hvps=self.num_hvps,
+            model=model,
+        )
+
+    def _descent(self, rule: UpdateRule, moments: EstimatorMoments) -> Estimate | None:
+        if self.slope is None:
+            return None
+
+        def threshold(curvature: float, square: float) -> float:
+            assert self.slope is not None
+            return self.scale * self.slope.threshold(rule, moments, noise_curvature=curvature, noise_sq=square)
+
+        value = threshold(float(self.noise_curvature.mean()), float(self.noise_sq.mean()))
+        samples = [threshold(float(c), float(s)) for c, s in zip(self.noise_curvature, self.noise_sq, strict=True)]
+        if not np.isfinite([value, *samples]).all():
+            return Estimate(value)
+        # Widened by Student's factor, so that ±1.96 of it is a 95 % interval.
+        return Estimate(value, widening(len(samples) - 1) * float(np.std(samples, ddof=1)) / math.sqrt(len(samples)))
+
+
+class Batches:
+    """Measures the spread of mini-batches beside the operators of a problem.
+
+    Args:
+        objective: The prepared problem.
+        base: The curvature of all examples.
+        g: ``(d,)`` their mean gradient.
+        request: What is asked, with a batch size.
+
+    Raises:
+        UsageError: If the batches cannot be cut into examples and are not of that size.
+    """
+
+    def __init__(self, objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> None:
+        assert isinstance(base, ShardOperator)
+        assert request.batch_size is not None
+        self._objective, self._base, self._g, self._request = objective, base, g, request
+        self._examples = Examples(objective)
+        self._pairs: Eigenpairs | None = None
+        # A stream of its own: what is measured of all examples does not depend on the batch size.
+        *_, self._generator = spawn_generators(request.seed, 8, base.device)
+        size = request.batch_size
+        if self._examples.whole:
+            _require_whole(objective, size)
+            size = 1
+        self.spread = spread_of_batches(self._examples.count, size)
+
+    def keep(self, values: Array, vectors: Tensor) -> None:
+        """Eigenpairs of the operator that is being measured."""
+        self._pairs = Eigenpairs.largest(values, vectors)
+
+    @cached_property
+    def _gradient(self) -> GradientNoise:
+        return gradient_noise(self._objective, self._examples, self._g, generator=self._generator)
+
+    def spread_of(self, slope: Slope | None, moments: EstimatorMoments, *, diagonal: Tensor | None) -> BatchSpread:
+        """Of the operator whose eigenpairs were kept last, and of the gradient.
+
+        Args:
+            slope: Of the mean gradient.
+            moments: Constants of the estimator.
+            diagonal: Adam's P; ``None`` for gradient descent.
+        """
+        assert self._pairs is not None
+        assert self._request.batch_size is not None
+        before, gradients = self._base.num_hvps, self._gradient
+        operator = ExampleMean(self._base, diagonal)
+        noise, sweeps = hessian_noise(operator, self._examples, self._pairs, generator=self._generator)
+        directions = gradients.vectors if diagonal is None else gradients.vectors / diagonal
+        curved = (directions.double() * self._base.matmat(directions).double()).sum(dim=1).cpu().numpy()
+        return BatchSpread(
+            batch_size=self._request.batch_size,
+            examples=self._objective.num_examples,
+            spread=self.spread,
+            noise=noise,
+            slope=slope,
+            noise_curvature=self.spread * curved,
+            noise_sq=self.spread * gradients.traces,
+            scale=self._scale(diagonal, gradients, moments),
+            num_hvps=self._base.num_hvps - before + sweeps,
+            num_sweeps=sweeps,
+        )
+
+    def _scale(self, diagonal: Tensor | None, gradients: GradientNoise, moments: EstimatorMoments) -> float:
+        """Mean ratio of P with mini-batches to P without; a stored P has seen its own batches."""
+        if diagonal is None or self._request.state_file is not None:
+            return 1.0
+        noisy = expected_diagonal(
+            self._g, moments=moments, eps=self._request.eps, variance=self.spread * gradients.variance
+        )
+        return float((noisy / diagonal.double()).mean())
+
+
+def _require_whole(objective: Objective, size: int) -> None:
+    sizes = {shard.examples for shard in objective.shards}
+    if len(objective.shards) > 1 and sizes == {size}:
+        return
+    found = ", ".join(str(s) for s in sorted(sizes)[:4])
+    raise UsageError(
+        f"--batch-size {size}: the problem's {len(objective.shards)} batches cannot be cut into examples, so a "
+        f"mini-batch can only be one of them, of {found} examples. Make batches of {size} in the spec, at least two."
+    )
+
+
+def batches_of(objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> Batches | None:
+    """What measures mini-batches; ``None`` where every step sees all examples."""
+    size = request.batch_size
+    if size is None:
+        return None
+    if size >= objective.num_examples:
+        if objective.num_examples > 1:
+            objective.notify(
+                "full-batch", f"A batch of {size} holds all {objective.num_examples} examples: no step is noisy."
+            )
+        return None
+    return Batches(objective, base, g, request)

@@ -1,0 +1,104 @@
+"""What mini-batches do to the thresholds of an optimizer, as a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from zoscope.theory.mean_square import HorizonPoint, Version
+from zoscope.theory.minibatch import MiniBatchCondition
+from zoscope.theory.spectrum import Estimate
+
+if TYPE_CHECKING:
+    from zoscope.theory.minibatch import HessianNoise
+    from zoscope.theory.moments import EstimatorMoments
+    from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.spectrum import SampledSpectrum
+
+
+@dataclass(frozen=True)
+class MiniBatchModel:
+    """Thresholds of one update rule with mini-batches, for any number of steps.
+
+    Args:
+        rule: Update rule.
+        moments: Constants of the estimator.
+        spectrum: Of the operator of all examples.
+        noise: Spread of the examples' operators around it.
+        spread: Variance of a mini-batch in units of that of one example.
+        scale: Factor on every threshold: how much larger Adam's P is with the noise of mini-batches in it.
+    """
+
+    rule: UpdateRule
+    moments: EstimatorMoments
+    spectrum: SampledSpectrum
+    noise: HessianNoise
+    spread: float
+    scale: float = 1.0
+
+    def at(self, steps: int) -> HorizonPoint:
+        """η*(T), full and positive."""
+        lower, upper = self._threshold(steps, "full"), self._threshold(steps, "positive")
+        assert lower is not None
+        assert upper is not None
+        return HorizonPoint(steps, lower, upper)
+
+    def for_ever(self) -> Estimate | None:
+        """The infinite-time threshold; ``None`` where noise accumulates along flat or negative curvature."""
+        return self._threshold(None, "positive")
+
+    def unstable_at(self, lr: float, steps: int, version: Version) -> bool:
+        """Whether a step size passes the threshold within a number of steps."""
+        return self._condition(steps, version).total_feedback(self.spectrum.fine, self.noise, lr / self.scale) >= 1
+
+    def _condition(self, steps: int | None, version: Version) -> MiniBatchCondition:
+        return MiniBatchCondition(self.rule, self.spread, self.moments, steps, version)
+
+    def _threshold(self, steps: int | None, version: Version) -> Estimate | None:
+        found = self._condition(steps, version).estimate(self.spectrum, self.noise)
+        if found is None:
+            return None
+        return Estimate(self.scale * found.value, self.scale * found.stderr, self.scale * found.quadrature)
+
+
+@dataclass(frozen=True)
+class MiniBatchBounds:
+    """Thresholds with mini-batches of B examples, drawn anew at every step without replacement within a step.
+
+    Args:
+        batch_size: B.
+        examples: n, what they are drawn from.
+        horizon: η*(N), full and positive.
+        exact: Infinite-time threshold; ``None`` where no step size is stable for ever.
+        descent: Largest step size with a falling expected loss; ``None`` at a stationary point.
+        num_hvps: Cost, in Hessian-vector products on all examples.
+        model: For other numbers of steps.
+    """
+
+    batch_size: int
+    examples: int
+    horizon: HorizonPoint
+    exact: Estimate | None
+    descent: Estimate | None
+    num_hvps: int
+    model: MiniBatchModel = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        from zoscope.analysis.optimizer_bounds import ci95, estimate_dict, number
+
+        point = self.horizon
+        return {
+            "batch_size": self.batch_size,
+            "examples": self.examples,
+            "horizon": {
+                "steps": point.steps,
+                "lower": number(point.lower.value),
+                "upper": number(point.upper.value),
+                "ci95": [number(ci95(point.lower)[0]), number(ci95(point.upper)[1])],
+            },
+            "exact": None if self.exact is None else number(self.exact.value),
+            "exact_ci95": None if self.exact is None else [number(end) for end in ci95(self.exact)],
+            "descent": None if self.descent is None else estimate_dict(self.descent),
+            "num_hvps": self.num_hvps,
+        }

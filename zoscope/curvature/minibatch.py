@@ -1,0 +1,226 @@
+"""How Hessians and gradients of mini-batches spread around those of all examples.
+
+One sweep over the data in random groups gives a product with the whole Hessian and, at the same cost, the spread of the
+groups around it. Without replacement the spread of any batch size follows from that of another (``spread_of_batches``),
+so the groups need not have the size of the batches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from zoscope.curvature.lanczos import Jacobi, project_out, short_chains
+from zoscope.curvature.linear import LinearOperator, Preconditioned
+from zoscope.curvature.operators import ShardOperator
+from zoscope.curvature.slq import averaged_rule
+from zoscope.problem import Objective, Shard
+from zoscope.problem.examples import Examples
+from zoscope.theory.minibatch import HessianNoise, spread_of_batches
+from zoscope.theory.spectrum import Spectrum
+
+Array = NDArray[np.float64]
+
+MODES = 32
+"""Eigenvectors that are followed one by one, those of the largest eigenvalues."""
+
+ALL_MODES = 64
+"""Dimension up to which every eigenvector is."""
+
+GROUPS = 32
+"""Random groups that the examples are cut into."""
+
+SINGLE = 64
+"""Number of examples up to which every one is a group, and the spread is exact."""
+
+PROBES = 4
+"""Random vectors through which the spread along all other directions is seen."""
+
+LENGTH = 16
+"""Lanczos steps from what a probe vector becomes."""
+
+
+class ExampleMean(LinearOperator):
+    """A symmetric operator that is a mean over examples, and known on some of them too: M or ``P^-½ M P^-½``.
+
+    Args:
+        operator: M.
+        diagonal: ``(d,)`` diagonal of P, positive; ``None`` for M itself.
+    """
+
+    def __init__(self, operator: ShardOperator, diagonal: Tensor | None = None) -> None:
+        self._base = operator
+        self._whole: LinearOperator = operator if diagonal is None else Preconditioned(operator, diagonal)
+        self._scale = None if diagonal is None else diagonal.double().rsqrt().to(operator.dtype)
+        self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
+
+    @property
+    def num_hvps(self) -> int:
+        """Products with the whole of M computed so far."""
+        return self._base.num_hvps
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the mean over all examples."""
+        return self._whole.matmat(vectors)
+
+    def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
+        """Products with a weighted sum over some shards."""
+        if self._scale is None:
+            return self._base.partial(vectors, shards)
+        return self._base.partial(vectors * self._scale, shards) * self._scale
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues ``(q,)`` with orthonormal eigenvectors ``(q, d)``."""
+
+    values: Array
+    vectors: Tensor
+
+    @classmethod
+    def largest(cls, values: Array, vectors: Tensor) -> "Eigenpairs":
+        """A copy of those that are worth following one by one."""
+        keep = np.arange(len(values))
+        if vectors.shape[-1] > ALL_MODES:
+            keep = np.sort(np.argsort(-np.abs(values))[:MODES])
+        return cls(values[keep], vectors[torch.as_tensor(keep, device=vectors.device)].clone())
+
+
+def hessian_noise(
+    operator: ExampleMean, examples: Examples, pairs: Eigenpairs, *, generator: torch.Generator
+) -> tuple[HessianNoise, int]:
+    """Spread of the examples' Hessians, seen from eigenvectors and from random vectors.
+
+    Along each eigenvector the spread ``v_iᵀDv_i`` and the coupling to the others are means over groups. For the
+    complement of the eigenvectors, with projection P, a random z and random signs ξ give ``w = P Σ_g ξ_g (H_g - H) z``
+    with ``E wᵀf(H)w = Tr(P D P f(H))`` for every f at once: Lanczos from w is its quadrature rule.
+
+    Args:
+        operator: H, as a mean over examples.
+        examples: What mini-batches draw from.
+        pairs: Eigenpairs to follow one by one.
+        generator: Of the groups, the signs and the probe vectors, on the operator's device.
+
+    Returns:
+        The spread, and the sweeps over the data in random groups, each worth a product, that came on top of products.
+    """
+    coupling, spread = _along(operator, examples, pairs, generator=generator)
+    rest: tuple[Spectrum, ...] = ()
+    coarse: tuple[Spectrum, ...] = ()
+    cost = len(pairs.values)
+    if len(pairs.values) < operator.dim:
+        vectors = torch.stack([_spread_vector(operator, examples, generator) for _ in range(PROBES)])
+        for _ in range(2):  # the second pass removes what rounding left of the first
+            vectors = project_out(vectors, pairs.vectors)
+        masses = vectors.double().square().sum(dim=1).cpu().numpy()
+        length = min(LENGTH, operator.dim - len(pairs.values))
+        rest, coarse = _rules(operator, vectors, masses, pairs, length)
+        cost += PROBES
+    return HessianNoise(
+        nodes=pairs.values,
+        coupling=coupling,
+        spread=spread,
+        rest=rest,
+        coarse=coarse,
+        complete=examples.count <= SINGLE,
+    ), cost
+
+
+def _groups(examples: Examples, generator: torch.Generator) -> tuple[list[tuple[Shard, ...]], float]:
+    """A random partition, and the spread of its groups in units of one example's."""
+    count = examples.count if examples.count <= SINGLE else GROUPS
+    sizes = [len(part) for part in np.array_split(np.arange(examples.count), count)]
+    return examples.groups(count, generator), float(np.mean([spread_of_batches(examples.count, k) for k in sizes]))
+
+
+def _along(
+    operator: ExampleMean, examples: Examples, pairs: Eigenpairs, *, generator: torch.Generator
+) -> tuple[Array, Array]:
+    """Samples of coupling ``(k, q, q)`` and spread ``(k, q)`` along eigenvectors, one per group."""
+    groups, scale = _groups(examples, generator)
+    mean = torch.as_tensor(pairs.values, dtype=operator.dtype, device=operator.device)[:, None] * pairs.vectors
+    coupling, spread = [], []
+    for group in groups:
+        away = operator.partial(pairs.vectors, group) - mean
+        coupling.append((away @ pairs.vectors.T).double().square().cpu().numpy())
+        spread.append(away.double().square().sum(dim=1).cpu().numpy())
+    return np.array(coupling) / scale, np.array(spread) / scale
+
+
+def _spread_vector(operator: ExampleMean, examples: Examples, generator: torch.Generator) -> Tensor:
+    """``Σ_g ξ_g (H_g - H) z / √(k s_g)`` for a new partition, a new z and new signs; two products."""
+    groups, scale = _groups(examples, generator)
+    z = torch.randn(1, operator.dim, generator=generator, dtype=operator.dtype, device=operator.device)
+    signs = _signs(len(groups), generator)
+    total = operator.matmat(z) * -sum(signs)
+    for sign, group in zip(signs, groups, strict=True):
+        total.add_(operator.partial(z, group), alpha=sign)
+    return total[0] / math.sqrt(len(groups) * scale)
+
+
+def _signs(count: int, generator: torch.Generator) -> list[float]:
+    drawn = torch.randint(0, 2, (count,), generator=generator, device=generator.device)
+    return [float(sign) for sign in (2 * drawn - 1).tolist()]
+
+
+def _rules(
+    operator: ExampleMean, vectors: Tensor, masses: Array, pairs: Eigenpairs, length: int
+) -> tuple[tuple[Spectrum, ...], tuple[Spectrum, ...]]:
+    if not masses.any():
+        return (), ()
+    chains = short_chains(operator, vectors, steps=length, deflated=pairs.vectors)
+    fine = tuple(_rule(chain, mass) for chain, mass in zip(chains, masses, strict=True))
+    short = tuple(_rule(c.head(max(1, (3 * c.size) // 4)), mass) for c, mass in zip(chains, masses, strict=True))
+    return fine, short
+
+
+def _rule(chain: Jacobi, mass: float) -> Spectrum:
+    """Of a vector's spectral measure; nodes beyond the chain's own Ritz values are moved in."""
+    rule, ends = averaged_rule(chain), chain.eigh()[0][[0, -1]]
+    return Spectrum(np.clip(rule.nodes, *ends), mass * rule.weights)
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """How the gradients of single examples spread around their mean g, with covariance ``n⁻¹Σ_e g_e g_eᵀ - ggᵀ``.
+
+    Args:
+        vectors: ``(p, d)`` random vectors with this covariance, loss/param.
+        traces: ``(p,)`` estimates of its trace.
+        variance: ``(d,)`` its diagonal.
+    """
+
+    vectors: Tensor
+    traces: Array
+    variance: Tensor
+
+
+def gradient_noise(
+    objective: Objective, examples: Examples, mean: Tensor, *, generator: torch.Generator
+) -> GradientNoise:
+    """Spread of the examples' gradients.
+
+    Args:
+        objective: The prepared problem.
+        examples: What mini-batches draw from.
+        mean: ``(d,)`` the gradient of all examples.
+        generator: Of the groups and the signs.
+    """
+    vectors, traces = [], []
+    variance = torch.zeros_like(mean, dtype=torch.float64)
+    for _ in range(PROBES):
+        groups, scale = _groups(examples, generator)
+        vector, trace = torch.zeros_like(mean), 0.0
+        for sign, group in zip(_signs(len(groups), generator), groups, strict=True):
+            away = objective.gradient_of(group)[1] - mean
+            vector.add_(away, alpha=sign / math.sqrt(len(groups) * scale))
+            squares = away.double().square() / (len(groups) * scale)
+            variance += squares / PROBES
+            trace += float(squares.sum())
+        vectors.append(vector)
+        traces.append(trace)
+    return GradientNoise(torch.stack(vectors), np.array(traces), variance)
