@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from zoscope.analysis.bounds import bounds as bounds
     from zoscope.analysis.check import check as check
     from zoscope.analysis.density import spectrum as spectrum
+    from zoscope.analysis.monitoring.forward import ForwardMonitor as ForwardMonitor
+    from zoscope.analysis.monitoring.stability import StabilityMonitor as StabilityMonitor
     from zoscope.analysis.probe import probe as probe
     from zoscope.analysis.track import track as track
     from zoscope.errors import NumericalError as NumericalError
@@ -30,6 +32,8 @@ _HOME = {
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",
     "spectrum": "zoscope.analysis.density",
+    "StabilityMonitor": "zoscope.analysis.monitoring.stability",
+    "ForwardMonitor": "zoscope.analysis.monitoring.forward",
     "ZOGD": "zoscope.optim",
     "ZOGDM": "zoscope.optim",
     "ZOAdam": "zoscope.optim",
@@ -42,9 +46,11 @@ _HOME = {
 __all__ = [
     "ZOGD",
     "ZOGDM",
+    "ForwardMonitor",
     "NumericalError",
     "Problem",
     "SpecError",
+    "StabilityMonitor",
     "UsageError",
     "ZOAdam",
     "ZoscopeError",

@@ -37,6 +37,8 @@ class ZeroOrderOptimizer(Optimizer):
     of a forward pass (for models above 64 MiB; smaller ones keep a copy, which is faster). Parameters that do not
     require gradients do not move.
 
+    ``evaluations`` holds the pairs ``(f(θ+μu), f(θ−μu))`` of the last step, one for each query.
+
     The generator's state is part of ``state_dict()``: a run that is saved and resumed equals one that was not.
     """
 
@@ -67,6 +69,7 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}")
         self._generator = new_generator(seed, next(iter(devices), "cpu"))
         self._layout: _Layout | None = None
+        self.evaluations: tuple[tuple[float, float], ...] = ()
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -87,21 +90,19 @@ class ZeroOrderOptimizer(Optimizer):
         layout.perturbation.begin()
         keep = sum(b.size for b in layout.blocks) <= KEPT_SIZE and not layout.perturbation.overwrites
         directions: list[Direction] = []
-        slopes: list[float] = []
-        total = 0.0
+        evaluations: list[tuple[float, float]] = []
         for query in range(self.queries):
             direction = Direction(layout.blocks, self._generator, law=self.directions, keep=keep)
-            slope, mean = self._evaluate(layout, direction, closure)
+            evaluations.append(self._evaluate(layout, direction, closure))
             if query < self.queries - 1:
                 _restore(layout, direction, sign=-1)
             directions.append(direction)
-            slopes.append(slope / self.queries)
-            total += mean / self.queries
-        self._update(layout, directions, slopes)
-        return total
+        self.evaluations = tuple(evaluations)
+        self._update(layout, directions, [(f - g) / (2.0 * self.mu) / self.queries for f, g in evaluations])
+        return sum(0.5 * (f + g) for f, g in evaluations) / self.queries
 
     def _evaluate(self, layout: _Layout, direction: Direction, closure: Closure) -> tuple[float, float]:
-        """Slope along the direction and mean loss; parameters are left at ``θ − μu``."""
+        """``f(θ+μu)`` and ``f(θ−μu)``; parameters are left at the latter point."""
         blocks = range(len(layout.blocks))
         for index in blocks:
             layout.perturbation.plus(index, direction.part(index))
@@ -115,7 +116,7 @@ class ZeroOrderOptimizer(Optimizer):
         except BaseException:
             _restore(layout, direction, sign=sign)
             raise
-        return (above - below) / (2.0 * self.mu), 0.5 * (above + below)
+        return above, below
 
     def _update(self, layout: _Layout, directions: list[Direction], slopes: list[float]) -> None:
         """Bring the parameters back from the last query, block by block, and move them."""

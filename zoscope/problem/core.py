@@ -167,6 +167,11 @@ class Problem:
         with unwrapped(self.model) as model:
             return select(model, self.params)
 
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that are varied, in the order of the flat vector."""
+        with unwrapped(self.model) as model:
+            return tuple(model.get_parameter(name) for name in select(model, self.params).names)
+
     def with_params(self, regex: str | None) -> "Problem":
         """The same problem with other parameters varied; None takes those with ``requires_grad``."""
         _ = self.batches  # read now: two problems cannot share a one-shot iterator

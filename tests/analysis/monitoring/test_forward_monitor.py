@@ -1,0 +1,115 @@
+"""``zoscope.ForwardMonitor``: the trace from loss values that training makes anyway."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import zoscope
+from zoscope.theory.rules import update_rule
+from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.thresholds import forward_only_bounds
+
+EIGENVALUES = np.linspace(0.2, 4.0, 40)
+
+
+def quadratic(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    h = (q * torch.tensor(EIGENVALUES)) @ q.T
+    x = torch.nn.Parameter(torch.randn(40, generator=generator, dtype=torch.float64))
+    return x, lambda: 0.5 * x @ h @ x
+
+
+@pytest.mark.parametrize("directions", ["gaussian", "sphere"])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_trace_and_norm_are_those_of_the_hessian_within_their_errors(directions, queries) -> None:
+    x, closure = quadratic()
+    optimizer = zoscope.ZOGD([x], 1e-3, directions=directions, queries=queries)
+    monitor = zoscope.ForwardMonitor(optimizer, window=400)
+    for _ in range(400 // queries):
+        record = monitor.step(closure)
+    spectrum = Spectrum.of(EIGENVALUES)
+    assert record.directions == 400
+    assert abs(record.trace.value - spectrum.trace) < 4 * record.trace.stderr
+    if directions == "gaussian":
+        # The variance of 400 nearly normal samples is known to sqrt(2/400) = 7 %.
+        assert record.frobenius_sq == pytest.approx(spectrum.frobenius_sq, rel=0.3)
+    bounds = forward_only_bounds(
+        record.trace.value, record.frobenius_sq, rule=update_rule("gd"), moments=_moments(optimizer)
+    )
+    assert (record.lower, record.upper.value) == pytest.approx((bounds.lower, bounds.upper))
+    assert record.ratio == pytest.approx(1e-3 / bounds.upper)
+
+
+def _moments(optimizer):
+    from zoscope.theory.moments import estimator_moments
+
+    return estimator_moments(optimizer.directions, queries=optimizer.queries, dimension=40)
+
+
+def test_the_error_bar_covers_the_trace() -> None:
+    covered = 0
+    for seed in range(40):
+        x, closure = quadratic(seed)
+        monitor = zoscope.ForwardMonitor(zoscope.ZOGD([x], 1e-3, seed=seed), window=100)
+        for _ in range(100):
+            record = monitor.step(closure)
+        low, high = record.trace.interval
+        covered += low <= EIGENVALUES.sum() <= high
+    assert covered >= 33  # 95 % of 40 less three standard deviations
+
+
+def test_observing_less_often_costs_one_evaluation_each_time() -> None:
+    x, closure = quadratic()
+    calls = 0
+
+    def counted():
+        nonlocal calls
+        calls += 1
+        return closure()
+
+    monitor = zoscope.ForwardMonitor(zoscope.ZOGD([x], 1e-3), every=20)
+    records = [monitor.step(counted) for _ in range(200)]
+    assert calls == 2 * 200 + 10
+    assert sum(record is not None for record in records) == 3  # from the eighth direction on
+    assert [record.step for record in monitor.records] == [141, 161, 181]
+
+
+def test_a_loop_without_the_optimizer_may_observe_by_itself() -> None:
+    x, closure = quadratic()
+    optimizer = zoscope.ZOGD([x], 1e-3)
+    own, mine = zoscope.ForwardMonitor(optimizer), zoscope.ForwardMonitor(mu=1e-3)
+    for _ in range(20):
+        loss = float(closure())
+        expected = own.step(closure)
+        ((above, below),) = optimizer.evaluations
+        record = mine.observe(loss, above=above, below=below, lr=1e-3)
+    assert record.to_dict() == expected.to_dict()
+
+
+def test_adams_threshold_is_in_units_of_its_preconditioner() -> None:
+    x, closure = quadratic()
+    optimizer = zoscope.ZOAdam([x], 1e-6)
+    monitor = zoscope.ForwardMonitor(optimizer)
+    for _ in range(60):
+        record = monitor.step(closure)
+    v = optimizer.state[x]["exp_avg_sq"]
+    p = (1 - 0.9**60) * ((v / (1 - 0.999**60)).sqrt().mean() + 1e-8)
+    plain = forward_only_bounds(
+        record.trace.value / float(p), record.frobenius_sq / float(p) ** 2, rule=update_rule("adam")
+    )
+    assert record.upper.value == pytest.approx(plain.upper)
+
+
+def test_a_loss_that_is_not_finite_is_left_out() -> None:
+    monitor = zoscope.ForwardMonitor()
+    for value in (1.0, math.nan, math.inf, *([1.0] * 10)):
+        record = monitor.observe(1.0, above=value, below=1.0, lr=0.1)
+    assert record.directions == 11
+
+
+def test_a_monitor_without_an_optimizer_takes_no_step() -> None:
+    with pytest.raises(ValueError, match="observe"):
+        zoscope.ForwardMonitor().step(lambda: 0.0)

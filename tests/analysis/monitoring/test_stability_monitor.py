@@ -1,0 +1,99 @@
+"""``zoscope.StabilityMonitor`` in a loop of one's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import zoscope
+from zoscope import UsageError
+
+
+def network() -> tuple[nn.Module, zoscope.Problem]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2))
+    data = torch.randn(32, 4), torch.randn(32, 2)
+    return model, zoscope.Problem.from_criterion(model, data, nn.MSELoss())
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("zo-gd", lambda p: zoscope.ZOGD(p, 0.01)),
+        ("zo-gdm", lambda p: zoscope.ZOGDM(p, 0.002, beta=0.8)),
+        ("zo-adam", lambda p: zoscope.ZOAdam(p, 0.001)),
+    ],
+)
+def test_a_loop_with_the_same_optimizer_sees_what_track_sees(name: str, make) -> None:
+    model, problem = network()
+    optimizer = make(model.parameters())
+    lr = optimizer.param_groups[0]["lr"]
+    tracked = zoscope.track(problem, optimizer=name, lr=lr, steps=30, every=10, beta=0.8, device="cpu")
+    monitor = zoscope.StabilityMonitor(problem, optimizer, every=10, steps=30, device="cpu")
+    (batch,) = problem.batches
+    monitor.step()
+    for _ in range(30):
+        loss = optimizer.step(lambda: problem.loss(model, batch))
+        monitor.step(loss=loss)
+    for seen, expected in zip(monitor.records, tracked.records, strict=True):
+        assert seen.step == expected.step
+        for field in ("loss", "trace", "lambda_max", "exact", "ratio", "lower", "upper", "threshold"):
+            assert getattr(seen, field) == pytest.approx(getattr(expected, field), rel=1e-5), field
+    horizons = [record.horizon for record in monitor.records[:-1]]  # nothing remains at the end
+    assert horizons == [pytest.approx(record.horizon, rel=1e-5) for record in tracked.records[:-1]]
+    losses = [record.loss_mean for record in monitor.records[1:]]
+    assert losses == pytest.approx([record.loss_mean for record in tracked.records[1:]], rel=1e-5)
+
+
+def test_torch_optimizers_are_recognised_with_their_state() -> None:
+    model, problem = network()
+    for optimizer, name in (
+        (torch.optim.SGD(model.parameters(), lr=0.1), "gd"),
+        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "gdm"),
+        (torch.optim.AdamW(model.parameters(), lr=1e-3), "adam"),
+    ):
+        monitor = zoscope.StabilityMonitor(problem, optimizer, every=2, device="cpu")
+        for _ in range(3):
+            optimizer.zero_grad()
+            problem.loss(model, problem.batches[0]).backward()
+            optimizer.step()
+            monitor.step()
+        assert monitor.optimizer == name
+        assert [record.step for record in monitor.records] == [0, 2]
+        assert all(record.ratio is not None and record.ratio > 0 for record in monitor.records)
+
+
+def test_measuring_leaves_the_model_and_the_global_generator_alone() -> None:
+    model, problem = network()
+    before, state = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+    zoscope.StabilityMonitor(problem, "zo-gd", device="cpu").step(lr=0.01)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_records_go_to_a_file_and_a_run_that_blew_up_is_a_record_too(tmp_path: Path) -> None:
+    model, problem = network()
+    monitor = zoscope.StabilityMonitor(problem, "zo-gd", every=1, file=tmp_path / "metrics.jsonl", device="cpu")
+    monitor.step(lr=0.01)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    assert monitor.step(lr=0.01).trace is None
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert lines[1]["loss"] is None
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    model, problem = network()
+    with pytest.raises(ValueError, match="lr is missing"):
+        zoscope.StabilityMonitor(problem, "zo-gd").step()
+    with pytest.raises(ValueError, match="Nesterov"):
+        zoscope.StabilityMonitor(problem, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True))
+    with pytest.raises(ValueError, match="expected SGD"):
+        zoscope.StabilityMonitor(problem, torch.optim.Rprop(model.parameters()))
+    with pytest.raises(ValueError, match="optimizer must be"):
+        zoscope.StabilityMonitor(problem, "lion")
+    with pytest.raises(UsageError, match=r"monitor\.records"):
+        zoscope.StabilityMonitor(problem, "zo-gd", file=tmp_path / "no" / "file", device="cpu").step(lr=0.01)

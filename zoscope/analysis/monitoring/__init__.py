@@ -1,0 +1,1 @@
+"""Following the threshold in a loop that is not zoscope's."""
