@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from zoscope.curvature.lanczos import Array, project_out
 from zoscope.theory.spectrum import Estimate
+from zoscope.theory.student import widening
 
 if TYPE_CHECKING:
     from zoscope.curvature.lanczos import Chain, Rows
@@ -102,4 +102,4 @@ def _widening(spectrum: SampledSpectrum) -> float:
     """Student's factor over the normal one, at ``n (Tr A²)²/Tr A⁴`` degrees of freedom."""
     second, fourth = (spectrum.sampled.trace_of(lambda x, p=power: x**p) for power in (2, 4))  # type: ignore[misc]
     freedom = spectrum.num_probes * second**2 / fourth if fourth > 0 else np.inf
-    return float(stdtrit(max(freedom, 1.0), 0.975)) / 1.96 if np.isfinite(freedom) else 1.0
+    return widening(max(freedom, 1.0))

@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import chdtri, stdtrit
 
 from zoscope.theory.spectrum import Estimate
+from zoscope.theory.student import widening
 
 MOST_KURTOSIS = 12.0
 """Of a single squared Gaussian, the most skewed member of the family."""
@@ -36,6 +36,8 @@ def variance_of(values: ArrayLike) -> Estimate:
     if len(x) < 2:
         return Estimate(0.0, math.inf)
     variance, freedom = float(x.var(ddof=1)), _freedom(x)
+    from scipy.special import chdtri  # slow to import, and needed for forward passes alone
+
     arm = freedom / float(chdtri(freedom, 0.975)) - 1
     return Estimate(variance, variance * arm / NORMAL_95)
 
@@ -69,4 +71,4 @@ def _freedom(x: NDArray[np.float64]) -> float:
 
 
 def _student(freedom: float) -> float:
-    return float(stdtrit(max(freedom, 1.0), 0.975)) / NORMAL_95
+    return widening(max(freedom, 1.0))
