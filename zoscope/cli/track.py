@@ -45,6 +45,8 @@ def command(run: RunOptions, place: FolderOptions, output: OutputOptions) -> Non
     if "sweep" in values:
         _sweep(values, folder, place, output)
         return
+    if place.resume is None and not place.overwrite:
+        _refuse_occupied(folder)  # before the spec loads, which may take a while
     from zoscope.analysis.tracking.results import TrackInterruptedError
     from zoscope.report.track import render  # late, for a fast --help
 
@@ -63,6 +65,16 @@ def command(run: RunOptions, place: FolderOptions, output: OutputOptions) -> Non
         _say_interrupted(folder)
     if result.status == "diverged":
         raise typer.Exit(EXIT_FAILED)
+
+
+def _refuse_occupied(folder: Path) -> None:
+    from zoscope.analysis.tracking.folder import RunFolder
+
+    if RunFolder(folder).has_run:
+        raise UsageError(
+            f"--run {folder}: there is a run in this folder. Go on with it: zoscope track --resume {folder}. Or "
+            "replace it with --overwrite, or name another folder."
+        )
 
 
 def _say_interrupted(folder: Path) -> None:
@@ -235,11 +247,8 @@ def _sweep(values: Values, folder: Path, place: FolderOptions, output: OutputOpt
     axes = {key: read_axis(key, raw) for key, raw in grid.items()}
     sweep = Sweep(values, {key: axis[0] for key, axis in axes.items()}, {key: axis[1] for key, axis in axes.items()})
     there = RunFolder(folder)
-    if there.has_run and not resume and not place.overwrite:
-        raise UsageError(
-            f"--run {folder}: there is a run in this folder. Go on with it: zoscope track --resume {folder}. Or "
-            "replace it with --overwrite, or name another folder."
-        )
+    if not resume and not place.overwrite:
+        _refuse_occupied(folder)
     quiet, interrupted = output.quiet, False
 
     def start(options: Mapping[str, Any], where: Path, goes_on: bool) -> TrackResult:

@@ -159,7 +159,7 @@ class RunFolder:
                 f"{self.path / CHECKPOINT} still holds the last complete state. Then go on with: zoscope track "
                 f"--resume {self.path}"
                 if (self.path / CHECKPOINT).exists()
-                else "Nothing of the run is lost but its start: begin again"
+                else "there is no checkpoint yet: begin again"
             )
             raise RunFolderError(
                 f"{self.path / name} cannot be written ({_reason(error)}). Make room, or the folder writable; {kept}."

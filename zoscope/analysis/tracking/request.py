@@ -21,7 +21,7 @@ Every = int | Literal["auto", "adaptive"]
 Method = Literal["auto", "dense", "deflated-slq"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrackRequest:
     """Options of ``zoscope.track`` that make a run what it is; see there for what they mean.
 
@@ -29,9 +29,9 @@ class TrackRequest:
         ValueError: If one is outside of its range.
     """
 
-    optimizer: str
     lr: StepSizes
-    steps: int
+    optimizer: str = "zo-gd"
+    steps: int = 1000
     every: Every = "auto"
     mu: float = 1e-3
     queries: int = 1
