@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -286,3 +287,11 @@ def test_bad_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match=r"must be|needs a finite"):
             call()
+
+
+def test_a_signed_weight_of_an_escaping_mode_does_not_hide_the_threshold():
+    # Extrapolated quadrature: where such a mode overflows, the sum has the wrong sign.
+    spectrum = Spectrum(np.array([60.0, 1.0, -0.5, -0.55]), np.array([1.0, 100.0, 0.5, -0.05]))
+    conditions = [StabilityCondition(update_rule("gd"), steps=10**k, version="full") for k in (3, 4, 5, 6)]
+    found = [condition.threshold(spectrum) for condition in conditions]
+    assert all(later < earlier for earlier, later in itertools.pairwise(found))

@@ -265,6 +265,8 @@ def first_crossing(total: Callable[[float], float], *, guess: float) -> float:
 
     def excess(log_lr: float) -> float:
         value = total(math.exp(log_lr))
+        if value < -1.0:  # far above the root, where a signed quadrature weight of an unstable mode takes over
+            return cap
         return min(max(math.log(value), -cap), cap) if value > 0 else -cap
 
     x = math.log(guess)
