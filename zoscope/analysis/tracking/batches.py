@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.curvature.operators import gradient
 from zoscope.errors import UsageError
-from zoscope.problem import Shard, nest
+from zoscope.problem.examples import Examples
 
 if TYPE_CHECKING:
-    from zoscope.problem import Objective
+    from zoscope.problem import Objective, Shard
 
 
 class Batches(Protocol):
@@ -69,65 +68,34 @@ class MiniBatches:
                 "many; leave it out to use all of them at every step."
             )
         self._objective, self._seed = objective, seed
-        self._units = _units(objective)
-        if self._units is None:
-            self._size, self._count = 1, len(objective.shards)
+        self._examples = Examples(objective)
+        self._size = 1 if self._examples.whole else batch_size
+        if self._examples.whole:
             objective.notify(
                 "whole-batches",
-                f"The batches cannot be cut into examples: every step takes one of the {self._count} batches of the "
-                "spec, in random order.",
+                f"The batches cannot be cut into examples: every step takes one of the {self._examples.count} batches "
+                "of the spec, in random order.",
             )
-        else:
-            self._size, self._count = batch_size, len(self._units)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-        self._step, self._shard = -1, objective.shards[0]
+        self._step, self._shards = -1, objective.shards
 
-    @torch.no_grad()
     def value(self, step: int) -> float:
         """See `Batches.value`."""
-        return float(self._objective.loss(self.shard(step)))
+        return self._objective.value_of(self.shards(step))
 
     def gradient(self, step: int) -> tuple[float, Tensor]:
         """See `Batches.gradient`."""
-        loss = self._objective.loss(self.shard(step))
-        grads = torch.autograd.grad(loss, self._objective.params, allow_unused=True)
-        return float(loss.detach()), self._objective.flatten(grads)
+        return self._objective.gradient_of(self.shards(step))
 
-    def shard(self, step: int) -> Shard:
+    def shards(self, step: int) -> tuple[Shard, ...]:
         """The examples of a step."""
         if step != self._step:
-            self._step, self._shard = step, self._gather(self._indices(step))
-        return self._shard
+            self._step, self._shards = step, self._examples.gather(self._indices(step))
+        return self._shards
 
-    def _indices(self, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        epoch, place = divmod(step, self._count // self._size)
+    def _indices(self, step: int) -> NDArray[np.int64]:
+        epoch, place = divmod(step, self._examples.count // self._size)
         if epoch != self._epoch:
             sequence = np.random.SeedSequence(self._seed, spawn_key=(epoch,))
-            self._epoch, self._order = epoch, np.random.default_rng(sequence).permutation(self._count)
+            self._epoch, self._order = epoch, np.random.default_rng(sequence).permutation(self._examples.count)
         return self._order[place * self._size : (place + 1) * self._size]
-
-    def _gather(self, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Shard:
-        if self._units is None:
-            return self._objective.shards[int(indices[0])]
-        which, rows = self._units[indices].T
-        shards = self._objective.shards
-        pieces = [
-            nest.rows(shards[index].batch, torch.from_numpy(rows[which == index]), of=shards[index].rows or 0)
-            for index in np.unique(which)
-        ]
-        batch = pieces[0] if len(pieces) == 1 else nest.joined(pieces)
-        return Shard(batch, 1.0, len(indices), len(indices))
-
-
-def _units(objective: Objective) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """``(n, 2)``: shard and row of every example; None where shards are not rows of examples."""
-    shards: Sequence[Shard] = objective.shards
-    if any(s.rows is None or s.rows != s.examples or nest.split(s.batch, [s.rows]) is None for s in shards):
-        return None
-    try:
-        nest.joined([nest.rows(s.batch, torch.tensor([0]), of=s.rows or 0) for s in shards])
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    return np.concatenate(
-        [np.stack([np.full(s.rows or 0, i), np.arange(s.rows or 0)], axis=1) for i, s in enumerate(shards)]
-    )
