@@ -106,10 +106,10 @@ def explicit_threshold(examples, batch_size, rule, moments, *, guess, steps=None
 
     low, high = guess, guess
     while unstable(low):
-        low /= 1.5
+        low /= 1.2
     while not unstable(high):
-        high *= 1.5
-    while high / low > 1.0005:
+        high *= 1.2
+    while high / low > 1.004:
         middle = np.sqrt(low * high)
         low, high = (low, middle) if unstable(middle) else (middle, high)
     return float(np.sqrt(low * high))

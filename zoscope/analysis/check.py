@@ -215,7 +215,15 @@ def _own_notices(config: CheckConfig, measurement: Measurement) -> list[str]:
     if described := config.optimizer.schedule.describe():
         notices.append(f"lr is the {described}.")
     size, examples = config.estimator.batch_size, measurement.num_examples
-    if size is not None and size < examples:
+    if size is not None and size < examples and measurement.optimizers[config.optimizer.rule].minibatch:
+        notices.append(f"The threshold is that of mini-batches of {size} of {examples} examples.")
+        descent = measurement.optimizers[config.optimizer.rule].known.get("descent")
+        if descent is not None and config.optimizer.lr > descent.high:
+            notices.append(
+                f"Above {descent.value:.3g} the noise of such mini-batches raises the expected loss at first; it "
+                "settles at a floor below the stability threshold. Larger batches or a decaying lr lower it."
+            )
+    elif size is not None and size < examples:
         notices.append(
             f"Training uses mini-batches of {size} of {examples} examples. The threshold is that of the full batch; "
             f"that of mini-batches can be as low as {size / examples:.2g} times it."

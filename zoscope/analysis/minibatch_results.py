@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zoscope.theory.mean_square import HorizonPoint, Version
+from zoscope.theory.mean_square import LONGEST_RUN, HorizonPoint, Version
 from zoscope.theory.minibatch import MiniBatchCondition
 from zoscope.theory.spectrum import Estimate
 
@@ -46,6 +47,19 @@ class MiniBatchModel:
     def for_ever(self) -> Estimate | None:
         """The infinite-time threshold; ``None`` where noise accumulates along flat or negative curvature."""
         return self._threshold(None, "positive")
+
+    def blow_up(self, lr: float, *, version: Version) -> float:
+        """The smallest T at which a step size is no longer stable; ``inf`` for not within ``LONGEST_RUN`` steps."""
+        late = 1
+        while not self.unstable_at(lr, late, version):
+            late *= 2
+            if late > LONGEST_RUN:
+                return math.inf
+        early = late // 2
+        while late - early > 1:
+            middle = (early + late) // 2
+            early, late = (early, middle) if self.unstable_at(lr, middle, version) else (middle, late)
+        return float(late)
 
     def unstable_at(self, lr: float, steps: int, version: Version) -> bool:
         """Whether a step size passes the threshold within a number of steps."""

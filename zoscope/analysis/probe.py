@@ -131,6 +131,7 @@ def probe(
             lr=None,
             strict=False,
             on_progress=on_progress,
+            batch_size=batch_size,
         ),
         optimizer=optimizer,
         mu=mu,
@@ -149,7 +150,7 @@ def probe(
         on_progress=on_run,
     )
     subject = subject_of(problem, params)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=batch_size or micro_batch) as objective:
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
         session = Session(objective, request, spec=spec if spec is not None else problem.name)
         try:
             session.go()

@@ -9,11 +9,11 @@ import numpy as np
 
 from zoscope.analysis.optimizer_bounds import Binding, Outlook, ThresholdName, Verdict
 from zoscope.theory.curve import GradientMeasure, predicted_loss
-from zoscope.theory.mean_square import LONGEST_RUN, Version, time_to_blow_up
+from zoscope.theory.mean_square import Version, time_to_blow_up
 from zoscope.theory.typical import typical_doubling_time
 
 if TYPE_CHECKING:
-    from zoscope.analysis.minibatch_results import MiniBatchBounds, MiniBatchModel
+    from zoscope.analysis.minibatch_results import MiniBatchBounds
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
     from zoscope.theory.spectrum import Spectrum
@@ -120,7 +120,7 @@ def judge_batches(lr: float, minibatch: MiniBatchBounds, *, binding: Binding | N
         descent: Descent threshold.
     """
     model, steps = minibatch.model, minibatch.horizon.steps
-    ends = [_steps_to_blow_up(model, lr, version=version) for version in VERSIONS]
+    ends = [model.blow_up(lr, version=version) for version in VERSIONS]
     first, last = min(ends), max(ends)
     return Verdict(
         lr=lr,
@@ -131,20 +131,6 @@ def judge_batches(lr: float, minibatch: MiniBatchBounds, *, binding: Binding | N
         doubling=None,
         descends=None if descent is None or model.rule.momentum > 0 else lr < descent,
     )
-
-
-def _steps_to_blow_up(model: MiniBatchModel, lr: float, *, version: Version) -> float:
-    """The smallest T at which a step size is no longer stable; ``inf`` for not within ``LONGEST_RUN`` steps."""
-    late = 1
-    while not model.unstable_at(lr, late, version):
-        late *= 2
-        if late > LONGEST_RUN:
-            return math.inf
-    early = late // 2
-    while late - early > 1:
-        middle = (early + late) // 2
-        early, late = (early, middle) if model.unstable_at(lr, middle, version) else (middle, late)
-    return float(late)
 
 
 def doubling_steps(

@@ -10,6 +10,8 @@ from torch.func import grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from zoscope.problem.examples import Examples
+
 if TYPE_CHECKING:
     from zoscope.problem import Objective
 
@@ -70,27 +72,27 @@ class SequentialSurface:
 
 
 class MiniBatchSurface(SequentialSurface):
-    """One random shard of the problem at a time, the same for both points of an estimate.
+    """A new random mini-batch for every estimate, the same for both of its points.
 
     Args:
-        objective: The prepared problem, cut into shards.
-        generator: Chooses the shards, each as often as its weight says.
+        objective: The prepared problem.
+        batch_size: Examples of a mini-batch, drawn without replacement.
+        generator: Chooses them.
     """
 
-    def __init__(self, objective: "Objective", generator: torch.Generator) -> None:
+    def __init__(self, objective: "Objective", batch_size: int, generator: torch.Generator) -> None:
         super().__init__(objective)
-        self._generator = generator
-        self._weights = torch.tensor([s.weight for s in objective.shards], dtype=torch.float64)
+        self._examples, self._size, self._generator = Examples(objective), batch_size, generator
 
     def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-        """See `Surface.slopes`; of one shard."""
+        """See `Surface.slopes`; of a mini-batch."""
         objective, pairs = self._objective, []
-        index = int(torch.multinomial(self._weights, 1, generator=self._generator))
+        shards = self._examples.draw(self._size, self._generator)
         for row, direction in zip(theta, directions, strict=True):
             objective.write(torch.add(row, direction, alpha=mu))
-            above = float(objective.loss(objective.shards[index]))
+            above = objective.value_of(shards)
             objective.write(torch.add(row, direction, alpha=-mu))
-            pairs.append((above, float(objective.loss(objective.shards[index]))))
+            pairs.append((above, objective.value_of(shards)))
         above_below = torch.tensor(pairs, dtype=torch.float64, device=theta.device)
         return (above_below[:, 0] - above_below[:, 1]) / (2.0 * mu), above_below.mean(dim=1)
 

@@ -18,6 +18,7 @@ from zoscope.report.bounds_tables import (
     settings_line,
 )
 from zoscope.report.forward import forward_bounds_table, forward_curvature_table, forward_outlook
+from zoscope.report.minibatch import minibatch_section
 from zoscope.report.style import OPTIMIZER_NAMES, count, duration, quantity, rough_count, step_size
 from zoscope.report.tables import grid, heading, lines_of
 
@@ -58,6 +59,7 @@ class BoundsReport:
             yield from _bounds(result, console, options)
             yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
             yield horizon_table(result)
+            yield from minibatch_section(result)
         yield heading(f"For {count(result.steps)} steps")
         yield advice(result)
         if any(row.verdict for row in result.optimizers.values()):

@@ -99,7 +99,17 @@ def _measuring(config: CheckConfig) -> dict[str, Any]:
         "seed": curvature.seed,
         "micro_batch": curvature.micro_batch,
         "strict": curvature.strict,
+        "batch_size": batch_size_of(config),
     }
+
+
+def batch_size_of(config: CheckConfig) -> int | None:
+    """Examples per step, where the threshold depends on it.
+
+    Forward passes know no spectrum, and a first-order optimizer is held against the threshold of all examples.
+    """
+    known = config.optimizer.zeroth_order and config.curvature.kind != "forward"
+    return config.estimator.batch_size if known else None
 
 
 def problem_key(config: CheckConfig) -> str:

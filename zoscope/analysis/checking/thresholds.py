@@ -15,8 +15,10 @@ from zoscope.theory.mean_square import horizon_curve
 from zoscope.theory.moments import estimator_moments
 
 if TYPE_CHECKING:
+    from zoscope.analysis.minibatch_results import MiniBatchBounds
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
     from zoscope.analysis.results import BoundsResult
+    from zoscope.theory.mean_square import HorizonPoint
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,13 @@ class OptimizerThresholds:
     Args:
         known: Thresholds that hold for any number of steps, by name; ``inf`` where nothing limits the step size.
         horizons: η*(N) by number of steps.
+        minibatch: Whether they are those of mini-batches. Above their descent threshold the loss rises to a floor of
+            noise and no further, so that what binds is the horizon alone.
     """
 
     known: Mapping[str, Threshold]
     horizons: Mapping[int, Threshold]
+    minibatch: bool = False
 
     def choose(self, policy: str, *, zeroth_order: bool, steps: int, curvature: str) -> Threshold:
         """The threshold that the policy names; the first-order one for a first-order optimizer.
@@ -50,9 +55,10 @@ class OptimizerThresholds:
     def _of(self, steps: int) -> dict[str, Threshold]:
         return {**self.known, **({"horizon": self.horizons[steps]} if steps in self.horizons else {})}
 
-    @staticmethod
-    def _binding(known: Mapping[str, Threshold]) -> str:
+    def _binding(self, known: Mapping[str, Threshold]) -> str:
         values = {name: known[name].value if name in known else None for name in ("horizon", "descent", "exact")}
+        if self.minibatch:
+            values["descent"] = None
         binding = choose_binding("binding", **values)
         forward = known.get("forward")
         if forward is not None and (binding is None or forward.value < binding.value):
@@ -64,6 +70,7 @@ class OptimizerThresholds:
         return {
             "known": {name: _row(threshold) for name, threshold in self.known.items()},
             "horizons": {str(steps): _row(threshold) for steps, threshold in self.horizons.items()},
+            "minibatch": self.minibatch,
         }
 
     @classmethod
@@ -74,7 +81,8 @@ class OptimizerThresholds:
             ValueError, KeyError, TypeError: If it is not what ``to_dict`` wrote.
         """
         known = {name: _threshold(name, row) for name, row in document["known"].items()}
-        return cls(known, {int(steps): _threshold("horizon", row) for steps, row in document["horizons"].items()})
+        horizons = {int(steps): _threshold("horizon", row) for steps, row in document["horizons"].items()}
+        return cls(known, horizons, bool(document["minibatch"]))
 
 
 def _row(threshold: Threshold) -> list[float | str]:
@@ -141,6 +149,8 @@ class Measurement:
 
 
 def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[int]) -> OptimizerThresholds:
+    if bounds.minibatch is not None:
+        return _minibatch(_first_order(result, bounds), bounds.minibatch, steps)
     rows: list[Threshold | None] = [_first_order(result, bounds), _forward(bounds)]
     if bounds.exact is not None and bounds.exact_ci95 is not None:
         rows.append(Threshold("exact", bounds.exact.value, *bounds.exact_ci95, bounds.exact.half_width))
@@ -160,12 +170,21 @@ def _horizons(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[int
     moments = estimator_moments(estimator.directions, queries=estimator.queries, dimension=result.problem.num_params)
     spectrum = result.curvature[bounds.operator].spectrum
     points = horizon_curve(spectrum, sorted(steps), rule=bounds.rule, moments=moments)
-    return {
-        point.steps: Threshold(
-            "horizon", point.upper.value, ci95(point.lower)[0], ci95(point.upper)[1], point.upper.half_width
-        )
-        for point in points
-    }
+    return {point.steps: _of_point(point) for point in points}
+
+
+def _minibatch(first_order: Threshold | None, found: MiniBatchBounds, steps: Sequence[int]) -> OptimizerThresholds:
+    rows = [] if first_order is None else [first_order]
+    for name, estimate in (("exact", found.exact), ("descent", found.descent)):
+        if estimate is not None:
+            rows.append(Threshold(name, estimate.value, *ci95(estimate), estimate.half_width))
+    points = [found.model.at(number) for number in sorted(steps)]
+    return OptimizerThresholds({row.name: row for row in rows}, {p.steps: _of_point(p) for p in points}, minibatch=True)
+
+
+def _of_point(point: HorizonPoint) -> Threshold:
+    low, high = ci95(point.lower)[0], ci95(point.upper)[1]
+    return Threshold("horizon", point.upper.value, low, high, point.upper.half_width)
 
 
 def _first_order(result: BoundsResult, bounds: OptimizerBounds) -> Threshold | None:

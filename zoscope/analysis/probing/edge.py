@@ -13,7 +13,7 @@ from zoscope.analysis.probing import verdict as judging
 from zoscope.analysis.probing.length import steps_needed
 from zoscope.analysis.probing.results import Edge, EdgePoint, Outcome
 from zoscope.theory.growth import steps_to_grow
-from zoscope.theory.mean_square import StabilityCondition, time_to_blow_up
+from zoscope.theory.mean_square import StabilityCondition, Version, time_to_blow_up
 from zoscope.theory.typical import exit_times
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
     alone brings the threshold below that of infinite time, which leaves escape out.
     """
     request = ground.request
-    if request.steps is not None:
+    if request.steps is not None or forecast.row.minibatch is not None:
         return forecast
     spectrum, rule, moments = forecast.spectrum, forecast.rule, forecast.moments
     growth = math.sqrt(request.growth)
@@ -68,7 +68,7 @@ def typical_edge(forecast: Forecast, *, seed: int, rtol: float) -> float | None:
     It lies above the threshold of the mean square, which rare runs carry, the more so the shorter the run.
     """
     gradient = forecast.gradient
-    if forecast.moments.b == 0 or gradient is None:
+    if forecast.moments.b == 0 or gradient is None or forecast.row.minibatch is not None:
         return None
 
     def leaves(lr: float) -> bool:
@@ -190,6 +190,9 @@ def _reference(forecast: Forecast) -> float | None:
 def _horizon_ratios(forecast: Forecast, value: float) -> tuple[float, float] | None:
     if forecast.moments.b == 0:
         return None
+    if forecast.row.minibatch is not None:
+        point = forecast.row.minibatch.model.at(forecast.steps)
+        return value / point.lower.value, value / point.upper.value
     full, positive = (
         StabilityCondition(forecast.rule, forecast.moments, forecast.steps, version).threshold(forecast.spectrum)
         for version in ("full", "positive")
@@ -214,18 +217,26 @@ def _point(
 ) -> tuple[EdgePoint, bool]:
     trajectory = ground.walk(lr, forecast=forecast, runs_left=1, on_step=on_step)
     found = judging.fates(trajectory, loss=forecast.loss, scale=forecast.scale)
-    full, positive = (
-        time_to_blow_up(forecast.spectrum, lr, rule=forecast.rule, moments=forecast.moments, version=version)
-        if forecast.moments.b > 0
-        else math.inf
-        for version in ("full", "positive")
-    )
     count = len(trajectory.left)
     point = EdgePoint(
         lr=lr,
         diverged=found.diverged,
         replicas=count,
         left_at=found.left_at if 2 * found.diverged >= count else None,
-        blow_up=(full, positive),
+        blow_up=_blow_up(forecast, lr),
     )
     return point, trajectory.capped and 2 * found.diverged < count
+
+
+def _blow_up(forecast: Forecast, lr: float) -> tuple[float, float]:
+    """Steps after which noise feeds itself: all eigenvalues, and the positive ones."""
+    minibatch = forecast.row.minibatch
+
+    def steps(version: Version) -> float:
+        if forecast.moments.b == 0:
+            return math.inf
+        if minibatch is not None:
+            return minibatch.model.blow_up(lr, version=version)
+        return time_to_blow_up(forecast.spectrum, lr, rule=forecast.rule, moments=forecast.moments, version=version)
+
+    return steps("full"), steps("positive")

@@ -157,7 +157,10 @@ def forecast(
 
     wanted, survives = needed(ratio * infinite)
     name, value = _probed(row, request, infinite)
-    if request.steps is None:
+    if row.minibatch is not None:  # growth by the spectrum of all examples says nothing of these runs
+        wanted, survives = row.minibatch.horizon.steps, False
+        steps = min(wanted, request.max_steps)
+    elif request.steps is None:
         row = row_for(min(wanted, request.max_steps))
         name, value = _probed(row, request, infinite)
         if name == "descent":
@@ -167,13 +170,19 @@ def forecast(
         steps = min(wanted, request.max_steps)
     else:
         steps = min(request.steps, request.max_steps)
+    exact, descent_value = row.exact, row.descent
+    horizon = None if request.first_order or row.horizon is None else (row.horizon.lower, row.horizon.upper)
+    if row.minibatch is not None:
+        point, exact = row.minibatch.horizon, row.minibatch.exact
+        horizon = point.lower.value, point.upper.value
+        descent_value = None if row.minibatch.descent is None else row.minibatch.descent.value
     threshold = ProbedThreshold(
         name="assumed" if request.assume_threshold else name,
         value=request.assume_threshold or value,
-        exact=row.exact.value if row.exact else None,
-        exact_ci95=None if row.exact is None else ci95(row.exact),
-        horizon=None if request.first_order or row.horizon is None else (row.horizon.lower, row.horizon.upper),
-        descent=row.descent,
+        exact=exact.value if exact else None,
+        exact_ci95=None if exact is None else ci95(exact),
+        horizon=horizon,
+        descent=descent_value,
     )
     return Forecast(
         rule,
@@ -195,6 +204,8 @@ def forecast(
 def _probed(row: OptimizerBounds, request: ProbeRequest, infinite: float) -> tuple[str, float]:
     if request.first_order:
         return "first-order", infinite
+    if row.minibatch is not None and request.measure.threshold == "binding":
+        return "horizon", row.minibatch.horizon.upper.value  # above its descent threshold a run only gets noisy
     if row.binding is None or not math.isfinite(row.binding.value):
         return "exact", infinite
     return row.binding.name, row.binding.value

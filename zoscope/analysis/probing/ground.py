@@ -156,10 +156,11 @@ def choose_ground(
     if request.batch_size is not None:
         objective.notify(
             "mini-batch",
-            f"The runs use random batches of {request.batch_size} examples; the threshold is that of the full batch. "
-            "Their noise is not part of it: expect an edge below.",
+            f"The runs draw {request.batch_size} of {objective.num_examples} examples at random at every step, and the "
+            "threshold is that of such mini-batches. Forecasts of single runs leave their noise out.",
         )
-        return ground(MiniBatchSurface(objective, new_generator(request.measure.seed)), together=False)
+        generator = new_generator(request.measure.seed)
+        return ground(MiniBatchSurface(objective, request.batch_size, generator), together=False)
     replicas = 1 if request.first_order else request.replicas
     surface, why_not = choose_surface(objective, replicas=replicas, first_order=request.first_order)
     if why_not is not None:
