@@ -46,7 +46,7 @@ class ShardOperator(LinearOperator):
     def crew(self) -> Crew | None:
         """The ranks that hold the objective."""
         crew = self.objective.crew
-        return crew if crew is not None and crew.follows else None
+        return crew if isinstance(crew, Crew) and crew.follows else None
 
     @property
     def num_hvps(self) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,12 @@ from zoscope.curvature.stencil import Difference, Stencil
 from zoscope.errors import NumericalError
 from zoscope.optim.directions import Direction
 from zoscope.problem import Objective
+from zoscope.problem.sharded import Mirror
 from zoscope.problem.together import Crew, Post
+from zoscope.runtime import DroppedError, Ranks
 
 _Array = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Party:
         crew: The ranks; None for this process alone.
     """
 
-    def __init__(self, stencil: Stencil, crew: Crew | None) -> None:
+    def __init__(self, stencil: Stencil, crew: Crew | Mirror | None) -> None:
         self.stencil = stencil
         self._crew = crew
         self._pilots: list[Direction] = []
@@ -62,7 +65,7 @@ class Party:
     def groups(self, size: int, *, first: int, checks: int, h: float, most: int) -> Iterator[Group]:
         """Groups of ``size`` directions each, from number ``first`` on, in order; a few may be measured in vain."""
         self._pilots.clear()
-        ahead = 1 if self._crew is None else self._crew.ranks.size
+        ahead = 1 if self._crew is None or self._crew.mirrored else self._crew.ranks.size
         for start in range(0, most, ahead):
             firsts = [first + number * size for number in range(start, min(start + ahead, most))]
             yield from self._all("groups", firsts, h, size, checks)
@@ -71,7 +74,7 @@ class Party:
         if self._crew is None:
             return [_WORK[name](self, number, *args) for number in numbers]
         self._crew.work("zoscope.curvature.party:explore", name, numbers, args)
-        return _share(self, self._crew, name, numbers, args)
+        return _share(self, self._crew.ranks, name, numbers, args, mirrored=self._crew.mirrored)
 
     def pilot(self, number: int) -> Direction:
         """One of the directions that are measured at many steps."""
@@ -93,25 +96,38 @@ def exploring(objective: Objective, *, seed: int) -> Iterator[Party]:
         yield Party(Stencil(objective, seed=seed), None)
         return
     crew.work("zoscope.curvature.party:begin", seed)
-    objective.crew = None  # from here on a rank evaluates directions of its own, on all of the data
+    if not crew.mirrored:
+        objective.crew = None  # from here on a rank evaluates directions of its own, on all of the data
     try:
-        yield Party(crew.ranks.attempt(lambda: Stencil(objective, seed=seed)), crew)
+        yield Party(_made(crew.ranks, objective, seed), crew)
     finally:
         objective.crew = crew
 
 
+def _made(ranks: Ranks, objective: Objective, seed: int) -> Stencil:
+    together = _in_lockstep if isinstance(objective.crew, Mirror) else Ranks.attempt
+    return together(ranks, lambda: Stencil(objective, seed=seed))
+
+
 def begin(post: Post, seed: int) -> None:
     """Make a stencil on another rank."""
-    post.kept["party"] = Party(post.ranks.attempt(lambda: Stencil(post.objective, seed=seed)), None)
+    post.kept["party"] = Party(_made(post.ranks, post.objective, seed), None)
 
 
 def explore(post: Post, name: str, numbers: list[int], args: tuple[float, ...]) -> None:
     """The part of another rank in what a party measures."""
-    _share(post.kept["party"], post, name, numbers, args)
+    crew = post.objective.crew
+    _share(post.kept["party"], post.ranks, name, numbers, args, mirrored=crew is not None and crew.mirrored)
 
 
-def _share(party: Party, crew: Crew | Post, name: str, numbers: list[int], args: tuple[float, ...]) -> list[Any]:
-    ranks = crew.ranks
+def _share(
+    party: Party, ranks: Ranks, name: str, numbers: list[int], args: tuple[float, ...], *, mirrored: bool
+) -> list[Any]:
+    def all_of_them() -> list[Any]:
+        return [_WORK[name](party, number, *args) for number in numbers]
+
+    if mirrored:
+        return _in_lockstep(ranks, all_of_them)
 
     def mine() -> dict[int, Any]:
         party.stencil.reach(args[0])  # moves θ to a grid where it is large: the same on every rank
@@ -119,6 +135,19 @@ def _share(party: Party, crew: Crew | Post, name: str, numbers: list[int], args:
 
     found = {number: item for part in ranks.gather(ranks.attempt(mine)) for number, item in part.items()}
     return [found[number] for number in numbers] if ranks.leads else []
+
+
+def _in_lockstep(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Work that all ranks do with parts of one model: losses, and what is wrong with them, are the same everywhere."""
+    try:
+        return work()
+    except NumericalError:
+        if ranks.leads:
+            raise
+        raise DroppedError from None
+    except Exception:
+        ranks.in_step = False  # the others may wait for this rank in the middle of a forward pass
+        raise
 
 
 def _pilot(party: Party, number: int, h: float) -> Difference:

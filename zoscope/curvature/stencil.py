@@ -18,6 +18,7 @@ from zoscope.optim.directions import Block, Direction, new_generator, partition
 from zoscope.optim.restore import SNAPSHOT_BYTES, FixedPoint, Perturbation
 from zoscope.problem import Objective
 from zoscope.problem.originals import Originals
+from zoscope.problem.sharded import Mirror
 from zoscope.runtime import is_out_of_memory, release_memory
 
 BLOCKS = 128
@@ -130,6 +131,7 @@ class Stencil:
         loss: ``f₀``.
         evaluations: Losses of the whole problem computed so far.
         centres: How many of them were f₀.
+        typical_size: Root mean square of the parameters; 1 where all are zero.
     """
 
     def __init__(self, objective: Objective, *, seed: int) -> None:
@@ -141,10 +143,15 @@ class Stencil:
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._originals: Originals | None = None
         wide = all(p.dtype in (torch.float32, torch.float64) for p in objective.params)
-        if not wide or sum(p.numel() * p.element_size() for p in objective.params) <= SNAPSHOT_BYTES:
+        size_here: float = sum(p.numel() * p.element_size() for p in objective.params)
+        self._part: tuple[int, ...] = ()
+        if isinstance(objective.crew, Mirror):  # every rank moves a part of its own, all in the same way
+            size_here, self._part = objective.crew.largest(size_here), (objective.crew.ranks.rank,)
+        if not wide or size_here <= SNAPSHOT_BYTES:
             self._originals = Originals([piece for block in self._blocks for piece in block.pieces])
         self._keep = self._originals is not None and objective.num_params <= KEPT_SIZE
         self._perturbations: dict[float, Perturbation] = {}
+        self.typical_size = self._typical_size()
         self.loss = self._centre()
         with torch.no_grad():
             self._precision = torch.finfo(objective.loss(objective.shards[0]).dtype).eps
@@ -154,11 +161,12 @@ class Stencil:
         """What the loss can be wrong by in its own dtype: a unit in the last place from adding up, one from storing."""
         return 2 * self._precision * abs(self.loss)
 
-    @property
-    def typical_size(self) -> float:
-        """Root mean square of the parameters; 1 where all are zero."""
+    def _typical_size(self) -> float:
         pieces = (piece for block in self._blocks for piece in block.pieces)  # a wider copy of one piece at a time
         square = sum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in pieces)
+        crew = self._objective.crew
+        if isinstance(crew, Mirror):
+            square = crew.total(square)
         return math.sqrt(square / self._objective.num_params) or 1.0
 
     @property
@@ -177,7 +185,9 @@ class Stencil:
         """The direction of a number, always the same for one seed; the next one where it is left out."""
         if number is None:
             number, self._next = self._next, self._next + 1
-        generator = new_generator(np.random.SeedSequence(self._seed, spawn_key=(number,)), self._objective.device)
+        generator = new_generator(
+            np.random.SeedSequence(self._seed, spawn_key=(number, *self._part)), self._objective.device
+        )
         return Direction(self._blocks, generator, law="gaussian", keep=self._keep, buffers=self._buffers)
 
     def combination(self, directions: Sequence[Direction], coefficients: Sequence[float]) -> Combination:

@@ -15,6 +15,7 @@ from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem.layers import some
 from zoscope.problem.originals import Originals
+from zoscope.problem.sharded import local
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -31,10 +32,14 @@ def wrapped(module: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+def unwrapped(model: nn.Module, *, sharded: bool = False) -> Iterator[nn.Module]:
     """Take wrappers off a model and off its submodules, in place for the time of the context.
 
     The hooks of such wrappers are skipped by ``torch.autograd.grad``, and compiled code has no double backward.
+
+    Args:
+        model: Any model.
+        sharded: Let ``fully_shard`` pass.
 
     Raises:
         SpecError: For a sharded (FSDP) model.
@@ -43,10 +48,11 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         model = inner
     with ExitStack() as stack:
         for name, module in list(model.named_modules()):
-            if _SHARDED & {kind.__name__ for kind in type(module).__mro__}:
+            if (_SHARDED - {"FSDPModule" if sharded else ""}) & {kind.__name__ for kind in type(module).__mro__}:
                 raise SpecError(
                     f"The model is sharded ({type(module).__name__} at '{name or 'its root'}'): Hessian products of "
-                    "sharded (FSDP) models are not supported. Pass an ordinary copy that holds the full state dict."
+                    "sharded (FSDP) models are not supported. Pass an ordinary copy that holds the full state dict; or "
+                    "use --curvature forward, under torchrun and with fully_shard."
                 )
             for child_name, child in list(module._modules.items()):
                 bare = child
@@ -73,12 +79,13 @@ class Selection:
     num_params: int
 
 
-def select(model: nn.Module, regex: str | None) -> Selection:
+def select(model: nn.Module, regex: str | None, *, sharded: bool = False) -> Selection:
     """Choose parameters by name; tied weights count once.
 
     Args:
         model: Without wrappers.
         regex: ``re.search`` pattern; None takes those with ``requires_grad``.
+        sharded: Let parameters of which a part is elsewhere pass.
 
     Raises:
         UsageError: For an invalid pattern.
@@ -92,7 +99,7 @@ def select(model: nn.Module, regex: str | None) -> Selection:
     chosen: dict[str, Tensor] = {}
     aliases: list[tuple[str, str]] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        _refuse_unusable(name, parameter)
+        _refuse_unusable(name, parameter, sharded=sharded)
         first, twin = first_of.setdefault(_place(parameter), (name, parameter))
         if parameter is not twin:
             aliases.append((name, first))
@@ -107,19 +114,20 @@ def select(model: nn.Module, regex: str | None) -> Selection:
 
 
 def _place(parameter: Tensor) -> Any:
+    whole, parameter = parameter, local(parameter)
     if parameter.numel() == 0 or parameter.device.type == "meta":
-        return id(parameter)
+        return id(whole)
     return (parameter.device, parameter.dtype, parameter.data_ptr(), parameter.shape, parameter.stride())
 
 
-def _refuse_unusable(name: str, parameter: Tensor) -> None:
+def _refuse_unusable(name: str, parameter: Tensor, *, sharded: bool) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise SpecError(f"Parameter '{name}' is not initialised yet: run the model once on a batch before measuring.")
     if parameter.device.type == "meta":
         raise SpecError(f"Parameter '{name}' has no values (meta device): load the weights before measuring.")
     if parameter.is_complex():
         raise SpecError(f"Parameter '{name}' is complex: only real parameters are supported; store it as view_as_real.")
-    if type(parameter.data).__name__ == "DTensor":
+    if type(parameter.data).__name__ == "DTensor" and not sharded:
         raise SpecError(
             f"Parameter '{name}' is sharded (DTensor): Hessian products of sharded models are not supported. Pass an "
             "ordinary copy that holds the full state dict."
@@ -128,7 +136,7 @@ def _refuse_unusable(name: str, parameter: Tensor) -> None:
 
 def _refuse_overlap(parameters: dict[str, Tensor]) -> None:
     spans = []
-    for name, p in parameters.items():
+    for name, p in ((name, local(parameter)) for name, parameter in parameters.items()):
         if p.numel():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
             spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), name))
@@ -190,7 +198,7 @@ def restored(model: nn.Module, names: tuple[str, ...], *, aside: bool = False) -
         names: Of its parameters.
         aside: Keep large parameters out of working memory meanwhile.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {name: local(p) for name, p in model.named_parameters(remove_duplicate=False)}
     originals = Originals([parameters[name] for name in names]) if aside else None
     values = [] if aside else [(parameters[name], parameters[name].detach().clone()) for name in names]
     buffers = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from zoscope.errors import SpecError
 from zoscope.problem import nest
 from zoscope.problem.data import examples_in
 from zoscope.problem.losses import LossFunction, LossModule, Metric, pair
+from zoscope.problem.sharded import Mirror, ShardedLoss, local
 from zoscope.problem.user_code import user_code
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Objective:
         self.warnings: list[Notice] = []
         self.indivisible: str | None = None  # why batches must not be cut, once that is known
         self.splits: list[int] = []  # micro-batches that they were cut into so far
-        self.crew: Crew | None = None  # other processes that hold the same problem
+        self.crew: Crew | Mirror | None = None  # other processes that hold the same problem
         self.metrics: Mapping[str, Metric] = {}
         self._loss = loss
         self.batch_size_of = batch_size_of
@@ -139,8 +140,8 @@ class Objective:
 
     def gradient(self) -> tuple[float, Tensor]:
         """Loss, accumulated in float64, and gradient ``(d,)`` over all shards, loss/param."""
-        if self.crew is not None and self.crew.follows:
-            return self.crew.gradient()
+        if self.crew is not None and self.crew.follows and not self.crew.mirrored:
+            return cast("Crew", self.crew).gradient()
         return self.gradient_of(self.shards)
 
     @torch.enable_grad()
@@ -172,6 +173,13 @@ class Objective:
         """
         inputs, targets = pair(self.batch(shard))
         return self.model(inputs), targets
+
+    def own_parts(self) -> None:
+        """Have :attr:`params` be the parts of sharded parameters that are on this rank; ``num_params`` counts all."""
+        self._loss = ShardedLoss(self._loss)
+        parts = [(name, local(p.detach())) for name, p in zip(self.names, self.params, strict=True)]
+        self.names = tuple(name for name, part in parts if part.numel())
+        self.params = tuple(cast("nn.Parameter", part) for _, part in parts if part.numel())
 
     # --- the flat vector ------------------------------------------------------------------------------------------
 

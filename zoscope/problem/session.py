@@ -15,6 +15,7 @@ from zoscope.problem.layers import some, uses_batch_statistics
 from zoscope.problem.losses import CriterionLoss, NumberLoss
 from zoscope.problem.model import Selection, copied, restored, select, trainable, unwrapped
 from zoscope.problem.objective import Objective
+from zoscope.problem.sharded import Mirror, is_sharded, refuse_partly_sharded
 
 if TYPE_CHECKING:
     from zoscope.problem.core import Problem
@@ -45,9 +46,13 @@ def prepared_here(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        model = stack.enter_context(unwrapped(problem.model))
-        selection = select(model, problem.params)
+        ranks = runtime.joined_ranks()
+        sharded = ranks is not None and not differentiable and is_sharded(problem.model)
+        model = stack.enter_context(unwrapped(problem.model, sharded=sharded))
+        selection = select(model, problem.params, sharded=sharded)
         own = next(p.device for p in model.parameters())
+        if sharded:
+            device, dtype = own, _own_only(device, dtype)
         target = (
             own if problem.own_device_only and str(device) == "auto" else runtime.resolve_device(device, model=model)
         )
@@ -67,6 +72,8 @@ def prepared_here(
                     differentiable=differentiable,
                     spread=spread,
                 )
+                if ranks is not None and sharded:
+                    _mirror(objective, ranks)
                 attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
                 if check:
                     _checked(objective, differentiable=differentiable, cut=micro_batch is not None)
@@ -81,6 +88,21 @@ def prepared_here(
             objective = opened(own)
             objective.notify("device", f"The loss uses tensors that stay on {own}: measured there, not on {target}.")
         yield objective
+
+
+def _own_only(device: str | torch.device, dtype: str | torch.dtype) -> str:
+    if str(device) != "auto" or dtype != OWN_DTYPE:
+        raise UsageError(
+            "A sharded model is measured where its parts are and as they are: leave --device and --dtype out."
+        )
+    return OWN_DTYPE
+
+
+def _mirror(objective: Objective, ranks: runtime.Ranks) -> None:
+    """Let an objective be about the parts of its parameters that are on this rank."""
+    refuse_partly_sharded(objective.names, objective.params, ranks.size)
+    objective.own_parts()
+    objective.crew = Mirror(ranks, objective)
 
 
 def _opened(

@@ -17,6 +17,7 @@ from zoscope import runtime
 from zoscope.errors import SpecError
 from zoscope.problem import nest
 from zoscope.problem.session import prepared_here
+from zoscope.problem.sharded import Mirror, is_sharded
 
 if TYPE_CHECKING:
     from zoscope.problem.core import Problem
@@ -40,9 +41,12 @@ def prepared(problem: Problem, **options: Any) -> Iterator[Objective]:
     ranks.tell("zoscope.problem.together:_open", number, problem.shared, problem.params, options)
     with ExitStack() as stack:
         objective = ranks.attempt(lambda: stack.enter_context(prepared_here(problem, spread=True, **options)))
-        objective.crew = Crew(ranks, number, objective)
         try:
-            objective.crew.begin()
+            if isinstance(objective.crew, Mirror):
+                objective.crew.number = number
+            else:
+                objective.crew = crew = Crew(ranks, number, objective)
+                crew.begin()
             yield objective
         finally:
             if ranks.in_step:
@@ -75,7 +79,9 @@ def _open(desk: runtime.Desk, number: int, problem: int, params: str | None, opt
     if subject.params != params:
         subject = subject.with_params(params)
     with ExitStack() as stack:
-        session = prepared_here(subject, spread=True, **{**options, "check": False})
+        # Checks are rank 0's, unless a forward pass takes all ranks.
+        check = options["check"] and not options["differentiable"] and is_sharded(subject.model)
+        session = prepared_here(subject, spread=True, **{**options, "check": check})
         objective = desk.ranks.attempt(lambda: stack.enter_context(session))
         desk.sessions[number] = Post(desk.ranks, objective, stack.pop_all())
 
@@ -103,6 +109,7 @@ class Crew:
         objective: The problem on rank 0.
     """
 
+    mirrored = False
     _holder: Crew | None = None  # whose parameters the other ranks have: sessions may share a model
 
     def __init__(self, ranks: runtime.Ranks, number: int, objective: Objective) -> None:

@@ -1,17 +1,18 @@
 """Devices, precision, generators, memory, ranks: the only room that knows about CUDA and other processes."""
 
 from zoscope.runtime.devices import DTYPES, resolve_device, resolve_dtype, widest_dtype
-from zoscope.runtime.failures import LostRankError
+from zoscope.runtime.failures import DroppedError, LostRankError
 from zoscope.runtime.memory import available_memory, is_out_of_memory, release_memory
 from zoscope.runtime.peak import peak_bytes
 from zoscope.runtime.random import preserved_rng, rng_fingerprint, spawn_generators
-from zoscope.runtime.ranks import Desk, Ranks, current_ranks, joined, named, serve
+from zoscope.runtime.ranks import Desk, Ranks, current_ranks, joined, joined_ranks, named, serve
 from zoscope.runtime.remedies import explain_autograd_error
 from zoscope.runtime.switches import eager_mode, full_precision, second_order_mode, threads_for
 
 __all__ = [
     "DTYPES",
     "Desk",
+    "DroppedError",
     "LostRankError",
     "Ranks",
     "available_memory",
@@ -21,6 +22,7 @@ __all__ = [
     "full_precision",
     "is_out_of_memory",
     "joined",
+    "joined_ranks",
     "named",
     "peak_bytes",
     "preserved_rng",

@@ -252,6 +252,11 @@ def current_ranks() -> Ranks | None:
     return _current[-1] if _current and _current[-1].leads else None
 
 
+def joined_ranks() -> Ranks | None:
+    """The job that this process belongs to, whatever its rank; None for a process of its own."""
+    return _current[-1] if _current else None
+
+
 @contextmanager
 def joined(
     *, on_lost: Callable[[int], None] | None = None, on_stop: Callable[[int], None] | None = None

@@ -1,0 +1,131 @@
+"""Jobs of several processes: the same numbers as one process, and no hang when one of them goes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .jobs import HERE, SPEC, alone, by_hand, differences, torchrun, wait_for
+from zoscope.cli.app import run
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and the gloo backend")
+
+COMMANDS = {
+    "hessian": ["bounds", SPEC, "--method", "deflated-slq", "--max-hvps", "150"],
+    "dense": ["bounds", SPEC, "--method", "dense", "--optimizer", "gd"],
+    "ggn": ["bounds", SPEC, "--curvature", "ggn", "--optimizer", "gd"],
+    "forward": ["bounds", SPEC, "--curvature", "forward", "--max-hvps", "200"],
+    "float32": ["bounds", SPEC, "--set", "dtype=float32", "--max-hvps", "100", "--optimizer", "gd"],
+    "one batch": ["bounds", SPEC, "--set", "batch_size=37", "--max-hvps", "100", "--optimizer", "gd"],
+    "cut for derivatives": ["bounds", f"{SPEC}:wide", "--max-hvps", "40", "--optimizer", "gd"],
+    "micro-batches": ["bounds", SPEC, "--micro-batch", "3", "--max-hvps", "60", "--optimizer", "gd"],
+    "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "100"],
+    "linearized": ["probe", SPEC, "--linearized", "--replicas", "2", "--steps", "15", "--max-hvps", "100"],
+    "spectrum": ["spectrum", SPEC, "--method", "deflated-slq", "--by-layer"],
+}
+SHARDED = {
+    "sharded basis": ("hessian", "--shard-basis"),
+    "sharded layers": ("spectrum", "--shard-basis"),
+}
+
+
+def together_on(ranks: int, folder: Path) -> dict[str, Any]:
+    """The documents of all commands, from one job."""
+    wanted = COMMANDS | {name: [*COMMANDS[base], option] for name, (base, option) in SHARDED.items()}
+    plan = [[[*args, "--json"], str(folder / f"{name}.json")] for name, args in wanted.items()]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    job = by_hand(ranks, [str(HERE / "many.py"), str(folder / "plan.json")])
+    said = [process.communicate(timeout=300) for process in job]
+    assert [process.returncode for process in job] == [0] * ranks, said
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in wanted}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return together_on(3, tmp_path_factory.mktemp("three"))
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *SHARDED])
+def test_three_ranks_find_what_one_process_finds(three: dict[str, Any], name: str) -> None:
+    args = COMMANDS[SHARDED[name][0]] if name in SHARDED else COMMANDS[name]
+    rtol = 1e-4 if name == "float32" else 1e-6  # float32 adds up in another order
+    assert not differences(alone(args), three[name], rtol=rtol)
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
+    found = together_on(2, tmp_path)
+    for name, args in COMMANDS.items():
+        assert not differences(alone(args), found[name], rtol=1e-4 if name == "float32" else 1e-6), name
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_others_at_once_with_one_message(tmp_path: Path, victim: int) -> None:
+    ranks = 2 if victim == 0 else 3
+    job = by_hand(ranks, ["-m", "zoscope", "bounds", f"{SPEC}:slow", "--set", f"pids={tmp_path}"])
+    os.kill(int(wait_for(tmp_path / str(victim))), signal.SIGKILL)
+    killed = time.monotonic()
+    said = [process.communicate(timeout=60) for process in job]
+    assert time.monotonic() - killed < 30
+    assert [process.returncode for process in job] == [-9 if rank == victim else 3 for rank in range(ranks)]
+    errors = "".join(err for _, err in said)
+    assert errors.count("Error: ") == 1
+    assert f"The process of rank {victim} has gone" in errors
+    assert not "".join(out for out, _ in said)
+
+
+def run_all(ranks: int, *args: str) -> tuple[list[int], str, str]:
+    job = by_hand(ranks, ["-m", "zoscope", *args])
+    said = [process.communicate(timeout=120) for process in job]
+    return [process.returncode for process in job], "".join(o for o, _ in said), "".join(e for _, e in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "message"), [("broken_on_one", "no data on this machine"), ("drawn_anew", "other data on rank 1")]
+)
+def test_an_error_on_any_rank_is_told_once_and_ends_all(spec: str, message: str) -> None:
+    codes, out, errors = run_all(2, "bounds", f"{SPEC}:{spec}")
+    assert codes == [2, 2]
+    assert not out
+    assert errors.count("Error: ") == 1
+    assert message in errors
+
+
+@pytest.mark.slow
+def test_torchrun_prints_one_document_and_a_killed_rank_fails_the_job(tmp_path: Path) -> None:
+    job = torchrun(3, ["-m", "zoscope", *COMMANDS["hessian"], "--json"])
+    out, _ = job.communicate(timeout=200)
+    assert job.returncode == 0
+    assert not differences(alone(COMMANDS["hessian"]), json.loads(out), rtol=1e-6)
+    job = torchrun(2, ["-m", "zoscope", "bounds", f"{SPEC}:slow", "--set", f"pids={tmp_path}"])
+    os.kill(int(wait_for(tmp_path / "1")), signal.SIGKILL)
+    killed = time.monotonic()
+    out, errors = job.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert job.returncode != 0
+    assert not out
+    assert "The process of rank 1 has gone" in errors
+
+
+@pytest.mark.slow
+def test_tracking_on_two_ranks_writes_the_folder_of_one_process(tmp_path: Path) -> None:
+    args = ["track", SPEC, "--optimizer", "zo-gd", "--lr", "0.01", "--steps", "12", "--every", "6"]
+    job = by_hand(2, ["-m", "zoscope", *args, "--run", str(tmp_path / "two")])
+    said = [process.communicate(timeout=200) for process in job]
+    assert [process.returncode for process in job] == [0, 0], said
+    alone_args = [*args, "--run", str(tmp_path / "one")]
+    assert run(alone_args) == 0
+    one, two = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        assert not differences(json.loads(a), json.loads(b), rtol=1e-6)
+
+
+def test_one_process_refuses_to_spread_a_basis(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bounds", SPEC, "--shard-basis"]) == 2
+    assert "torchrun" in capsys.readouterr().err
