@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from zoscope.analysis import notices
-from zoscope.analysis.forward import forward_bounds
 from zoscope.analysis.measuring import Measurement, measure_problem
 from zoscope.analysis.request import Progress, Request, rule_names, subject_of
 from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds, ProblemInfo
@@ -119,6 +118,9 @@ def bounds(
     subject = subject_of(problem, params)
     name = spec if spec is not None else problem.name
     if request.curvature == "forward":
+        # Here, so that the other kinds of curvature do not wait for the optimizers that it brings along.
+        from zoscope.analysis.forward import forward_bounds
+
         own = OWN_DTYPE if dtype == "auto" else dtype  # a wider copy would cost more memory than inference
         with subject.prepare(device=device, dtype=own, micro_batch=micro_batch, differentiable=False) as objective:
             return forward_bounds(objective, request, spec=name, started=started)
