@@ -37,10 +37,10 @@ GROUPS = 32
 SINGLE = 64
 """Number of examples up to which every one is a group, and the spread is exact."""
 
-PROBES = 4
+PROBES = 8
 """Random vectors through which the spread along all other directions is seen."""
 
-LENGTH = 16
+LENGTH = 10
 """Lanczos steps from what a probe vector becomes."""
 
 
@@ -113,7 +113,7 @@ def hessian_noise(
     coarse: tuple[Spectrum, ...] = ()
     cost = len(pairs.values)
     if len(pairs.values) < operator.dim:
-        vectors = torch.stack([_spread_vector(operator, examples, generator) for _ in range(PROBES)])
+        vectors = torch.stack([_spread_vector(operator, examples, pairs, generator) for _ in range(PROBES)])
         for _ in range(2):  # the second pass removes what rounding left of the first
             vectors = project_out(vectors, pairs.vectors)
         masses = vectors.double().square().sum(dim=1).cpu().numpy()
@@ -151,10 +151,18 @@ def _along(
     return np.array(coupling) / scale, np.array(spread) / scale
 
 
-def _spread_vector(operator: ExampleMean, examples: Examples, generator: torch.Generator) -> Tensor:
-    """``Σ_g ξ_g (H_g - H) z / √(k s_g)`` for a new partition, a new z and new signs; two products."""
+def _spread_vector(
+    operator: ExampleMean, examples: Examples, pairs: Eigenpairs, generator: torch.Generator
+) -> Tensor:
+    """``Σ_g ξ_g (H_g - H) z / √(k s_g)`` for a new partition, a new z and new signs; two products.
+
+    z has coordinates ±1 along the eigenvectors, which carry most of the spread: their squares do not scatter.
+    """
     groups, scale = _groups(examples, generator)
     z = torch.randn(1, operator.dim, generator=generator, dtype=operator.dtype, device=operator.device)
+    if len(pairs.values):
+        along = torch.tensor([_signs(len(pairs.values), generator)], dtype=z.dtype, device=z.device)
+        z = project_out(z, pairs.vectors) + along @ pairs.vectors
     signs = _signs(len(groups), generator)
     total = operator.matmat(z) * -sum(signs)
     for sign, group in zip(signs, groups, strict=True):
