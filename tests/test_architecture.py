@@ -153,7 +153,7 @@ def test_importing_zoscope_and_its_command_line_leaves_torch_unloaded() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["--version"], ["bounds", "--help"], ["probe", "--help"], ["check", "--help"], ["spectrum", "--help"]],
+    [["--help"], ["--version"], *([name, "--help"] for name in ("bounds", "probe", "check", "track", "spectrum"))],
 )
 def test_help_leaves_torch_unloaded(args: list[str]) -> None:
     code = f"import sys; from zoscope.cli.app import run; run({args!r}); print('torch' in sys.modules)"

@@ -27,7 +27,7 @@ class RunOptions:
     spec: Annotated[
         list[str] | None,
         Argument(
-            metavar="[SPEC]",
+            metavar="SPEC",
             help="path/to/model.py, path/to/model.py:name or package.module:name; with --compare folders of runs.",
             show_default=False,
         ),
