@@ -9,33 +9,43 @@ from typing import Any
 
 import pytest
 
-from .jobs import HERE, SPEC, alone, by_hand, differences, torchrun, wait_for
 from zoscope.cli.app import run
+
+from .jobs import HERE, SPEC, alone, by_hand, differences, torchrun, wait_for
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and the gloo backend")
 
 COMMANDS = {
-    "hessian": ["bounds", SPEC, "--method", "deflated-slq", "--max-hvps", "150"],
+    "hessian": [
+        "bounds",
+        SPEC,
+        "--method",
+        "deflated-slq",
+        "--max-hvps",
+        "60",
+        "--optimizer",
+        "gd",
+        "--optimizer",
+        "adam",
+    ],
     "dense": ["bounds", SPEC, "--method", "dense", "--optimizer", "gd"],
-    "ggn": ["bounds", SPEC, "--curvature", "ggn", "--optimizer", "gd"],
-    "forward": ["bounds", SPEC, "--curvature", "forward", "--max-hvps", "200"],
-    "float32": ["bounds", SPEC, "--set", "dtype=float32", "--max-hvps", "100", "--optimizer", "gd"],
-    "one batch": ["bounds", SPEC, "--set", "batch_size=37", "--max-hvps", "100", "--optimizer", "gd"],
-    "cut for derivatives": ["bounds", f"{SPEC}:wide", "--max-hvps", "40", "--optimizer", "gd"],
-    "micro-batches": ["bounds", SPEC, "--micro-batch", "3", "--max-hvps", "60", "--optimizer", "gd"],
-    "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "100"],
-    "linearized": ["probe", SPEC, "--linearized", "--replicas", "2", "--steps", "15", "--max-hvps", "100"],
-    "spectrum": ["spectrum", SPEC, "--method", "deflated-slq", "--by-layer"],
+    "ggn": ["bounds", SPEC, "--curvature", "ggn", "--optimizer", "gd", "--max-hvps", "40"],
+    "forward": ["bounds", SPEC, "--curvature", "forward", "--max-hvps", "150"],
+    "float32": ["bounds", SPEC, "--set", "dtype=float32", "--max-hvps", "40", "--optimizer", "gd"],
+    "one batch": ["bounds", SPEC, "--set", "batch_size=37", "--max-hvps", "40", "--optimizer", "gd"],
+    "cut for derivatives": ["bounds", f"{SPEC}:wide", "--max-hvps", "25", "--optimizer", "gd"],
+    "micro-batches": ["bounds", SPEC, "--micro-batch", "3", "--max-hvps", "25", "--optimizer", "gd"],
+    "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "40"],
+    "linearized": ["probe", SPEC, "--linearized", "--replicas", "2", "--steps", "15", "--max-hvps", "40"],
 }
-SHARDED = {
-    "sharded basis": ("hessian", "--shard-basis"),
-    "sharded layers": ("spectrum", "--shard-basis"),
+SHARDED = ["--shard-basis"]
+MORE = {
+    "spectrum": ["spectrum", SPEC, "--method", "deflated-slq", "--by-layer", "--max-hvps", "40"],
 }
 
 
-def together_on(ranks: int, folder: Path) -> dict[str, Any]:
-    """The documents of all commands, from one job."""
-    wanted = COMMANDS | {name: [*COMMANDS[base], option] for name, (base, option) in SHARDED.items()}
+def together_on(ranks: int, folder: Path, wanted: dict[str, list[str]]) -> dict[str, Any]:
+    """The documents of some commands, from one job."""
     plan = [[[*args, "--json"], str(folder / f"{name}.json")] for name, args in wanted.items()]
     (folder / "plan.json").write_text(json.dumps(plan))
     job = by_hand(ranks, [str(HERE / "many.py"), str(folder / "plan.json")])
@@ -44,23 +54,33 @@ def together_on(ranks: int, folder: Path) -> dict[str, Any]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in wanted}
 
 
+def tolerance(name: str) -> float:
+    return 1e-4 if name == "float32" else 1e-6  # float32 adds up in another order
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return together_on(3, tmp_path_factory.mktemp("three"))
+    wanted = {**COMMANDS, "sharded basis": COMMANDS["hessian"] + SHARDED}
+    return together_on(3, tmp_path_factory.mktemp("three"), wanted)
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, *SHARDED])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_three_ranks_find_what_one_process_finds(three: dict[str, Any], name: str) -> None:
-    args = COMMANDS[SHARDED[name][0]] if name in SHARDED else COMMANDS[name]
-    rtol = 1e-4 if name == "float32" else 1e-6  # float32 adds up in another order
-    assert not differences(alone(args), three[name], rtol=rtol)
+    one = alone(COMMANDS[name])
+    assert not differences(one, three[name], rtol=tolerance(name))
+    if name == "hessian":
+        assert not differences(one, three["sharded basis"], rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
-    found = together_on(2, tmp_path)
-    for name, args in COMMANDS.items():
-        assert not differences(alone(args), found[name], rtol=1e-4 if name == "float32" else 1e-6), name
+    commands = COMMANDS | MORE
+    wanted = {**commands, **{f"{name}, sharded": args + SHARDED for name, args in commands.items()}}
+    found = together_on(2, tmp_path, wanted)
+    for name, args in commands.items():
+        one = alone(args)
+        assert not differences(one, found[name], rtol=tolerance(name)), name
+        assert not differences(one, found[f"{name}, sharded"], rtol=tolerance(name)), name
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -129,3 +149,19 @@ def test_tracking_on_two_ranks_writes_the_folder_of_one_process(tmp_path: Path) 
 def test_one_process_refuses_to_spread_a_basis(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bounds", SPEC, "--shard-basis"]) == 2
     assert "torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_in_parts_on_all_ranks_is_measured_by_forward_passes(tmp_path: Path) -> None:
+    spec, forward = f"{SPEC}:sharded", ["--curvature", "forward", "--optimizer", "gd", "--rtol", "0.3"]
+    truth = alone(["bounds", spec, "--set", "apart=false", "--method", "dense", "--optimizer", "gd"])
+    codes, out, errors = run_all(3, "bounds", spec, *forward, "--json")
+    assert codes == [0, 0, 0], errors
+    found = json.loads(out)
+    assert found["problem"]["num_params"] == truth["problem"]["num_params"]
+    assert found["problem"]["loss"] == pytest.approx(truth["problem"]["loss"], rel=1e-12)
+    trace = found["curvature"]["hessian"]["trace"]
+    assert abs(trace["value"] - truth["curvature"]["hessian"]["trace"]["value"]) < 4 * trace["stderr"]
+    codes, _, errors = run_all(2, "bounds", spec)
+    assert codes == [2, 2]
+    assert "--curvature forward" in errors
