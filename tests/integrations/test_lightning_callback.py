@@ -1,0 +1,52 @@
+"""The threshold in the logs of a real Lightning ``Trainer``."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import zoscope
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+
+from zoscope.integrations.lightning import StabilityCallback  # noqa: E402
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def training_step(self, batch, _):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def test_threshold_and_ratio_are_logged_every_so_many_optimizer_steps(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, data = Module(), (torch.randn(8, 3), torch.randn(8, 1))
+    problem = zoscope.Problem.from_criterion(module.net, data, nn.MSELoss())
+    callback = StabilityCallback(problem, every=2)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        accumulate_grad_batches=2,
+        callbacks=[callback],
+        logger=CSVLogger(tmp_path),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=2)
+    trainer.fit(module, loader)
+    assert [record.step for record in callback.records] == [0, 2, 4, 6]
+    assert {record.operator for record in callback.records} == {"hessian"}
+    assert "zoscope/ratio" in trainer.callback_metrics
+    header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0]
+    assert "zoscope/exact" in header
