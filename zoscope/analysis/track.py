@@ -15,12 +15,16 @@ from zoscope.analysis.tracking.loop import Observer, Run
 from zoscope.analysis.tracking.request import Every, TrackRequest
 from zoscope.analysis.tracking.results import OVER, TrackInterruptedError, TrackResult
 from zoscope.config.schedule import Schedule, StepSizes, parse_step_sizes
+from zoscope.config.track import TRACK
 from zoscope.errors import UsageError
 from zoscope.theory.validate import require_positive
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
     from zoscope.theory.moments import Directions
+
+
+DEFAULTS = {key.name: key.default for key in TRACK.keys}
 
 
 def track(
@@ -247,11 +251,12 @@ def _check_folder(place: RunFolder, config: Mapping[str, Any], *, resume: bool, 
             )
         return
     if resume:
-        stored = place.read_config()
-        for key in sorted({*stored, *config}):
-            if stored.get(key) != config.get(key):
+        stored = {**DEFAULTS, **place.read_config()}  # an older version may not have known an option
+        given = {**DEFAULTS, **config}
+        for key in sorted(stored.keys() | given.keys()):
+            if stored.get(key) != given.get(key):
                 raise UsageError(
-                    f"--resume {place.path}: {key} is {config.get(key)!r}, and the run began with {stored.get(key)!r}. "
+                    f"--resume {place.path}: {key} is {given.get(key)!r}, and the run began with {stored.get(key)!r}. "
                     "A run goes on with the options that it began with; leave the others out, or start a new one."
                 )
         summary = place.read_summary()

@@ -14,6 +14,7 @@ from torch import Tensor
 from zoscope.analysis.tracking.batches import Batches, FullBatch, MiniBatches
 from zoscope.analysis.tracking.interrupt import Stop
 from zoscope.analysis.tracking.interval import Clock, automatic_interval
+from zoscope.analysis.tracking.losses import Losses
 from zoscope.analysis.tracking.measuring import Measurer, Moment
 from zoscope.analysis.tracking.stepping import Stepper, new_stepper
 from zoscope.errors import UsageError
@@ -47,28 +48,6 @@ class Observer(Protocol):
 
     def measured(self, record: Record) -> None:
         """A measurement was made and kept."""
-
-
-@dataclass
-class Losses:
-    """The losses of the steps since the last measurement."""
-
-    total: float = 0.0
-    largest: float = -math.inf
-    count: int = 0
-
-    def add(self, loss: float) -> None:
-        """One more."""
-        self.total += loss
-        self.count += 1
-        if not loss <= self.largest:  # also what is not a number
-            self.largest = loss
-
-    def described(self, record: Record) -> Record:
-        """A record with them in it."""
-        if not self.count:
-            return record
-        return replace(record, loss_mean=self.total / self.count, loss_max=self.largest)
 
 
 @dataclass
