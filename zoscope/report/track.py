@@ -116,6 +116,13 @@ def term_name(result: TrackResult) -> str:
     return {"gdm": "2(1+β)/η", "adam": "2(1+β₁)/((1−β₁)η)"}.get(result.optimizer, "2/η")
 
 
+def _products(result: TrackResult) -> str:
+    spent = [record.num_hvps for record in result.records if record.num_hvps]
+    if len(spent) < 2:
+        return ""
+    return f" ({count(spent[0])} at first, {count(sum(spent[1:]) / (len(spent) - 1))} each later)"
+
+
 def _band(result: TrackResult) -> str:
     term, band = term_name(result), result.band
     if band.since is None:
@@ -135,7 +142,7 @@ def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
     )
     yield "band", _band(result)
     share = f"{result.measuring_seconds / result.seconds:.0%}" if result.seconds > 0 else MISSING
-    per = f" ({count(result.num_hvps / len(result.records))} each)" if result.records else ""
+    per = _products(result)
     yield "measuring", f"every {count(result.every)} steps, {count(result.num_hvps)} HVPs{per}, {share} of the time"
     if result.folder is not None:
         yield "folder", str(result.folder)

@@ -213,7 +213,7 @@ class Run:
             return
         self.folder.write_checkpoint(
             {
-                "model": self.parameters(),
+                "model": self.parameters(copies=False),
                 "optimizer": self.stepper.state_dict(),
                 "run": {
                     "step": self.step,
@@ -232,15 +232,19 @@ class Run:
         )
 
     @torch.no_grad()
-    def parameters(self) -> dict[str, Tensor]:
-        """Copies on the CPU: the whole state dict; where most of it is frozen, what is trained and the buffers."""
+    def parameters(self, *, copies: bool = True) -> dict[str, Tensor]:
+        """The whole state dict, on the CPU; where most of it is frozen, what is trained and the buffers.
+
+        Args:
+            copies: Whether tensors that are on the CPU already are copied, too.
+        """
         objective = self.objective
         state = dict(objective.model.state_dict())
         trained = dict(zip(objective.names, objective.params, strict=True))
         if 2 * objective.num_params < sum(t.numel() for t in state.values() if isinstance(t, Tensor)):
             state = {}
         everything = {**state, **dict(objective.model.named_buffers()), **trained}
-        return {name: t.detach().to("cpu", copy=True) for name, t in everything.items() if isinstance(t, Tensor)}
+        return {name: t.detach().to("cpu", copy=copies) for name, t in everything.items() if isinstance(t, Tensor)}
 
     @torch.no_grad()
     def restore(self, content: Mapping[str, Any]) -> None:
