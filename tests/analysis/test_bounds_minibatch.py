@@ -126,7 +126,7 @@ def test_networks_are_sampled_through_outliers_and_probe_vectors():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(10, 40), nn.Tanh(), nn.Linear(40, 2))
     problem = zoscope.Problem.from_criterion(model, (x, y), nn.CrossEntropyLoss(), batch_size=64)
-    options = {"optimizers": ("gd",), "steps": 100, "batch_size": 25, "method": "deflated-slq", **RATES}
+    options = {"optimizers": ("gd",), "steps": 100, "batch_size": 25, "method": "deflated-slq", "max_hvps": 80, **RATES}
     found = [zoscope.bounds(problem, seed=seed, **options).optimizers["gd"].minibatch.horizon.upper for seed in (0, 1)]
     assert abs(found[0].value - found[1].value) < found[0].half_width + found[1].half_width
     assert all(0 < point.half_width < 0.3 * point.value for point in found)
@@ -138,3 +138,55 @@ def test_the_report_has_a_table_of_its_own():
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(zoscope.bounds(least_squares()[0], optimizers=("gd",), batch_size=3, **RATES))
     assert "With mini-batches of 3 of 12 examples" in console.export_text()
+
+
+def test_check_holds_a_step_size_against_the_mini_batches():
+    problem, _ = least_squares(examples=24)
+    options = {"optimizer": "zo-gd", "steps": 100, "threshold": "horizon", "device": "cpu"}
+    full = zoscope.check(problem, lr=1e-3, **options).checks[0].threshold
+    assert full is not None
+    lr = 0.5 * full.low
+    assert zoscope.check(problem, lr=lr, **options).checks[0].status == "pass"
+    found = zoscope.check(problem, lr=lr, batch_size=1, **options).checks[0]
+    assert found.status == "fail"
+    bounds = zoscope.bounds(problem, optimizers=("gd",), steps=100, batch_size=1, device="cpu").optimizers["gd"]
+    assert found.threshold.value == pytest.approx(bounds.minibatch.horizon.upper.value)
+
+
+def test_a_first_order_check_goes_by_all_examples():
+    problem, _ = least_squares(examples=24)
+    plain, noisy = (
+        zoscope.check(problem, optimizer="gd", lr=1e-3, device="cpu", **more).checks[0].threshold
+        for more in ({}, {"batch_size": 2})
+    )
+    assert plain == noisy
+
+
+def test_batches_that_cannot_be_cut_are_the_mini_batches_or_an_error():
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    batches = [(torch.randn(4, 3, generator=rng).double(), torch.randn(4, 1, generator=rng).double()) for _ in range(6)]
+
+    def loss(model, batch):
+        return (model(batch["data"][0]) - batch["data"][1]).square().mean()
+
+    class Opaque:
+        def __init__(self, data):
+            self.data = data
+
+        def __getitem__(self, name):
+            return self.data
+
+    problem = zoscope.Problem(model, [Opaque(b) for b in batches], loss, batch_size_of=lambda _: 4)
+    found = zoscope.bounds(problem, optimizers=("gd",), batch_size=4, device="cpu").optimizers["gd"].minibatch
+    assert found.exact.value > 0
+    with pytest.raises(UsageError, match="cannot be cut"):
+        zoscope.bounds(problem, optimizers=("gd",), batch_size=3, device="cpu")
+
+
+def test_a_probe_tests_the_threshold_of_its_mini_batches():
+    problem, _ = least_squares(examples=40)
+    result = zoscope.probe(problem, optimizer="zo-gd", batch_size=2, steps=60, ratios=(0.5, 2.0), replicas=4)
+    bounds = zoscope.bounds(problem, optimizers=("gd",), steps=60, batch_size=2).optimizers["gd"]
+    assert result.threshold.name == "horizon"
+    assert result.threshold.value == pytest.approx(bounds.minibatch.horizon.upper.value)

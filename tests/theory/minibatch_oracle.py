@@ -1,4 +1,4 @@
-"""Independent oracle: the second moment of (x, m) under mini-batches, as matrices, from the Hessians of the examples."""
+"""Independent oracle: the second moment of (x, m) under mini-batches, from the Hessians of the examples."""
 
 from dataclasses import dataclass
 from functools import cached_property

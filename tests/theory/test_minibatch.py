@@ -4,13 +4,14 @@ import math
 
 import numpy as np
 import pytest
-from .minibatch_oracle import Examples, MiniBatchMoments, explicit_threshold
 
 from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.minibatch import HessianNoise, MiniBatchCondition, spread_of_batches
 from zoscope.theory.moments import GAUSSIAN, estimator_moments
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
+
+from .minibatch_oracle import Examples, MiniBatchMoments, explicit_threshold
 
 GD, GDM = update_rule("gd"), update_rule("gdm", beta=0.8)
 AGREES = 0.15
