@@ -171,7 +171,7 @@ class RunOptions:
             "--run",
             "--output-dir",
             panel=FOLDER,
-            help="Folder of the run (default: runs/SPEC-OPTIMIZER).",
+            help="Folder of the run (default: runs/SPEC-OPTIMIZER). Under torchrun say --output-dir: it claims --run.",
             metavar="DIR",
         ),
     ] = None
