@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_peers.py                                   # all workloads, all peers installed
     python tests/benchmarks/bench_peers.py --workloads digits_mlp decoder --json result.json
-    python tests/benchmarks/bench_peers.py --share 0.1 --cache refs          # a tenth of the 32×32 images
+    python tests/benchmarks/bench_peers.py --share 0.1 --cache refs          # a tenth of images and sequences
     python tests/benchmarks/bench_peers.py --tiny --tools                    # does it run? zoscope alone
 
 The peers come with
@@ -97,7 +97,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds that a peer's run is waited for")
     parser.add_argument("--reference", type=int, default=2000, help="most products of the reference measurement")
-    parser.add_argument("--share", type=float, default=1.0, help="part of the 32×32 images of cnn and resnet")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="part of the images of cnn and resnet and of the sequences of decoder"
+    )
     parser.add_argument("--tiny", action="store_true", help="networks that take no time, to see that everything runs")
     parser.add_argument("--cache", type=Path, help="folder that keeps the reference measurements")
     parser.add_argument("--json", type=Path, help="file for the result")

@@ -54,7 +54,7 @@ class Size:
     """How large a workload is to be.
 
     Args:
-        share: Part of the images of the two convolutional networks on 32×32 images, whose products take seconds.
+        share: Part of the 32×32 images and of the sequences, where a product takes seconds.
         tiny: A network of the same kind that takes no time: to see that everything runs.
     """
 
@@ -135,7 +135,7 @@ class FlatLogits(nn.Module):
 
 def decoder(size: Size) -> Workload:
     """W3: the decoder of examples/transformer.py with an untied readout, on sequences of a Markov chain."""
-    width, layers, rows, vocabulary = (8, 1, 2, 20) if size.tiny else (128, 2, 64, 1000)
+    width, layers, rows, vocabulary = (8, 1, 2, 20) if size.tiny else (128, 2, round(64 * size.share), 1000)
     context = 64
     indices = markov_chain(rows, context + 1, vocabulary)
     with torch.random.fork_rng(devices=[]):
