@@ -97,9 +97,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds that a peer's run is waited for")
     parser.add_argument("--reference", type=int, default=2000, help="most products of the reference measurement")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="part of the images of cnn and resnet and of the sequences of decoder"
-    )
+    parser.add_argument("--share", type=float, default=1.0, help="part of the data of cnn, resnet, decoder")
     parser.add_argument("--tiny", action="store_true", help="networks that take no time, to see that everything runs")
     parser.add_argument("--cache", type=Path, help="folder that keeps the reference measurements")
     parser.add_argument("--json", type=Path, help="file for the result")
