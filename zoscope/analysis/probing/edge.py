@@ -57,7 +57,8 @@ def edge_forecast(forecast: Forecast, ground: Ground) -> Forecast:
     else:
         lr = (1.0 + request.edge_rtol) * forecast.limit
         grown = steps_to_grow(spectrum.positive, lr, growth, rule=rule, moments=moments)
-        escaped = time_to_blow_up(spectrum, forecast.limit, rule=rule, moments=moments, version="full")
+        # Just below the threshold: on it, rounding decides when the sum over a long time passes 1.
+        escaped = time_to_blow_up(spectrum, 0.999 * forecast.limit, rule=rule, moments=moments, version="full")
         needed = math.ceil(min(grown, escaped, request.max_steps))
     return replace(forecast, steps=max(min(needed, request.max_steps), forecast.steps))
 
