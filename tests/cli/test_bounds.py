@@ -151,3 +151,29 @@ def test_a_reader_that_leaves_early_causes_no_traceback(small: Path) -> None:
     finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in finished.stderr
     assert finished.stdout.endswith(("code 141\n", "code 0\n"))
+
+
+BATCHED = """
+import torch, zoscope
+def problem():
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
+    model = torch.nn.Linear(3, 1).double()
+    return zoscope.Problem.from_criterion(model, (x, x[:, :1] * 2), torch.nn.MSELoss())
+"""
+
+
+def test_a_batch_size_adds_the_thresholds_with_mini_batches(zoscope_cli, tmp_path: Path) -> None:
+    file = tmp_path / "batched.py"
+    file.write_text(BATCHED)
+    zo = document(zoscope_cli, file, "--optimizer", "zo-gd", "--batch-size", "2")["optimizers"]["gd"]["zo"]
+    found = zo["minibatch"]
+    assert (found["batch_size"], found["examples"]) == (2, 8)
+    assert found["horizon"]["steps"] == 1000
+    assert 0 < found["horizon"]["lower"] <= found["horizon"]["upper"] * (1 + 1e-9) < zo["horizon"]["upper"]
+    assert "minibatch" not in document(zoscope_cli, file, "--optimizer", "zo-gd")["optimizers"]["gd"]["zo"]
+
+
+def test_a_batch_size_is_a_positive_number(zoscope_cli) -> None:
+    finished = zoscope_cli("bounds", QUADRATIC, "--batch-size", "0")
+    assert finished.code == 2
+    assert "--batch-size" in finished.err

@@ -40,7 +40,7 @@ def minibatch_section(result: BoundsResult) -> Iterator[RenderableType]:
 
 def _table(result: BoundsResult) -> Table:
     table = number_table(
-        "", f"stable for {count(result.steps)}\nsteps up to", "÷ full\nbatch", "infinite\ntime", "descent"
+        "", f"stable for {count(result.steps)}\nsteps up to", "of full\nbatch", "infinite\ntime", "descent"
     )
     for row in result.optimizers.values():
         if row.minibatch is not None:
