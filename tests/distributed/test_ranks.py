@@ -165,3 +165,14 @@ def test_a_model_in_parts_on_all_ranks_is_measured_by_forward_passes(tmp_path: P
     codes, _, errors = run_all(2, "bounds", spec)
     assert codes == [2, 2]
     assert "--curvature forward" in errors
+
+
+@pytest.mark.slow
+def test_an_interruption_ends_all_ranks_as_one_that_is_alone_ends(tmp_path: Path) -> None:
+    job = by_hand(2, ["-m", "zoscope", "bounds", f"{SPEC}:slow", "--set", f"pids={tmp_path}"])
+    wait_for(tmp_path / "1")
+    for process in job:
+        process.send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=60) for process in job]
+    assert [process.returncode for process in job] == [130, 130], said
+    assert "".join(err for _, err in said).count("Interrupted.") == 1

@@ -113,6 +113,9 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
+        except BaseException:  # an interruption: the others are in the middle of this work and wait for this rank
+            self.in_step = False
+            raise
         if not self.total(torch.tensor([float(failure is not None)], dtype=torch.float64))[0]:
             return result  # type: ignore[return-value]
         said = self.gather(None if failure is None else Failure.of(self.rank, failure))
