@@ -197,7 +197,7 @@ class _Runner:
                 break
             alive = self._advance(rows, step) <= ceiling  # not when it is NaN
             looking = step % every == 0 or step == steps
-            # What a step sees is the loss smoothed over μ, which may lie far above a small loss: it only raises a doubt.
+            # What a step sees is the loss smoothed over μ, far above a small loss perhaps: it only raises a doubt.
             if looking or not bool(alive.all()):
                 losses = self._surface.values(rows.theta)
                 alive = losses <= ceiling
