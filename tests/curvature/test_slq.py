@@ -2,17 +2,16 @@ import numpy as np
 import pytest
 import torch
 
+from zoscope.curvature.complement import SHORT_LENGTHS, Deflated, plan
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
 from zoscope.curvature.slq import (
-    SHORT_LENGTHS,
-    Deflated,
     averaged_rule,
-    choose_length,
     gauss_rule,
     jacobi_of,
     probe_block,
+    reshaped,
     split,
 )
 from zoscope.theory.spectrum import Spectrum
@@ -92,7 +91,7 @@ def estimate(seed, *, steps=30, length=8, blocks=2):
     generator = torch.Generator().manual_seed(1000 + seed)
     for _ in range(blocks):
         operator = DenseOperator(rotated(EIGENVALUES, seed=1))
-        state.shorts += probe_block(operator, basis, probes=4, length=length, generator=generator)
+        state.shorts += probe_block(operator, basis, probes=4, length=length, shape=state.shape, generator=generator)
     return state.spectrum()
 
 
@@ -167,9 +166,9 @@ def test_chains_are_short_where_the_function_is_smooth_and_long_where_it_has_a_k
 
         return precision
 
-    smooth = choose_length(state, precision_of(np.square), rtol=0.0015, budget=5000)
-    kinked = choose_length(state, precision_of(lambda x: np.maximum(x, 0.0)), rtol=0.0015, budget=5000)
-    assert smooth == SHORT_LENGTHS[0] < kinked
+    smooth = plan(state, precision_of(np.square), rtol=0.0015, budget=5000)
+    kinked = plan(state, precision_of(lambda x: np.maximum(x, 0.0)), rtol=0.0015, budget=5000)
+    assert smooth.length == SHORT_LENGTHS[0] < kinked.length
 
 
 @pytest.mark.parametrize(
@@ -180,3 +179,27 @@ def test_spectra_without_outliers_are_covered_too(eigenvalues):
     truth = float(eigenvalues.double().clamp_min(0).sum())
     found = [measure(op, method="deflated-slq", max_hvps=400, seed=seed).trace_positive.interval for seed in range(20)]
     assert sum(lo <= truth <= hi for lo, hi in found) >= 16  # P(fewer of 20) < 0.3 % at a true coverage of 95 %
+
+
+def test_two_moments_are_exact_in_a_rule_of_one_step():
+    chain, start = chain_of(EIGENVALUES, steps=12)
+    other, start = chain_of(EIGENVALUES, steps=1, seed=5)
+    rule = reshaped(averaged_rule(chain.jacobi), other.jacobi)
+    for power in range(3):
+        assert rule.trace_of(lambda x, p=power: x**p) == pytest.approx(moment(EIGENVALUES, start, power), rel=1e-9)
+
+
+def test_trace_and_norm_alone_take_fewer_products_and_are_covered():
+    def precision(spectrum):
+        trace, norm = spectrum.trace_of(lambda x: x), spectrum.trace_of(np.square)
+        return max(trace.half_width / trace.value, norm.half_width / norm.value / 3)
+
+    op = DenseOperator(rotated(EIGENVALUES, seed=1))
+    options = {"method": "deflated-slq", "precision": precision, "rtol": 0.03, "max_hvps": 2000}
+    found = [measure(op, moments_only=True, seed=seed, **options) for seed in range(40)]
+    whole = [measure(op, seed=seed, **options) for seed in range(5)]
+    assert 1.5 * np.median([f.num_hvps for f in found]) < np.median([w.num_hvps for w in whole])
+    for name, f in (("trace", lambda x: x), ("frobenius_sq", np.square)):
+        truth = f(EIGENVALUES.numpy()).sum()
+        inside = sum(lo <= truth <= hi for lo, hi in (getattr(m, name).interval for m in found))
+        assert inside >= 34  # P(fewer of 40) < 1 % at a true coverage of 95 %

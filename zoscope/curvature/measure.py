@@ -1,6 +1,5 @@
 """One pass over an operator that yields trace, norm, extreme eigenvalues and the spectrum behind every threshold."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.curvature.basis import SharedBasis
+from zoscope.curvature.complement import SHORT_LENGTHS, Deflated, Plan, Precision, plan, probes_missing
 from zoscope.curvature.dense import dense_eigenpairs, dense_eigenvalues
 from zoscope.curvature.diagonal import BlockTraces
 from zoscope.curvature.lanczos import Chain, Jacobi
 from zoscope.curvature.operators import DenseOperator, LinearOperator
 from zoscope.curvature.results import Curvature, Eigenvalue, Method
-from zoscope.curvature.slq import Deflated, Precision, choose_length, gauss_rule, probe_block, split
+from zoscope.curvature.slq import measure_of, probe_block, split
 from zoscope.errors import UsageError
 from zoscope.runtime import available_memory, spawn_generators
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
@@ -28,7 +28,7 @@ FEWEST_HVPS = 20
 DENSE_LIMIT = 4096
 """Largest dimension for which the dense path is chosen by itself."""
 
-FIRST_STEPS, MORE_STEPS, MOST_STEPS = 30, 10, 80
+FIRST_STEPS, MORE_STEPS, MOST_STEPS = 12, 6, 80
 """Length of the long chain: at first, by how much it grows, and at most."""
 
 VECTOR_STEPS = 8
@@ -61,6 +61,7 @@ def measure(
     bottom: int = 0,
     most_steps: int = MOST_STEPS,
     blocks: Sequence[int] | None = None,
+    moments_only: bool = False,
     rtol: float = 0.02,
     max_hvps: int = 600,
     seed: int = 0,
@@ -81,6 +82,8 @@ def measure(
         most_steps: Most steps of the long chain, which keeps as many vectors: they resolve the bulk of the spectrum.
         blocks: Sizes of neighbouring groups of coordinates, d in all, whose traces are wanted too, at no further
             product.
+        moments_only: Whether trace, norm and extreme eigenvalues are all that is wanted: probe vectors then take one
+            product each, and traces of other functions of the spectrum have no valid error.
         rtol: Half-width at which to stop.
         max_hvps: Products allowed.
         seed: Of the probe vectors.
@@ -105,7 +108,7 @@ def measure(
     started, spent = time.perf_counter(), operator.num_hvps
     if method == "dense" or (method == "auto" and operator.dim <= min(DENSE_LIMIT, max_hvps)):
         result = _dense(operator, traces)
-        vector_measure = _measure_of(DenseOperator(operator.dense()), vector)
+        vector_measure = measure_of(DenseOperator(operator.dense()), vector, steps=VECTOR_STEPS)
         if on_pairs is not None:
             on_pairs(*dense_eigenpairs(operator))
     else:
@@ -114,7 +117,7 @@ def measure(
                 f"--max-hvps {max_hvps}: {operator.dim:,} parameters are sampled, and an error bar takes at least "
                 f"{FEWEST_HVPS} products. Raise it; the default is 600."
             )
-        vector_measure = _measure_of(operator, vector, steps=max(1, min(VECTOR_STEPS, max_hvps // 10)))
+        vector_measure = measure_of(operator, vector, steps=max(1, min(VECTOR_STEPS, max_hvps // 10)))
         wanted = precision or _precision_of_positive_trace
         left = max(1, max_hvps - (operator.num_hvps - spent))
         result = _Sampling(
@@ -123,6 +126,7 @@ def measure(
             traces,
             ends=(bottom, top),
             most_steps=most_steps,
+            lengths=(1,) if moments_only else SHORT_LENGTHS,
             rtol=rtol,
             max_hvps=left,
             seed=seed,
@@ -135,19 +139,6 @@ def measure(
         seconds=time.perf_counter() - started,
         vector_measure=vector_measure,
     )
-
-
-def _measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int = VECTOR_STEPS) -> Spectrum | None:
-    """Gauss rule of a vector's spectral measure; its first moment, ``vᵀMv``, is exact from one step on."""
-    if vector is None:
-        return None
-    squared = float(vector.double().square().sum())
-    if squared == 0:
-        return Spectrum.of([])
-    chain = Chain(operator, vector, capacity=steps)
-    chain.extend(steps)
-    rule = gauss_rule(chain.jacobi)
-    return Spectrum(rule.nodes, squared * rule.weights)
 
 
 @dataclass(frozen=True)
@@ -177,6 +168,7 @@ class _Sampling:
         *,
         ends: tuple[int, int],
         most_steps: int,
+        lengths: Sequence[int],
         rtol: float,
         max_hvps: int,
         seed: int,
@@ -189,6 +181,7 @@ class _Sampling:
         self._traces = traces
         self._ends = ends
         self._most_steps = most_steps
+        self._lengths = lengths
         self._rtol = rtol
         self._max_hvps = max_hvps
         self._first = operator.num_hvps
@@ -204,9 +197,10 @@ class _Sampling:
         if self._on_pairs is not None:
             self._on_pairs(parts.values, basis.whole() if isinstance(basis, SharedBasis) else basis)
         state = Deflated.of(parts, dim=op.dim)
-        state.length = choose_length(state, self._precision, rtol=self._rtol, budget=self._left)
+        ahead = self._plan(state)
+        state.length, missing = ahead.length, ahead.probes
         while state.dimension > 0:
-            probes = min(BLOCK, self._left // state.length)
+            probes = min(BLOCK, missing, self._left // state.length)
             if state.is_known and probes == 0:
                 break
             state.shorts += probe_block(
@@ -214,10 +208,11 @@ class _Sampling:
                 basis,
                 probes=max(1, probes),
                 length=state.length,
+                shape=state.shape,
                 generator=self._probe_generator,
                 on_first=None if traces is None else traces.add,
             )
-            reached = self._precision(state.spectrum())
+            reached, missing = probes_missing(state, self._precision, rtol=self._rtol)
             self._report("bulk", reached)
             if reached <= self._rtol:
                 break
@@ -230,7 +225,10 @@ class _Sampling:
         return self._max_hvps - (self._operator.num_hvps - self._first)
 
     def _long_chain(self) -> Chain:
-        """Extend the chain until its own quadrature error leaves room for sampling error, within budget and memory."""
+        """Extend the chain until its own quadrature error leaves room for sampling error, within budget and memory.
+
+        Beyond that as long as sampling would take more products than the chain: what is deflated does not scatter.
+        """
         most = self._capacity()
         start = torch.randn(
             self._operator.dim,
@@ -241,20 +239,24 @@ class _Sampling:
         chain = Chain(self._operator, start, capacity=most)
         chain.extend(min(FIRST_STEPS, most))
         self._report("outliers", None)
-        while not chain.exhausted and chain.jacobi.size < most:
-            if self._ends_converged(chain.jacobi) and self._quadrature(chain.jacobi) <= self._rtol / 4:
-                break
+        while not chain.exhausted and chain.jacobi.size < most and not self._suffices(chain.jacobi):
             chain.extend(min(MORE_STEPS, most - chain.jacobi.size))
             self._report("outliers", None)
         return chain
 
+    def _suffices(self, jacobi: Jacobi) -> bool:
+        state = Deflated.of(split(jacobi, dim=self._operator.dim), dim=self._operator.dim)
+        if not (state.is_known and self._ends_converged(jacobi)):
+            return False
+        quadrature = self._precision(state.spectrum().with_endless_sampling())
+        return quadrature <= self._rtol / 4 and self._plan(state).cost <= jacobi.size
+
+    def _plan(self, state: Deflated) -> Plan:
+        return plan(state, self._precision, rtol=self._rtol, budget=self._left, lengths=self._lengths)
+
     def _ends_converged(self, jacobi: Jacobi) -> bool:
         found, (bottom, top) = _eigenvalues(jacobi), self._ends
         return all(eigenvalue.converged for eigenvalue in (*found[:bottom], *found[len(found) - top :]))
-
-    def _quadrature(self, jacobi: Jacobi) -> float:
-        state = Deflated.of(split(jacobi, dim=self._operator.dim), dim=self._operator.dim)
-        return self._precision(state.spectrum().with_endless_sampling()) if state.is_known else math.inf
 
     def _capacity(self) -> int:
         """Steps of the long chain that budget and memory allow; a third of the products at most."""

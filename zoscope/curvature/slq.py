@@ -10,16 +10,15 @@ estimate in the sense of Giles 2008).
 Rules are averages of Gauss and anti-Gauss rules (Laurie 1996), which lie on opposite sides of most integrals.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from zoscope.curvature.lanczos import Array, Jacobi, OnProducts, Rows, project_out, short_chains
+from zoscope.curvature.lanczos import Array, Chain, Jacobi, OnProducts, Rows, project_out, short_chains
 from zoscope.curvature.operators import LinearOperator
-from zoscope.theory.spectrum import SampledSpectrum, Spectrum
+from zoscope.theory.spectrum import Spectrum
 
 DEFLATION_TOLERANCES = (0.05, 0.02, 0.01, 1e-3, 1e-6, 0.0)
 """Largest residual of a deflated Ritz pair, in units of its value: it enters traces by its square. The first that
@@ -30,20 +29,6 @@ RANDOM_REST = 0.9
 
 LARGEST_SHARE = 15.0
 """Most of a random unit vector that one eigenvector holds, in units of 1/d: exceeded once in 10,000 times."""
-
-SHORT_LENGTHS = (5, 8, 12, 20)
-"""Lengths of the short chains to choose from."""
-
-FINE_RULE_ERROR = 0.6
-"""Error of an averaged rule relative to its largest change over the second half of its steps; 0.2-1 measured."""
-
-SHORT_RULE_SPREAD = 0.3
-"""Scatter (two standard deviations) of a short rule's error over probe vectors, relative to the error itself.
-
-Measured 0.25-0.75 of the error at the same length, 0.3 of the largest error over lengths from half of it upwards.
-"""
-
-Precision = Callable[[SampledSpectrum], float]
 
 
 def averaged_rule(jacobi: Jacobi) -> Spectrum:
@@ -63,7 +48,22 @@ def averaged_rule(jacobi: Jacobi) -> Spectrum:
     stretched = jacobi.betas.copy()
     stretched[k - 2] *= np.sqrt(2)
     parts = gauss_rule(jacobi.head(k - 1)), gauss_rule(Jacobi(jacobi.alphas, stretched))
-    return _joined([(0.5, part) for part in parts])
+    return joined([(0.5, part) for part in parts])
+
+
+def reshaped(rule: Spectrum, jacobi: Jacobi) -> Spectrum:
+    """A rule with its weights tilted by a parabola to the mean and the mean square that one step of a chain knows.
+
+    What is not known, such as the fourth moment that the error of the second takes, keeps the shape of the rule.
+    """
+    alpha, beta = float(jacobi.alphas[0]), float(jacobi.betas[0])
+    scale = float(np.abs(rule.nodes).max(initial=0.0))
+    if rule.nodes.size < 3 or scale == 0:
+        return Spectrum(alpha + beta * np.array([-1.0, 1.0]), np.array([0.5, 0.5]))
+    powers = np.vander(rule.nodes / scale, 3, increasing=True)
+    wanted = np.array([1.0, alpha / scale, (alpha**2 + beta**2) / scale**2])
+    tilt = np.linalg.lstsq(powers.T @ (rule.weights[:, None] * powers), wanted, rcond=None)[0]
+    return Spectrum(rule.nodes, rule.weights * (powers @ tilt))
 
 
 def gauss_rule(jacobi: Jacobi) -> Spectrum:
@@ -99,12 +99,14 @@ class Split:
         ends: Smallest and largest Ritz value of the chain.
         values: ``(q,)`` Ritz values to deflate.
         vectors: ``(k, q)`` their coordinates in the Krylov basis.
+        residuals: ``(q,)`` their residuals.
         rest: Tridiagonal matrix of the starting vector's measure on their complement; ``None`` when nothing is left.
     """
 
     ends: tuple[float, float]
     values: Array
     vectors: Array
+    residuals: Array
     rest: Jacobi | None
 
 
@@ -130,117 +132,17 @@ def split(jacobi: Jacobi, *, dim: int) -> Split:
         ends=(float(values[0]), float(values[-1])),
         values=values[converged],
         vectors=vectors[:, converged],
+        residuals=residuals[converged],
         rest=jacobi_of(rest) if rest.weights.sum() > 1e-12 else None,
     )
 
 
-@dataclass
-class Deflated:
-    """The complement of the deflated eigenpairs and the rules collected on it, each of unit mass.
-
-    Args:
-        exact: Deflated eigenvalues.
-        ends: Interval of the spectrum as the long chain saw it. The outermost nodes of anti-Gauss rules can lie beyond
-            it; they are moved in, since long horizons amplify a spurious negative node exponentially.
-        dimension: D, dimension of the complement.
-        rest: Measure of the long chain's start on the complement, finely resolved.
-        length: Steps of a short chain.
-        shorts: Rules of the short chains.
-    """
-
-    exact: Spectrum
-    ends: tuple[float, float]
-    dimension: int
-    rest: Jacobi | None
-    length: int
-    shorts: list[Spectrum]
-
-    @classmethod
-    def of(cls, parts: Split, *, dim: int) -> "Deflated":
-        """What a chain alone tells of an operator of dimension ``dim``."""
-        count = len(parts.values)
-        return cls(Spectrum.of(parts.values), parts.ends, dim - count, parts.rest, length=SHORT_LENGTHS[-1], shorts=[])
-
-    @property
-    def is_known(self) -> bool:
-        """Whether anything at all is known of the complement."""
-        return self.rest is not None or bool(self.shorts)
-
-    def spectrum(self) -> SampledSpectrum:
-        """Everything known so far, as one spectrum with its errors."""
-        if self.dimension == 0:
-            return SampledSpectrum.exact(self.exact.nodes)
-        rules = list(self.shorts)
-        correction, errors = Spectrum.of([]), list[tuple[Spectrum, ...]]()
-        if self.rest is not None:
-            fine, short = averaged_rule(self.rest), averaged_rule(self.rest.head(self.length))
-            rules.append(short)
-            correction = self._scaled([(1.0, fine), (-1.0, short)])
-            errors = self._errors(fine, self.rest)
-        sampled = self._scaled([(1.0 / len(rules), rule) for rule in rules])
-        return SampledSpectrum(
-            fine=_joined([(1.0, self.exact), (1.0, sampled), (1.0, correction)]),
-            sampled=sampled,
-            num_probes=len(rules),
-            dimension=self.dimension,
-            errors=tuple(errors),
-        )
-
-    def _errors(self, fine: Spectrum, rest: Jacobi) -> list[tuple[Spectrum, ...]]:
-        """How far the fine rule may be off, and how much the error of the short rule may differ between probes."""
-        size = rest.size
-        errors = [self._against(fine, rest, {size // 2, size // 2 + 1, (3 * size) // 4, size - 1}, FINE_RULE_ERROR)]
-        if size > self.length:
-            short = {self.length // 2, self.length - 2, self.length - 1, self.length}
-            errors.append(self._against(fine, rest, short, SHORT_RULE_SPREAD))
-        return errors
-
-    def _against(self, fine: Spectrum, rest: Jacobi, lengths: set[int], factor: float) -> tuple[Spectrum, ...]:
-        return tuple(
-            self._scaled([(factor, averaged_rule(rest.head(length))), (-factor, fine)])
-            for length in sorted({max(1, length) for length in lengths})
-        )
-
-    def _scaled(self, terms: list[tuple[float, Spectrum]]) -> Spectrum:
-        whole = _joined([(factor * self.dimension, rule) for factor, rule in terms])
-        return Spectrum(np.clip(whole.nodes, *self.ends), whole.weights)
-
-
-def _joined(terms: list[tuple[float, Spectrum]]) -> Spectrum:
+def joined(terms: list[tuple[float, Spectrum]]) -> Spectrum:
+    """A weighted sum of rules."""
     return Spectrum(
         np.concatenate([rule.nodes for _, rule in terms]),
         np.concatenate([factor * rule.weights for factor, rule in terms]),
     )
-
-
-def choose_length(state: Deflated, precision: Precision, *, rtol: float, budget: int) -> int:
-    """Length of the short chains that reaches ``rtol`` with the fewest products, judged on the long chain alone.
-
-    Short ones average more sampling noise away per product, long ones scatter less about the fine rule. Where the
-    budget does not suffice, the length with the smallest error at its end.
-
-    Args:
-        state: The complement, with no short chain yet.
-        precision: Relative half-width of what is wanted.
-        rtol: Half-width wanted.
-        budget: Products left.
-    """
-    if state.rest is None:  # the long chain met every distinct eigenvalue, so no chain has more steps
-        return min(SHORT_LENGTHS[-1], max(1, state.exact.nodes.size))
-    best, best_cost = SHORT_LENGTHS[0], (math.inf, math.inf)
-    for length in SHORT_LENGTHS:
-        trial = replace(state, length=length).spectrum()
-        floor = precision(trial.with_endless_sampling())
-        single = max(precision(trial) - floor, 0.0)
-        affordable = 1 + budget // length
-        needed = 1 + math.ceil((single / (rtol - floor)) ** 2) if floor < rtol else affordable + 1
-        reached = needed <= affordable
-        cost = (0.0, needed * length) if reached else (1.0, floor + single / math.sqrt(affordable))
-        if cost < best_cost:
-            best, best_cost = length, cost
-        if length >= state.rest.size:
-            break
-    return best
 
 
 def probe_block(
@@ -249,15 +151,30 @@ def probe_block(
     *,
     probes: int,
     length: int,
+    shape: Spectrum | None,
     generator: torch.Generator,
     on_first: OnProducts | None = None,
 ) -> list[Spectrum]:
     """Rules of ``probes`` new random vectors on the complement, at ``probes * length`` products.
 
-    ``on_first`` sees the vectors and their first products, see ``short_chains``.
+    ``shape`` is a rule for what chains of one step leave open; ``on_first`` sees the vectors and their first products,
+    see ``short_chains``.
     """
     starts = torch.randn(probes, operator.dim, generator=generator, dtype=deflated.dtype, device=deflated.device)
     for _ in range(2):  # the second pass removes what rounding left of the first
         starts = project_out(starts, deflated)
     chains = short_chains(operator, starts, steps=length, deflated=deflated, on_first=on_first)
-    return [averaged_rule(jacobi) for jacobi in chains]
+    return [averaged_rule(jacobi) if shape is None else reshaped(shape, jacobi) for jacobi in chains]
+
+
+def measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int) -> Spectrum | None:
+    """Gauss rule of a vector's spectral measure; its first moment, ``vᵀMv``, is exact from one step on."""
+    if vector is None:
+        return None
+    squared = float(vector.double().square().sum())
+    if squared == 0:
+        return Spectrum.of([])
+    chain = Chain(operator, vector, capacity=steps)
+    chain.extend(steps)
+    rule = gauss_rule(chain.jacobi)
+    return Spectrum(rule.nodes, squared * rule.weights)
