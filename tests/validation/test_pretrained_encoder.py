@@ -1,4 +1,4 @@
-"""A real pretrained encoder, fine-tuned on real texts: runs blow up when the horizon says, and descend below it.
+"""A real pretrained encoder, fine-tuned on real texts: runs blow up about when predicted, and descend below that."""
 
 Needs the package of the encoder and some ten minutes of two cores.
 """
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from zoscope.analysis.measuring import measure_problem
+from zoscope.analysis.recommend import doubling_steps
 from zoscope.analysis.request import Request
 from zoscope.optim.replicas import Estimator, Limits, run
 from zoscope.optim.rules import GD
 from zoscope.optim.surface import SequentialSurface
-from zoscope.theory.mean_square import horizon_curve, time_to_blow_up
+from zoscope.theory.mean_square import horizon_curve
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 FOLDER = Path(__file__).parents[2] / "examples" / "llm"
-STEPS, REPLICAS, SEED = 100, 4, 0
+STEPS, REPLICAS, SEED = 100, 4, 1
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,7 @@ def valley() -> Iterator[SimpleNamespace]:
             origin=objective.read(),
             loss=found.loss,
             spectrum=found.operators["gd"].curvature.spectrum,
+            gradient=found.operators["gd"].gradient,
             rule=request.rule("gd"),
             moments=moments,
         )
@@ -93,16 +95,21 @@ def losses(valley: SimpleNamespace, ratio: float) -> tuple[float, np.ndarray]:
 
 
 @pytest.mark.parametrize("ratio", [1.25, 1.6])
-def test_runs_above_blow_up_when_the_horizon_says(valley: SimpleNamespace, ratio: float) -> None:
+def test_runs_above_blow_up_about_when_the_loss_is_predicted_to_double(valley: SimpleNamespace, ratio: float) -> None:
+    # Feedback passes 1 later than that: the gradient's own noise leads, and runs leave the quadratic model early.
     lr, curves = losses(valley, ratio)
-    full, positive = (
-        time_to_blow_up(valley.spectrum.fine, lr, rule=valley.rule, moments=valley.moments, version=version)
-        for version in ("full", "positive")
+    first, last = doubling_steps(
+        lr,
+        steps=4 * STEPS,
+        spectrum=valley.spectrum.fine,
+        gradient=valley.gradient,
+        loss=valley.loss,
+        rule=valley.rule,
+        moments=valley.moments,
     )
-    doubled = [
-        int(np.argmax(curve > 2 * valley.loss)) if (curve > 2 * valley.loss).any() else np.inf for curve in curves.T
-    ]
-    assert full / 1.5 <= np.median(doubled) <= 1.5 * positive
+    risen = curves > 2 * valley.loss
+    doubled = [int(np.argmax(column)) if column.any() else np.inf for column in risen.T]
+    assert first / 1.5 <= np.median(doubled) <= 1.5 * last
 
 
 def test_runs_below_descend_smoothly(valley: SimpleNamespace) -> None:
