@@ -1,4 +1,4 @@
-"""A real pretrained encoder, fine-tuned on real texts: runs blow up about when predicted, and descend below that."""
+"""A real pretrained encoder, fine-tuned on real texts: runs blow up about when predicted, and descend below that.
 
 Needs the package of the encoder and some ten minutes of two cores.
 """
