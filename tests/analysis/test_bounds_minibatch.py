@@ -190,3 +190,16 @@ def test_a_probe_tests_the_threshold_of_its_mini_batches():
     bounds = zoscope.bounds(problem, optimizers=("gd",), steps=60, batch_size=2).optimizers["gd"]
     assert result.threshold.name == "horizon"
     assert result.threshold.value == pytest.approx(bounds.minibatch.horizon.upper.value)
+
+
+def test_check_warns_where_the_noise_of_gradients_lifts_the_loss():
+    problem, _ = least_squares(examples=24, noise=3.0)
+    minibatch = zoscope.bounds(problem, optimizers=("gd",), steps=20, batch_size=6, device="cpu").optimizers["gd"]
+    found = minibatch.minibatch
+    assert found.descent.value < 0.9 * found.horizon.lower.value
+    options = {"optimizer": "zo-gd", "steps": 20, "batch_size": 6, "device": "cpu"}
+    statuses = [
+        zoscope.check(problem, lr=lr, **options).checks[0].status
+        for lr in (0.3 * found.descent.value, 0.95 * found.horizon.lower.value, 1.3 * found.horizon.upper.value)
+    ]
+    assert statuses == ["pass", "warn", "fail"]

@@ -220,8 +220,8 @@ def _own_notices(config: CheckConfig, measurement: Measurement) -> list[str]:
         descent = measurement.optimizers[config.optimizer.rule].known.get("descent")
         if descent is not None and config.optimizer.lr > descent.high:
             notices.append(
-                f"Above {descent.value:.3g} the noise of such mini-batches raises the expected loss at first; it "
-                "settles at a floor below the stability threshold. Larger batches or a decaying lr lower it."
+                f"Above {descent.value:.3g} the noise of such mini-batches raises the expected loss, to a floor "
+                "or out of the valley. Larger batches or a smaller lr lower it."
             )
     elif size is not None and size < examples:
         notices.append(

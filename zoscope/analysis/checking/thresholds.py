@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis.checking.results import Threshold
@@ -28,8 +28,9 @@ class OptimizerThresholds:
     Args:
         known: Thresholds that hold for any number of steps, by name; ``inf`` where nothing limits the step size.
         horizons: η*(N) by number of steps.
-        minibatch: Whether they are those of mini-batches. Above their descent threshold the loss rises to a floor of
-            noise and no further, so that what binds is the horizon alone.
+        minibatch: Whether they are those of mini-batches. Between their descent threshold and their horizon the noise
+            of gradients lifts the loss: to a floor, or out of the valley. What binds is an interval from one to the
+            other, so that a step size in it is warned of.
     """
 
     known: Mapping[str, Threshold]
@@ -45,7 +46,9 @@ class OptimizerThresholds:
         known = self._of(steps)
         name = "fo" if not zeroth_order else self._binding(known) if policy == "binding" else policy
         if name in known:
-            return known[name]
+            widened = self.minibatch and policy == "binding" and name == "horizon" and "descent" in known
+            low = min(known[name].low, known["descent"].low) if widened else known[name].low
+            return replace(known[name], low=low)
         available = ", ".join(other for other in known if (other == "fo") != zeroth_order) or "none"
         raise UsageError(
             f"the {name} threshold is not known here with curvature kind {curvature!r} (known: {available}). Choose "
