@@ -48,6 +48,7 @@ def track(
     divergence: float = 1e6,
     max_seconds: float | None = None,
     checkpoint_every: int | None = None,
+    forward_every: int | None = None,
     seed: int = 0,
     rtol: float = 0.05,
     max_hvps: int = 150,
@@ -88,6 +89,8 @@ def track(
         divergence: Stop where the loss exceeds the first one by this factor, or is not finite.
         max_seconds: Stop after so long; the run can be resumed.
         checkpoint_every: Steps between checkpoints, besides those at every measurement.
+        forward_every: Steps between observations of a ``zoscope.ForwardMonitor``, one more loss value each, whose
+            estimate of the trace and threshold is in the records; none by default.
         seed: Seed of directions, mini-batches and probe vectors.
         rtol: Relative 95 % half-width wanted for the trace and the exact threshold.
         max_hvps: Most Hessian-vector products per measurement.
@@ -127,6 +130,7 @@ def track(
         target_loss=target_loss,
         divergence=divergence,
         checkpoint_every=checkpoint_every,
+        forward_every=forward_every,
         seed=seed,
         rtol=rtol,
         max_hvps=max_hvps,

@@ -156,6 +156,15 @@ class RunOptions:
     micro_batch: Annotated[
         int | None, _option("--micro-batch", panel=MEASURING, help="Examples per pass.", metavar="N")
     ] = None
+    forward_every: Annotated[
+        int | None,
+        _option(
+            "--forward-every",
+            panel=MEASURING,
+            help="Also estimate trace and threshold from the steps' own loss values, with one more every K steps.",
+            metavar="K",
+        ),
+    ] = None
     checkpoint_every: Annotated[
         int | None,
         _option(

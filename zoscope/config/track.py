@@ -128,6 +128,7 @@ TRACK = Section(
         Key("divergence", Number(1.0, 1e300, open_low=True), "Stop at this multiple of the first loss.", 1e6),
         Key("max_seconds", Number(0.0, 1e12, open_low=True), "Stop after so long; the run can be resumed."),
         Key("checkpoint_every", Integer(1, _MOST), "Steps between checkpoints, besides those at measurements."),
+        Key("forward_every", Integer(1, _MOST), "Steps between observations from loss values alone."),
         Key("rtol", Number(0.0, 1.0, open_low=True, open_high=True), "Half-width wanted of every measurement.", 0.05),
         Key("max_hvps", Integer(1, 10_000_000), "Most Hessian-vector products of a measurement.", 150),
         Key("curvature", Choice(("hessian", "ggn")), "Curvature matrix.", "hessian"),

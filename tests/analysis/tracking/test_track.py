@@ -325,3 +325,17 @@ def test_an_argument_out_of_range_is_named(options, said):
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UsageError, match="24 examples"):
         zoscope.track(network(), lr=1e-3, steps=2, batch_size=25)
+
+
+def test_loss_values_of_the_steps_tell_the_trace_by_themselves() -> None:
+    curvatures = torch.linspace(0.5, 3.0, 40, dtype=torch.float64)
+    problem = zoscope.Problem.from_function(lambda x: 0.5 * (curvatures * x * x).sum(), torch.ones(40).double())
+    result = zoscope.track(problem, lr=1e-3, steps=200, every=100, forward_every=1, device="cpu")
+    assert result.records[0].forward is None
+    for record in result.records[1:]:
+        assert record.forward is not None
+        error = abs(record.forward["trace"] - float(curvatures.sum()))
+        assert error < 4 * record.forward["trace_stderr"]
+        assert record.forward["ratio"] == pytest.approx(1e-3 / record.forward["upper"])
+    with pytest.raises(ValueError, match="zeroth-order"):
+        zoscope.track(problem, optimizer="gd", lr=1e-3, forward_every=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ class ForwardMonitor:
         **constants: ``beta``, ``betas``, ``queries``, ``directions`` where there is no optimizer.
 
     Attributes:
-        records: Everything observed so far.
+        record: The last observation; ``None`` until there are enough directions.
 
     Raises:
         ValueError: If an argument is outside of its range.
@@ -126,7 +126,7 @@ class ForwardMonitor:
         self._moments: EstimatorMoments = estimator_moments(law, queries=queries, dimension=dimension or 1)
         self._samples: deque[float] = deque(maxlen=window)
         self._steps = 0
-        self.records: list[ForwardRecord] = []
+        self.record: ForwardRecord | None = None
 
     def step(self, closure: Callable[[], Tensor | float]) -> ForwardRecord | None:
         """Let the optimizer take a step, and observe every ``every`` of them.
@@ -186,11 +186,20 @@ class ForwardMonitor:
                 self._samples.append(curvature)
         if len(self._samples) < LEAST:
             return None
-        record = self._record(loss, lr, preconditioner)
-        self.records.append(record)
-        return record
+        self.record = self._summary(loss, lr, preconditioner)
+        return self.record
 
-    def _record(self, loss: float, lr: float, preconditioner: float) -> ForwardRecord:
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, as plain values."""
+        return {"steps": self._steps, "samples": list(self._samples)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the next observation makes the next record."""
+        self._steps = int(state["steps"])
+        self._samples.clear()
+        self._samples.extend(state["samples"])
+
+    def _summary(self, loss: float, lr: float, preconditioner: float) -> ForwardRecord:
         samples = np.asarray(self._samples)
         variance = float(samples.var(ddof=1))
         trace = Estimate(float(samples.mean()), math.sqrt(variance / len(samples)))

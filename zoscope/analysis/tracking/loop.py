@@ -193,7 +193,9 @@ class Run:
             raise _MeasuredEnoughError
 
     def _keep(self, record: Record) -> None:
-        record = self._losses.described(record)
+        record, seen = self._losses.described(record), self.stepper.forward()
+        if seen is not None:
+            record = replace(record, forward=seen.to_dict())
         self._losses = Losses()
         self.records.append(record)
         if self.folder is not None:

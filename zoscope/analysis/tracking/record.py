@@ -52,6 +52,8 @@ class Record:
         num_hvps: Hessian-vector products spent.
         preconditioner: Smallest, median and largest entry of Adam's P.
         commutator: ``‖PH−HP‖_F/‖PH‖_F``.
+        forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
+            ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
     """
 
     step: int
@@ -87,6 +89,7 @@ class Record:
     num_hvps: int = 0
     preconditioner: tuple[float, float, float] | None = None
     commutator: float | None = None
+    forward: Mapping[str, float | None] | None = None
 
     @property
     def in_band(self) -> bool | None:

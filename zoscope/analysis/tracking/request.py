@@ -43,6 +43,7 @@ class TrackRequest:
     target_loss: float | None = None
     divergence: float = 1e6
     checkpoint_every: int | None = None
+    forward_every: int | None = None
     seed: int = 0
     rtol: float = 0.05
     max_hvps: int = 150
@@ -60,13 +61,15 @@ class TrackRequest:
         check_law(self.directions)
         for name in ("steps", "queries", "max_hvps"):
             require_count(name, getattr(self, name))
-        for name in ("batch_size", "checkpoint_every", "micro_batch"):
+        for name in ("batch_size", "checkpoint_every", "forward_every", "micro_batch"):
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name))
         if isinstance(self.every, str):
             _require_one_of("every", self.every, ("auto", "adaptive"))
         else:
             require_count("every", self.every)
+        if self.forward_every is not None and self.first_order:
+            raise ValueError("forward_every watches the loss values of zeroth-order steps: expected a zo- optimizer")
         require_count("seed", self.seed, least=0)
         for name in ("mu", "rtol", "divergence"):
             require_positive(name, getattr(self, name))

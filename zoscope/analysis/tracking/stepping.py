@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from zoscope.analysis.monitoring.forward import ForwardMonitor, ForwardRecord
 from zoscope.optim import ZOGD, ZOGDM, ZOAdam
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 from zoscope.optim.rules import new_state, rule_from_options
@@ -30,6 +31,9 @@ class Stepper(Protocol):
 
     def second_moment(self) -> Tensor | None:
         """Adam's v as ``(d,)``; ``None`` before the first step, and for other rules."""
+
+    def forward(self) -> ForwardRecord | None:
+        """What the loss values of the steps themselves say of the threshold, where they are watched."""
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers, as plain values and tensors."""
@@ -54,11 +58,22 @@ class ZerothOrder:
     def __init__(self, objective: Objective, request: TrackRequest) -> None:
         self._objective = objective
         self._optimizer = _optimizer(objective, request)
+        self._monitor: ForwardMonitor | None = None
+        if request.forward_every is not None:
+            self._monitor = ForwardMonitor(self._optimizer, every=request.forward_every)
 
     def step(self, batches: Batches, number: int, *, lr: float) -> float:
         """See `Stepper.step`; the mean of the losses at the two points of each query."""
         self._optimizer.param_groups[0]["lr"] = lr
-        return self._optimizer.step(lambda: batches.value(number))
+        if self._monitor is None:
+            return self._optimizer.step(lambda: batches.value(number))
+        self._monitor.step(lambda: batches.value(number))
+        seen = [loss for pair in self._optimizer.evaluations for loss in pair]
+        return sum(seen) / len(seen)
+
+    def forward(self) -> ForwardRecord | None:
+        """See `Stepper.forward`."""
+        return None if self._monitor is None else self._monitor.record
 
     def second_moment(self) -> Tensor | None:
         """See `Stepper.second_moment`."""
@@ -67,11 +82,15 @@ class ZerothOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stepper.state_dict`."""
-        return self._optimizer.state_dict()
+        state = self._optimizer.state_dict()
+        return state if self._monitor is None else {**state, "monitor": self._monitor.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Stepper.load_state_dict`."""
-        self._optimizer.load_state_dict(state)
+        own = dict(state)
+        if self._monitor is not None:
+            self._monitor.load_state_dict(own.pop("monitor"))
+        self._optimizer.load_state_dict(own)
 
 
 def _optimizer(objective: Objective, request: TrackRequest) -> ZeroOrderOptimizer:
@@ -113,6 +132,10 @@ class FirstOrder:
         return (
             self._objective.flatten(self._state["exp_avg_sq"]) if "exp_avg_sq" in self._state and self._steps else None
         )
+
+    def forward(self) -> ForwardRecord | None:
+        """See `Stepper.forward`; a gradient step sees one loss and no curvature."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stepper.state_dict`."""
