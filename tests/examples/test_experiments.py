@@ -71,8 +71,8 @@ def test_a_configuration_runs_for_a_few_steps(config: Path, tmp_path: Path, capf
     for key, value in TINY[spec].items():
         options += ["--set", f"{key}={value}"]
     for key in values.get("sweep", {}):  # one run of a sweep is enough here
-        first = values["sweep"][key][0]
-        options += ["--sweep", f"{key}={first}"]
+        last = values["sweep"][key][-1]
+        options += ["--sweep", f"{key}={last}"]
     assert run(["track", "--config", str(config), *options]) == 0, capfd.readouterr().err
     (metrics,) = folder.rglob("metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

@@ -65,5 +65,5 @@ def test_adam_comes_back_from_a_doubled_step_size(tmp_path: Path) -> None:
         at = {record["step"]: record for record in records}
         assert at[9500]["loss"] > 2 * at[9000]["loss"]
         assert at[9500]["trace"] < 0.7 * at[9000]["trace"]
-        assert at[12000]["trace"] > 1.05 * at[9500]["trace"]
-        assert at[15000]["loss"] < at[9500]["loss"]
+        assert at[15000]["trace"] > 1.3 * at[9500]["trace"]
+        assert at[15000]["loss"] < at[9500]["loss"] / 2
