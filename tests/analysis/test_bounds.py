@@ -357,3 +357,19 @@ def test_optimizers_are_named_as_on_the_command_line_too() -> None:
 def test_a_file_name_is_no_problem() -> None:
     with pytest.raises(ValueError, match="load_spec"):
         zoscope.bounds("model.py")  # type: ignore[arg-type]
+
+
+def test_a_preconditioner_that_is_nearly_a_number_costs_no_products() -> None:
+    """In 4,000 dimensions no entry of the gradient is near its norm."""
+    curvatures = torch.cat([torch.full((3990,), 0.01), torch.linspace(1.0, 5.0, 10)]).double()
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / curvatures
+    problem = Problem.from_function(lambda y: 0.5 * (curvatures * y * y).sum(), x)
+    together = zoscope.bounds(problem, device="cpu", rtol=0.02, max_hvps=300)
+    alone = zoscope.bounds(problem, device="cpu", rtol=0.02, max_hvps=300, optimizers=["adam"])
+    assert together.curvature["preconditioned_hessian"].num_hvps == 0
+    assert alone.curvature["preconditioned_hessian"].num_hvps > 0
+    a, b = together.optimizers["adam"], alone.optimizers["adam"]
+    for first, second in ((a.exact, b.exact), (a.horizon.planned.upper, b.horizon.planned.upper)):
+        assert abs(first.value - second.value) < first.half_width + second.half_width
+    assert a.descent == pytest.approx(b.descent, rel=0.02)
+    assert any(notice.code == "measurement" and "no products" in notice.message for notice in together.warnings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from zoscope.curvature.precondition import (
     expected_preconditioner,
     probe_preconditioner,
 )
+from zoscope.curvature.scaled import divided, nearly_scalar
 from zoscope.errors import NumericalError, UsageError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.curve import GradientMeasure
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from zoscope.problem import Objective
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
+
+
+SCALAR = 0.25
+"""Distance of Adam's P from a multiple of the identity that is let pass, in units of the precision wanted."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,24 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     preconditioner = None
     kinks = _missed_trace(objective, base, request)
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
-    batches = batches_of(objective, base, g, request)
-    if plain:
-        found, slope = _plain(base, g, plain, kinks=kinks, batches=batches, request=request, moments=moments)
-        operators |= dict.fromkeys((rule.name for rule in plain), found)
-        descent |= {rule.name: None if slope is None else slope.threshold(rule, moments) for rule in plain}
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
     if adam:
         preconditioner = _preconditioner(objective, g, request=request, moments=moments)
-        found, slope = _adam(
-            base, g, preconditioner, adam, kinks=kinks, batches=batches, request=request, moments=moments
-        )
+    batches = batches_of(objective, base, g, request)
+    scalar = plain and preconditioner is not None and batches is None and _is_scalar(preconditioner, request)
+    if plain:
+        # Of a spectrum that serves Adam too the same precision is wanted for Adam.
+        rules = [*plain, *adam] if scalar else plain
+        found, slope = _plain(base, g, rules, kinks=kinks, batches=batches, request=request, moments=moments)
+        operators |= dict.fromkeys((rule.name for rule in plain), found)
+        descent |= {rule.name: None if slope is None else slope.threshold(rule, moments) for rule in plain}
+    if preconditioner is not None:
+        if scalar and not found.curvature.spectrum.is_exact:
+            found, slope = _adam_of(found, slope, preconditioner, request=request)
+        else:
+            found, slope = _adam(
+                base, g, preconditioner, adam, kinks=kinks, batches=batches, request=request, moments=moments
+            )
         operators |= dict.fromkeys((rule.name for rule in adam), found)
         descent |= {rule.name: None if slope is None else slope.threshold(rule, moments) for rule in adam}
     norm = float(torch.linalg.vector_norm(g.double()))
@@ -173,6 +185,31 @@ def _adam(
         )
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
     return Measured(name, curvature, measure, probes.commutator, spread), slope
+
+
+def _is_scalar(preconditioner: Preconditioner, request: Request) -> bool:
+    """Whether P is so nearly a multiple of the identity that the difference is small beside the precision wanted.
+
+    That is the rule for the expected P of a large model, whose gradient has no entry near its norm.
+    """
+    return nearly_scalar(preconditioner.diagonal)[1] <= SCALAR * request.rtol
+
+
+def _adam_of(
+    plain: Measured, slope: Slope | None, preconditioner: Preconditioner, *, request: Request
+) -> tuple[Measured, Slope | None]:
+    """Adam from the spectrum of H itself."""
+    p, spread = nearly_scalar(preconditioner.diagonal)
+    curvature = divided(plain.curvature, by=p, spread=spread)
+    note = (
+        f"Adam's P is {p:.3g} on every parameter to within {100 * spread:.1g} %: its spectrum is that of H divided by "
+        "it, which cost no products of its own."
+    )
+    curvature = replace(curvature, notes=(note,))
+    if slope is not None:
+        slope = replace(slope, gPg=slope.gPg / p, gPHPg=slope.gPHPg / p**2, trace=slope.trace / p**2)
+    name = operator_name(request, preconditioned=True)
+    return Measured(name, curvature, gradient_measure(curvature)), slope
 
 
 def gradient_measure(curvature: Curvature) -> GradientMeasure | None:

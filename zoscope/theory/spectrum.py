@@ -120,8 +120,8 @@ class SampledSpectrum:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every eigenvalue is known."""
-        return self.num_probes == 0
+        """Whether every eigenvalue is known, and exactly."""
+        return self.num_probes == 0 and not self.errors
 
     def stderr_of(self, f: NodeFunction) -> float:
         """Standard error of ``Tr f(M)`` from sampling.
