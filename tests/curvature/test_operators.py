@@ -212,3 +212,19 @@ def test_the_hessian_on_the_gpu_is_that_on_the_cpu():
     with problem.prepare(device="cuda") as objective:
         found = HessianOperator(objective).dense().cpu()
     torch.testing.assert_close(found, dense_hessian(problem)[0], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_squared_error_is_linearized(reduction, weighted):
+    # torch's own mse_loss ends the process there.
+    target = torch.arange(6.0).view(3, 2).double()
+    weight = 1 + target if weighted else None
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(x.sin(), target, reduction=reduction, weight=weight).sum()
+
+    problem = Problem.from_function(loss, torch.ones(3, 2).double())
+    with problem.prepare(device="cpu") as objective:
+        found = HessianOperator(objective, hvp="linearize").dense()
+        torch.testing.assert_close(found, HessianOperator(objective, hvp="double-backward").dense())

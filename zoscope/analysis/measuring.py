@@ -12,7 +12,7 @@ from zoscope.analysis.minibatch import Batches, Slope, batches_of
 from zoscope.analysis.rows import Measured
 from zoscope.curvature.adam_state import stored_preconditioner
 from zoscope.curvature.ggn import GGNOperator
-from zoscope.curvature.kinks import kink_trace
+from zoscope.curvature.kinks import is_smooth, kink_trace
 from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
 from zoscope.curvature.precondition import (
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
 
+
+LIKELY_HVPS = 80
+"""Products that a measurement usually takes, where the budget allows."""
 
 SCALAR = 0.25
 """Distance of Adam's P from a multiple of the identity that is let pass, in units of the precision wanted."""
@@ -107,7 +110,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
 
 def _missed_trace(objective: Objective, base: LinearOperator, request: Request) -> float:
     """Curvature at kinks, where three standard errors tell it from none."""
-    if not isinstance(base, HessianOperator):
+    if not isinstance(base, HessianOperator) or is_smooth(objective):
         return 0.0
     (generator,) = spawn_generators(request.seed, 1, base.device)
     excess = kink_trace(objective, base, generator=generator)
@@ -121,7 +124,7 @@ def curvature_operator(objective: Objective, request: Request) -> LinearOperator
         UsageError: For a matrix that is not available.
     """
     if request.curvature == "hessian":
-        return HessianOperator(objective, hvp=request.hvp)
+        return HessianOperator(objective, hvp=request.hvp, expected=min(request.max_hvps, LIKELY_HVPS))
     if request.curvature == "ggn":
         return GGNOperator(objective)
     raise UsageError(

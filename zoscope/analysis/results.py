@@ -134,6 +134,7 @@ class BoundsResult(Shown):
             "steps": self.steps,
             "rtol": self.rtol,
             "num_hvps": self.num_hvps,
+            "checks": {"num_hvps": self.num_check_hvps},
             "seconds": number(self.seconds),
             "problem": self.problem.to_dict(),
             "curvature": {name: curvature_dict(entry) for name, entry in self.curvature.items()}
@@ -142,6 +143,17 @@ class BoundsResult(Shown):
             "estimator": self.estimator.to_dict(),
             "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
         }
+
+    @property
+    def num_check_hvps(self) -> int:
+        """The part of ``num_hvps`` that no operator lists.
+
+        It went into whether products repeat, what kinks add to the trace, and how far P and H are from commuting.
+        """
+        if self.forward is not None:
+            return 0
+        batches = {row.operator: row.minibatch.num_hvps for row in self.optimizers.values() if row.minibatch}
+        return self.num_hvps - sum(c.num_hvps for c in self.curvature.values()) - sum(batches.values())
 
     def __rich__(self) -> RenderableType:
         """Tables for the terminal."""
@@ -170,6 +182,7 @@ def curvature_dict(curvature: Curvature) -> dict[str, Any]:
         "negative_mass": number(curvature.negative_mass),
         "effective_rank": number(curvature.effective_rank),
         "method": curvature.method,
+        "hvp": curvature.hvp,
         "num_hvps": curvature.num_hvps,
         "seconds": number(curvature.seconds),
     }

@@ -44,6 +44,8 @@ ESTIMATOR = Section(
     )
 )
 
+HVPS = ("auto", "double-backward", "batched", "forward-over-reverse", "linearize")
+
 CURVATURE = Section(
     (
         Key(
@@ -55,7 +57,7 @@ CURVATURE = Section(
         Key("max_hvps", Integer(1, 10_000_000), "Budget of Hessian-vector products.", 600),
         Key("kind", Choice(("hessian", "ggn", "forward")), "Curvature matrix, or loss values only.", "hessian"),
         Key("method", Choice(("auto", "dense", "deflated-slq")), "How the spectrum is measured.", "auto"),
-        Key("hvp", Choice(("auto", "reverse", "linearize")), "How Hessian-vector products are computed.", "auto"),
+        Key("hvp", Choice(HVPS), "How Hessian-vector products are computed.", "auto"),
         Key("device", Text(32, pattern=r"auto|cpu|cuda(:[0-9]+)?"), "auto, cpu, cuda or cuda:N.", "auto"),
         Key("dtype", Choice(("auto", "float32", "float64", "bfloat16")), "Floating-point type.", "auto"),
         Key("seed", Integer(0, 2**63 - 1), "Seed of the probe vectors.", 0),

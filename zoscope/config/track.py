@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoscope.config.build import absolute_spec
-from zoscope.config.keys import CURVATURE, ESTIMATOR, OPTIMIZER, SCHEDULE
+from zoscope.config.keys import CURVATURE, ESTIMATOR, HVPS, OPTIMIZER, SCHEDULE
 from zoscope.config.kinds import Arguments, Choice, Integer, Kind, Number, Regex, Schema, Text, plain
 from zoscope.config.load import shown_path
 from zoscope.config.located import ConfigError, InvalidError, Issue, Located, suggest
@@ -135,7 +135,7 @@ TRACK = Section(
         *_taken(CURVATURE, "method", "device", "dtype", "seed", "micro_batch"),
         Key(
             "hvp",
-            Choice(("auto", "double-backward", "batched", "forward-over-reverse")),
+            Choice(HVPS),
             "How Hessian-vector products are computed.",
             "auto",
         ),

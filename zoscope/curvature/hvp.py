@@ -3,19 +3,23 @@
 ``double-backward`` keeps the graph of the gradient: every vector shares the forward and the first backward sweep, and
 adds one more backward sweep of its own. ``batched`` does the same with the vectors under vmap, for devices that are
 idle between small kernels. ``forward-over-reverse`` needs no second backward pass, for operations that lack one.
+``linearize`` records its linear part once, which takes seconds and memory and makes products of convolutions cheaper.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, linearize
+from torch.nn import _reduction, functional
+from torch.overrides import TorchFunctionMode
 
 from zoscope.problem import Objective, Shard
 
-HvpMethod = Literal["double-backward", "batched", "forward-over-reverse"]
-METHODS: tuple[HvpMethod, ...] = ("double-backward", "batched", "forward-over-reverse")
+HvpMethod = Literal["double-backward", "batched", "forward-over-reverse", "linearize"]
+METHODS: tuple[HvpMethod, ...] = ("double-backward", "batched", "forward-over-reverse", "linearize")
 
 Products = Callable[[Tensor], Tensor]
 """From vectors ``(k, d)`` to products ``(k, d)``."""
@@ -34,6 +38,8 @@ def shard_products(objective: Objective, shard: Shard, *, method: HvpMethod) -> 
     """
     if method == "forward-over-reverse":
         return lambda vectors: _forward_over_reverse(objective, shard, vectors)
+    if method == "linearize":
+        return _linearized(objective, shard)
     params = objective.params
     grads = torch.autograd.grad(
         objective.loss(shard), params, create_graph=True, allow_unused=True, materialize_grads=True
@@ -110,3 +116,55 @@ def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -
         derivatives = jvp(gradient, (point,), (objective.unflatten(vector),))
         objective.flatten(derivatives[1], out=row)
     return result
+
+
+def _linearized(objective: Objective, shard: Shard) -> Products:
+    point = tuple(p.detach() for p in objective.params)
+    gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
+    with warnings.catch_warnings(), _SquaredErrorByHand():
+        warnings.simplefilter("ignore")  # about the tracing; the loss itself has warned before
+        _, derivative = linearize(gradient, point)
+
+    @torch.no_grad()
+    def multiply(vectors: Tensor) -> Tensor:
+        result = torch.empty_like(vectors)
+        for vector, row in zip(vectors, result, strict=True):
+            objective.flatten(derivative(objective.unflatten(vector)), out=row)
+        return result
+
+    return multiply
+
+
+class _SquaredErrorByHand(TorchFunctionMode):
+    """``mse_loss`` as a difference that is squared: torch 2.13 crashes, without an exception, when it linearizes it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.mse_loss:
+            return _squared_error(*args, **kwargs)
+        if func is torch._C._nn.mse_loss:
+            return _reduced(args[0], args[1], *args[2:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def _squared_error(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    if size_average is not None or reduce is not None:  # an older way to say it
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is None:
+        return _reduced(input, target, {"none": 0, "mean": 1, "sum": 2}[reduction])
+    each = weight * (input - target).square()
+    return (
+        each if reduction == "none" else each.sum() if reduction == "sum" else each.sum() / weight.expand_as(each).sum()
+    )
+
+
+def _reduced(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    each = (input - target).square()
+    return (each, each.mean(), each.sum())[reduction] if reduction else each

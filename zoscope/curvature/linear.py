@@ -35,6 +35,11 @@ class LinearOperator(ABC):
         return None
 
     @property
+    def hvp(self) -> str | None:
+        """How products with a Hessian are computed; None before the first, and where there is but one way."""
+        return None
+
+    @property
     @abstractmethod
     def num_hvps(self) -> int:
         """Products with a Hessian computed so far."""
@@ -105,6 +110,11 @@ class Preconditioned(LinearOperator):
     def crew(self) -> Crew | None:
         """That of M."""
         return self._operator.crew
+
+    @property
+    def hvp(self) -> str | None:
+        """That of M."""
+        return self._operator.hvp
 
     @property
     def num_hvps(self) -> int:

@@ -133,12 +133,8 @@ def measure(
             on_progress=on_progress,
             on_pairs=on_pairs,
         ).run()
-    return _curvature(
-        result,
-        num_hvps=operator.num_hvps - spent,
-        seconds=time.perf_counter() - started,
-        vector_measure=vector_measure,
-    )
+    cost = (operator.num_hvps - spent, time.perf_counter() - started)
+    return _curvature(result, cost=cost, vector_measure=vector_measure, hvp=operator.hvp)
 
 
 @dataclass(frozen=True)
@@ -291,7 +287,9 @@ def _eigenvalues(jacobi: Jacobi) -> tuple[Eigenvalue, ...]:
     )
 
 
-def _curvature(result: _Result, *, num_hvps: int, seconds: float, vector_measure: Spectrum | None) -> Curvature:
+def _curvature(
+    result: _Result, *, cost: tuple[int, float], vector_measure: Spectrum | None, hvp: str | None
+) -> Curvature:
     spectrum = result.spectrum
     positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
     positive_sq = spectrum.fine.trace_of(lambda x: np.maximum(x, 0.0) ** 2)
@@ -304,13 +302,14 @@ def _curvature(result: _Result, *, num_hvps: int, seconds: float, vector_measure
         negative_mass=max(0.0, spectrum.fine.trace_of(lambda x: np.maximum(-x, 0.0))),
         effective_rank=positive.value**2 / positive_sq if positive_sq > 0 else 0.0,
         method=result.method,
-        num_hvps=num_hvps,
-        seconds=seconds,
+        num_hvps=cost[0],
+        seconds=cost[1],
         spectrum=spectrum,
         ritz=result.ritz,
         block_traces=result.block_traces,
         vector_measure=vector_measure,
         notes=result.notes,
+        hvp=hvp,
     )
 
 

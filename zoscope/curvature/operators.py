@@ -1,7 +1,6 @@
 """Symmetric linear operators: the Hessian, the Gauss-Newton matrix, their preconditioned forms, and a dense one."""
 
 import itertools
-import time
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from zoscope.curvature import together
 from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
 from zoscope.curvature.linear import DENSE_BLOCK, DenseOperator, LinearOperator, Preconditioned
+from zoscope.curvature.rival import Rival, now
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import Objective, Shard
 from zoscope.problem.together import Crew
@@ -120,20 +120,28 @@ class HessianOperator(ShardOperator):
 
     Args:
         objective: The prepared problem.
-        hvp: One of ``METHODS``, or ``"auto"``: double-backward, on CUDA the faster of it and batched,
-            forward-over-reverse where an operation has no double backward.
+        hvp: One of ``METHODS``, or ``"auto"``: double-backward, on CUDA the faster of it and batched, elsewhere
+            linearize where a timing says that it pays; forward-over-reverse where an operation has no double backward.
+        expected: Products that are likely to be asked for; few do not pay for a timing.
 
     Attributes:
         method: What is used; ``None`` until the first product.
     """
 
-    def __init__(self, objective: Objective, *, hvp: str = "auto") -> None:
+    def __init__(self, objective: Objective, *, hvp: str = "auto", expected: int = 0) -> None:
         if hvp != "auto" and hvp not in METHODS:
             raise UsageError(f"--hvp {hvp}: expected auto or one of {', '.join(METHODS)}.")
         super().__init__(objective)
         self.method: HvpMethod | None = next((m for m in METHODS if m == hvp), None)
         self._chosen_by_user = self.method is not None
         self._checked = False
+        self._expected = expected
+        self._rival: Rival | None = None
+
+    @property
+    def hvp(self) -> str | None:
+        """The method in use."""
+        return self.method
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -145,6 +153,8 @@ class HessianOperator(ShardOperator):
         self.method = next((m for m in METHODS if m == settings[1]), None)
 
     def _products(self, shard: Shard) -> Products:
+        if self.method == "linearize" and not self._chosen_by_user:
+            self.method = "double-backward"  # what was linearized is no longer the loss, or its memory was needed
         return shard_products(self.objective, shard, method=self.method or "double-backward")
 
     def _sum(self, vectors: Tensor) -> Tensor:
@@ -152,10 +162,25 @@ class HessianOperator(ShardOperator):
             self._settle(vectors[:1])
         if self.method is None and len(vectors) > 1:
             return self._timed(vectors)
+        if self._rival is not None:
+            return self._challenged(vectors, self._rival)
         return super()._sum(vectors)
+
+    def _challenged(self, vectors: Tensor, rival: Rival) -> Tensor:
+        """Products by double-backward, timed until it is clear whether to go on with it."""
+        begin = now(self.device)
+        result = super()._sum(vectors)
+        if rival.saw((now(self.device) - begin) / len(vectors)):
+            self._rival = None
+            found = rival.challenge(self.objective.shards[0], vectors[:1], result[:1]) if rival.possible else None
+            self._count += rival.num_products
+            if found is not None:
+                self._kept, self.method = found, "linearize"
+        return result
 
     def _settle(self, vector: Tensor) -> None:
         """On the first product: see that the method works, and that the answer repeats with a fresh graph."""
+        rival = Rival(self.objective, expected=self._expected)
         first = self._attempt(vector)
         self._forget()
         again = super()._sum(vector)
@@ -170,6 +195,7 @@ class HessianOperator(ShardOperator):
             )
         if self.method is None and self.device.type != "cuda":
             self.method = "double-backward"
+            self._rival = rival if rival.possible else None
         self._checked = True
 
     def _attempt(self, vector: Tensor) -> Tensor:
@@ -203,9 +229,9 @@ class HessianOperator(ShardOperator):
             previous, self.method = self.method, _as_method(method)
             try:
                 super()._sum(vectors)  # allocates and builds what later calls reuse
-                begin = _now(self.device)
+                begin = now(self.device)
                 candidate = super()._sum(vectors)
-                seconds = _now(self.device) - begin
+                seconds = now(self.device) - begin
             except RuntimeError:
                 if method == "double-backward":
                     raise
@@ -239,12 +265,6 @@ def gradient(objective: Objective) -> tuple[float, Tensor]:
 
 def _as_method(name: str) -> HvpMethod:
     return next(method for method in METHODS if method == name)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def cannot_differentiate(error: BaseException) -> str:

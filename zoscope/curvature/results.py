@@ -44,6 +44,7 @@ class Curvature:
         block_traces: Traces of the diagonal blocks that were asked for; ``None`` when none were.
         vector_measure: Spectral measure of the vector that was given, ``Σ w f(θ) = vᵀ f(M) v``; ``None`` without one.
         notes: What the user should know about how the measurement went.
+        hvp: How Hessian-vector products were computed; ``None`` where there is but one way.
     """
 
     trace: Estimate
@@ -61,6 +62,7 @@ class Curvature:
     block_traces: tuple[Estimate, ...] | None = None
     vector_measure: Spectrum | None = None
     notes: tuple[str, ...] = ()
+    hvp: str | None = None
 
 
 @dataclass(frozen=True)

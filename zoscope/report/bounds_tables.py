@@ -50,6 +50,8 @@ def curvature_table(result: BoundsResult) -> Table:
     table = number_table("", *(OPERATOR_NAMES.get(name, name) for name, _ in entries))
     for label, cells in _curvature_rows([curvature for _, curvature in entries]):
         table.add_row(label, *cells)
+    if result.num_check_hvps > 0:
+        table.add_row("checks", f"{count(result.num_check_hvps)} HVPs", *[""] * (len(entries) - 1))
     return table
 
 
@@ -62,6 +64,8 @@ def _curvature_rows(entries: list[Curvature]) -> Iterator[tuple[str, list[str]]]
     yield "‖·‖_F²", [_estimate(entry.frobenius_sq) for entry in entries]
     yield "effective rank", [quantity(entry.effective_rank, digits=3) for entry in entries]
     yield "method", [entry.method for entry in entries]
+    if any(entry.hvp for entry in entries):
+        yield "products", [entry.hvp or "" for entry in entries]
     yield "cost", [f"{count(entry.num_hvps)} HVPs, {duration(entry.seconds)}" for entry in entries]
 
 

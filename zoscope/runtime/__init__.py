@@ -2,7 +2,14 @@
 
 from zoscope.runtime.devices import DTYPES, resolve_device, resolve_dtype, widest_dtype
 from zoscope.runtime.failures import DroppedError, LostRankError
-from zoscope.runtime.memory import available_memory, is_out_of_memory, release_memory
+from zoscope.runtime.memory import (
+    available_memory,
+    held_memory,
+    is_limited,
+    is_out_of_memory,
+    memory_limit,
+    release_memory,
+)
 from zoscope.runtime.peak import peak_bytes
 from zoscope.runtime.random import preserved_rng, rng_fingerprint, spawn_generators
 from zoscope.runtime.ranks import Desk, Ranks, current_ranks, joined, joined_ranks, named, serve
@@ -20,9 +27,12 @@ __all__ = [
     "eager_mode",
     "explain_autograd_error",
     "full_precision",
+    "held_memory",
+    "is_limited",
     "is_out_of_memory",
     "joined",
     "joined_ranks",
+    "memory_limit",
     "named",
     "peak_bytes",
     "preserved_rng",

@@ -3,7 +3,9 @@
 import gc
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,13 +29,63 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+_limits: list[int] = []  # of the sessions entered, outermost first
+
+
+@contextmanager
+def memory_limit(size: int | None) -> Iterator[None]:
+    """Have `available_memory` count what is left of a limit.
+
+    Args:
+        size: Bytes that this process may hold in all, on each device; None leaves the limit that there is.
+    """
+    if size is None:
+        yield
+        return
+    _limits.append(size)
+    try:
+        yield
+    finally:
+        _limits.remove(size)
+
+
+def is_limited() -> bool:
+    """Whether a limit was set."""
+    return bool(_limits)
+
+
 def available_memory(device: torch.device | str) -> int:
-    """Bytes that can still be allocated on a device; for the CPU what the machine and the container leave."""
+    """Bytes that can still be allocated on a device; for the CPU what the machine and the container leave.
+
+    Within `memory_limit`, no more than what the process does not hold yet of it.
+    """
     device = torch.device(device)
+    left = [max(0, limit - held_memory(device)) for limit in _limits]
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return min(_machine_memory(), *_container_memory())
+        return min(int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)), *left, 2**62)
+    return min(_machine_memory(), *_container_memory(), *left)
+
+
+def held_memory(device: torch.device | str) -> int:
+    """Bytes that this process holds: tensors on a CUDA device, and for the CPU everything that is resident."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return _peak_resident()
+
+
+def _peak_resident() -> int:
+    """Where the system does not say what is resident now: the most that ever was."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _machine_memory() -> int:
