@@ -69,7 +69,7 @@ def test_there_is_no_rounded_value_of_what_is_no_step_size(value: float) -> None
 def test_a_first_order_optimizer_is_held_against_the_first_order_threshold() -> None:
     fo = Threshold("fo", 2.0, 1.9, 2.0)
     known = OptimizerThresholds({"fo": fo, "exact": EXACT}, {})
-    assert known.choose("exact", zeroth_order=False, steps=9, curvature="hessian") is fo
+    assert known.choose("exact", zeroth_order=False, steps=9, curvature="hessian") == fo
     assert known.choose("binding", zeroth_order=True, steps=9, curvature="hessian") is EXACT
 
 
@@ -77,7 +77,7 @@ def test_a_threshold_that_is_not_known_is_a_usage_error_that_names_the_known_one
     known = OptimizerThresholds({"fo": EXACT, "forward": EXACT}, {})
     with pytest.raises(UsageError, match=r"the horizon threshold is not known .*\(known: forward\)"):
         known.choose("horizon", zeroth_order=True, steps=9, curvature="forward")
-    assert known.choose("binding", zeroth_order=True, steps=9, curvature="forward") is EXACT
+    assert known.choose("binding", zeroth_order=True, steps=9, curvature="forward") == EXACT
 
 
 def result(status: str, code: int) -> CheckResult:
