@@ -70,7 +70,7 @@ def test_a_first_order_optimizer_is_held_against_the_first_order_threshold() -> 
     fo = Threshold("fo", 2.0, 1.9, 2.0)
     known = OptimizerThresholds({"fo": fo, "exact": EXACT}, {})
     assert known.choose("exact", zeroth_order=False, steps=9, curvature="hessian") == fo
-    assert known.choose("binding", zeroth_order=True, steps=9, curvature="hessian") is EXACT
+    assert known.choose("binding", zeroth_order=True, steps=9, curvature="hessian") == EXACT
 
 
 def test_a_threshold_that_is_not_known_is_a_usage_error_that_names_the_known_ones() -> None:
