@@ -23,6 +23,7 @@ BAD = [
     (["--seed", "-1"], "--seed"),
     (["--seed", "1.5"], "--seed"),
     (["--micro-batch", "0"], "--micro-batch"),
+    (["--max-memory", "lots"], "--max-memory"),
     (["--optimizer", "zo-sgd"], "'zo-gd'"),
     (["--optimizer", "gd", "--optimizer", "adma"], "'adam'"),
     (["--steps", "0"], "--steps"),

@@ -39,6 +39,7 @@ def bounds(
     preconditioner: str = "expected",
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     micro_batch: int | None = None,
+    max_memory: int | None = None,
     hvp: str = "auto",
     threshold: Threshold = "binding",
     lr: float | None = None,
@@ -73,6 +74,7 @@ def bounds(
         preconditioner: Adam's P: ``"expected"`` from the gradient here, or ``"state:FILE"``.
         method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
         micro_batch: Examples per forward and backward pass; the batches as they are by default.
+        max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
         hvp: How products are computed.
         threshold: What the recommendation and the verdict go by: ``"binding"`` is the smaller one of ``"horizon"`` and
             ``"descent"``; ``"exact"`` is the infinite-time threshold.
@@ -122,9 +124,11 @@ def bounds(
         from zoscope.analysis.forward import forward_bounds
 
         own = OWN_DTYPE if dtype == "auto" else dtype  # a wider copy would cost more memory than inference
-        with subject.prepare(device=device, dtype=own, micro_batch=micro_batch, differentiable=False) as objective:
+        with subject.prepare(
+            device=device, dtype=own, micro_batch=micro_batch, max_memory=max_memory, differentiable=False
+        ) as objective:
             return forward_bounds(objective, request, spec=name, started=started)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
         measurement = measure_problem(objective, request)
         return _result(objective, request, measurement, spec=name, started=started)
 

@@ -54,6 +54,7 @@ def spectrum(
     curvature: Literal["hessian", "ggn", "forward"] = "hessian",
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     micro_batch: int | None = None,
+    max_memory: int | None = None,
     hvp: str = "auto",
     strict: bool = False,
     params: str | None = None,
@@ -76,6 +77,7 @@ def spectrum(
         curvature: The matrix: ``"hessian"`` or ``"ggn"``.
         method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
         micro_batch: Examples per forward and backward pass; the batches as they are by default.
+        max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
         hvp: How products are computed.
         strict: Raise where the precision asked for is not reached.
         params: Regular expression that selects parameters by name.
@@ -104,7 +106,7 @@ def spectrum(
         on_progress=on_progress,
     )
     subject = subject_of(problem, params)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
         name = spec if spec is not None else problem.name
         return _spectrum(objective, request, top=top, by_layer=by_layer, spec=name, started=started)
 

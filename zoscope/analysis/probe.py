@@ -50,6 +50,7 @@ def probe(
     preconditioner: str = "expected",
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     micro_batch: int | None = None,
+    max_memory: int | None = None,
     hvp: str = "auto",
     params: str | None = None,
     spec: str | None = None,
@@ -92,6 +93,7 @@ def probe(
         preconditioner: Adam's frozen P.
         method: How the spectrum is measured.
         micro_batch: Examples per pass.
+        max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
         hvp: How products are computed.
         params: Which parameters.
         spec: Name of the problem in the result.
@@ -150,7 +152,7 @@ def probe(
         on_progress=on_run,
     )
     subject = subject_of(problem, params)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch) as objective:
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
         session = Session(objective, request, spec=spec if spec is not None else problem.name)
         try:
             session.go()

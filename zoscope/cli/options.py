@@ -145,6 +145,15 @@ class MeasureOptions:
             show_default=False,
         ),
     ] = None
+    max_memory: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE",
+            help="Most memory that this process may hold, such as 2GB: cuts the batches, keeps fewer vectors.",
+            rich_help_panel="Measurement",
+            show_default=False,
+        ),
+    ] = None
     strict: Annotated[
         bool,
         Option("--strict", help="Exit 3 when the precision of --rtol was not reached.", rich_help_panel="Measurement"),
@@ -170,6 +179,10 @@ class MeasureOptions:
         validate.at_least("--seed", self.seed, 0)
         if self.micro_batch is not None:
             validate.at_least("--micro-batch", self.micro_batch, 1)
+        self._bytes()
+
+    def _bytes(self) -> int | None:
+        return None if self.max_memory is None else validate.size("--max-memory", self.max_memory)
 
     def kwargs(self) -> dict[str, Any]:
         """As keyword arguments of the functions that measure; ``strict`` is left to the command."""
@@ -183,6 +196,7 @@ class MeasureOptions:
             "dtype": self.dtype,
             "seed": self.seed,
             "micro_batch": self.micro_batch,
+            "max_memory": self._bytes(),
         }
 
 

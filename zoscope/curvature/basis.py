@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zoscope.runtime import Ranks
+from zoscope.errors import NumericalError
+from zoscope.runtime import Ranks, is_limited
 
 if TYPE_CHECKING:
     from zoscope.curvature.linear import LinearOperator
@@ -19,7 +20,24 @@ if TYPE_CHECKING:
 WIDTH = 2**22
 """Entries that are combined at a time, so that no second copy of a basis is needed."""
 
+FEWEST_VECTORS = 24
+"""Vectors that a sampled measurement holds at least."""
+
 _numbers = itertools.count()
+
+
+def vectors_that_fit(share: float, row: int, *, free: float) -> int:
+    """How many vectors of ``row`` bytes fit into a share of the free memory.
+
+    Raises:
+        NumericalError: If a memory limit leaves no room for the fewest.
+    """
+    if is_limited() and free < FEWEST_VECTORS * row:
+        raise NumericalError(
+            f"--max-memory leaves {free / 2**20:,.0f} MiB for vectors of {row / 2**20:,.0f} MiB each: expected room "
+            f"for {FEWEST_VECTORS} of them. Raise it, select fewer parameters (--params), or use --curvature forward."
+        )
+    return int(share * free / row)
 
 
 def new_basis(operator: LinearOperator, start: Tensor, *, capacity: int) -> LocalBasis | SharedBasis:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.basis import SharedBasis
+from zoscope.curvature.basis import SharedBasis, vectors_that_fit
 from zoscope.curvature.complement import SHORT_LENGTHS, Deflated, Plan, Precision, plan, probes_missing
 from zoscope.curvature.dense import dense_eigenpairs, dense_eigenvalues
 from zoscope.curvature.diagonal import BlockTraces
@@ -115,7 +115,7 @@ def measure(
         if max_hvps < FEWEST_HVPS:
             raise UsageError(
                 f"--max-hvps {max_hvps}: {operator.dim:,} parameters are sampled, and an error bar takes at least "
-                f"{FEWEST_HVPS} products. Raise it; the default is 600."
+                f"{FEWEST_HVPS} products. Raise it."
             )
         vector_measure = measure_of(operator, vector, steps=max(1, min(VECTOR_STEPS, max_hvps // 10)))
         wanted = precision or _precision_of_positive_trace
@@ -260,7 +260,7 @@ class _Sampling:
         row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
         crew = operator.crew
         free = available_memory(operator.device) if crew is None else crew.memory_for_vectors()
-        fits = int(MEMORY_SHARE * free / row) - 4 * BLOCK - 1
+        fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1
         budget = max(min(self._max_hvps, 2), self._max_hvps // 3)
         most = min(self._most_steps, budget, operator.dim)
         if fits < most:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoscope.curvature.hvp import Products, shard_products
 from zoscope.problem import Objective, Shard
-from zoscope.runtime import available_memory, held_memory, is_out_of_memory, release_memory
+from zoscope.runtime import available_memory, held_memory, is_limited, is_out_of_memory, release_memory
 
 FEWEST_PRODUCTS = 60
 """Products expected below which no set-up is paid back."""
@@ -93,6 +93,8 @@ class Rival:
         """
         usual, objective = statistics.median(self._seconds), self._objective
         if self._expected * HOPED_GAIN * usual < SETUP_PRODUCTS * usual + SETUP_SECONDS:
+            return None
+        if is_limited():  # what it takes at its peak cannot be told beforehand
             return None
         graph = max(held_memory(objective.device) - self._before, 0)
         if available_memory(objective.device) < MEMORY_RATIO * graph:

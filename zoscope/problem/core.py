@@ -187,6 +187,7 @@ class Problem:
         micro_batch: int | None = None,
         check: bool = True,
         differentiable: bool = True,
+        max_memory: int | None = None,
     ) -> AbstractContextManager[Objective]:
         """Enter a session in which the loss can be evaluated and differentiated twice.
 
@@ -201,13 +202,20 @@ class Problem:
             check: Evaluate the loss on entry and refuse what cannot be measured.
             differentiable: Whether derivatives will be taken. False leaves the checks of them out, lets the loss return
                 a number, takes the memory of inference and no more, and lets attention use its fused kernels.
+            max_memory: Bytes that the process may hold in all; batches are cut, and vectors kept, accordingly.
 
         Raises:
             SpecError: On entry, for a loss or a model that cannot be measured.
             NumericalError: On entry, for a loss that is not finite, or if one example does not fit into memory.
         """
         return prepared(
-            self, device=device, dtype=dtype, micro_batch=micro_batch, check=check, differentiable=differentiable
+            self,
+            device=device,
+            dtype=dtype,
+            micro_batch=micro_batch,
+            check=check,
+            differentiable=differentiable,
+            max_memory=max_memory,
         )
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import nest
 from zoscope.problem.checks import check as check_objective
+from zoscope.problem.fitting import fit
 from zoscope.problem.layers import some, uses_batch_statistics
 from zoscope.problem.losses import CriterionLoss, NumberLoss
 from zoscope.problem.model import Selection, copied, restored, select, trainable, unwrapped
@@ -36,6 +37,7 @@ def prepared_here(
     check: bool,
     differentiable: bool,
     spread: bool = False,
+    max_memory: int | None = None,
 ) -> Iterator[Objective]:
     """Implements :meth:`zoscope.Problem.prepare` in this process.
 
@@ -46,6 +48,7 @@ def prepared_here(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(runtime.memory_limit(max_memory))
         ranks = runtime.joined_ranks()
         sharded = ranks is not None and not differentiable and is_sharded(problem.model)
         model = stack.enter_context(unwrapped(problem.model, sharded=sharded))
@@ -75,8 +78,9 @@ def prepared_here(
                 if ranks is not None and sharded:
                     _mirror(objective, ranks)
                 attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
+                cut = runtime.is_limited() and not sharded and fit(objective, differentiable=differentiable)
                 if check:
-                    _checked(objective, differentiable=differentiable, cut=micro_batch is not None)
+                    _checked(objective, differentiable=differentiable, cut=cut or micro_batch is not None)
                 stack.push(attempt.pop_all())
             return objective
 

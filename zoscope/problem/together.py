@@ -81,7 +81,8 @@ def _open(desk: runtime.Desk, number: int, problem: int, params: str | None, opt
     with ExitStack() as stack:
         # Checks are rank 0's, unless a forward pass takes all ranks.
         check = options["check"] and not options["differentiable"] and is_sharded(subject.model)
-        session = prepared_here(subject, spread=True, **{**options, "check": check})
+        # A memory limit is rank 0's too, which cuts the batches for all.
+        session = prepared_here(subject, spread=True, **{**options, "check": check, "max_memory": None})
         objective = desk.ranks.attempt(lambda: stack.enter_context(session))
         desk.sessions[number] = Post(desk.ranks, objective, stack.pop_all())
 
