@@ -95,7 +95,7 @@ def test_a_sweep_is_a_folder_of_runs_and_a_table(zoscope_cli, spec, tmp_path) ->
     runs = sorted(path.parent.name for path in (tmp_path / "s").glob("*/metrics.jsonl"))
     assert runs == ["beta=0,scale=1", "beta=0,scale=2", "beta=0.5,scale=1", "beta=0.5,scale=2"]
     assert all(run in finished.out for run in runs)
-    assert "They differ in set, beta." in finished.out
+    assert "They differ in set.scale, beta." in finished.out
     document = json.loads(zoscope_cli("track", "--compare", "s", "--json").out)
     assert [run["label"] for run in document["runs"]] == runs
     assert all(run["schema"] == "zoscope.track/1" for run in document["runs"])
@@ -136,14 +136,18 @@ def test_runs_are_compared(zoscope_cli, spec) -> None:
         (("SPEC",), "--lr is missing"),
         (("SPEC", "--lr", "x"), "--lr: got 'x'"),
         (("SPEC", "--lr", "0.1", "--optimizer", "zo-gdn"), "Did you mean 'zo-gd'"),
-        (("SPEC", "--lr", "0.1", "--every", "often"), "--every must be one of auto, adaptive"),
-        (("SPEC", "--lr", "0.1", "--betas", "0.9"), "--betas must be a list of two"),
+        (("SPEC", "--lr", "0.1", "--every", "often"), "--every must be a number of steps, auto or adaptive"),
+        (("SPEC", "--lr", "0.1", "--betas", "0.9"), "--betas must be a list of two values, got 1 of them"),
         (("SPEC", "SPEC", "--lr", "0.1"), "got 2 of them"),
         (("SPEC", "--lr", "0.1", "--sweep", "bet=1"), "Did you mean 'beta'"),
         (("SPEC", "--lr", "0.1", "--config", "none.yaml"), "there is no file none.yaml"),
         (("--resume", "none"), "is no run of zoscope track"),
         (("--compare",), "no folder was named"),
         (("--compare", "none"), "is no run of zoscope track"),
+        (("--compare", "none", "--lr", "1"), "Leave all options of a run out"),
+        (("SPEC", "--lr", "0.1", "--sweep", "lr=1,x"), "--sweep lr: got 'x'"),
+        (("SPEC", "--lr", "0.1", "--plot", "x.bmp"), "--plot: x.bmp has no picture's name"),
+        (("SPEC", "--lr", "0.1", "--optimizer", "gd", "--forward-every", "5"), "needs a zo- optimizer, got 'gd'"),
     ],
 )
 def test_mistakes_are_one_paragraph(zoscope_cli, spec, words, said) -> None:

@@ -67,7 +67,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("lr: {5: 0.1}", "the first at step 0"),
         ("lr: -1", "must be above 0"),
         ("lr: 0.1,5", "expected a number"),
-        ("every: sometimes", "every must be one of auto, adaptive"),
+        ("every: sometimes", "every must be a number of steps, auto or adaptive"),
         ("betas: [0.9]", "betas must be a list of two"),
         ("sweep: {beta: []}", "must be a list of values"),
         ("sweep: {sweep: [1]}", "cannot be varied"),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from zoscope.cli.options import OutputOptions
     from zoscope.problem import Notice
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 class Document(Protocol):
     """A result: a JSON document that renders itself in rich."""
@@ -102,6 +104,16 @@ def check_writable(path: Path, *, option: str = "--output") -> None:
             tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise UsageError(f"{option}: cannot write {path} ({error.strerror}). Choose another place.") from None
+
+
+def check_picture(path: Path, *, option: str = "--plot") -> None:
+    """Refuse a picture that cannot be drawn or written, before the work and not after it."""
+    from zoscope.report.figures import require_matplotlib  # late, for a fast --help
+
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"{option}: {path} has no picture's name. Expected one that ends in {', '.join(PICTURES)}.")
+    require_matplotlib(option)
+    check_writable(path, option=option)
 
 
 def write_whole(path: Path, text: str, *, option: str = "--output") -> None:

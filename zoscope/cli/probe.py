@@ -18,7 +18,7 @@ import zoscope
 from zoscope.cli import validate
 from zoscope.cli.flatten import flatten
 from zoscope.cli.options import THRESHOLDS, MeasureOptions, OutputOptions, ProblemOptions, RuleOptions
-from zoscope.cli.output import emit, warn
+from zoscope.cli.output import check_picture, emit, warn
 from zoscope.cli.progress import aside, loading, visible
 from zoscope.errors import UsageError
 
@@ -146,7 +146,7 @@ class RunOptions:
         if self.assume_threshold is not None:
             validate.positive("--assume-threshold", self.assume_threshold)
         if self.plot is not None:
-            self._check_plot(self.plot)
+            check_picture(self.plot)
         self.kwargs()
 
     def kwargs(self) -> dict[str, Any]:
@@ -166,14 +166,6 @@ class RunOptions:
             "linearized": self.linearized,
             "assume_threshold": self.assume_threshold,
         }
-
-    @staticmethod
-    def _check_plot(path: Path) -> None:
-        from zoscope.cli.output import check_writable
-        from zoscope.report.figures import require_matplotlib
-
-        require_matplotlib()
-        check_writable(path, option="--plot")
 
 
 @flatten

@@ -12,9 +12,9 @@ import zoscope
 from zoscope.cli import validate
 from zoscope.cli.flatten import flatten
 from zoscope.cli.options import MeasureOptions, OutputOptions, ProblemOptions
-from zoscope.cli.output import check_writable, emit, warn
+from zoscope.cli.output import check_picture, emit, warn
 from zoscope.cli.progress import about, loading, measuring
-from zoscope.errors import NumericalError, UsageError
+from zoscope.errors import NumericalError
 
 if TYPE_CHECKING:
     from zoscope.analysis.density_results import SpectrumResult
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 PANEL = "Spectrum"
 PRECISION = "precision"  # code of the notice that --rtol was not reached
 MATRICES = ("hessian", "ggn")
-PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,7 @@ class SpectrumOptions:
     def __post_init__(self) -> None:
         validate.at_least("--top", self.top, 1)
         if self.plot is not None:
-            self._check_plot(self.plot)
-
-    @staticmethod
-    def _check_plot(path: Path) -> None:
-        from zoscope.report.figures import require_matplotlib
-
-        if path.suffix.lower() not in PICTURES:
-            raise UsageError(f"--plot: {path} has no picture's name. Expected one that ends in {', '.join(PICTURES)}.")
-        require_matplotlib()
-        check_writable(path, option="--plot")
+            check_picture(self.plot)
 
 
 @flatten

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from zoscope.cli.flatten import flatten
 from zoscope.cli.options import OutputOptions
-from zoscope.cli.output import check_writable, emit, warn
+from zoscope.cli.output import check_picture, emit, warn
 from zoscope.cli.progress import about, aside, loading, visible
 from zoscope.cli.track_options import FolderOptions, RunOptions
 from zoscope.errors import UsageError
@@ -33,10 +33,7 @@ Values = dict[str, Any]
 def command(run: RunOptions, place: FolderOptions, output: OutputOptions) -> None:
     """Train, and follow trace, λ_max, the band and the threshold on the way; resumable."""
     if place.plot is not None:
-        from zoscope.report.figures import require_matplotlib
-
-        check_writable(place.plot, option="--plot")
-        require_matplotlib()
+        check_picture(place.plot)
     if place.compare:
         _compare(run, place, output)
         return
@@ -160,7 +157,10 @@ def _tracked(
     options = dict(values)
     origin: Values = {key: options.pop(key) for key in ("spec", "set", "params", "checkpoint") if key in options}
     max_seconds = options.pop("max_seconds", None)
-    request = TrackRequest(**options)
+    try:
+        request = TrackRequest(**options)
+    except ValueError as error:  # each option alone was in order
+        raise UsageError(f"Options that do not fit together: {error}.") from None
     with loading(quiet=output.quiet):
         loaded = load_spec(
             origin["spec"],
@@ -281,8 +281,9 @@ def _compare(run: RunOptions, place: FolderOptions, output: OutputOptions) -> No
     folders = [Path(word) for word in run.spec or ()]
     if not folders:
         raise UsageError("--compare: no folder was named. Expected those of runs: zoscope track --compare RUN RUN.")
-    if place.resume is not None or place.config is not None or place.sweep or place.overwrite:
-        raise UsageError("--compare only reads runs. Leave --config, --resume, --sweep and --overwrite out.")
+    options = place.resume is not None or place.config is not None or place.sweep or place.overwrite
+    if options or any(getattr(run, entry.name) is not None for entry in fields(run) if entry.name != "spec"):
+        raise UsageError("--compare only reads runs, folders of which it takes. Leave all options of a run out.")
     _show(compare(folders), place, output)
 
 

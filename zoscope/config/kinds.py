@@ -177,7 +177,8 @@ class Pair:
 
     def read(self, node: Located, name: str) -> tuple[Any, Any]:
         if not isinstance(node.value, tuple) or len(node.value) != 2:
-            raise InvalidError.at(node, f"{name} must be a list of two values, got {node.described}.")
+            found = f"{len(node.value)} of them" if isinstance(node.value, tuple) else node.described
+            raise InvalidError.at(node, f"{name} must be a list of two values, got {found}.")
         first, second = node.value
         return self.item.read(first, f"{name}[0]"), self.item.read(second, f"{name}[1]")
 

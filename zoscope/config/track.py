@@ -63,7 +63,11 @@ class Interval:
 
     def read(self, node: Located, name: str) -> int | str:
         if isinstance(node.value, str):
-            return Choice(("auto", "adaptive")).read(node, name)
+            if node.value not in ("auto", "adaptive"):
+                raise InvalidError.at(
+                    node, f"{name} must be a number of steps, auto or adaptive; got {node.described}."
+                )
+            return node.value
         return Integer(1, _MOST).read(node, name)
 
     def schema(self) -> Schema:
@@ -220,7 +224,7 @@ def read_sweep(items: Sequence[str]) -> dict[str, list[Any]]:
     try:
         Grid().read(_located(grid), "--sweep")
     except InvalidError as error:
-        raise UsageError(error.issues[0].message) from None
+        raise UsageError(error.issues[0].message.replace("--sweep.", "--sweep ", 1)) from None
     return grid
 
 

@@ -19,7 +19,7 @@ from zoscope.report.bounds_tables import (
 )
 from zoscope.report.forward import forward_bounds_table, forward_curvature_table, forward_outlook
 from zoscope.report.minibatch import minibatch_section
-from zoscope.report.style import OPTIMIZER_NAMES, count, duration, quantity, rough_count, step_size
+from zoscope.report.style import OPTIMIZER_NAMES, count, counted, duration, quantity, rough_count, step_size
 from zoscope.report.tables import grid, heading, lines_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def header(result: BoundsResult, *, width: int) -> RenderableType:
     queries = "" if estimator.queries == 1 else f", {estimator.queries} queries per step"
     facts = [
         f"{count(problem.num_params)} parameters",
-        f"{count(problem.num_examples)} example{'s' if problem.num_examples != 1 else ''}",
+        counted(problem.num_examples, "example"),
         f"loss {quantity(problem.loss)}",
         f"‖g‖ {quantity(problem.grad_norm)}",
         f"{result.device} {result.dtype}",

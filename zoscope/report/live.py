@@ -121,7 +121,10 @@ class LiveView:
         left = duration((steps - step) / rate) if rate > 0 else MISSING
         doing = "measuring" if self._measures else f"{quantity(rate, digits=3)} steps/s, {left} left"
         lines = [
-            Text(f"{self._title}  step {count(step)} of {count(steps)} ({step / steps:.0%})  {doing}", style="bold"),
+            Text(
+                f"{self._title}  step {count(step)} of {count(steps)} ({100 * step / steps:.0f} %)  {doing}",
+                style="bold",
+            ),
             Text(f"loss   {self._spark.drawn(WIDTH)}  {quantity(self._loss, digits=3)}"),
         ]
         record = self._record

@@ -12,6 +12,7 @@ from zoscope.report.style import (
     MISSING,
     OPTIMIZER_NAMES,
     count,
+    counted,
     duration,
     quantity,
     rough_count,
@@ -93,7 +94,7 @@ def header(result: ProbeResult, *, width: int) -> Text:
     problem = result.problem
     facts = [
         f"{count(problem.num_params)} parameters",
-        f"{count(problem.num_examples)} examples",
+        counted(problem.num_examples, "example"),
         f"loss {quantity(problem.loss)}",
         f"‖g‖ {quantity(problem.grad_norm)}",
         f"{result.device}, {result.dtype}",

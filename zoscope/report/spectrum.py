@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from zoscope.report.bounds_tables import OPERATOR_NAMES
-from zoscope.report.style import MISSING, count, duration, quantity, quantity_with_error
+from zoscope.report.style import MISSING, count, counted, duration, quantity, quantity_with_error
 from zoscope.report.tables import grid, heading, lines_of, number_table
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def header(result: SpectrumResult, *, width: int) -> RenderableType:
     problem = result.problem
     facts = [
         f"{count(problem.num_params)} parameters",
-        f"{count(problem.num_examples)} example{'s' if problem.num_examples != 1 else ''}",
+        counted(problem.num_examples, "example"),
         f"loss {quantity(problem.loss)}",
         f"‖g‖ {quantity(problem.grad_norm)}",
         f"{result.device} {result.dtype}",

@@ -85,6 +85,11 @@ def count(value: float) -> str:
     return INFINITE if math.isinf(value) else f"{round(value):,}"
 
 
+def counted(value: int, noun: str) -> str:
+    """``1 example``, ``1,797 examples``."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def rough_count(value: float) -> str:
     """A number of steps that is only known roughly: two digits."""
     if math.isinf(value) or value < 100:

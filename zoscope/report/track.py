@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from zoscope.report.style import MISSING, OPTIMIZER_NAMES, count, duration, quantity, step_size
+from zoscope.report.style import MISSING, OPTIMIZER_NAMES, count, counted, duration, quantity, step_size
 from zoscope.report.tables import grid, heading, number_table
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.tracking.results import TrackResult
 
 MOST_ROWS = 20
+MOST_STEP_SIZES = 4
 STATUS_STYLES = {"finished": "bold green", "target": "bold green", "diverged": "bold red"}
 
 
@@ -68,13 +69,23 @@ def header(result: TrackResult) -> Text:
     name = Text(f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}", style="bold")
     facts = [
         f"{count(result.num_params)} parameters",
-        f"{count(result.num_examples)} examples",
-        f"lr {result.config['lr']}",
+        counted(result.num_examples, "example"),
+        f"lr {step_sizes_named(result.config['lr'])}",
         f"{result.device} {result.dtype}",
         f"{count(result.num_hvps)} HVPs",
         duration(result.seconds),
     ]
     return name + Text("\n" + " · ".join(facts), style="default")
+
+
+def step_sizes_named(lr: float | str | Mapping[str, Any]) -> str:
+    """Step sizes of a configuration in a few words."""
+    if isinstance(lr, Mapping):
+        return f"{lr['schedule']}, peak {lr['peak']:g}"
+    parts = str(lr).split(",")
+    if len(parts) <= MOST_STEP_SIZES:
+        return ",".join(parts)
+    return f"{parts[0]},…,{parts[-1]} ({len(parts)} values)"
 
 
 def thinned(records: Sequence[Record], most: int = MOST_ROWS) -> list[Record]:
@@ -120,7 +131,7 @@ def _products(result: TrackResult) -> str:
     spent = [record.num_hvps for record in result.records if record.num_hvps]
     if len(spent) < 2:
         return ""
-    return f" ({count(spent[0])} at first, {count(sum(spent[1:]) / (len(spent) - 1))} each later)"
+    return f" ({count(sum(spent) / len(spent))} each)"
 
 
 def _band(result: TrackResult) -> str:
@@ -128,7 +139,7 @@ def _band(result: TrackResult) -> str:
     if band.since is None:
         return f"not reached: {term} stays above 1.1 upper"
     return (
-        f"{term} within [0.9 lower, 1.1 upper] at {band.inside} of {band.of} measurements since step "
+        f"{term} within [0.9 lower, 1.1 upper] at {band.inside} of {counted(band.of, 'measurement')} since step "
         f"{count(band.since)}, where the curvature reached it"
     )
 
@@ -141,7 +152,7 @@ def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
         + Text(f": {result.reason}", style="default"),
     )
     yield "band", _band(result)
-    share = f"{result.measuring_seconds / result.seconds:.0%}" if result.seconds > 0 else MISSING
+    share = f"{100 * result.measuring_seconds / result.seconds:.0f} %" if result.seconds > 0 else MISSING
     per = _products(result)
     yield "measuring", f"every {count(result.every)} steps, {count(result.num_hvps)} HVPs{per}, {share} of the time"
     if result.folder is not None:

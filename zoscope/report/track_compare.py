@@ -36,6 +36,10 @@ SHOWN = (
 """Options that are named where they differ between runs."""
 
 
+LABEL, NUMBERS = 28, 62
+"""Longest label, and the width of everything beside it."""
+
+
 @dataclass(frozen=True)
 class ComparisonReport:
     """Lays runs out, one row each.
@@ -49,7 +53,7 @@ class ComparisonReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """The table, what the columns are, what failed."""
         yield heading("Runs", "each at its last measurement")
-        yield table(self.comparison)
+        yield table(self.comparison, width=options.max_width)
         same = differing(self.comparison)
         if same and len(self.comparison.results) > 1:
             yield Text(f"They differ in {', '.join(same)}.", style="dim")
@@ -70,14 +74,18 @@ def render(comparison: Comparison) -> ComparisonReport:
 def differing(comparison: Comparison) -> list[str]:
     """Options in which the runs differ."""
     configs = [result.config for _, result in comparison.results]
-    return [key for key in SHOWN if len({repr(config.get(key)) for config in configs}) > 1]
+    found = [key for key in SHOWN if len({repr(config.get(key)) for config in configs}) > 1]
+    settings = [config.get("set") or {} for config in configs]
+    names = dict.fromkeys(name for setting in settings for name in setting)
+    named = [f"set.{name}" for name in names if len({repr(setting.get(name)) for setting in settings}) > 1]
+    return [word for key in found for word in (named if key == "set" else [key])]
 
 
-def table(comparison: Comparison) -> Table:
-    """One row per run."""
+def table(comparison: Comparison, *, width: int) -> Table:
+    """One row per run; where there is little room, labels are cut rather than numbers."""
     columns = number_table("run", "steps", "loss", "η", "trace", "λ_max", "term", "η/η*", "in band")
     for label, result in comparison.results:
-        columns.add_row(_short(label), *_cells(result))
+        columns.add_row(_short(label, min(LABEL, max(width - NUMBERS, LABEL // 2))), *_cells(result))
     return columns
 
 
@@ -95,5 +103,5 @@ def _cells(result: TrackResult) -> list[str | Text]:
     return [steps, quantity(loss, digits=3), *numbers, f"{band.inside} of {band.of}" if band.of else MISSING]
 
 
-def _short(label: str, most: int = 28) -> str:
+def _short(label: str, most: int) -> str:
     return label if len(label) <= most else f"…{label[1 - most :]}"

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class StabilityMonitor:
     """Measures the curvature where a training loop stands, and compares its step size with what that allows.
 
-    The model of ``problem`` is the one that the loop trains; it comes back from every measurement as it was. Later
-    measurements start from what the last one found, and cost fewer products for it.
+    The model of ``problem`` is the one that the loop trains; it comes back from every measurement as it was. Every
+    measurement starts anew: bases kept from the one before were tried, and saved no products.
 
         monitor = zoscope.StabilityMonitor(problem, optimizer, every=500, steps=20_000)
         for batch in loader:

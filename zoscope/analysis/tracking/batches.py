@@ -64,8 +64,9 @@ class MiniBatches:
     def __init__(self, objective: Objective, *, batch_size: int, seed: int) -> None:
         if batch_size > objective.num_examples:
             raise UsageError(
-                f"--batch-size {batch_size}: the problem has {objective.num_examples:,} examples. Expected at most as "
-                "many; leave it out to use all of them at every step."
+                f"--batch-size {batch_size}: the problem has {objective.num_examples:,} example"
+                f"{'' if objective.num_examples == 1 else 's'}. Expected at most as many; leave it out to use all of "
+                "them at every step."
             )
         self._objective, self._seed = objective, seed
         self._examples = Examples(objective)

@@ -142,7 +142,7 @@ class Run:
             return "interrupted", f"interrupted after step {self.step:,}"
         if self.max_seconds is not None and time.perf_counter() - self._began >= self.max_seconds:
             self.checkpoint()
-            return "time", f"{self.max_seconds:g} seconds were over after step {self.step:,}"
+            return "time", f"the {self.max_seconds:g} s were over after step {self.step:,}"
         return None
 
     def _diverged(self, loss: float) -> tuple[Status, str]:

@@ -69,7 +69,10 @@ class TrackRequest:
         else:
             require_count("every", self.every)
         if self.forward_every is not None and self.first_order:
-            raise ValueError("forward_every watches the loss values of zeroth-order steps: expected a zo- optimizer")
+            raise ValueError(
+                "forward_every watches the loss values of zeroth-order steps and needs a zo- optimizer, got "
+                f"{self.optimizer!r}; leave it out"
+            )
         require_count("seed", self.seed, least=0)
         for name in ("mu", "rtol", "divergence"):
             require_positive(name, getattr(self, name))
