@@ -68,7 +68,11 @@ class StabilityCallback(Callback):
         if self._monitor is None or trainer.global_step == self._last:
             return  # a batch that was only accumulated
         self._last = trainer.global_step
-        record = self._monitor.step(lr=float(trainer.optimizers[0].param_groups[0]["lr"]), step=trainer.global_step)
+        optimizer = trainer.optimizers[0]
+        lr = float(optimizer.param_groups[0]["lr"])
+        if not lr and not self.records:  # the beginning of a warm-up: the step size that it leads to
+            lr = float(optimizer.defaults["lr"])
+        record = self._monitor.step(lr=lr, step=trainer.global_step)
         if record is None:
             return
         for logger in trainer.loggers:

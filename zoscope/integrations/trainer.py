@@ -113,10 +113,10 @@ class StabilityCallback(TrainerCallback):
             control.should_log = wanted  # logging takes the wish for the regular log away
 
     def _lr(self) -> float:
-        """Learning rate of the next step; 0 at the beginning of a warm-up is no step size, the one after it is."""
+        """Learning rate of the next step; at the beginning of a warm-up, where it is 0, the one that it leads to."""
         optimizer: Any = self._trainer.optimizer
         lr = float(optimizer.param_groups[0]["lr"])
-        return lr if lr > 0 else float(optimizer.defaults["lr"])
+        return lr if lr > 0 or self.records else float(optimizer.defaults["lr"])
 
 
 def _bare(optimizer: Any) -> Any:

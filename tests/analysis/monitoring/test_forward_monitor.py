@@ -127,5 +127,7 @@ def test_a_loss_that_is_not_finite_is_left_out() -> None:
 
 
 def test_a_monitor_without_an_optimizer_takes_no_step() -> None:
+    with pytest.raises(ValueError, match="SGD, which evaluates no two-point queries"):
+        zoscope.ForwardMonitor(torch.optim.SGD([torch.zeros(2)], lr=0.1))
     with pytest.raises(ValueError, match="observe"):
         zoscope.ForwardMonitor().step(lambda: 0.0)

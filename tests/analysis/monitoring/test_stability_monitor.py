@@ -97,3 +97,15 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         zoscope.StabilityMonitor(problem, "lion")
     with pytest.raises(UsageError, match=r"monitor\.records"):
         zoscope.StabilityMonitor(problem, "zo-gd", file=tmp_path / "no" / "file", device="cpu").step(lr=0.01)
+
+
+def test_a_schedule_may_begin_and_end_at_zero() -> None:
+    model, problem = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (0.0, 0.5, 0.25, 0.0)[min(step, 3)])
+    monitor = zoscope.StabilityMonitor(problem, optimizer, every=4, device="cpu")
+    for _ in range(5):
+        monitor.step()
+        optimizer.step()
+        schedule.step()
+    assert [record.lr for record in monitor.records] == [0.1, 0.025]

@@ -114,6 +114,11 @@ class ForwardMonitor:
         require_count("every", every)
         require_count("window", window, least=LEAST)
         if optimizer is not None:
+            if not isinstance(optimizer, ZeroOrderOptimizer):
+                raise ValueError(
+                    f"optimizer is a {type(optimizer).__name__}, which evaluates no two-point queries: expected "
+                    "zoscope.ZOGD, ZOGDM or ZOAdam, or None and observe()"
+                )
             setup = setup_of(optimizer)
             name, constants = setup.name.removeprefix("zo-"), setup.constants
             mu = constants.pop("mu")

@@ -103,6 +103,7 @@ class StabilityMonitor:
         self._state: dict[str, Any] | None = None
         self._losses: list[float] = []
         self._done = -1
+        self._last_lr: float | None = None
         self.records: list[Record] = []
         self.warnings: tuple[Notice, ...] = ()
 
@@ -118,7 +119,7 @@ class StabilityMonitor:
 
         Args:
             loss: What the step saw; their mean and their maximum are in the next record.
-            lr: Step size of the step; read from the optimizer when left out.
+            lr: Step size of the step; read from the optimizer when left out. For 0 the last one above it is taken.
             step: Steps done; counted when left out (0 at the first call).
 
         Returns:
@@ -130,6 +131,8 @@ class StabilityMonitor:
         self._done = self._done + 1 if step is None else step
         if loss is not None:
             self._losses.append(float(loss))
+        if lr is not None or self._optimizer is not None:
+            lr = self._positive(self._lr() if lr is None else lr)
         if self._done % self._every:
             return None
         return self.measure(lr=lr, step=self._done)
@@ -149,7 +152,7 @@ class StabilityMonitor:
             SpecError, NumericalError: As ``zoscope.bounds``.
             UsageError: If the file cannot be written.
         """
-        lr = self._lr() if lr is None else lr
+        lr = self._positive(self._lr() if lr is None else lr)
         require_positive("lr", lr)
         done = max(self._done, 0) if step is None else step
         remaining = 0 if self._steps is None else max(self._steps - done, 0)
@@ -182,6 +185,14 @@ class StabilityMonitor:
                 "itself instead of its name"
             )
         return float(self._optimizer.param_groups[0]["lr"])
+
+    def _positive(self, lr: float) -> float:
+        """In place of 0, where schedules begin and end, the last step size above it, or what is warmed up to."""
+        if lr == 0:
+            planned = None if self._optimizer is None else self._optimizer.defaults.get("lr")
+            return self._last_lr or (lr if planned is None else float(planned))
+        self._last_lr = lr
+        return lr
 
     def _second_moment(self) -> tuple[Tensor | None, int]:
         if self._optimizer is None or self._request.family != "adam":
