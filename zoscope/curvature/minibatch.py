@@ -151,9 +151,7 @@ def _along(
     return np.array(coupling) / scale, np.array(spread) / scale
 
 
-def _spread_vector(
-    operator: ExampleMean, examples: Examples, pairs: Eigenpairs, generator: torch.Generator
-) -> Tensor:
+def _spread_vector(operator: ExampleMean, examples: Examples, pairs: Eigenpairs, generator: torch.Generator) -> Tensor:
     """``Σ_g ξ_g (H_g - H) z / √(k s_g)`` for a new partition, a new z and new signs; two products.
 
     z has coordinates ±1 along the eigenvectors, which carry most of the spread: their squares do not scatter.
