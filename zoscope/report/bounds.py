@@ -126,8 +126,11 @@ def _advice(row: OptimizerBounds, steps: int) -> Text:
     known = math.isfinite(row.binding.value)
     binds = f"{name} binds at {step_size(row.binding.value)}" if known else "Negative curvature"
     text = Text.assemble(f"{binds}: use lr ≤ ", (step_size(row.recommended), "bold green"))
-    if row.horizon is not None and row.horizon.lower < row.recommended and known:
-        text.append(f"; only below {step_size(row.horizon.lower)} also if all negative curvature feeds the noise")
+    lower = None if row.horizon is None else row.horizon.lower
+    if row.minibatch is not None:
+        lower = row.minibatch.horizon.lower.value
+    if lower is not None and lower < row.recommended and known:
+        text.append(f"; only below {step_size(lower)} also if all negative curvature feeds the noise")
     if row.predicted_lr is not None:
         text.append(f"; the predicted loss is lowest at {step_size(row.predicted_lr, digits=2)}")
     return text.append(".")
