@@ -113,8 +113,9 @@ def test_a_hundred_products_suffice_for_a_horizon(name: str, horizon: Sample) ->
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_intervals_cover_the_truth_as_often_as_they_say(quantity: str, infinite_time: Sample, horizon: Sample) -> None:
-    assert infinite_time.covered[quantity] >= 45, told(infinite_time)
-    assert horizon.covered[quantity] >= 45, told(horizon)
+    least = 43  # 95 % of 50 less three standard deviations of 1.5: there are thirty of these counts
+    assert infinite_time.covered[quantity] >= least, told(infinite_time)
+    assert horizon.covered[quantity] >= least, told(horizon)
 
 
 def test_autograd_products_give_what_the_dense_matrix_gives(subject: Subject) -> None:
