@@ -206,7 +206,7 @@ def track_request(
             problem.prepare(device=request.device, dtype=request.dtype, micro_batch=request.micro_batch)
         )
         stop = stack.enter_context(gentle_interrupts())
-        going = Run(objective, request, place, stop, max_seconds=max_seconds, observers=tuple(observers))
+        going = Run(objective, request, place, stop, max_seconds=max_seconds, observers=tuple(observers), config=config)
         _start(going, config, overwrite=overwrite)
         status, reason = going.go()
         result = TrackResult(
@@ -288,5 +288,12 @@ def _start(going: Run, config: Mapping[str, Any], *, overwrite: bool) -> None:
     content = place.read_checkpoint()
     if content is None:  # stopped before the first one: from the start
         place.truncate_metrics(0)
-    else:
-        going.restore(content)
+        return
+    stored = content.get("config", config)
+    for key in sorted({*stored, *config}):
+        if stored.get(key) != config.get(key):
+            raise UsageError(
+                f"--resume {place.path}: {key} is {config.get(key)!r} in config.yaml, and was {stored.get(key)!r} when "
+                "the checkpoint was written. Put it back, or start a new run from checkpoint.pt with --checkpoint."
+            )
+    going.restore(content)

@@ -134,6 +134,14 @@ def test_a_run_goes_on_with_its_own_options_only(tmp_path):
         zoscope.track(network(), run=tmp_path, resume=True, **{**OPTIONS, "lr": 0.5})
 
 
+def test_options_edited_in_the_file_are_noticed(tmp_path):
+    interrupted(tmp_path, 5, **OPTIONS)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("0.01,25:0.02", "0.03"))
+    with pytest.raises(UsageError, match=r"lr is 0\.03 in config\.yaml, and was '0\.01,25:0\.02'"):
+        zoscope.track(network(), run=tmp_path, resume=True, **{**OPTIONS, "lr": 0.03})
+
+
 def test_other_data_are_noticed(tmp_path):
     interrupted(tmp_path, 5, **OPTIONS)
     changed = network()

@@ -61,6 +61,7 @@ class Run:
         stop: Set by someone who wants the run to stop.
         max_seconds: Time for this session of the run.
         observers: Who watches.
+        config: The options as ``config.yaml`` holds them; a checkpoint goes on with no others.
     """
 
     objective: Objective
@@ -69,6 +70,7 @@ class Run:
     stop: Stop
     max_seconds: float | None = None
     observers: tuple[Observer, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     step: int = 0
     measuring_seconds: float = 0.0
@@ -217,6 +219,7 @@ class Run:
             {
                 "model": self.parameters(copies=False),
                 "optimizer": self.stepper.state_dict(),
+                "config": dict(self.config),
                 "run": {
                     "step": self.step,
                     "trained": list(self.objective.names),
