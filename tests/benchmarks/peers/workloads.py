@@ -45,6 +45,8 @@ class Workload:
 class HalfSquaredError(nn.Module):
     """Half the squared distance, averaged over the examples."""
 
+    reduction = "mean"  # curvlinops asks, as it would torch's own losses
+
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - targets).square().sum(dim=1).mean()
 
