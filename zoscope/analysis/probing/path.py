@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from zoscope.problem import Objective
     from zoscope.theory.rules import UpdateRule
 
-MOST_GRADIENTS = 1000
-"""A longer path is cut off there."""
+MOST_GRADIENTS = 10_000
+"""A longer path is cut off there. Stable zeroth-order runs have steps below 1/λ_max: it takes fewer than they do."""
 
 
 @dataclass(frozen=True)
