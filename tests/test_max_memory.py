@@ -15,7 +15,7 @@ from zoscope.curvature.measure import measure
 from zoscope.runtime import available_memory, held_memory, is_limited, memory_limit
 
 MEASURED = """
-import json, resource, sys
+import json, sys
 import torch
 from torch import nn
 import zoscope
@@ -30,7 +30,8 @@ problem = zoscope.Problem.from_criterion(model, [batch], nn.CrossEntropyLoss())
 held = held_memory("cpu")
 limit = held + int(sys.argv[1]) if len(sys.argv) > 1 else None
 found = zoscope.bounds(problem, optimizers=("gd",), max_hvps=24, steps=10, max_memory=limit)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which begins at that of the process that started this one.
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 trace = found.to_dict()["curvature"]["hessian"]["trace"]
 print(json.dumps({"held": held, "limit": limit, "peak": peak, "trace": trace}))
 """

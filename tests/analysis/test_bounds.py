@@ -373,3 +373,11 @@ def test_a_preconditioner_that_is_nearly_a_number_costs_no_products() -> None:
         assert abs(first.value - second.value) < first.half_width + second.half_width
     assert a.descent == pytest.approx(b.descent, rel=0.02)
     assert any(notice.code == "measurement" and "no products" in notice.message for notice in together.warnings)
+
+
+def test_products_add_up_to_what_was_spent() -> None:
+    document = measured(quadratic(INDEFINITE), optimizers=("gd", "adam")).to_dict()
+    parts = [entry["num_hvps"] for entry in document["curvature"].values()]
+    assert document["num_hvps"] == sum(parts) + document["checks"]["num_hvps"]
+    assert document["checks"]["num_hvps"] > 0
+    assert document["curvature"]["hessian"]["hvp"] == "double-backward"

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-import zoscope
-from zoscope.curvature.kinks import is_smooth, kink_trace
+from zoscope.curvature.kinks import kink_trace
 from zoscope.curvature.operators import HessianOperator
 from zoscope.problem import Problem
 
@@ -50,60 +49,3 @@ def test_one_kink_counts_by_the_directions_that_cross_it():
     with problem.prepare(device="cpu") as objective:
         found = kink_trace(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
     assert found.value == pytest.approx(count / width, abs=5 * found.stderr)
-
-
-@pytest.mark.parametrize(
-    ("layer", "smooth"),
-    [
-        (nn.GELU(), True),
-        (nn.Softmax(dim=1), True),
-        (nn.LayerNorm(4), True),
-        (nn.BatchNorm1d(4).eval(), True),
-        (nn.ReLU(), False),
-        (nn.Hardtanh(), False),
-        (nn.LeakyReLU(), False),
-        (nn.Softshrink(), False),
-        (nn.Threshold(0.0, 1.0), False),
-        (nn.Dropout(0.5).eval(), True),
-    ],
-    ids=str,
-)
-def test_what_is_made_of_smooth_operations_is_known_to_have_no_kinks(layer, smooth):
-    problem = Problem.from_criterion(
-        nn.Sequential(nn.Linear(3, 4), layer), [(torch.ones(5, 3), torch.zeros(5, 4))], nn.MSELoss()
-    )
-    with problem.prepare(device="cpu") as objective:
-        assert is_smooth(objective) is smooth
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x.abs().sum(),
-        lambda x: x.square().sum().sqrt(),
-        lambda x: x.norm(),
-        lambda x: x.max(),
-        lambda x: x.clamp(min=0).sum(),
-        lambda x: torch.where(x > 0, x, 2 * x).sum(),
-        lambda x: (x**1.5).sum(),
-        lambda x: torch.maximum(x, 2 * x).sum(),
-        lambda x: x.sort().values[0],
-    ],
-)
-def test_kinks_of_plain_functions_are_not_overlooked(function):
-    with Problem.from_function(function, torch.ones(3)).prepare(device="cpu") as objective:
-        assert not is_smooth(objective)
-
-
-def test_products_for_kinks_are_spent_where_there_may_be_some():
-    x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 1)
-    for layer, products in ((nn.ReLU(), 3 + 1), (nn.Tanh(), 0)):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(5, 1))
-        problem = Problem.from_criterion(model, [(x, y)], nn.MSELoss())
-        found = zoscope.bounds(problem, optimizers=("gd",), device="cpu", steps=10)
-        assert found.num_check_hvps == products  # the fourth sees that products repeat
-        document = found.to_dict()
-        assert document["checks"] == {"num_hvps": products}
-        assert document["num_hvps"] == products + document["curvature"]["hessian"]["num_hvps"]
-        assert document["curvature"]["hessian"]["hvp"] == "double-backward"

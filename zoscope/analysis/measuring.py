@@ -12,7 +12,7 @@ from zoscope.analysis.minibatch import Batches, Slope, batches_of
 from zoscope.analysis.rows import Measured
 from zoscope.curvature.adam_state import stored_preconditioner
 from zoscope.curvature.ggn import GGNOperator
-from zoscope.curvature.kinks import is_smooth, kink_trace
+from zoscope.curvature.kinks import kink_trace
 from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
 from zoscope.curvature.precondition import (
@@ -110,7 +110,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
 
 def _missed_trace(objective: Objective, base: LinearOperator, request: Request) -> float:
     """Curvature at kinks, where three standard errors tell it from none."""
-    if not isinstance(base, HessianOperator) or is_smooth(objective):
+    if not isinstance(base, HessianOperator):
         return 0.0
     (generator,) = spawn_generators(request.seed, 1, base.device)
     excess = kink_trace(objective, base, generator=generator)
