@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-class Shown:
+class Shown(ABC):
     """A result with tables of its own. The report is imported late: results know nothing of how they are shown."""
 
+    @abstractmethod
     def __rich__(self) -> RenderableType:
         """Tables for the terminal."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         """The same without colours."""
