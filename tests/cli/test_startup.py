@@ -5,7 +5,13 @@ import sys
 from pathlib import Path
 
 QUADRATIC = Path(__file__).parents[2] / "examples" / "quadratic.py"
-SLOW = ("sympy", "scipy.optimize", "scipy.special", "torch._dynamo", "matplotlib", "zoscope.optim")
+SLOW = ("sympy", "scipy", "torch._dynamo", "matplotlib", "jsonschema", "zoscope.optim")
+NEEDLESS = (
+    *("yaml", "tomllib", "statistics", "rich.progress", "rich.live"),
+    *("zoscope.analysis.minibatch", "zoscope.theory.minibatch", "zoscope.curvature.minibatch"),
+    *("zoscope.curvature.ggn", "zoscope.curvature.adam_state", "zoscope.report.forward", "zoscope.report.minibatch"),
+)
+"""What only some options, or a terminal, ask for."""
 
 
 def loaded_after(*args: str) -> set[str]:
@@ -18,6 +24,21 @@ def test_bounds_loads_no_package_that_takes_longer_than_its_measurement() -> Non
     loaded = loaded_after("bounds", str(QUADRATIC), "--quiet")
     assert "zoscope.analysis.bounds" in loaded
     assert not loaded & set(SLOW)
+
+
+def test_bounds_loads_nothing_that_only_other_options_need() -> None:
+    loaded = loaded_after("bounds", str(QUADRATIC), "--quiet")
+    assert "zoscope.analysis.slope" in loaded
+    assert not loaded & set(NEEDLESS)
+
+
+def test_torch_is_loaded_without_a_collection_of_garbage() -> None:
+    code = (
+        "import gc; from zoscope.cli.imports import load_torch; count = gc.get_stats()[2]['collections']; load_torch(); "
+        "print(gc.get_stats()[2]['collections'] - count, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True", "True"]
 
 
 def test_help_of_a_command_loads_no_other_command() -> None:

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zoscope.analysis.minibatch import Batches, Slope, batches_of
 from zoscope.analysis.rows import Measured
-from zoscope.curvature.adam_state import stored_preconditioner
-from zoscope.curvature.ggn import GGNOperator
+from zoscope.analysis.slope import Slope
 from zoscope.curvature.kinks import kink_trace
 from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
@@ -26,6 +24,7 @@ from zoscope.runtime import spawn_generators
 from zoscope.theory.curve import GradientMeasure
 
 if TYPE_CHECKING:
+    from zoscope.analysis.minibatch import Batches
     from zoscope.analysis.request import Request
     from zoscope.curvature.results import Curvature
     from zoscope.problem import Objective
@@ -86,7 +85,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
     if adam:
         preconditioner = _preconditioner(objective, g, request=request, moments=moments)
-    batches = batches_of(objective, base, g, request)
+    batches = _batches(objective, base, g, request)
     scalar = plain and preconditioner is not None and batches is None and _is_scalar(preconditioner, request)
     if plain:
         # Of a spectrum that serves Adam too the same precision is wanted for Adam.
@@ -126,6 +125,8 @@ def curvature_operator(objective: Objective, request: Request) -> LinearOperator
     if request.curvature == "hessian":
         return HessianOperator(objective, hvp=request.hvp, expected=min(request.max_hvps, LIKELY_HVPS))
     if request.curvature == "ggn":
+        from zoscope.curvature.ggn import GGNOperator  # late, as what only some options need takes time to load
+
         return GGNOperator(objective)
     raise UsageError(
         f"--curvature {request.curvature} knows no spectrum, which this needs: expected hessian or ggn. "
@@ -255,5 +256,23 @@ def _told(on_progress: OnProgress | None, operator: str) -> OnProgress | None:
 
 def _preconditioner(objective: Objective, g: Tensor, *, request: Request, moments: EstimatorMoments) -> Preconditioner:
     if request.state_file is not None:
+        from zoscope.curvature.adam_state import stored_preconditioner
+
         return stored_preconditioner(request.state_file, objective=objective, betas=request.betas, eps=request.eps)
     return expected_preconditioner(g, moments=moments, eps=request.eps)
+
+
+def _batches(objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> Batches | None:
+    """What measures mini-batches; ``None`` where every step sees all examples."""
+    size = request.batch_size
+    if size is None:
+        return None
+    if size >= objective.num_examples:
+        if objective.num_examples > 1:
+            objective.notify(
+                "full-batch", f"A batch of {size} holds all {objective.num_examples} examples: no step is noisy."
+            )
+        return None
+    from zoscope.analysis.minibatch import Batches
+
+    return Batches(objective, base, g, request)

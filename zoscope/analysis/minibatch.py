@@ -18,7 +18,6 @@ from zoscope.curvature.precondition import expected_diagonal
 from zoscope.errors import UsageError
 from zoscope.problem.examples import Examples
 from zoscope.runtime import spawn_generators
-from zoscope.theory.descent import descent_threshold_adam
 from zoscope.theory.minibatch import spread_of_batches
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import widening
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zoscope.analysis.request import Request
+    from zoscope.analysis.slope import Slope
     from zoscope.problem import Objective
     from zoscope.theory.minibatch import HessianNoise
     from zoscope.theory.moments import EstimatorMoments
@@ -34,38 +34,6 @@ if TYPE_CHECKING:
     from zoscope.theory.spectrum import SampledSpectrum
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Slope:
-    """What the descent threshold depends on, P being the identity for gradient descent.
-
-    Args:
-        gPg: ``gᵀP⁻¹g``.
-        gPHPg: ``gᵀP⁻¹HP⁻¹g``.
-        trace: ``Tr P⁻¹HP⁻¹``.
-        grad_sq: ``‖g‖²``.
-    """
-
-    gPg: float  # noqa: N815 - as in the formula
-    gPHPg: float  # noqa: N815
-    trace: float
-    grad_sq: float
-
-    def threshold(
-        self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0
-    ) -> float:
-        """The descent threshold, with the noise of mini-batches if there is any."""
-        return descent_threshold_adam(
-            gPg=self.gPg,
-            gPHPg=self.gPHPg,
-            trace_php=self.trace,
-            grad_sq=self.grad_sq,
-            noise_curvature=noise_curvature,
-            noise_sq=noise_sq,
-            moments=moments,
-            rule=rule,
-        )
 
 
 @dataclass(frozen=True)
@@ -209,17 +177,3 @@ def _require_whole(objective: Objective, size: int) -> None:
         f"--batch-size {size}: the problem's {len(objective.shards)} batches cannot be cut into examples, so a "
         f"mini-batch can only be one of them, of {found} examples. Make batches of {size} in the spec, at least two."
     )
-
-
-def batches_of(objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> Batches | None:
-    """What measures mini-batches; ``None`` where every step sees all examples."""
-    size = request.batch_size
-    if size is None:
-        return None
-    if size >= objective.num_examples:
-        if objective.num_examples > 1:
-            objective.notify(
-                "full-batch", f"A batch of {size} holds all {objective.num_examples} examples: no step is noisy."
-            )
-        return None
-    return Batches(objective, base, g, request)

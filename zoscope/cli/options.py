@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from zoscope.cli import validate
+from zoscope.cli.imports import load_torch
 
 if TYPE_CHECKING:
     from zoscope.spec import LoadedSpec
@@ -84,6 +85,7 @@ class ProblemOptions:
 
     def load(self) -> LoadedSpec:
         """The problem; from here on torch is loaded. Its ``display`` says where a SPEC that was left out came from."""
+        load_torch()
         from zoscope.spec import load_spec, parse_settings, resolve_spec
 
         settings = parse_settings(self.settings or [])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer import Option
 
 import zoscope
@@ -224,6 +223,9 @@ def running(*, quiet: bool) -> Iterator[tuple[Callable[..., None] | None, Callab
     if not visible(quiet=quiet):
         yield None, None
         return
+    # Late: only a terminal needs it.
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -6,11 +6,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from zoscope.errors import ZoscopeError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Report = Callable[..., None]
 
@@ -90,6 +93,9 @@ def products_needed(num_hvps: int, precision: float | None, *, max_hvps: int, rt
 
 
 def _bar() -> Progress:
+    # Late: only a terminal needs it.
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

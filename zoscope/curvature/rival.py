@@ -7,9 +7,9 @@ So it is tried by itself only for losses made of operations that are known to wo
 from __future__ import annotations
 
 import re
-import statistics
 import time
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +91,7 @@ class Rival:
         Raises:
             KeyboardInterrupt: If it is interrupted; errors of the method itself are its defeat.
         """
-        usual, objective = statistics.median(self._seconds), self._objective
+        usual, objective = float(np.median(self._seconds)), self._objective
         if self._expected * HOPED_GAIN * usual < SETUP_PRODUCTS * usual + SETUP_SECONDS:
             return None
         if is_limited():  # what it takes at its peak cannot be told beforehand

@@ -17,8 +17,6 @@ from zoscope.report.bounds_tables import (
     planned_table,
     settings_line,
 )
-from zoscope.report.forward import forward_bounds_table, forward_curvature_table, forward_outlook
-from zoscope.report.minibatch import minibatch_section
 from zoscope.report.style import OPTIMIZER_NAMES, count, counted, duration, quantity, rough_count, step_size
 from zoscope.report.tables import grid, heading, lines_of
 
@@ -51,6 +49,9 @@ class BoundsReport:
         yield header(result, width=options.max_width)
         yield heading("Curvature", "± is the half-width of the 95 % interval")
         if result.forward is not None:
+            # Late, as are mini-batches: what only some results have takes time to load.
+            from zoscope.report.forward import forward_bounds_table, forward_curvature_table
+
             yield forward_curvature_table(result.forward)
             yield heading("Step-size bounds", settings_line(result))
             yield forward_bounds_table(result)
@@ -59,7 +60,10 @@ class BoundsReport:
             yield from _bounds(result, console, options)
             yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
             yield horizon_table(result)
-            yield from minibatch_section(result)
+            if any(row.minibatch for row in result.optimizers.values()):
+                from zoscope.report.minibatch import minibatch_section
+
+                yield from minibatch_section(result)
         yield heading(f"For {count(result.steps)} steps")
         yield advice(result)
         if any(row.verdict for row in result.optimizers.values()):
@@ -167,6 +171,8 @@ def _verdict(verdict: Verdict) -> Text:
 def _outlook(verdict: Verdict) -> str:
     planned = count(verdict.steps)
     if verdict.blow_up is None:
+        from zoscope.report.forward import forward_outlook
+
         return forward_outlook(verdict)
     if verdict.outlook == "stable":
         return f"does not blow up within {planned} steps"

@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 
 
 def minibatch_section(result: BoundsResult) -> Iterator[RenderableType]:
-    """Heading and table; nothing where every step sees all examples."""
-    found = next((row.minibatch for row in result.optimizers.values() if row.minibatch is not None), None)
-    if found is None:
-        return
+    """Heading and table of a result with mini-batches."""
+    found = next(row.minibatch for row in result.optimizers.values() if row.minibatch is not None)
     title = f"With mini-batches of {count(found.batch_size)} of {count(found.examples)} examples"
     yield heading(title, "drawn anew at every step; what follows goes by these")
     yield _table(result)

@@ -1,12 +1,9 @@
-"""Which spec is meant, and with which settings; loads nothing."""
+"""Which spec is meant, and with which settings; loads no spec, and a parser only where there is something to parse."""
 
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from zoscope.errors import UsageError
 
@@ -50,6 +47,8 @@ def resolve_spec(spec: str | None, *, cwd: Path) -> tuple[str, str | None]:
 
 
 def _spec_of_yaml(path: Path) -> Any:
+    import yaml
+
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -58,13 +57,15 @@ def _spec_of_yaml(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    mark = getattr(error, "problem_mark", None)  # a MarkedYAMLError knows where
     if mark is None:
         return " ".join(str(error).split())
     return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'not valid YAML'}"
 
 
 def _spec_of_pyproject(path: Path) -> Any:
+    import tomllib
+
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -101,6 +102,10 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
     Raises:
         UsageError: If an option has no ``=``, no valid key, or a value that is not YAML.
     """
+    if not items:
+        return {}
+    import yaml
+
     settings: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")

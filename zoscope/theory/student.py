@@ -1,8 +1,10 @@
 """Student's factor, by which an error bar from few samples is widened."""
 
 import math
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 NORMAL = 1.959963984540054
 """Half-width of the 95 % interval of a normal law, in standard deviations."""
@@ -28,7 +30,7 @@ def widening(freedom: float) -> float:
         raise ValueError(f"freedom must be at least 1, got {freedom}")
     if freedom > 1e6:
         return 1.0
-    nodes, weights = np.polynomial.legendre.leggauss(40)
+    nodes, weights = _gauss_rule()
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     theta = math.atan(NORMAL / math.sqrt(freedom))
     for _ in range(50):
@@ -38,3 +40,10 @@ def widening(freedom: float) -> float:
         if abs(step) < 1e-14:
             break
     return math.sqrt(freedom) * math.tan(theta) / NORMAL
+
+
+@cache
+def _gauss_rule() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gauss's rule on [-1, 1]; computing it takes far longer than using it."""
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    return nodes, weights
