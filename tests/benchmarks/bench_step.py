@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from zoscope import Problem
 from zoscope.optim import ZOGD, ZOGDM, ZOAdam
-from zoscope.optim.replicas import Estimator, Limits, run
+from zoscope.optim.replicas import Estimator, Limits, Plan, run
 from zoscope.optim.rules import GD
 from zoscope.optim.surface import StackedSurface
 
@@ -140,9 +140,8 @@ def bench_replicas(rounds: int) -> dict[str, float]:
             start, shard = objective.read(), objective.shards[0]
             optimizer = ZOGD(objective.params, lr=1e-9)
             rule, limits = GD(), Limits()
-            settings = {"rule": rule, "estimator": Estimator(), "lr": 1e-9, "steps": STEPS, "seed": 0, "limits": limits}
-            surface = StackedSurface(objective)
-            together = partial(run, surface, start, replicas=8, together=True, **settings)
+            plan = Plan(rule, Estimator(), lr=1e-9, steps=STEPS, replicas=8, seed=0, limits=limits)
+            together = partial(run, StackedSurface(objective), start, plan, together=True)
             loss = partial(objective.loss, shard)
             seconds = alternate(
                 {"together": together, "alone": partial(steps, optimizer, loss)}, rounds=max(rounds // STEPS, 5)

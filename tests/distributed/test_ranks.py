@@ -36,8 +36,26 @@ COMMANDS = {
     "cut for derivatives": ["bounds", f"{SPEC}:wide", "--max-hvps", "25", "--optimizer", "gd"],
     "micro-batches": ["bounds", SPEC, "--micro-batch", "3", "--max-hvps", "25", "--optimizer", "gd"],
     "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "40"],
+    "mini-batches": ["bounds", SPEC, "--batch-size", "5", "--max-hvps", "40", "--optimizer", "gd"],
+    "mini-batches probed": [
+        "probe",
+        SPEC,
+        "--batch-size",
+        "5",
+        "--replicas",
+        "4",
+        "--steps",
+        "15",
+        "--max-hvps",
+        "40",
+        "--optimizer",
+        "zo-adam",
+    ],
     "linearized": ["probe", SPEC, "--linearized", "--replicas", "2", "--steps", "15", "--max-hvps", "40"],
 }
+# Enough work in a mini-batch for the ranks to share it, and a number of rows that they cannot share evenly.
+TRACK = ["track", f"{SPEC}:wide", "--batch-size", "400", "--lr", "0.01", "--steps", "6", "--every", "3"]
+TRACKED = {name: [*TRACK, "--optimizer", name, "--max-hvps", "20"] for name in ("zo-gdm", "adam")}
 SHARDED = ["--shard-basis"]
 MORE = {
     "spectrum": ["spectrum", SPEC, "--method", "deflated-slq", "--by-layer", "--max-hvps", "40"],
@@ -54,14 +72,23 @@ def together_on(ranks: int, folder: Path, wanted: dict[str, list[str]]) -> dict[
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in wanted}
 
 
+def tracked_in(folder: Path) -> dict[str, list[str]]:
+    return {name: [*args, "--run", str(folder / name)] for name, args in TRACKED.items()}
+
+
+def measurements(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def tolerance(name: str) -> float:
     return 1e-4 if name == "float32" else 1e-6  # float32 adds up in another order
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    wanted = {**COMMANDS, "sharded basis": COMMANDS["hessian"] + SHARDED}
-    return together_on(3, tmp_path_factory.mktemp("three"), wanted)
+    folder = tmp_path_factory.mktemp("three")
+    wanted = {**COMMANDS, **tracked_in(folder), "sharded basis": COMMANDS["hessian"] + SHARDED}
+    return {"folder": folder, **together_on(3, folder, wanted)}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -72,11 +99,22 @@ def test_three_ranks_find_what_one_process_finds(three: dict[str, Any], name: st
         assert not differences(one, three["sharded basis"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", TRACKED)
+def test_three_ranks_share_the_mini_batches_of_a_run(three: dict[str, Any], tmp_path: Path, optimizer: str) -> None:
+    assert run(tracked_in(tmp_path)[optimizer]) == 0
+    one, many = measurements(tmp_path / optimizer), measurements(three["folder"] / optimizer)
+    assert [record["step"] for record in one] == [0, 3, 6]
+    assert not differences(one, many, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
     commands = COMMANDS | MORE
     wanted = {**commands, **{f"{name}, sharded": args + SHARDED for name, args in commands.items()}}
-    found = together_on(2, tmp_path, wanted)
+    found = together_on(2, tmp_path, wanted | tracked_in(tmp_path))
+    for name in TRACKED:
+        assert run([*TRACKED[name], "--run", str(tmp_path / f"{name}, one")]) == 0
+        assert not differences(measurements(tmp_path / f"{name}, one"), measurements(tmp_path / name), rtol=1e-6), name
     for name, args in commands.items():
         one = alone(args)
         assert not differences(one, found[name], rtol=tolerance(name)), name
@@ -140,10 +178,8 @@ def test_tracking_on_two_ranks_writes_the_folder_of_one_process(tmp_path: Path) 
     assert [process.returncode for process in job] == [0, 0], said
     alone_args = [*args, "--run", str(tmp_path / "one")]
     assert run(alone_args) == 0
-    one, two = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
-    assert len(one) == len(two) > 0
-    for a, b in zip(one, two, strict=True):
-        assert not differences(json.loads(a), json.loads(b), rtol=1e-6)
+    assert len(measurements(tmp_path / "one")) == 3
+    assert not differences(measurements(tmp_path / "one"), measurements(tmp_path / "two"), rtol=1e-6)
 
 
 def test_one_process_refuses_to_spread_a_basis(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from zoscope.analysis.measuring import measure_problem
 from zoscope.analysis.recommend import doubling_steps
 from zoscope.analysis.request import Request
-from zoscope.optim.replicas import Estimator, Limits, run
+from zoscope.optim.replicas import Estimator, Limits, Plan, run
 from zoscope.optim.rules import GD
 from zoscope.optim.surface import SequentialSurface
 from zoscope.theory.mean_square import horizon_curve
@@ -78,18 +78,16 @@ def losses(valley: SimpleNamespace, ratio: float) -> tuple[float, np.ndarray]:
     """Step size at a multiple of η*(100), upper end, and the losses of the replicas, infinite from where they left."""
     (point,) = horizon_curve(valley.spectrum, [STEPS], rule=valley.rule, moments=valley.moments)
     lr = ratio * point.upper.value
-    trajectory = run(
-        SequentialSurface(valley.objective),
-        valley.origin,
+    plan = Plan(
         rule=GD(),
         estimator=Estimator(mu=1e-3),
         lr=lr,
         steps=STEPS,
         replicas=REPLICAS,
         seed=SEED,
-        together=False,
         limits=Limits(left=4 * valley.loss, valley=2 * valley.loss),
     )
+    trajectory = run(SequentialSurface(valley.objective), valley.origin, plan, together=False)
     valley.objective.write(valley.origin)
     return lr, trajectory.losses
 

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from zoscope.optim.directions import Law, fill_rows, spawn_streams
 from zoscope.optim.rules import Rule, new_state
 from zoscope.optim.surface import Surface
+from zoscope.optim.trajectory import Trajectory, joined
 
 RECORDS = 100  # points of a recorded curve
 Tick = Callable[[int], None]
@@ -36,40 +37,6 @@ class Estimator:
     directions: Law = "gaussian"
 
 
-@dataclass(frozen=True, eq=False)
-class Trajectory:
-    """What R replicas did.
-
-    Args:
-        steps: ``(n,)`` steps at which they were looked at, 0 first.
-        losses: ``(n, R)``; infinite from where a replica has left.
-        distances: ``(n, R)`` squared distances from the start, param²; infinite likewise.
-        left: For each replica the step at which its loss passed the limit or stopped being finite; ``None`` if never.
-        last: ``(R, d)`` where each replica was when it was last seen in the valley.
-        last_steps: The step of that.
-        second_moment: ``(R, d)`` Adam's v at that step; ``None`` for other rules.
-        length: Steps asked for.
-        done: Steps run by the replicas that stayed.
-        seconds: Wall time.
-    """
-
-    steps: NDArray[np.int64]
-    losses: NDArray[np.float64]
-    distances: NDArray[np.float64]
-    left: tuple[int | None, ...]
-    last: Tensor
-    last_steps: tuple[int, ...]
-    second_moment: Tensor | None
-    length: int
-    done: int
-    seconds: float
-
-    @property
-    def capped(self) -> bool:
-        """Whether time ran out before the run was over."""
-        return self.done < self.length
-
-
 @dataclass(frozen=True)
 class Limits:
     """When a replica is given up.
@@ -83,6 +50,29 @@ class Limits:
     left: float = math.inf
     valley: float = math.inf
     deadline: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run of several replicas.
+
+    Args:
+        rule: Update rule.
+        estimator: Source of the update.
+        lr: Step size.
+        steps: Steps to run.
+        replicas: Number R of direction streams; replica r sees the same directions however the replicas are run.
+        seed: Seed that the streams are spawned from.
+        limits: When to stop.
+    """
+
+    rule: Rule
+    estimator: Estimator
+    lr: float
+    steps: int
+    replicas: int
+    seed: int
+    limits: Limits
 
 
 @dataclass
@@ -124,66 +114,51 @@ class _Record:
         self.distances.append(distance)
 
 
-@torch.no_grad()
-def run(
-    surface: Surface,
-    start: Tensor,
-    *,
-    rule: Rule,
-    estimator: Estimator,
-    lr: float,
-    steps: int,
-    replicas: int,
-    seed: int,
-    together: bool,
-    limits: Limits,
-    on_step: Tick | None = None,
-) -> Trajectory:
-    """Run ``replicas`` copies of an optimizer from ``start`` ``(d,)``.
+def run(surface: Surface, start: Tensor, plan: Plan, *, together: bool, on_step: Tick | None = None) -> Trajectory:
+    """Run ``plan.replicas`` copies of an optimizer from ``start`` ``(d,)``.
 
     Args:
         surface: The loss.
         start: Where every replica starts.
-        rule: Update rule.
-        estimator: Source of the update.
-        lr: Step size.
-        steps: Steps to run.
-        replicas: Number R of direction streams; replica r sees the same directions however the replicas are run.
-        seed: Seed that the streams are spawned from.
+        plan: How.
         together: Whether to step all replicas at a time; otherwise one is run to its end after another.
-        limits: When to stop.
         on_step: Called with the number of replica steps just done.
     """
-    streams = spawn_streams(seed, replicas, start.device)
-    groups = [list(range(replicas))] if together else [[r] for r in range(replicas)]
+    everyone = range(plan.replicas)
+    groups = [list(everyone)] if together else [[replica] for replica in everyone]
+    return joined(run_groups(surface, start, plan, groups=groups, on_step=on_step))
+
+
+@torch.no_grad()
+def run_groups(
+    surface: Surface, start: Tensor, plan: Plan, *, groups: Sequence[Sequence[int]], on_step: Tick | None = None
+) -> list[Trajectory]:
+    """Run some of the replicas: those of a group together, and one group to its end after another.
+
+    Returns:
+        A trajectory per group.
+    """
+    streams, limits = spawn_streams(plan.seed, plan.replicas, start.device), plan.limits
     parts = []
-    began = time.perf_counter()
     for number, group in enumerate(groups):
         share = None
         if limits.deadline is not None:
             now = time.perf_counter()
             share = now + (limits.deadline - now) / (len(groups) - number)
-        runner = _Runner(surface, start, rule, estimator, lr, Limits(limits.left, limits.valley, share), on_step)
-        parts.append(runner.run([streams[r] for r in group], steps))
-    return _joined(parts, seconds=time.perf_counter() - began)
+        surface.begin(group)
+        runner = _Runner(surface, start, replace(plan, limits=replace(limits, deadline=share)), on_step)
+        parts.append(runner.run([streams[r] for r in group]))
+    return parts
 
 
 class _Runner:
-    def __init__(
-        self,
-        surface: Surface,
-        start: Tensor,
-        rule: Rule,
-        estimator: Estimator,
-        lr: float,
-        limits: Limits,
-        on_step: Tick | None,
-    ) -> None:
-        self._surface, self._start, self._rule = surface, start, rule
-        self._estimator, self._lr, self._limits, self._on_step = estimator, lr, limits, on_step
+    def __init__(self, surface: Surface, start: Tensor, plan: Plan, on_step: Tick | None) -> None:
+        self._surface, self._start, self._on_step = surface, start, on_step
+        self._rule, self._estimator, self._lr = plan.rule, plan.estimator, plan.lr
+        self._steps, self._limits = plan.steps, plan.limits
 
-    def run(self, streams: list[torch.Generator], steps: int) -> Trajectory:
-        began, count = time.perf_counter(), len(streams)
+    def run(self, streams: list[torch.Generator]) -> Trajectory:
+        began, count, steps = time.perf_counter(), len(streams), self._steps
         theta = self._start.repeat(count, 1)
         rows = _Rows(list(range(count)), theta, new_state(self._rule, [theta]), list(streams))
         left: list[int | None] = [None] * count
@@ -231,6 +206,7 @@ class _Runner:
 
     def _advance(self, rows: _Rows, step: int) -> Tensor:
         """One step of every row; losses before it."""
+        self._surface.next_step()
         if self._estimator.order == 1:
             estimate, losses = self._surface.gradients(rows.theta)
         else:
@@ -252,29 +228,3 @@ class _Runner:
         directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
         slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
         return directions.mul_(slopes.to(directions.dtype)[:, None]), means
-
-
-def _joined(parts: Sequence[Trajectory], *, seconds: float) -> Trajectory:
-    """Replicas that ran one after another, as one trajectory."""
-    if len(parts) == 1:
-        return parts[0]
-    longest = max(parts, key=lambda part: len(part.steps))
-
-    def side_by_side(columns: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        rows = len(longest.steps)
-        return np.hstack([np.pad(c, ((0, rows - len(c)), (0, 0)), constant_values=np.inf) for c in columns])
-
-    stayed = [part.done for part in parts if part.left[0] is None]
-    moments = [part.second_moment for part in parts if part.second_moment is not None]
-    return Trajectory(
-        longest.steps,
-        side_by_side([part.losses for part in parts]),
-        side_by_side([part.distances for part in parts]),
-        tuple(step for part in parts for step in part.left),
-        torch.cat([part.last for part in parts]),
-        tuple(step for part in parts for step in part.last_steps),
-        torch.cat(moments) if moments else None,
-        longest.length,
-        min(stayed, default=longest.length),
-        seconds,
-    )

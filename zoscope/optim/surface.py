@@ -1,15 +1,18 @@
 """Loss surfaces that several replicas of a run walk on at once: rows of a matrix in, one loss a row out."""
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from zoscope.optim.directions import new_generator
 from zoscope.problem.examples import Examples
 
 if TYPE_CHECKING:
@@ -20,23 +23,29 @@ WIDE = 32  # columns from which a product for every row is as fast as one for al
 MatMat = Callable[[Tensor], Tensor]
 
 
-class Surface(Protocol):
+class Surface(ABC):
     """A loss as a function of flat parameter vectors, the rows of ``theta`` ``(R, d)``."""
 
+    def begin(self, replicas: Sequence[int]) -> None:  # noqa: B027 - most have nothing to do
+        """The rows are these replicas from here on, and start anew."""
+
+    def next_step(self) -> None:  # noqa: B027
+        """A step begins: whatever a step sees of the data, all of its estimates see."""
+
+    @abstractmethod
     def values(self, theta: Tensor) -> Tensor:
         """Losses ``(R,)``, float64."""
-        ...
 
+    @abstractmethod
     def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
         """``(f(θ+μu) − f(θ−μu))/(2μ)`` and ``(f(θ+μu) + f(θ−μu))/2`` for every row, each ``(R,)``, float64."""
-        ...
 
+    @abstractmethod
     def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients ``(R, d)`` and losses ``(R,)``."""
-        ...
 
 
-class SequentialSurface:
+class SequentialSurface(Surface):
     """The problem's own loss, one row after another, with the parameters written into the model.
 
     Args:
@@ -72,32 +81,45 @@ class SequentialSurface:
 
 
 class MiniBatchSurface(SequentialSurface):
-    """A new random mini-batch for every estimate, the same for both of its points.
+    """A new random mini-batch for every step, the same for all points that the step looks at; one replica at a time.
+
+    A replica sees the same mini-batches whatever the step size, and whichever replicas ran before it.
 
     Args:
         objective: The prepared problem.
         batch_size: Examples of a mini-batch, drawn without replacement.
-        generator: Chooses them.
+        seed: Seed of all mini-batches.
     """
 
-    def __init__(self, objective: "Objective", batch_size: int, generator: torch.Generator) -> None:
+    def __init__(self, objective: "Objective", batch_size: int, *, seed: int) -> None:
         super().__init__(objective)
-        self._examples, self._size, self._generator = Examples(objective), batch_size, generator
+        self.batch_size, self.seed = batch_size, seed
+        self._examples = Examples(objective)
+        self._generator, self._shards = new_generator(seed), objective.shards
+
+    def begin(self, replicas: Sequence[int]) -> None:
+        """See `Surface.begin`."""
+        (replica,) = replicas
+        # Two numbers: the streams of the directions have one.
+        self._generator = new_generator(np.random.SeedSequence(self.seed, spawn_key=(0, replica)))
+
+    def next_step(self) -> None:
+        """See `Surface.next_step`."""
+        self._shards = self._examples.draw(self.batch_size, self._generator)
 
     def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-        """See `Surface.slopes`; of a mini-batch."""
+        """See `Surface.slopes`; of the mini-batch."""
         objective, pairs = self._objective, []
-        shards = self._examples.draw(self._size, self._generator)
         for row, direction in zip(theta, directions, strict=True):
             objective.write(torch.add(row, direction, alpha=mu))
-            above = objective.value_of(shards)
+            above = objective.value_of(self._shards)
             objective.write(torch.add(row, direction, alpha=-mu))
-            pairs.append((above, objective.value_of(shards)))
+            pairs.append((above, objective.value_of(self._shards)))
         above_below = torch.tensor(pairs, dtype=torch.float64, device=theta.device)
         return (above_below[:, 0] - above_below[:, 1]) / (2.0 * mu), above_below.mean(dim=1)
 
 
-class StackedSurface:
+class StackedSurface(Surface):
     """The problem's loss on all rows at once, through ``torch.func.vmap``.
 
     Small models spend their time in vmap itself: what it does is recorded once for each number of rows, and replayed.
@@ -174,7 +196,7 @@ def _batched_product(left: Tensor, right: Tensor) -> Tensor:
     return wide.view(-1, count, width).movedim(1, 0).contiguous()
 
 
-class QuadraticSurface:
+class QuadraticSurface(Surface):
     """The quadratic model ``f₀ + gᵀδ + ½ δᵀHδ`` of a loss around ``θ₀``, ``δ = θ − θ₀``.
 
     Args:

@@ -57,7 +57,7 @@ class Examples:
             pieces = [self._shards[index] for index in which]
         else:
             pieces = [self._piece(self._shards[index], rows[which == index]) for index in np.unique(which)]
-        total = sum(piece.examples for piece in pieces)
+        total = max(sum(piece.examples for piece in pieces), 1)
         largest = max(shard.rows or 1 for shard in self._shards)
         joined = None if self.whole or len(indices) > largest or len(pieces) == 1 else _joined(pieces)
         if joined is not None:

@@ -15,8 +15,8 @@ from zoscope.analysis.probing.linear import DENSE_LIMIT, eigenbasis_model, matri
 from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DENSE_BLOCK, LinearOperator, Preconditioned
 from zoscope.errors import NumericalError
-from zoscope.optim.directions import new_generator
-from zoscope.optim.replicas import Limits, Trajectory, run
+from zoscope.optim.dealt import run_mini_batches
+from zoscope.optim.replicas import Limits, Plan, run
 from zoscope.optim.rules import GD, GDM, Adam, FrozenAdam, Rule
 from zoscope.optim.surface import MiniBatchSurface, SequentialSurface, Surface, choose_surface
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.probing.path import GradientFlow
     from zoscope.analysis.probing.request import ProbeRequest
     from zoscope.curvature.results import Curvature
+    from zoscope.optim.trajectory import Trajectory
     from zoscope.problem import Objective
     from zoscope.theory.moments import EstimatorMoments
 
@@ -90,20 +91,19 @@ class Ground:
         now = time.perf_counter()
         share = now + max(self.deadline - now, 0.0) / max(runs_left, 1.0)
         limits = Limits(left=forecast.left, valley=forecast.loss + forecast.scale, deadline=share)
+        plan = Plan(
+            rule=self.rule(adaptive=adaptive),
+            estimator=self.request.estimator,
+            lr=lr,
+            steps=forecast.steps,
+            replicas=self.replicas(adaptive=adaptive),
+            seed=self.request.measure.seed,
+            limits=limits,
+        )
         try:
-            return run(
-                self.surface,
-                self.start,
-                rule=self.rule(adaptive=adaptive),
-                estimator=self.request.estimator,
-                lr=lr,
-                steps=forecast.steps,
-                replicas=self.replicas(adaptive=adaptive),
-                seed=self.request.measure.seed,
-                together=self.together,
-                limits=limits,
-                on_step=on_step,
-            )
+            if isinstance(self.surface, MiniBatchSurface):
+                return run_mini_batches(self.objective, self.surface, self.start, plan, on_step=on_step)
+            return run(self.surface, self.start, plan, together=self.together, on_step=on_step)
         finally:
             self.objective.write(self.origin)
 
@@ -156,11 +156,10 @@ def choose_ground(
     if request.batch_size is not None:
         objective.notify(
             "mini-batch",
-            f"The runs draw {request.batch_size} of {objective.num_examples} examples at random at every step, and the "
-            "threshold is that of such mini-batches. Forecasts of single runs leave their noise out.",
+            f"The runs draw {request.batch_size:,} of {objective.num_examples:,} examples at random at every step, and "
+            "the threshold is that of such mini-batches. Forecasts of single runs leave their noise out.",
         )
-        generator = new_generator(request.measure.seed)
-        return ground(MiniBatchSurface(objective, request.batch_size, generator), together=False)
+        return ground(MiniBatchSurface(objective, request.batch_size, seed=request.measure.seed), together=False)
     replicas = 1 if request.first_order else request.replicas
     surface, why_not = choose_surface(objective, replicas=replicas, first_order=request.first_order)
     if why_not is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.probing.forecast import Forecast
     from zoscope.analysis.probing.ground import Ground
     from zoscope.curvature.results import Curvature
-    from zoscope.optim.replicas import Trajectory
+    from zoscope.optim.trajectory import Trajectory
 
 OnStep = Callable[[int], None]
 

@@ -14,7 +14,7 @@ from zoscope.analysis.probing.results import Curves, Outcome, PredictionError, P
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from zoscope.optim.replicas import Trajectory
+    from zoscope.optim.trajectory import Trajectory
 
 MAJORITY = 0.75
 """Share of the replicas that has to agree."""

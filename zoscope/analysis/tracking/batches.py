@@ -11,6 +11,7 @@ from torch import Tensor
 from zoscope.curvature.operators import gradient
 from zoscope.errors import UsageError
 from zoscope.problem.examples import Examples
+from zoscope.problem.mini import MiniBatch
 
 if TYPE_CHECKING:
     from zoscope.problem import Objective, Shard
@@ -78,21 +79,25 @@ class MiniBatches:
                 "of the spec, in random order.",
             )
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-        self._step, self._shards = -1, objective.shards
+        self._step = -1
+        self._batch: MiniBatch | None = None
 
     def value(self, step: int) -> float:
         """See `Batches.value`."""
-        return self._objective.value_of(self.shards(step))
+        return self._at(step).value()
 
     def gradient(self, step: int) -> tuple[float, Tensor]:
         """See `Batches.gradient`."""
-        return self._objective.gradient_of(self.shards(step))
+        return self._at(step).gradient()
 
     def shards(self, step: int) -> tuple[Shard, ...]:
-        """The examples of a step."""
-        if step != self._step:
-            self._step, self._shards = step, self._examples.gather(self._indices(step))
-        return self._shards
+        """The examples of a step, as far as this rank of a job evaluates them."""
+        return self._at(step).shards
+
+    def _at(self, step: int) -> MiniBatch:
+        if self._batch is None or step != self._step:
+            self._step, self._batch = step, MiniBatch(self._objective, self._examples, self._indices(step))
+        return self._batch
 
     def _indices(self, step: int) -> NDArray[np.int64]:
         epoch, place = divmod(step, self._examples.count // self._size)
