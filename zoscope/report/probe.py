@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
     from zoscope.analysis.probing.edge_results import Edge
     from zoscope.analysis.probing.results import ProbeResult
-    from zoscope.analysis.probing.run_results import ProbeRun
+    from zoscope.analysis.probing.run_results import EndState, ProbeRun
 
 OUTCOME_STYLES = {"confirmed": "bold green", "refuted": "bold red", "inconclusive": "bold yellow"}
 VERDICT_STYLES = {True: "green", False: "red", None: "yellow"}
+BOTH_ENDS = "all eigenvalues – positive ones"
 THRESHOLD_NAMES = {
     "exact": "infinite-time threshold of the mean square",
     "horizon": "η*(steps), the threshold for a run of this length",
@@ -71,6 +72,10 @@ class ProbeReport:
             yield heading("Edge", f"where half of the replicas diverge within {count(result.edge.steps)} steps")
             yield edge_summary(result.edge)
             yield edge_table(result.edge)
+            if result.edge.end is not None:
+                lowest = min(point.lr for point in result.edge.points if point.lost)
+                yield heading("Curvature measured again", "where the first run was last in the valley")
+                yield grid([(f"η {step_size(lowest)}", _end(result, result.edge.end, lowest))])
         yield verdict_line(result)
         if self.warnings and result.warnings:
             yield heading("Warnings")
@@ -112,14 +117,19 @@ def predictions(result: ProbeResult) -> Table:
     ]
     if result.estimator is not None:
         if threshold.horizon is not None:
-            steps = result.runs[0].steps if result.runs else None
-            label = "η*" if steps is None else f"η*({count(steps)})"
-            rows.append((label, f"{step_range(*threshold.horizon, digits=4)}  (all eigenvalues – positive ones)"))
+            rows.append((_horizon_label(result), f"{step_range(*threshold.horizon, digits=4)}  ({BOTH_ENDS})"))
+            if threshold.horizon_ci95 is not None and threshold.horizon_ci95 != threshold.horizon:
+                rows.append(("  95 %", step_range(*threshold.horizon_ci95)))
         if threshold.exact_ci95 is not None:
             interval = step_range(*threshold.exact_ci95, digits=4)
             rows.append(("infinite time", f"{step_size(threshold.exact, digits=4)}  (95 %: {interval})"))
         rows.append(("descent", step_size(threshold.descent, digits=4)))
     return grid(rows)
+
+
+def _horizon_label(result: ProbeResult) -> str:
+    steps = result.runs[0].steps if result.runs else result.edge.steps if result.edge is not None else None
+    return "η*" if steps is None else f"η*({count(steps)})"
 
 
 def runs_table(result: ProbeResult) -> Table:
@@ -152,18 +162,20 @@ def remark(run: ProbeRun) -> str:
 def end_rows(result: ProbeResult) -> Iterator[tuple[str, str | Text]]:
     """The threshold at the end of each run, and for Adam what P did."""
     for run in result.runs:
-        if run.end is None:
-            continue
-        end = run.end
-        text = (
-            f"step {count(end.step)}: threshold {step_size(end.threshold)} "
-            f"({run.lr / end.threshold if end.threshold else float('inf'):.2f} × it); "
-            f"{_term_name(result)} {quantity(end.term)} against trace {quantity(end.trace)}, "
-            f"λ_max {quantity(end.lambda_max)}"
-        )
-        if end.preconditioner_mean is not None:
-            text += f"; mean P {quantity(end.preconditioner_mean, digits=3)}"
-        yield _label(run), text
+        if run.end is not None:
+            yield _label(run), _end(result, run.end, run.lr)
+
+
+def _end(result: ProbeResult, end: EndState, lr: float) -> str:
+    text = (
+        f"step {count(end.step)}: threshold {step_size(end.threshold)} "
+        f"({lr / end.threshold if end.threshold else float('inf'):.2f} × it); "
+        f"{_term_name(result)} {quantity(end.term)} against trace {quantity(end.trace)}, "
+        f"λ_max {quantity(end.lambda_max)}"
+    )
+    if end.preconditioner_mean is not None:
+        text += f"; mean P {quantity(end.preconditioner_mean, digits=3)}"
+    return text
 
 
 def edge_summary(edge: Edge) -> Table:

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoscope.analysis.probing import verdict as judging
+from zoscope.analysis.probing.ends import end_state
 from zoscope.analysis.probing.length import steps_needed
 from zoscope.analysis.probing.results import Edge, EdgePoint, Outcome
 from zoscope.theory.growth import steps_to_grow
-from zoscope.theory.mean_square import StabilityCondition, Version, time_to_blow_up
+from zoscope.theory.horizons import time_to_blow_up
+from zoscope.theory.mean_square import StabilityCondition, Version
 from zoscope.theory.typical import exit_times
 
 if TYPE_CHECKING:
     from zoscope.analysis.probing.forecast import Forecast
     from zoscope.analysis.probing.ground import Ground
+    from zoscope.optim.trajectory import Trajectory
 
 FIRST_BRACKET = 1.25
 """After the prediction itself, the next step size is larger or smaller by this."""
@@ -105,16 +108,21 @@ def find_edge(
         on_step: Called with the number of replica steps just done.
     """
     points: dict[float, EdgePoint] = {}
+    leaving: dict[float, Trajectory] = {}  # at the smallest step size at which half of the replicas leave
     rtol = ground.request.edge_rtol
 
     def diverges(lr: float) -> bool:
         if lr not in points:
-            point, capped = _point(ground, forecast, lr, on_step=on_step)
-            if capped:
+            trajectory = ground.walk(lr, forecast=forecast, runs_left=1, on_step=on_step)
+            point = _point(forecast, lr, trajectory)
+            if trajectory.capped and not point.lost:
                 raise _OutOfTimeError
             points[lr] = point
             keep(point)
-        return 2 * points[lr].diverged >= points[lr].replicas
+            if point.lost and all(lr < larger for larger in leaving):
+                leaving.clear()
+                leaving[lr] = trajectory
+        return points[lr].lost
 
     low: float | None
     high: float | None
@@ -129,7 +137,11 @@ def find_edge(
     except _OutOfTimeError:
         low = high = None
     predicted = typical_edge(forecast, seed=ground.request.measure.seed, rtol=0.5 * rtol)
-    return summarise(tuple(points.values()), forecast, closed=(low, high), predicted=predicted)
+    edge = summarise(tuple(points.values()), forecast, closed=(low, high), predicted=predicted)
+    for lr, trajectory in leaving.items():
+        end, sharpened = end_state(ground, forecast, trajectory, lr=lr, adaptive=False)
+        edge = replace(edge, end=end, sharpened=sharpened)
+    return edge
 
 
 class _OutOfTimeError(Exception):
@@ -177,9 +189,19 @@ def edge_outcome(edge: Edge, forecast: Forecast) -> tuple[Outcome, str]:
     if edge.ratio_to_horizon is not None and forecast.threshold.name != "assumed":
         full, positive = (edge.value / ratio for ratio in edge.ratio_to_horizon)
         low, high = min(full, forecast.threshold.exact or full), max(positive, edge.predicted or positive)
-    if low * (1 - AGREES) <= edge.value <= high * (1 + AGREES):
-        return "confirmed", f"the edge lies within {AGREES:.0%} of the prediction"
-    return "refuted", f"the edge lies more than {AGREES:.0%} from the prediction"
+    if forecast.threshold.name == "horizon" and forecast.threshold.horizon_ci95 is not None:
+        sure = forecast.threshold.horizon_ci95
+        low, high = min(low, sure[0]), max(high, sure[1])
+    below, above = 1 - edge.value / low, edge.value / high - 1
+    if max(below, above) <= AGREES:
+        return "confirmed", f"the edge lies within {AGREES:.0%} of the predicted interval"
+    where = f"{below:.0%} below" if below > 0 else f"{above:.0%} above"
+    if below > 0 and edge.sharpened and edge.end is not None:
+        return "inconclusive", (
+            f"the edge lies {where} the predicted interval, but the landscape sharpened: where the first run was last in the "
+            f"valley, at step {edge.end.step}, the threshold had come down to {edge.end.threshold:.3g}"
+        )
+    return "refuted", f"the edge lies {where} the predicted interval, more than {AGREES:.0%}"
 
 
 def _reference(forecast: Forecast) -> float | None:
@@ -213,20 +235,16 @@ def _bracket(guess: float, diverges: Callable[[float], bool]) -> tuple[float | N
     return (inner, None) if up else (None, inner)
 
 
-def _point(
-    ground: Ground, forecast: Forecast, lr: float, *, on_step: Callable[[int], None] | None
-) -> tuple[EdgePoint, bool]:
-    trajectory = ground.walk(lr, forecast=forecast, runs_left=1, on_step=on_step)
+def _point(forecast: Forecast, lr: float, trajectory: Trajectory) -> EdgePoint:
     found = judging.fates(trajectory, loss=forecast.loss, scale=forecast.scale)
     count = len(trajectory.left)
-    point = EdgePoint(
+    return EdgePoint(
         lr=lr,
         diverged=found.diverged,
         replicas=count,
         left_at=found.left_at if 2 * found.diverged >= count else None,
         blow_up=_blow_up(forecast, lr),
     )
-    return point, trajectory.capped and 2 * found.diverged < count
 
 
 def _blow_up(forecast: Forecast, lr: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoscope.analysis.optimizer_bounds import Pair, number
+from zoscope.analysis.probing.run_results import EndState
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class ProbedThreshold:
         exact: Infinite-time threshold of the mean square.
         exact_ci95: Its 95 % interval.
         horizon: η*(steps), full and positive version; ``None`` for a first-order optimizer.
+        horizon_ci95: Ends of their 95 % intervals: the lower one of the first, the upper one of the second.
         descent: Descent threshold.
     """
 
@@ -26,6 +28,7 @@ class ProbedThreshold:
     exact: float | None
     exact_ci95: Pair | None
     horizon: Pair | None
+    horizon_ci95: Pair | None
     descent: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,6 +39,7 @@ class ProbedThreshold:
             "exact": number(self.exact),
             "ci95": _pair(self.exact_ci95),
             "horizon": _pair(self.horizon),
+            "horizon_ci95": _pair(self.horizon_ci95),
             "descent": number(self.descent),
         }
 
@@ -57,6 +61,11 @@ class EdgePoint:
     replicas: int
     left_at: float | None
     blow_up: Pair
+
+    @property
+    def lost(self) -> bool:
+        """Whether half of the replicas diverged."""
+        return 2 * self.diverged >= self.replicas
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
@@ -84,6 +93,9 @@ class Edge:
             threshold of the mean square, which rare runs carry. ``None`` where it is not known.
         found: Whether the bisection closed its bracket.
         points: Every step size tried, ascending.
+        end: Curvature where the first replica to leave, at the smallest step size at which half of them did, was last
+            in the valley.
+        sharpened: Whether the threshold had come down past that step size by then.
     """
 
     lo: float
@@ -95,6 +107,8 @@ class Edge:
     predicted: float | None
     found: bool
     points: tuple[EdgePoint, ...]
+    end: EndState | None = None
+    sharpened: bool = False
 
     @property
     def ratio_to_predicted(self) -> float | None:
@@ -114,6 +128,8 @@ class Edge:
             "ratio_to_predicted": number(self.ratio_to_predicted),
             "found": self.found,
             "points": [point.to_dict() for point in self.points],
+            "end": None if self.end is None else self.end.to_dict(),
+            "sharpened": self.sharpened,
         }
 
 

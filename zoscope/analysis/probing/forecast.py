@@ -171,10 +171,12 @@ def forecast(
     else:
         steps = min(request.steps, request.max_steps)
     exact, descent_value = row.exact, row.descent
-    horizon = None if request.first_order or row.horizon is None else (row.horizon.lower, row.horizon.upper)
+    horizon, horizon_ci95 = None, None
+    if not request.first_order and row.horizon is not None:
+        horizon, horizon_ci95 = (row.horizon.lower, row.horizon.upper), row.horizon.ci95
     if row.minibatch is not None:
         point, exact = row.minibatch.horizon, row.minibatch.exact
-        horizon = point.lower.value, point.upper.value
+        horizon, horizon_ci95 = (point.lower.value, point.upper.value), (ci95(point.lower)[0], ci95(point.upper)[1])
         descent_value = None if row.minibatch.descent is None else row.minibatch.descent.value
     threshold = ProbedThreshold(
         name="assumed" if request.assume_threshold else name,
@@ -182,6 +184,7 @@ def forecast(
         exact=exact.value if exact else None,
         exact_ci95=None if exact is None else ci95(exact),
         horizon=horizon,
+        horizon_ci95=horizon_ci95,
         descent=descent_value,
     )
     return Forecast(

@@ -17,7 +17,8 @@ class EndState:
 
     Args:
         step: The step of that.
-        threshold: Threshold there, for the rule that ran (frozen or current P for Adam).
+        threshold: Threshold there, for the rule that ran (frozen or current P for Adam); with mini-batches that of all
+            examples, times the ratio of the two at the start.
         trace: Trace of the operator that the rule acts through, there.
         lambda_max: Its largest eigenvalue.
         term: What the paper's band is compared with: ``2/η``, ``2(1−β)/η`` for momentum.
