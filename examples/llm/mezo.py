@@ -113,7 +113,7 @@ def _attention(network: nn.Module) -> list[str]:
 def train(found: zoscope.Problem, *, steps: int, lr: float) -> None:
     """Some steps of Adam on all batches, in place, without dropout."""
     optimizer = torch.optim.Adam([p for p in found.model.parameters() if p.requires_grad], lr=lr)
-    total = found.num_examples
+    total = sum(found.counts)
     for _ in range(steps):
         optimizer.zero_grad()
         for batch, count in zip(found.batches, found.counts, strict=True):

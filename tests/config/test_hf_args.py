@@ -45,6 +45,16 @@ def test_the_names_of_zeroth_order_trainers_are_read(tmp_path: Path) -> None:
     assert (check.estimator.mu, check.estimator.queries, check.estimator.batch_size) == (1e-3, 4, 16)
 
 
+@pytest.mark.parametrize(("size", "pieces", "expected"), [(16, 4, 64), ("16", "4", 64), (None, 4, 32), (16, 1, 16)])
+def test_a_step_sees_all_batches_that_it_accumulates(
+    tmp_path: Path, size: object, pieces: object, expected: int
+) -> None:
+    file = written(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=pieces)
+    assert built(file).estimator.batch_size == expected
+    notices = load_hf_args(file).notices
+    assert [f"= {expected} on each device" in notice for notice in notices] == ([] if pieces == 1 else [True])
+
+
 def test_momentum_makes_it_gdm(tmp_path: Path) -> None:
     check = built(written(tmp_path, momentum=0.8))
     assert (check.optimizer.name, check.optimizer.beta) == ("zo-gdm", 0.8)
@@ -90,6 +100,10 @@ def test_a_one_sided_estimate_is_noted(tmp_path: Path) -> None:
         ({"learning_rate": "fast"}, "line 3: learning_rate must be a number"),
         ({"perturbation_mode": "three_side"}, "perturbation_mode"),
         ({"q": True}, "q must be a number"),
+        ({"gradient_accumulation_steps": 0}, "line 18: gradient_accumulation_steps must be a whole number"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be a whole number"),
+        ({"per_device_train_batch_size": 0.5, "gradient_accumulation_steps": 2}, "batch_size must be"),
+        ({"gradient_accumulation_steps": float("inf")}, "gradient_accumulation_steps must be a whole number"),
         ({"q": 0}, "queries must be from 1"),
         ({"learning_rate": float("nan")}, "optimizer.lr.peak must be above 0"),
     ],

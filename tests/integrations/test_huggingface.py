@@ -13,6 +13,7 @@ import zoscope
 import zoscope.integrations
 from tests.integrations.conftest import VOCABULARY, small_examples, small_model
 from zoscope.curvature.operators import HessianOperator
+from zoscope.integrations.hf_batches import Weighting
 from zoscope.integrations.huggingface import problem_from_transformers
 
 
@@ -52,6 +53,15 @@ def test_the_loss_is_the_mean_over_what_counts_however_it_is_batched(task: str, 
     assert objective_value(problem) == pytest.approx(mean_by_hand(model, task), rel=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["tokens", "examples"])
+def test_examples_are_counted_as_examples_whatever_they_weigh(task: str, weighting: Weighting) -> None:
+    problem = problem_from_transformers(small_model(task), small_examples(task), batch_size=4, weighting=weighting)
+    assert problem.num_examples == len(small_examples(task))
+    with problem.prepare(device="cpu", micro_batch=2) as objective:
+        assert objective.num_examples == problem.num_examples
+        assert sum(shard.weight for shard in objective.shards) == pytest.approx(1.0)
+
+
 def test_micro_batches_make_no_difference(task: str) -> None:
     problem = problem_from_transformers(small_model(task), small_examples(task), batch_size=7)
     assert objective_value(problem, micro_batch=1) == pytest.approx(objective_value(problem), rel=1e-5)
@@ -70,7 +80,7 @@ def test_a_causal_model_without_labels_predicts_its_input() -> None:
     model = small_model("causal-lm")
     examples = [{"input_ids": example["input_ids"]} for example in small_examples("causal-lm")]
     problem = problem_from_transformers(model, examples, batch_size=7)
-    assert problem.num_examples == sum(len(example["input_ids"]) - 1 for example in examples)
+    assert problem.counts == [sum(len(example["input_ids"]) - 1 for example in examples)]
     labelled = [{**example, "labels": example["input_ids"]} for example in examples]
     again = problem_from_transformers(model, labelled, batch_size=3)
     assert objective_value(problem) == pytest.approx(objective_value(again), rel=1e-5)

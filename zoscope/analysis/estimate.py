@@ -141,9 +141,9 @@ def _one_micro_batch(objective: Objective) -> Iterator[_Scale]:
     objective.shards = (replace(piece, weight=1.0),)
     try:
         yield _Scale(
-            data=objective.num_examples / piece.examples,
+            data=1.0 / piece.weight,
             largest=largest.examples / piece.examples,
-            timed=piece.examples,
+            timed=piece.rows or piece.examples,
             single=len(everything) == 1,
         )
     finally:

@@ -37,6 +37,9 @@ SCHEDULERS = {
 TRAINERS = {"zo": "zo-gd", "zo_sgd": "zo-gd", "zo_sgd_mmt": "zo-gdm", "zo_adam": "zo-adam"}
 ADAMW = ("torch", "torch_fused", "torch_xla", "torch_npu_fused", "anyprecision", "hf")
 FO_OPTIMIZERS = {"sgd": "gd", "adam": "adam", "adamw": "adam"} | {f"adamw_{name}": "adam" for name in ADAMW}
+DEFAULT_BATCH = 8.0
+"""``per_device_train_batch_size`` of ``TrainingArguments``."""
+
 MODES = ("two_side", "one_side")
 
 
@@ -55,6 +58,8 @@ class HfArguments:
 
 def load_hf_args(file: Path) -> HfArguments:
     """Read ``learning_rate``, ``zo_eps``, ``lr_scheduler_type``, ``perturbation_mode``, ``q`` and their kin.
+
+    A batch is what one step of the optimizer sees on one device: ``gradient_accumulation_steps`` of them make one.
 
     Raises:
         ConfigError: With every value that cannot be used and its line.
@@ -109,7 +114,7 @@ class _Translator:
             "estimator": {
                 "queries": self._number("q", "zo_sample"),
                 "mu": self._number("zo_eps"),
-                "batch_size": self._number("per_device_train_batch_size"),
+                "batch_size": self._batch_size(),
             },
             "steps": self._steps(),
         }
@@ -138,6 +143,25 @@ class _Translator:
                 return None
             return Located(value, node.line)
         return None
+
+    def _batch_size(self) -> Located | None:
+        """Examples of one step of the optimizer on one device; how many devices there are no such file says."""
+        size, pieces = self._number("per_device_train_batch_size"), self._number("gradient_accumulation_steps")
+        if pieces is None or _as_float(pieces) == 1:
+            return size
+        if not (_as_float(pieces) >= 1 and _as_float(pieces).is_integer()):
+            self._issues.append(
+                Issue(pieces.line, f"gradient_accumulation_steps must be a whole number ≥ 1, got {pieces.described}.")
+            )
+            return None
+        each = DEFAULT_BATCH if size is None else _as_float(size)
+        if not each.is_integer():
+            return size  # what a batch size must be is said where it is checked
+        both = f"{each:,.0f} examples{' (the default)' if size is None else ''}"
+        self._notices.append(
+            f"A step sees gradient_accumulation_steps × {both} = {_as_float(pieces) * each:,.0f} on each device."
+        )
+        return Located(int(_as_float(pieces) * each), pieces.line)
 
     def _steps(self) -> Located | None:
         node = self._number("max_steps")

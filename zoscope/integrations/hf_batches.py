@@ -157,6 +157,10 @@ class Counted:
             # A causal model predicts every token but the first.
             counted = int((labels[:, 1:] if self.task == "causal-lm" else labels).ne(IGNORED).sum())
             return counted if self.weighting == "tokens" else (len(labels) if counted else 0)
+        return self.examples_of(batch)
+
+    def examples_of(self, batch: Mapping[str, Any]) -> int:
+        """Its number of examples, whatever it weighs."""
         tensors = (value for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0)
         return next((len(tensor) for tensor in tensors), 1)
 

@@ -149,13 +149,13 @@ class Problem:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Examples of each batch."""
+        """Examples of each batch, or what else its loss is weighted by."""
         return data.count_examples(self.batches, self.batch_size_of)
 
     @property
     def num_examples(self) -> int:
         """Examples over all batches."""
-        return sum(self.counts)
+        return data.number_of_examples(self.batches, self.counts, self.batch_size_of)
 
     @property
     def num_params(self) -> int:

@@ -136,6 +136,15 @@ def count_examples(batches: list[Any], batch_size_of: Callable[[Any], int] | Non
     return counts
 
 
+def number_of_examples(batches: list[Any], counts: list[int], batch_size_of: Callable[[Any], int] | None) -> int:
+    """Examples of all batches: what they count for, unless they are weighed by something else.
+
+    A ``batch_size_of`` that weighs batches by their tokens, say, has a method ``examples_of(batch)`` besides.
+    """
+    examples_of = getattr(batch_size_of, "examples_of", None)
+    return sum(counts) if examples_of is None else sum(map(examples_of, batches))
+
+
 def examples_in(batch: Any, batch_size_of: Callable[[Any], int] | None) -> int:
     """Examples of one batch: what the user's function says, else the first leading dimension; one without tensors."""
     if batch_size_of is None:

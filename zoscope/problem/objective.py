@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from zoscope.errors import SpecError
 from zoscope.problem import nest
-from zoscope.problem.data import examples_in
+from zoscope.problem.data import examples_in, number_of_examples
 from zoscope.problem.losses import LossFunction, LossModule, Metric, pair
 from zoscope.problem.sharded import Mirror, ShardedLoss, local
 from zoscope.problem.user_code import user_code
@@ -88,7 +88,7 @@ class Objective:
         self.device = device
         self.dtype = dtype
         self.num_params = sum(p.numel() for p in self.params)
-        self.num_examples = sum(counts)
+        self.num_examples = number_of_examples(list(batches), list(counts), batch_size_of)
         self.on_host = False
         self.batch_dtype: torch.dtype | None = dtype  # None leaves the tensors of batches as they are
         self.warnings: list[Notice] = []
@@ -100,8 +100,7 @@ class Objective:
         self.batch_size_of = batch_size_of
         self._sizes = [p.numel() for p in self.params]
         self.shards: tuple[Shard, ...] = tuple(
-            Shard(batch, count / self.num_examples, count, _rows(batch))
-            for batch, count in zip(batches, counts, strict=True)
+            Shard(batch, count / sum(counts), count, _rows(batch)) for batch, count in zip(batches, counts, strict=True)
         )
 
     # --- the loss -------------------------------------------------------------------------------------------------
