@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoscope.errors import NumericalError
-from zoscope.optim.directions import Block, Direction, new_generator, partition
+from zoscope.optim.directions import Block, Buffers, Direction, buffer_for, new_generator, partition
 from zoscope.optim.restore import SNAPSHOT_BYTES, FixedPoint, Perturbation
 from zoscope.problem import Objective
 from zoscope.problem.originals import Originals
@@ -58,7 +58,7 @@ class Combination:
         self._directions = directions
         self._coefficients = coefficients
         self._blocks = blocks
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._buffers: Buffers = {}
 
     def part(self, index: int) -> list[Tensor]:
         """The pieces of block ``index``, valid until the next call."""
@@ -72,10 +72,8 @@ class Combination:
         return total
 
     def _zeros(self, block: Block, dtype: torch.dtype) -> list[Tensor]:
-        if dtype not in self._buffers:
-            largest = max(b.size for b in self._blocks)
-            self._buffers[dtype] = torch.empty(largest, device=block.pieces[0].device, dtype=dtype)
-        parts = torch.split_with_sizes(self._buffers[dtype][: block.size].zero_(), block.sizes)
+        flat = buffer_for(block, dtype, self._blocks, self._buffers)
+        parts = torch.split_with_sizes(flat.zero_(), block.sizes)
         return [part.view(p.shape) for part, p in zip(parts, block.pieces, strict=True)]
 
 
@@ -139,8 +137,10 @@ class Stencil:
         self.evaluations = self.centres = 0
         self._objective = objective
         self._blocks = partition(objective.params, block_size=size)
+        devices = dict.fromkeys(block.device for block in self._blocks)
+        self._devices = {device: (index,) if index else () for index, device in enumerate(devices)}
         self._seed, self._next = seed, 0
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._buffers: Buffers = {}
         self._originals: Originals | None = None
         wide = all(p.dtype in (torch.float32, torch.float64) for p in objective.params)
         size_here: float = sum(p.numel() * p.element_size() for p in objective.params)
@@ -185,10 +185,11 @@ class Stencil:
         """The direction of a number, always the same for one seed; the next one where it is left out."""
         if number is None:
             number, self._next = self._next, self._next + 1
-        generator = new_generator(
-            np.random.SeedSequence(self._seed, spawn_key=(number, *self._part)), self._objective.device
-        )
-        return Direction(self._blocks, generator, law="gaussian", keep=self._keep, buffers=self._buffers)
+        streams = {
+            device: new_generator(np.random.SeedSequence(self._seed, spawn_key=(number, *self._part, *more)), device)
+            for device, more in self._devices.items()
+        }
+        return Direction(self._blocks, streams, law="gaussian", keep=self._keep, buffers=self._buffers)
 
     def combination(self, directions: Sequence[Direction], coefficients: Sequence[float]) -> Combination:
         """A weighted sum of directions."""

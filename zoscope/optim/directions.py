@@ -1,7 +1,7 @@
 """Directions of the zeroth-order estimate: how they are drawn, and drawn again without being kept."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor
 Law = Literal["gaussian", "sphere"]
 LAWS: tuple[str, ...] = get_args(Law)
 Seed = int | np.random.SeedSequence
+Buffers = dict[tuple[torch.dtype, torch.device], Tensor]
 
 
 def check_law(name: str) -> Law:
@@ -79,6 +80,11 @@ class Block:
         """Dtype of its parameters."""
         return self.pieces[0].dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.pieces[0].device
+
     def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The slices of ``tensors``, shaped like the parameters, that belong to this block."""
         return [
@@ -88,7 +94,7 @@ class Block:
 
 
 def partition(params: Sequence[Tensor], *, block_size: int) -> list[Block]:
-    """Cut parameters into blocks of about ``block_size`` entries, each of one dtype.
+    """Cut parameters into blocks of about ``block_size`` entries, each of one dtype and on one device.
 
     A block is what has to exist of a direction at a time: large parameters are cut, small ones share a block.
     A parameter that is not contiguous in memory stays whole.
@@ -98,7 +104,8 @@ def partition(params: Sequence[Tensor], *, block_size: int) -> list[Block]:
         data = parameter.detach()
         for piece, span in _cut(data, block_size):
             last = blocks[-1] if blocks else None
-            if last is None or last.dtype != data.dtype or last.size + piece.numel() > block_size:
+            full = last is None or last.size + piece.numel() > block_size
+            if last is None or full or (last.dtype, last.device) != (data.dtype, data.device):
                 last = Block([], [])
                 blocks.append(last)
             last.pieces.append(piece)
@@ -116,25 +123,35 @@ def _cut(data: Tensor, block_size: int) -> Iterator[tuple[Tensor, tuple[int, int
         yield flat[start:stop], (start, stop)
 
 
+def buffer_for(block: Block, dtype: torch.dtype, blocks: Sequence[Block], buffers: Buffers) -> Tensor:
+    """Room for the entries of a block, out of what is shared by all blocks on its device."""
+    key = dtype, block.device
+    if key not in buffers:
+        largest = max(b.size for b in blocks if b.device == block.device)
+        buffers[key] = torch.empty(largest, device=block.device, dtype=dtype)
+    return buffers[key][: block.size]
+
+
 class Direction:
     """One direction over all blocks. A large one is never held whole: its blocks are drawn again when they are needed.
 
     Args:
-        blocks: What it covers; all on the generator's device.
-        generator: Its stream; the direction moves it on once, while its blocks are asked for the first time, in order.
+        blocks: What it covers.
+        generator: Its stream, or one for every device that the blocks are on; the direction moves it on once, while its
+            blocks are asked for the first time, in order.
         law: Law of the direction.
         keep: Hold on to the blocks instead of drawing them again; the numbers are the same.
-        buffers: Where blocks are drawn, by dtype; directions that share them take turns.
+        buffers: Where blocks are drawn, by dtype and device; directions that share them take turns.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        generator: torch.Generator,
+        generator: torch.Generator | Mapping[torch.device, torch.Generator],
         *,
         law: Law,
         keep: bool,
-        buffers: dict[torch.dtype, Tensor] | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self._blocks = blocks
         self._generator = generator
@@ -142,7 +159,7 @@ class Direction:
         self._kept: list[list[Tensor]] = []
         self._states: list[Tensor] = []
         # One buffer for all blocks: a fresh one each time, between what is kept, would leave the heap in pieces.
-        self._buffers: dict[torch.dtype, Tensor] = {} if buffers is None else buffers
+        self._buffers: Buffers = {} if buffers is None else buffers
         self._scale = 1.0
         if law == "sphere":
             self._scale = self._sphere_scale()
@@ -155,28 +172,29 @@ class Direction:
         if index < len(self._kept):
             return self._kept[index]
         if index < len(self._states):
-            ahead = self._generator.get_state()
-            self._generator.set_state(self._states[index])
+            generator = self._stream(index)
+            ahead = generator.get_state()
+            generator.set_state(self._states[index])
             pieces = self._draw(index)
-            self._generator.set_state(ahead)
+            generator.set_state(ahead)
             return pieces
         if not self._keep:
-            self._states.append(self._generator.get_state())
+            self._states.append(self._stream(index).get_state())
             return self._draw(index)
         self._kept.append(self._draw(index))
         return self._kept[index]
+
+    def _stream(self, index: int) -> torch.Generator:
+        return self._generator[self._blocks[index].device] if isinstance(self._generator, Mapping) else self._generator
 
     def _draw(self, index: int) -> list[Tensor]:
         block = self._blocks[index]
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
         if self._keep:
-            flat = torch.empty(block.size, device=block.pieces[0].device, dtype=dtype)
+            flat = torch.empty(block.size, device=block.device, dtype=dtype)
         else:
-            if dtype not in self._buffers:
-                largest = max(b.size for b in self._blocks)
-                self._buffers[dtype] = torch.empty(largest, device=block.pieces[0].device, dtype=dtype)
-            flat = self._buffers[dtype][: block.size]
-        flat.normal_(generator=self._generator)
+            flat = buffer_for(block, dtype, self._blocks, self._buffers)
+        flat.normal_(generator=self._stream(index))
         if self._scale != 1.0:
             flat.mul_(self._scale)
         parts = torch.split_with_sizes(flat, block.sizes)

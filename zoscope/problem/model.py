@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.problem.dispatched import offloaded, refuse_offloaded
 from zoscope.problem.layers import some
 from zoscope.problem.originals import Originals
 from zoscope.problem.sharded import local
@@ -95,15 +96,20 @@ def select(model: nn.Module, regex: str | None, *, sharded: bool = False) -> Sel
         pattern = None if regex is None else re.compile(regex)
     except re.error as error:
         raise UsageError(f"--params {regex!r} is not a regular expression ({error}).") from error
+    away = offloaded(model)
     first_of: dict[Any, tuple[str, Tensor]] = {}
     chosen: dict[str, Tensor] = {}
     aliases: list[tuple[str, str]] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        wanted = parameter.requires_grad if pattern is None else pattern.search(name) is not None
+        if name in away:
+            if wanted:
+                refuse_offloaded(name)
+            continue
         _refuse_unusable(name, parameter, sharded=sharded)
         first, twin = first_of.setdefault(_place(parameter), (name, parameter))
         if parameter is not twin:
             aliases.append((name, first))
-        wanted = parameter.requires_grad if pattern is None else pattern.search(name) is not None
         if wanted and parameter.is_floating_point():
             chosen.setdefault(first, parameter)
     num_params = sum(p.numel() for p in chosen.values())

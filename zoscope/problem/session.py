@@ -11,6 +11,7 @@ from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import nest
 from zoscope.problem.checks import check as check_objective
+from zoscope.problem.dispatched import devices_of, entrance, refuse_ranks, refuse_spread
 from zoscope.problem.fitting import fit
 from zoscope.problem.layers import some, uses_batch_statistics
 from zoscope.problem.losses import CriterionLoss, NumberLoss
@@ -53,8 +54,12 @@ def prepared_here(
         sharded = ranks is not None and not differentiable and is_sharded(problem.model)
         model = stack.enter_context(unwrapped(problem.model, sharded=sharded))
         selection = select(model, problem.params, sharded=sharded)
-        own = next(p.device for p in model.parameters())
-        if sharded:
+        own, spread_out = entrance(model), len(devices_of(model)) > 1 and not differentiable
+        if differentiable:
+            refuse_spread(model)
+        if ranks is not None and not sharded:
+            refuse_ranks(model)
+        if sharded or spread_out:
             device, dtype = own, _own_only(device, dtype)
         target = (
             own if problem.own_device_only and str(device) == "auto" else runtime.resolve_device(device, model=model)
@@ -74,6 +79,7 @@ def prepared_here(
                     micro_batch,
                     differentiable=differentiable,
                     spread=spread,
+                    copy=not spread_out and _elsewhere(model, where, precision),
                 )
                 if ranks is not None and sharded:
                     _mirror(objective, ranks)
@@ -97,7 +103,8 @@ def prepared_here(
 def _own_only(device: str | torch.device, dtype: str | torch.dtype) -> str:
     if str(device) != "auto" or dtype != OWN_DTYPE:
         raise UsageError(
-            "A sharded model is measured where its parts are and as they are: leave --device and --dtype out."
+            "A model whose parts are on several devices is measured where they are and as they are: leave --device and "
+            "--dtype out."
         )
     return OWN_DTYPE
 
@@ -120,12 +127,13 @@ def _opened(
     *,
     differentiable: bool,
     spread: bool,
+    copy: bool,
 ) -> Objective:
     """Build an objective whose clean-up is on ``stack``."""
     counts = problem.counts
     dtype = runtime.widest_dtype(model) if precision is None else precision
     halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in _HALF})
-    if _elsewhere(model, device, precision):
+    if copy:
         model = copied(model, device=device, dtype=precision)
     else:
         stack.enter_context(restored(model, selection.names, aside=not differentiable))
