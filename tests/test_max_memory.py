@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from zoscope import NumericalError, Problem, UsageError
+from zoscope.cli.app import run
 from zoscope.cli.validate import size
 from zoscope.curvature.linear import LinearOperator
 from zoscope.curvature.measure import measure
@@ -28,11 +30,19 @@ model = nn.Sequential(nn.Conv2d(3, width, 3), nn.GELU(), nn.Conv2d(width, width,
 batch = torch.randn(256, 3, 32, 32), torch.randint(0, 4, (256,))
 problem = zoscope.Problem.from_criterion(model, [batch], nn.CrossEntropyLoss())
 held = held_memory("cpu")
-limit = held + int(sys.argv[1]) if len(sys.argv) > 1 else None
-found = zoscope.bounds(problem, optimizers=("gd",), max_hvps=24, steps=10, max_memory=limit)
+limit = held + int(sys.argv[2]) if len(sys.argv) > 2 else None
+if sys.argv[1] == "bounds":
+    found = zoscope.bounds(problem, optimizers=("gd",), max_hvps=24, steps=10, max_memory=limit)
+    trace = found.to_dict()["curvature"]["hessian"]["trace"]["value"]
+elif sys.argv[1] == "track":
+    found = zoscope.track(problem, lr=1e-6, max_hvps=24, steps=1, every=1, max_memory=limit)
+    trace = found.records[-1].trace
+else:
+    given = {} if limit is None else {"max_memory": limit}
+    found = zoscope.check(problem, optimizer="gd", lr=1e-3, max_hvps=24, **given)
+    trace = found.results[0].threshold.value
 # Not ru_maxrss, which begins at that of the process that started this one.
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-trace = found.to_dict()["curvature"]["hessian"]["trace"]
 print(json.dumps({"held": held, "limit": limit, "peak": peak, "trace": trace}))
 """
 
@@ -43,13 +53,14 @@ def measured(*args: str) -> dict:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
-def test_a_measurement_stays_below_the_limit():
+@pytest.mark.parametrize("command", ["bounds", *(pytest.param(c, marks=pytest.mark.slow) for c in ("check", "track"))])
+def test_a_measurement_stays_below_the_limit(command):
     room = 200 * 2**20
-    free, limited = measured(), measured(str(room))
+    free, limited = measured(command), measured(command, str(room))
     assert free["peak"] - free["held"] > 1.5 * room  # the limit matters
     assert limited["peak"] <= 1.1 * limited["limit"]
     assert limited["peak"] - limited["held"] <= 1.1 * room
-    assert limited["trace"]["value"] == pytest.approx(free["trace"]["value"], rel=1e-3)
+    assert limited["trace"] == pytest.approx(free["trace"], rel=1e-3)
 
 
 def test_what_is_left_of_a_limit():
@@ -70,6 +81,48 @@ def test_no_room_is_said_in_one_paragraph():
     with no_room as raised, problem.prepare(device="cpu", max_memory=2**20):
         pass
     assert "\n" not in str(raised.value)
+
+
+SPEC = """
+import torch
+from torch import nn
+import zoscope
+
+data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 1)
+problem = zoscope.Problem.from_criterion(nn.Linear(3, 1), data, nn.MSELoss())
+"""
+
+
+def no_room_in(said: str) -> bool:
+    return "--max-memory leaves no room" in " ".join(said.split())
+
+
+def test_every_command_that_measures_takes_a_limit(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(SPEC)
+    Path("zoscope.yaml").write_text(
+        "problem: model.py\ndefaults: {curvature: {max_memory: 1MB}}\n"
+        "checks: [{name: one, optimizer: {name: gd, lr: 0.1}}]\n"
+    )
+    for args in (["bounds"], ["spectrum"], ["probe"], ["track", "--lr", "0.1"]):
+        assert run([*args, "model.py", "--max-memory", "1MB"]) == 3, args
+        assert no_room_in(capsys.readouterr().err), args
+    assert run(["check"]) == 3
+    assert no_room_in(capsys.readouterr().out)
+    assert run(["check", "--max-memory", "64GB"]) == 0
+    assert run(["check", "--max-memory", "much"]) == 2
+
+
+def test_a_run_goes_on_with_another_limit(tmp_path, capsys):
+    spec, folder = tmp_path / "model.py", tmp_path / "run"
+    spec.write_text(SPEC)
+    options = ["--lr", "0.1", "--steps", "4", "--every", "2", "--max-seconds", "1e-9"]
+    assert run(["track", str(spec), *options, "--run", str(folder), "--max-memory", "64GB"]) == 0
+    assert "max_memory" not in (folder / "config.yaml").read_text()
+    assert run(["track", "--resume", str(folder), "--max-memory", "1MB"]) == 3
+    assert no_room_in(capsys.readouterr().err)
+    assert run(["track", "--resume", str(folder), "--max-memory", "32GB"]) == 0
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ def check(
         **options: The options of the command line, which override everything: ``spec``, ``settings``, ``checkpoint``,
             ``params``, ``optimizer``, ``lr``, ``steps``, ``beta``, ``betas``, ``eps``, ``directions``, ``queries``,
             ``mu``, ``batch_size``, ``rtol``, ``max_hvps``, ``curvature``, ``method``, ``hvp``, ``device``, ``dtype``,
-            ``seed``, ``preconditioner``, ``micro_batch``, ``strict``, ``threshold``, ``margin``, ``on_warn`` and
-            ``probe``.
+            ``seed``, ``preconditioner``, ``micro_batch``, ``max_memory``, ``strict``, ``threshold``, ``margin``,
+            ``on_warn`` and ``probe``.
 
     Returns:
         One result per check; ``.exit_code`` is what the command line would exit with.

@@ -58,6 +58,7 @@ def track(
     device: str = "auto",
     dtype: str = "auto",
     micro_batch: int | None = None,
+    max_memory: int | None = None,
     params: str | None = None,
     spec: str | None = None,
     observers: Sequence[Observer] = (),
@@ -100,6 +101,8 @@ def track(
         device: Device.
         dtype: Floating-point type.
         micro_batch: Examples per pass.
+        max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly. Another
+            session of the run may have another limit.
         params: Regular expression that selects parameters by name.
         spec: Name of the problem in the result.
         observers: Told of every step and of every measurement.
@@ -149,6 +152,7 @@ def track(
         resume=resume,
         overwrite=overwrite,
         max_seconds=max_seconds,
+        max_memory=max_memory,
         spec=spec,
         observers=observers,
     )
@@ -177,6 +181,7 @@ def track_request(
     resume: bool,
     overwrite: bool,
     max_seconds: float | None,
+    max_memory: int | None = None,
     spec: str | None,
     observers: Sequence[Observer],
 ) -> TrackResult:
@@ -190,6 +195,7 @@ def track_request(
         resume: Go on from its checkpoint.
         overwrite: Replace a run that is there.
         max_seconds: Time for this session.
+        max_memory: Bytes that the process may hold in this session.
         spec: Name of the problem in the result.
         observers: Who watches.
     """
@@ -203,7 +209,9 @@ def track_request(
             stack.enter_context(place.opened())
             _check_folder(place, config, resume=resume, overwrite=overwrite)
         objective = stack.enter_context(
-            problem.prepare(device=request.device, dtype=request.dtype, micro_batch=request.micro_batch)
+            problem.prepare(
+                device=request.device, dtype=request.dtype, micro_batch=request.micro_batch, max_memory=max_memory
+            )
         )
         stop = stack.enter_context(gentle_interrupts())
         going = Run(objective, request, place, stop, max_seconds=max_seconds, observers=tuple(observers), config=config)

@@ -99,6 +99,12 @@ class OverrideOptions:
     micro_batch: Annotated[
         int | None, _option("--micro-batch", metavar="N", panel="Measurement", help="Examples per forward pass.")
     ] = None
+    max_memory: Annotated[
+        str | None,
+        _option(
+            "--max-memory", metavar="SIZE", panel="Measurement", help="Most memory that this process may hold, as 2GB."
+        ),
+    ] = None
     strict: Annotated[
         bool | None,
         Option("--strict/--no-strict", help="Error when --rtol is not reached.", rich_help_panel="Measurement"),
@@ -110,6 +116,8 @@ class OverrideOptions:
         given = {name: value for name, value in values.items() if value is not None}
         if self.betas is not None:
             given["betas"] = validate.pair("--betas", self.betas)
+        if self.max_memory is not None:
+            given["max_memory"] = validate.size("--max-memory", self.max_memory)
         if self.settings is not None:
             from zoscope.spec import parse_settings
 

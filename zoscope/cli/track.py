@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.tracking.results import TrackResult
 
 EXIT_FAILED = 3
+ANEW = ("max_seconds", "max_memory")  # options of a session, not of the run
 Values = dict[str, Any]
 
 
@@ -108,14 +109,14 @@ def _resumed(given: Values, place: FolderOptions) -> tuple[Values, Path]:
 
     folder = place.resume
     assert folder is not None
-    others = [f"--{name.replace('_', '-')}" if name != "spec" else "SPEC" for name in given if name != "max_seconds"]
+    others = [f"--{name.replace('_', '-')}" if name != "spec" else "SPEC" for name in given if name not in ANEW]
     others += (
         ["--config"] * (place.config is not None) + ["--overwrite"] * place.overwrite + ["--sweep"] * bool(place.sweep)
     )
     if others:
         raise UsageError(
             f"--resume {folder} goes on with the options that the run began with, and {others[0]} was given. Leave it "
-            "out; only --max-seconds may be given anew."
+            "out; only --max-seconds and --max-memory may be given anew."
         )
     RunFolder(folder).read_config()  # says what is missing where this is no folder of a run
     return {**read_track_config(folder / CONFIG), **given}, folder
@@ -156,7 +157,7 @@ def _tracked(
 
     options = dict(values)
     origin: Values = {key: options.pop(key) for key in ("spec", "set", "params", "checkpoint") if key in options}
-    max_seconds = options.pop("max_seconds", None)
+    max_seconds, max_memory = (options.pop(name, None) for name in ANEW)
     try:
         request = TrackRequest(**options)
     except ValueError as error:  # each option alone was in order
@@ -180,6 +181,7 @@ def _tracked(
                 resume=resume,
                 overwrite=overwrite,
                 max_seconds=max_seconds,
+                max_memory=max_memory,
                 spec=display,
                 observers=(*observers, *logs),
             )

@@ -156,6 +156,12 @@ class RunOptions:
     micro_batch: Annotated[
         int | None, _option("--micro-batch", panel=MEASURING, help="Examples per pass.", metavar="N")
     ] = None
+    max_memory: Annotated[
+        str | None,
+        _option(
+            "--max-memory", panel=MEASURING, help="Most memory that this process may hold, as 2GB.", metavar="SIZE"
+        ),
+    ] = None
     forward_every: Annotated[
         int | None,
         _option(
@@ -221,6 +227,8 @@ class RunOptions:
 def _parsed(name: str, value: Any) -> Any:
     """Text of the command line as a configuration file would hold it."""
     if name == "every" and value.isdecimal():
+        return int(value)
+    if name == "max_memory" and value.isdecimal():
         return int(value)
     if name == "betas":
         return [_number(part) for part in value.split(",")]

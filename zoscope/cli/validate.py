@@ -50,13 +50,14 @@ def at_least(option: str, value: int, least: int) -> int:
 
 def size(option: str, text: str) -> int:
     """Bytes, from a number with a unit or without: 500MB, 2 GiB, 1.5g, 4096."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:([kmgt])?(i)?b?)", text.replace(" ", "").lower())
-    if found is None or (found[3] and not found[2]) or not float(found[1]) > 0:
+    from zoscope.config.kinds import bytes_of  # late, for a fast --help
+
+    found = bytes_of(text)
+    if found is None:
         raise UsageError(
             f"{option}: got '{text}'. Expected a size in bytes, or with a unit, such as 500MB, 2GB or 1.5GiB."
         )
-    power = " kmgt".index(found[2] or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    return found
 
 
 def momentum(option: str, value: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from zoscope.config.kinds import Arguments, Choice, Flag, Integer, Number, Pair, Regex, Text
+from zoscope.config.kinds import Arguments, Choice, Flag, Integer, Number, Pair, Regex, Size, Text
 from zoscope.config.sections import Key, ListOf, OneOf, Section
 
 OPTIMIZERS = ("gd", "gdm", "adam", "zo-gd", "zo-gdm", "zo-adam")
@@ -68,6 +68,7 @@ CURVATURE = Section(
             "expected",
         ),
         Key("micro_batch", Integer(1, 2**31), "Most examples in memory at once."),
+        Key("max_memory", Size(), "Most bytes that the process may hold, or text such as 2GB."),
         Key("strict", Flag(), "Fail when the wanted precision is not reached.", False),
     )
 )

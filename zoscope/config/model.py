@@ -75,6 +75,7 @@ class CurvatureConfig:
     seed: int
     preconditioner: str
     micro_batch: int | None
+    max_memory: int | None
     strict: bool
 
 

@@ -136,7 +136,7 @@ TRACK = Section(
         Key("rtol", Number(0.0, 1.0, open_low=True, open_high=True), "Half-width wanted of every measurement.", 0.05),
         Key("max_hvps", Integer(1, 10_000_000), "Most Hessian-vector products of a measurement.", 150),
         Key("curvature", Choice(("hessian", "ggn")), "Curvature matrix.", "hessian"),
-        *_taken(CURVATURE, "method", "device", "dtype", "seed", "micro_batch"),
+        *_taken(CURVATURE, "method", "device", "dtype", "seed", "micro_batch", "max_memory"),
         Key(
             "hvp",
             Choice(HVPS),

@@ -77,6 +77,7 @@ def probe_options(config: CheckConfig, threshold: float) -> dict[str, Any]:
         "hvp": curvature.hvp,
         "preconditioner": curvature.preconditioner,
         "micro_batch": curvature.micro_batch,
+        "max_memory": curvature.max_memory,
     }
     if optimizer.zeroth_order and estimator.batch_size is not None:
         options["batch_size"] = estimator.batch_size

@@ -98,6 +98,7 @@ def _measuring(config: CheckConfig) -> dict[str, Any]:
         "dtype": curvature.dtype,
         "seed": curvature.seed,
         "micro_batch": curvature.micro_batch,
+        "max_memory": curvature.max_memory,
         "strict": curvature.strict,
         "batch_size": batch_size_of(config),
     }
