@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from zoscope.analysis.precision import relative_half_width, wanted_precision
-from zoscope.theory.mean_square import StabilityCondition, horizon_curve
+from zoscope.theory.horizons import horizon_curve
+from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.moments import GAUSSIAN
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum

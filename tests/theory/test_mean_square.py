@@ -3,9 +3,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 from scipy.stats import ortho_group
 
-from zoscope.theory.mean_square import StabilityCondition, horizon_curve, time_to_blow_up
+from zoscope.theory.horizons import horizon_curve, time_to_blow_up
+from zoscope.theory.mean_square import StabilityCondition, estimates, thresholds
 from zoscope.theory.moments import EstimatorMoments, estimator_moments
 from zoscope.theory.rules import OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
@@ -270,8 +272,9 @@ def test_the_horizon_curve_holds_both_versions_at_every_horizon():
     curve = horizon_curve(sampled, [30, 1000], rule=rule)
     assert [point.steps for point in curve] == [30, 1000]
     for point in curve:
-        assert point.lower == StabilityCondition(rule, steps=point.steps, version="full").estimate(sampled)
-        assert point.upper == StabilityCondition(rule, steps=point.steps).estimate(sampled)
+        for found, version in ((point.lower, "full"), (point.upper, "positive")):
+            alone = StabilityCondition(rule, steps=point.steps, version=version).threshold(indefinite())
+            assert found.value == pytest.approx(alone, rel=1e-12)
 
 
 def test_bad_arguments_are_refused():
@@ -295,3 +298,41 @@ def test_a_signed_weight_of_an_escaping_mode_does_not_hide_the_threshold():
     conditions = [StabilityCondition(update_rule("gd"), steps=10**k, version="full") for k in (3, 4, 5, 6)]
     found = [condition.threshold(spectrum) for condition in conditions]
     assert all(later < earlier for earlier, later in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_conditions_side_by_side_give_the_numbers_of_each_alone(momentum):
+    rng = np.random.default_rng(3)
+    rule, fine = update_rule("gdm", beta=momentum), indefinite(seed=3)
+    parts = [
+        Spectrum(np.concatenate([fine.nodes[:5], rng.normal(0, 0.01, 6)]), rng.normal(0, 0.1, 11)) for _ in range(3)
+    ]
+    sampled = SampledSpectrum(fine, Spectrum(fine.nodes[2:], fine.weights[2:]), 4, 500, ((parts[0],), tuple(parts[1:])))
+    steps = [1, 30, 64, 1000, 100_000]
+    conditions = [StabilityCondition(rule, steps=t, version=v) for t in steps for v in ("full", "positive")]
+    conditions += [StabilityCondition(rule)]
+    for condition, found in zip(conditions, estimates(conditions, sampled), strict=True):
+
+        def excess(log_lr, condition=condition):
+            kept = fine.nodes[fine.nodes > 0] if condition.version == "positive" else fine.nodes
+            return min(float(condition.feedback(kept, math.exp(log_lr)).sum()), 1e9) - 1
+
+        edge = math.exp(brentq(excess, math.log(1e-7), math.log(10.0), xtol=1e-14, rtol=1e-14))
+        assert found.value == pytest.approx(edge, rel=1e-11)
+        slope = (excess(math.log(edge) + 1e-5) - excess(math.log(edge) - 1e-5)) / 2e-5
+
+        def errors(rules, condition=condition, edge=edge):
+            return [abs(float(part.weights @ condition.feedback(part.nodes, edge))) for part in rules]
+
+        expected = edge / slope * (max(errors(parts[:1])) + max(errors(parts[1:])))
+        assert found.quadrature == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_guess_from_a_similar_spectrum_leads_to_the_same_threshold():
+    steps, spectrum = [30, None], indefinite()
+    conditions = [StabilityCondition(rule, steps=t) for rule in RULES for t in steps]
+    alone = thresholds(conditions, spectrum)
+    for factor in (1e-3, 0.9, 1.1, 1e3):
+        near = {condition: factor * value for condition, value in zip(conditions, alone, strict=True)}
+        again = thresholds(conditions, indefinite(), near=near)
+        np.testing.assert_allclose(again, alone, rtol=1e-12)

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy.optimize import brentq
 
-from zoscope.theory.scalar import lowest, root
+from zoscope.theory.scalar import lowest, root, root_search, searched_together
 
 FUNCTIONS = {
     "cubic": (lambda x: x**3 - 2 * x - 5, 0.0, 5.0),
@@ -54,3 +54,13 @@ def test_lowest_finds_the_minimum_and_its_value() -> None:
 
 def test_lowest_at_an_end_of_the_interval() -> None:
     assert lowest(lambda x: x, 0.0, 1.0, xtol=1e-3)[0] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_searches_side_by_side_find_what_each_finds_alone() -> None:
+    functions = [lambda x, c=c: x**3 - c for c in (0.001, 1.0, 8.0, 0.0)]
+
+    def values(which: list[int], places: list[float]) -> list[float]:
+        return [functions[number](place) for number, place in zip(which, places, strict=True)]
+
+    together = searched_together(values, [root_search(0.0, 3.0, xtol=1e-13) for _ in functions])
+    assert together == [root(f, 0.0, 3.0, xtol=1e-13) for f in functions]

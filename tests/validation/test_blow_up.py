@@ -15,7 +15,8 @@ import zoscope
 from zoscope.analysis.precision import wanted_precision
 from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import HessianOperator
-from zoscope.theory.mean_square import StabilityCondition, time_to_blow_up
+from zoscope.theory.horizons import time_to_blow_up
+from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.moments import GAUSSIAN
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum

@@ -18,7 +18,7 @@ from zoscope.analysis.request import Request
 from zoscope.optim.replicas import Estimator, Limits, Plan, run
 from zoscope.optim.rules import GD
 from zoscope.optim.surface import SequentialSurface
-from zoscope.theory.mean_square import horizon_curve
+from zoscope.theory.horizons import horizon_curve
 
 pytestmark = [
     pytest.mark.slow,

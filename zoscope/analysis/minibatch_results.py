@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zoscope.theory.mean_square import LONGEST_RUN, HorizonPoint, Version
+from zoscope.theory.horizons import LONGEST_RUN, HorizonPoint
+from zoscope.theory.mean_square import Version
 from zoscope.theory.minibatch import MiniBatchCondition
 from zoscope.theory.spectrum import Estimate
 

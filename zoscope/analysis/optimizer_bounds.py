@@ -15,7 +15,7 @@ from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
     from zoscope.analysis.minibatch_results import MiniBatchBounds
-    from zoscope.theory.mean_square import HorizonPoint
+    from zoscope.theory.horizons import HorizonPoint
     from zoscope.theory.rules import UpdateRule
 
 ThresholdName = Literal["horizon", "descent", "exact", "forward"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from zoscope.theory.mean_square import StabilityCondition, horizon_curve
+from zoscope.theory.mean_square import StabilityCondition, Version, estimates, thresholds
 
 if TYPE_CHECKING:
     from zoscope.theory.moments import EstimatorMoments
@@ -45,6 +45,7 @@ def wanted_precision(
     Returns:
         A function from a sampled spectrum to the largest relative half-width.
     """
+    near: dict[StabilityCondition, float] = {}  # those of the spectrum before: a measurement asks of similar ones
 
     def worst(sampled: SampledSpectrum) -> float:
         if sampled.is_exact:
@@ -52,11 +53,15 @@ def wanted_precision(
         return max((_of_rule(rule, sampled) for rule in rules), default=0.0)
 
     def _of_rule(rule: UpdateRule, sampled: SampledSpectrum) -> float:
-        (point,) = horizon_curve(sampled, [steps], rule=rule, moments=moments)
-        widths = [relative_half_width(point.lower), relative_half_width(point.upper)]
+        versions: tuple[Version, ...] = ("full", "positive")
+        planned = [StabilityCondition(rule, moments, steps, version) for version in versions]
         forever = StabilityCondition(rule, moments)
-        if always_exact or forever.threshold(sampled.fine) >= NEARLY_BINDING * point.upper.value:
-            widths.append(relative_half_width(forever.estimate(sampled)))
-        return max(widths)
+        found = estimates(planned, sampled, near=near)
+        near.update(zip(planned, (estimate.value for estimate in found), strict=True))
+        (late,) = thresholds([forever], sampled.fine, near=near)
+        near[forever] = late
+        if always_exact or late >= NEARLY_BINDING * found[1].value:
+            found += estimates([forever], sampled)
+        return max(map(relative_half_width, found))
 
     return worst

@@ -9,7 +9,8 @@ import numpy as np
 
 from zoscope.analysis.optimizer_bounds import Binding, Outlook, ThresholdName, Verdict
 from zoscope.theory.curve import GradientMeasure, predicted_loss
-from zoscope.theory.mean_square import Version, time_to_blow_up
+from zoscope.theory.horizons import time_to_blow_up
+from zoscope.theory.mean_square import Version
 from zoscope.theory.typical import typical_doubling_time
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from zoscope.analysis.recommend import (
     recommend,
 )
 from zoscope.theory.curve import GradientMeasure, best_lr
-from zoscope.theory.mean_square import StabilityCondition, horizon_curve
+from zoscope.theory.horizons import horizon_curve
+from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.thresholds import fo_threshold, paper_bounds, tight_bounds
 
 if TYPE_CHECKING:

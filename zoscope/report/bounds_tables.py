@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from zoscope.analysis.results import BoundsResult, OptimizerBounds
     from zoscope.curvature.results import Curvature, Eigenvalue
-    from zoscope.theory.mean_square import HorizonPoint
+    from zoscope.theory.horizons import HorizonPoint
     from zoscope.theory.spectrum import Estimate
 
 OPERATOR_NAMES = {

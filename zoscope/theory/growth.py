@@ -37,7 +37,7 @@ def growth_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: Est
 
     Source: derived in the README's theory section.
     """
-    return 1.0 + _excess_rate(spectrum, lr, rule=rule, moments=moments)
+    return 1.0 + excess_rate(spectrum, lr, rule=rule, moments=moments)
 
 
 def steps_to_grow(
@@ -62,12 +62,32 @@ def steps_to_grow(
     """
     if not (math.isfinite(factor) and factor > 1):
         raise ValueError(f"factor must be finite and > 1, got {factor!r}")
-    excess = _excess_rate(spectrum, lr, rule=rule, moments=moments)
+    excess = excess_rate(spectrum, lr, rule=rule, moments=moments, least=0.0)
     return math.log(factor) / math.log1p(excess) if excess > 0 else math.inf
 
 
-def _excess_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: EstimatorMoments) -> float:
-    """``ρ - 1``, to relative precision when positive."""
+def excess_rate(
+    spectrum: Spectrum,
+    lr: float,
+    *,
+    rule: UpdateRule,
+    moments: EstimatorMoments = GAUSSIAN,
+    least: float = -1.0,
+    xtol: float = 0.0,
+) -> float:
+    """``ρ - 1``, to relative precision when positive.
+
+    Args:
+        spectrum: As in ``growth_rate``.
+        lr: Step size in param²/loss.
+        rule: Update rule.
+        moments: Constants of the estimator.
+        least: Value for everything below it: that a run does not grow is known long before how fast it decays.
+        xtol: Absolute error allowed.
+
+    Raises:
+        ValueError: If ``lr`` is not positive.
+    """
     require_positive("lr", lr)
     counted = spectrum.weights != 0
     nodes, weights = spectrum.nodes[counted], spectrum.weights[counted]
@@ -83,13 +103,12 @@ def _excess_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: Es
         """Inverse feedback at ρ less 1: negative below the growth rate, positive above."""
         return _inverse_feedback(excess, z, weights, rule.momentum, moments) - 1
 
-    high = 1.0
+    if margin(0.0) > 0:
+        return max(flat, least, root(margin, -1.0, 0.0, xtol=max(xtol, 1e-15)) if least < 0 else least)
+    low, high = 0.0, 1e-3  # most growth is slow
     while margin(high) <= 0:
-        high *= 4
-    low = 0.0 if margin(0.0) <= 0 else -1.0
-    if low < 0:
-        high = 0.0
-    return max(flat, root(margin, low, high, xtol=1e-300 if low == 0 else 1e-15))
+        low, high = high, 8 * high
+    return max(flat, least, root(margin, low, high, xtol=max(xtol, 1e-300)))
 
 
 def _inverse_feedback(excess: float, z: Array, weights: Array, beta: float, moments: EstimatorMoments) -> float:

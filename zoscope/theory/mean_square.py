@@ -1,8 +1,8 @@
 """Mean-square stability: step sizes with a bounded second moment, for ever or for a number of steps."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,16 +11,13 @@ from numpy.typing import NDArray
 from zoscope.theory.modes import horizon_feedback, infinite_feedback
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
-from zoscope.theory.scalar import root
+from zoscope.theory.scalar import crossing_search, first_crossing, searched_together
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 from zoscope.theory.thresholds import Gains, fo_threshold, tight_bounds
 from zoscope.theory.validate import require_count, require_positive
 
 Array = NDArray[np.float64]
 Version = Literal["positive", "full"]
-
-LONGEST_RUN = 2**50
-"""Steps beyond which a blow-up counts as never."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +70,13 @@ class StabilityCondition:
             ValueError: If ``lr`` is not positive.
         """
         require_positive("lr", lr)
-        z = self.rule.lr_scale * lr * np.asarray(nodes, dtype=np.float64)
-        if self.version == "positive":
-            z = np.maximum(z, 0.0)
-        if self.steps is None:
-            return infinite_feedback(z, momentum=self.rule.momentum, moments=self.moments)
-        return horizon_feedback(z, self.steps, momentum=self.rule.momentum, moments=self.moments)
+        feedback: Array = _feedbacks([self], np.asarray(nodes, dtype=np.float64), [lr])[0]
+        return feedback
 
     def total_feedback(self, spectrum: Spectrum, lr: float) -> float:
         """``Σ_j w_j φ_lr(λ_j)``; below 1 exactly when ``lr`` is stable."""
-        part = self._part(spectrum)
-        feedback = self.feedback(part.nodes, lr)
-        return math.inf if np.isinf(feedback).any() else float(part.weights @ feedback)  # a weight may be negative
+        require_positive("lr", lr)
+        return _total_feedbacks([self], spectrum, [lr])[0]
 
     def threshold(self, spectrum: Spectrum) -> float:
         """Largest stable step size.
@@ -96,13 +88,10 @@ class StabilityCondition:
             Root of ``Σ w φ = 1`` in param²/loss, to about 1e-13 relative; ``inf`` for a spectrum without feedback.
             In infinite time, where noise alone never reaches 1, the step size at which a single mode is unstable.
         """
-        return self._threshold(self._part(spectrum))
+        return thresholds([self], spectrum)[0]
 
     def estimate(self, sampled: SampledSpectrum) -> Estimate:
-        """Threshold of a sampled spectrum with its error bar.
-
-        Sampling: the standard error of ``Σ w φ`` at the root, divided by its derivative in ``log lr`` (delta method).
-        Quadrature: the error of that sum by the same derivative.
+        """Threshold of a sampled spectrum with its error bar, as ``estimates``.
 
         Args:
             sampled: Spectrum with its sampled part.
@@ -110,19 +99,7 @@ class StabilityCondition:
         Returns:
             Threshold in param²/loss.
         """
-        value = self.threshold(sampled.fine)
-        if sampled.is_exact:
-            return Estimate(value)
-        if math.isinf(value):
-            return Estimate(value)
-        step = 1e-6  # relative error of the slope, which is an error bar's: about the same
-        slope = (self.total_feedback(sampled.fine, value * math.exp(step)) - 1) / step
-
-        def at_root(nodes: Array) -> Array:
-            return _finite(self.feedback(nodes, value))
-
-        scale = value / slope if slope > 0 else 0.0
-        return Estimate(value, scale * sampled.stderr_of(at_root), scale * sampled.quadrature_error_of(at_root))
+        return estimates([self], sampled)[0]
 
     def _part(self, spectrum: Spectrum) -> Spectrum:
         if self.version == "positive":
@@ -130,15 +107,7 @@ class StabilityCondition:
         keep = spectrum.weights != 0
         return spectrum if keep.all() else Spectrum(spectrum.nodes[keep], spectrum.weights[keep])
 
-    def _threshold(self, part: Spectrum) -> float:
-        """Threshold of a part already selected."""
-        if self.steps is None:
-            return self._infinite_threshold(part)
-        if self.moments.b == 0 or part.frobenius_sq <= 0:
-            return math.inf
-        return first_crossing(lambda lr: self.total_feedback(part, lr), guess=self._guess(part))
-
-    def _infinite_threshold(self, part: Spectrum) -> float:
+    def _infinite_threshold(self, part: Spectrum, near: float | None) -> float:
         if min(part.trace, part.frobenius_sq) <= 0:
             return math.inf
         gains = Gains.of(self.rule, self.moments)
@@ -149,13 +118,11 @@ class StabilityCondition:
         if self.moments.b == 0 or (gains.own <= 0 and self.total_feedback(part, limit) < 1):
             return limit
         lower = tight_bounds(part.trace, part.frobenius_sq, largest, rule=self.rule, moments=self.moments).lower
-        return min(limit, first_crossing(lambda lr: self.total_feedback(part, lr), guess=lower))
+        guess = near if near is not None and near < limit else lower
+        return min(limit, first_crossing(lambda lr: self.total_feedback(part, lr), guess=guess))
 
     def _guess(self, part: Spectrum) -> float:
-        """A step size near the threshold: that without momentum, where the effective step is ``lr_scale·lr/(1-β)``."""
-        if self.rule.momentum > 0:
-            plain = StabilityCondition(UpdateRule("gd"), self.moments, self.steps, self.version)
-            return plain.threshold(part) * (1 - self.rule.momentum) / self.rule.lr_scale
+        """A step size near the threshold of a finite horizon."""
         positive = part.positive
         early = 1 / math.sqrt(self.moments.b * part.frobenius_sq * float(self.steps or 1)) / self.rule.lr_scale
         if min(positive.trace, positive.frobenius_sq) <= 0:
@@ -166,126 +133,133 @@ class StabilityCondition:
         return max(early, late.lower)
 
 
-@dataclass(frozen=True)
-class HorizonPoint:
-    """Thresholds for a number of steps.
-
-    Args:
-        steps: Horizon T.
-        lower: η*(T) of the full spectrum, param²/loss.
-        upper: η*(T) of the positive part, param²/loss.
-    """
-
-    steps: int
-    lower: Estimate
-    upper: Estimate
-
-
-def horizon_curve(
-    sampled: SampledSpectrum, steps: Sequence[int], *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
-) -> tuple[HorizonPoint, ...]:
-    """η*(T), full and positive, for every T of ``steps``.
-
-    Args:
-        sampled: Spectrum with its error information.
-        steps: Horizons, positive integers.
-        rule: Update rule.
-        moments: Constants of the estimator.
-
-    Returns:
-        One point per horizon, in the order given.
-
-    Raises:
-        ValueError: If a horizon is not a positive integer.
-
-    Source: derived in the README's theory section.
-    """
-    return tuple(
-        HorizonPoint(
-            steps=horizon,
-            lower=StabilityCondition(rule, moments, horizon, "full").estimate(sampled),
-            upper=StabilityCondition(rule, moments, horizon, "positive").estimate(sampled),
-        )
-        for horizon in steps
-    )
-
-
-def time_to_blow_up(
+def thresholds(
+    conditions: Sequence[StabilityCondition],
     spectrum: Spectrum,
-    lr: float,
     *,
-    rule: UpdateRule,
-    moments: EstimatorMoments = GAUSSIAN,
-    version: Version = "positive",
-) -> float:
-    """Number of steps after which ``lr`` is no longer stable: the smallest T with ``Σ w φ_lr ≥ 1``.
+    near: Mapping[StabilityCondition, float] | None = None,
+) -> list[float]:
+    """Thresholds of several conditions, those of one rule side by side; a spectrum remembers its own.
 
     Args:
+        conditions: Conditions, of any rules.
         spectrum: Nodes ``(n,)`` in loss/param², weights ``(n,)``.
-        lr: Step size in param²/loss.
-        rule: Update rule.
-        moments: Constants of the estimator.
-        version: As in ``StabilityCondition``.
+        near: Guesses, such as the thresholds of a similar spectrum.
 
     Returns:
-        A whole number ≥ 1; ``inf`` when the feedback never reaches 1, or not within 2^50 steps.
-
-    Raises:
-        ValueError: If ``lr`` is not positive or the version unknown.
-
-    Source: derived in the README's theory section.
+        One per condition, as ``StabilityCondition.threshold``.
     """
-
-    def unstable_at(steps: int) -> bool:
-        return StabilityCondition(rule, moments, steps, version).total_feedback(spectrum, lr) >= 1
-
-    escapes = version == "full" and bool((spectrum.nodes[spectrum.weights != 0] < 0).any())
-    if not escapes and StabilityCondition(rule, moments).total_feedback(spectrum, lr) <= 1:
-        return math.inf
-    late = 1
-    while not unstable_at(late):
-        late *= 2
-        if late > LONGEST_RUN:
-            return math.inf
-    early = late // 2  # stable for `early` steps, not for `late`
-    while late - early > 1:
-        middle = (early + late) // 2
-        early, late = (early, middle) if unstable_at(middle) else (middle, late)
-    return float(late)
+    near = near or {}
+    known = spectrum.known
+    missing = [condition for condition in dict.fromkeys(conditions) if condition not in known]
+    for condition in missing:
+        part = condition._part(spectrum)
+        if condition.steps is None:
+            known[condition] = condition._infinite_threshold(part, near.get(condition))
+        elif condition.moments.b == 0 or part.frobenius_sq <= 0:
+            known[condition] = math.inf
+    for family in _families([condition for condition in missing if condition not in known]):
+        known.update(zip(family, _horizon_thresholds(family, spectrum, near), strict=True))
+    return [known[condition] for condition in conditions]
 
 
-def first_crossing(total: Callable[[float], float], *, guess: float) -> float:
-    """Root of ``total(lr) = 1``, from a guess; ``inf`` when there is none below the largest float.
+def _horizon_thresholds(
+    family: Sequence[StabilityCondition], spectrum: Spectrum, near: Mapping[StabilityCondition, float]
+) -> list[float]:
+    """Thresholds of conditions of one rule, each for a finite number of steps and with some feedback."""
+    rule, guesses = family[0].rule, [near.get(condition, math.inf) for condition in family]
+    unknown = [place for place, guess in enumerate(guesses) if not 0 < guess < math.inf]
+    if rule.momentum > 0:
+        # Near that without momentum, where the effective step is lr_scale·lr/(1-β).
+        plain = [replace(family[place], rule=UpdateRule("gd")) for place in unknown]
+        effective = [lr * (1 - rule.momentum) / rule.lr_scale for lr in thresholds(plain, spectrum)]
+    else:
+        effective = [family[place]._guess(family[place]._part(spectrum)) for place in unknown]
+    for place, guess in zip(unknown, effective, strict=True):
+        guesses[place] = guess
 
-    Secant steps on ``log total`` in ``log lr``, kept inside the bracket seen so far. That curve is nearly a straight
-    line: its slope lies between 1 (every mode in its steady state) and 2 (none yet), more where a mode is unstable.
-    Stops at a relative error of about 1e-14.
+    def totals(which: list[int], lrs: list[float]) -> list[float]:
+        return _total_feedbacks([family[place] for place in which], spectrum, lrs)
+
+    return searched_together(totals, [crossing_search(guess) for guess in guesses])
+
+
+def estimates(
+    conditions: Sequence[StabilityCondition],
+    sampled: SampledSpectrum,
+    *,
+    near: Mapping[StabilityCondition, float] | None = None,
+) -> list[Estimate]:
+    """Thresholds of a sampled spectrum with their error bars.
+
+    Sampling: the standard error of ``Σ w φ`` at the root, divided by its derivative in ``log lr`` (delta method).
+    Quadrature: the error of that sum by the same derivative.
+
+    Args:
+        conditions: Conditions, of any rules.
+        sampled: Spectrum with its sampled part.
+        near: Guesses, as for ``thresholds``.
+
+    Returns:
+        One per condition, in param²/loss.
     """
-    cap = 50.0  # feedback overflows far above the root; a finite ceiling keeps the secant slopes sane
+    values = thresholds(conditions, sampled.fine, near=near)
+    found = dict(zip(conditions, map(Estimate, values), strict=True))
+    if sampled.is_exact:
+        return list(found.values())
+    for family in _families([condition for condition, value in found.items() if math.isfinite(value.value)]):
+        lrs = [found[condition].value for condition in family]
+        slopes = _slopes(family, sampled.fine, lrs)
+        feedbacks = _feedbacks(family, sampled.error_nodes, lrs)
+        for condition, lr, slope, feedback in zip(family, lrs, slopes, feedbacks, strict=True):
+            at_root = _finite(feedback)
+            scale = lr / slope if slope > 0 else 0.0
+            found[condition] = Estimate(
+                lr, scale * sampled.stderr_at(at_root), scale * sampled.quadrature_error_at(at_root)
+            )
+    return [found[condition] for condition in conditions]
 
-    def excess(log_lr: float) -> float:
-        value = total(math.exp(log_lr))
-        if value < -1.0:  # far above the root, where a signed quadrature weight of an unstable mode takes over
-            return cap
-        return min(max(math.log(value), -cap), cap) if value > 0 else -cap
 
-    x = math.log(guess)
-    slope, reach, last = 1.5, 1.0, 1.0
-    low, high = -math.inf, math.inf
-    value = excess(x)
-    for _ in range(40):
-        low, high = (x, high) if value < 0 else (low, x)
-        step = min(max(-value / slope, -reach), reach)
-        if not low <= x + step <= high:
-            step = 0.5 * (low + high) - x
-        if abs(step * last) < 1e-15 or abs(step) < 2e-14:  # a secant step errs by about the product of the last two
-            return math.exp(x + step)
-        x, last, reach = x + step, step, 2 * reach
-        if abs(x) > 700:
-            return math.inf if x > 0 else 0.0
-        previous, value = value, excess(x)
-        slope = max((value - previous) / step, 1e-2)
-    return math.exp(root(excess, low, high, xtol=2e-14))
+def _slopes(family: Sequence[StabilityCondition], spectrum: Spectrum, lrs: Sequence[float]) -> list[float]:
+    """Derivative of ``Σ w φ`` in ``log lr`` at the thresholds."""
+    step = 1e-6  # relative error of the slope, which is an error bar's: about the same
+    known = spectrum.known
+    missing = {c: lr * math.exp(step) for c, lr in zip(family, lrs, strict=True) if (c, "slope") not in known}
+    totals = _total_feedbacks(list(missing), spectrum, list(missing.values()))
+    known.update({(c, "slope"): (total - 1) / step for c, total in zip(missing, totals, strict=True)})
+    return [known[c, "slope"] for c in family]
+
+
+def _families(conditions: Sequence[StabilityCondition]) -> list[list[StabilityCondition]]:
+    """Conditions whose feedback is computed together: of one rule and one estimator, finite horizons or not."""
+    families: dict[Hashable, list[StabilityCondition]] = {}
+    for condition in conditions:
+        families.setdefault((condition.rule, condition.moments, condition.steps is None), []).append(condition)
+    return list(families.values())
+
+
+def _feedbacks(family: Sequence[StabilityCondition], nodes: Array, lrs: Sequence[float]) -> Array:
+    """``φ_lr`` of each condition at its own step size, ``(conditions, n)``."""
+    first = family[0]
+    positive = np.array([[condition.version == "positive"] for condition in family])
+    z = first.rule.lr_scale * np.array(lrs)[:, None] * nodes
+    z = np.where(positive, np.maximum(z, 0.0), z)
+    if first.steps is None:
+        return infinite_feedback(z, momentum=first.rule.momentum, moments=first.moments)
+    steps = np.array([[condition.steps] for condition in family], dtype=np.int64)
+    return horizon_feedback(z, steps, momentum=first.rule.momentum, moments=first.moments)
+
+
+def _total_feedbacks(family: Sequence[StabilityCondition], spectrum: Spectrum, lrs: Sequence[float]) -> list[float]:
+    """``Σ_j w_j φ_lr(λ_j)`` of each condition at its own step size; ``inf`` where a mode's feedback is."""
+    if not family:
+        return []
+    widest = next((condition for condition in family if condition.version == "full"), family[0])
+    part = widest._part(spectrum)
+    feedbacks = _feedbacks(family, part.nodes, lrs)
+    overflown = np.isinf(feedbacks)
+    totals = np.where(overflown, 0.0, feedbacks) @ part.weights  # a weight may be negative
+    return [math.inf if row.any() else float(total) for row, total in zip(overflown, totals, strict=True)]
 
 
 def _finite(values: Array) -> Array:

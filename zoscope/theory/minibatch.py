@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoscope.theory.coupled import coupled_response
-from zoscope.theory.mean_square import StabilityCondition, Version, first_crossing
+from zoscope.theory.mean_square import StabilityCondition, Version
 from zoscope.theory.modes import horizon_response, infinite_response
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
+from zoscope.theory.scalar import first_crossing
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 from zoscope.theory.student import widening
 from zoscope.theory.validate import require_count

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from zoscope.theory.moments import EstimatorMoments
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Steps = int | Counts
 
 NOISE = np.array([1.0, -1.0, 1.0])
 """How gradient noise enters the state of a mode."""
@@ -59,51 +61,61 @@ def _gap(z: Array, *, momentum: float, a: float) -> Array:
     return gap
 
 
-def horizon_feedback(z: Array, steps: int, *, momentum: float, moments: EstimatorMoments) -> Array:
-    """``φ = b z² Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape ``(n,)``."""
+def horizon_feedback(z: Array, steps: Steps, *, momentum: float, moments: EstimatorMoments) -> Array:
+    """``φ = b z² Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape of z; ``steps`` may differ by row."""
     # An unstable mode overflows on a long horizon: that is infinite feedback, and so is the inf - inf that may follow.
     with np.errstate(over="ignore", invalid="ignore"):
         feedback = moments.b * z**2 * _horizon_sum(z, steps, momentum=momentum, a=moments.a)
     return np.where(np.isnan(feedback), np.inf, feedback)
 
 
-def horizon_response(z: Array, steps: int, *, momentum: float, a: float) -> Array:
-    """``Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape ``(n,)``."""
+def horizon_response(z: Array, steps: Steps, *, momentum: float, a: float) -> Array:
+    """``Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape of z; ``steps`` may differ by row."""
     with np.errstate(over="ignore", invalid="ignore"):
         response = _horizon_sum(z, steps, momentum=momentum, a=a)
     return np.where(np.isnan(response), np.inf, response)
 
 
-def _horizon_sum(z: Array, steps: int, *, momentum: float, a: float) -> Array:
+def _horizon_sum(z: Array, steps: Steps, *, momentum: float, a: float) -> Array:
     if momentum == 0:
         return geometric_sum(z * (a * z - 2), steps)
-    return _response_sum(_change(z, momentum=momentum, a=a), steps)
+    flat = _response_sum(_change(z.ravel(), momentum=momentum, a=a), np.broadcast_to(steps, z.shape).ravel())
+    return flat.reshape(z.shape)
 
 
-def geometric_sum(excess: Array, steps: int) -> Array:
-    """``Σ_{τ<T} r^τ`` for ``r = 1 + excess``, to full precision as r → 1. Shape ``(n,)``."""
-    near = np.abs(excess) < 0.5
-    grown = np.expm1(steps * np.log1p(excess, out=np.zeros_like(excess), where=near))
-    grown = np.where(near, grown, np.power(1 + excess, float(steps)) - 1)
-    return np.divide(grown, excess, out=np.full_like(excess, float(steps)), where=excess != 0)
+def geometric_sum(excess: Array, steps: Steps) -> Array:
+    """``Σ_{τ<T} r^τ`` for ``r = 1 + excess``, to full precision as r → 1. Shape of ``excess``."""
+    near, count = np.abs(excess) < 0.5, np.asarray(steps, dtype=np.float64)
+    grown = np.expm1(count * np.log1p(excess, out=np.zeros_like(excess), where=near))
+    grown = np.where(near, grown, np.power(1 + excess, count) - 1)
+    return np.divide(grown, excess, out=np.broadcast_to(count, excess.shape).copy(), where=excess != 0)
 
 
-def _response_sum(change: Array, steps: int) -> Array:
-    """``Σ_{τ<T} [A^τ (1, -1, 1)]₁`` by repeated squaring, ``(n,)`` from ``A - I``, ``(3, 3, n)``.
+def _response_sum(change: Array, steps: Counts) -> Array:
+    """``Σ_{τ<T} [A^τ (1, -1, 1)]₁`` by repeated squaring, ``(n,)`` from ``A - I``, ``(3, 3, n)``, and T, ``(n,)``.
 
     Carries ``E = A^m - I`` instead of ``A^m``: a slow mode is a small column of E, which keeps its relative precision
     however long the horizon.
     """
+    result, places = np.empty(steps.size), np.arange(steps.size)
     partial = np.broadcast_to(NOISE[:, None], change.shape[1:])  # Σ_{τ<m} A^τ w at m = 1, 2, 4, …
     total = np.zeros_like(partial)
-    while True:
-        if steps & 1:
-            total = partial + total + _apply(change, total)
-        steps >>= 1
-        if not steps:
-            return np.asarray(total[0], dtype=np.float64)
-        doubler = change + 2 * _IDENTITY  # A^2m - I = E(2I + E), and I + A^m = 2I + E
-        partial, change = _apply(doubler, partial), _multiply(change, doubler)
+    while steps.size:
+        odd = steps & 1 == 1
+        if odd.any():
+            longer = partial + total + _apply(change, total)
+            total = longer if odd.all() else np.where(odd, longer, total)
+        steps = steps >> 1
+        ended = steps == 0
+        if ended.any():
+            result[places[ended]] = total[0, ended]
+            going = ~ended
+            places, steps, total, partial = places[going], steps[going], total[:, going], partial[:, going]
+            change = change[:, :, going]
+        if steps.size:
+            doubler = change + 2 * _IDENTITY  # A^2m - I = E(2I + E), and I + A^m = 2I + E
+            partial, change = _apply(doubler, partial), _multiply(change, doubler)
+    return result
 
 
 def _apply(matrices: Array, vectors: Array) -> Array:

@@ -1,6 +1,7 @@
 """Spectra as theory sees them: nodes and weights, exact or sampled, with what is known of their error."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
@@ -88,6 +89,11 @@ class Spectrum:
         return float(nodes.max()) if nodes.size else 0.0
 
     @cached_property
+    def known(self) -> dict[Hashable, float]:
+        """What has been computed of this spectrum and is asked for again, such as thresholds by their condition."""
+        return {}
+
+    @cached_property
     def positive(self) -> "Spectrum":
         """The positive part: nodes ≤ 0 dropped."""
         keep = (self.nodes > 0) & (self.weights != 0)
@@ -123,6 +129,11 @@ class SampledSpectrum:
         """Whether every eigenvalue is known, and exactly."""
         return self.num_probes == 0 and not self.errors
 
+    @property
+    def error_nodes(self) -> Array:
+        """``(m,)`` every node that errors are computed from, once each: rules of one measure share most of them."""
+        return self._rules[0]
+
     def stderr_of(self, f: NodeFunction) -> float:
         """Standard error of ``Tr f(M)`` from sampling.
 
@@ -134,13 +145,20 @@ class SampledSpectrum:
         Args:
             f: A vectorised function; ``inf`` where it overflows makes the error infinite.
         """
-        if self.is_exact or not self.sampled.nodes.size:
+        return self.stderr_at(f(self.error_nodes))
+
+    def stderr_at(self, values: Array) -> float:
+        """``stderr_of`` the function with these values ``(m,)`` at ``error_nodes``."""
+        weights = self._rules[1]
+        counted = weights != 0
+        if self.is_exact or not counted.any():
             return 0.0
-        values = f(self.sampled.nodes)
+        values, weights = values[counted], weights[counted]
         scale = float(np.abs(values).max())  # taken out, so that fourth powers of large values do not overflow
         if scale == 0 or not np.isfinite(scale):
             return scale
-        first, second, fourth = (float(self.sampled.weights @ (values / scale) ** power) for power in (1, 2, 4))
+        squares = (values / scale) ** 2
+        first, second, fourth = (float(weights @ part) for part in (values / scale, squares, squares**2))
         variance = 2.0 * (self.dimension * second - first**2) / (self.dimension + 2)
         if variance <= 0:
             return 0.0
@@ -149,11 +167,27 @@ class SampledSpectrum:
 
     def quadrature_error_of(self, f: NodeFunction) -> float:
         """Bound on the error of ``Tr f(M)`` from quadrature, added up over its kinds."""
-        return sum(max(abs(error.trace_of(f)) for error in kind) for kind in self.errors)
+        return self.quadrature_error_at(f(self.error_nodes))
+
+    def quadrature_error_at(self, values: Array) -> float:
+        """``quadrature_error_of`` the function with these values ``(m,)`` at ``error_nodes``."""
+        return sum(float(np.abs(weights @ values).max()) for weights in self._rules[2])
 
     def trace_of(self, f: NodeFunction) -> Estimate:
         """``Tr f(M)`` with its sampling and quadrature errors."""
-        return Estimate(self.fine.trace_of(f), self.stderr_of(f), self.quadrature_error_of(f))
+        values = f(self.error_nodes)
+        return Estimate(self.fine.trace_of(f), self.stderr_at(values), self.quadrature_error_at(values))
+
+    @cached_property
+    def _rules(self) -> tuple[Array, Array, tuple[Array, ...]]:
+        """The nodes of all rules behind the errors, and weights on them: ``(m,)`` sampled, ``(rules, m)`` per kind."""
+        rules = [self.sampled, *(rule for kind in self.errors for rule in kind)]
+        nodes, places = np.unique(np.concatenate([rule.nodes for rule in rules]), return_inverse=True)
+        weights = np.zeros((len(rules), nodes.size))
+        rows = np.repeat(np.arange(len(rules)), [rule.nodes.size for rule in rules])
+        np.add.at(weights, (rows, places), np.concatenate([rule.weights for rule in rules]))
+        ends = np.cumsum([1, *(len(kind) for kind in self.errors)])
+        return nodes, weights[0], tuple(weights[low:high] for low, high in itertools.pairwise(ends))
 
     def with_endless_sampling(self) -> "SampledSpectrum":
         """The same, as if over infinitely many probe vectors: what is left of its error is quadrature."""

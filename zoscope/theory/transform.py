@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from zoscope.theory.growth import growth_rate
+from zoscope.theory.growth import excess_rate
 from zoscope.theory.moments import EstimatorMoments
 from zoscope.theory.rules import UpdateRule
 from zoscope.theory.spectrum import Spectrum
@@ -24,6 +24,9 @@ Complex = NDArray[np.complex128]
 
 POINTS = 24
 """Points on the contour; its error is about 3.9^-24 = 1e-14, and half of them follow from symmetry."""
+
+NEAR = 1e-3
+"""How near to the fastest growth the contour is put, in units of 1/N: far less than its own distance from there."""
 
 SHORTEST = 200
 """Steps from which the contour, whose height is 20/N, keeps clear of the branch at ±π."""
@@ -53,7 +56,7 @@ def noise_loss(
 
     Source: contour from Weideman, Optimizing Talbot's contours, SIAM J. Numer. Anal. 44 (2006).
     """
-    fastest = _fastest_growth(spectrum, theta, eta=eta, beta=beta, moments=moments)
+    fastest = _fastest_growth(spectrum, theta, eta=eta, beta=beta, moments=moments, xtol=NEAR / steps)
     if fastest * steps > 600:
         return math.inf
     s, ds = _contour(steps + 1, shift=fastest)
@@ -105,8 +108,11 @@ def _contour(time: float, *, shift: float) -> tuple[Complex, Complex]:
     return points, slopes
 
 
-def _fastest_growth(spectrum: Spectrum, theta: Array, *, eta: float, beta: float, moments: EstimatorMoments) -> float:
+def _fastest_growth(
+    spectrum: Spectrum, theta: Array, *, eta: float, beta: float, moments: EstimatorMoments, xtol: float
+) -> float:
     """Logarithm of the largest rate in the recursion, at least 0; the path's nodes count by their own growth alone."""
     nodes = np.concatenate([spectrum.nodes, theta])
     weights = np.concatenate([spectrum.weights, np.full_like(theta, np.finfo(np.float64).tiny)])
-    return max(math.log(growth_rate(Spectrum(nodes, weights), eta, rule=UpdateRule("", beta), moments=moments)), 0.0)
+    whole, rule = Spectrum(nodes, weights), UpdateRule("", beta)
+    return math.log1p(excess_rate(whole, eta, rule=rule, moments=moments, least=0.0, xtol=xtol))

@@ -11,14 +11,14 @@ from zoscope.analysis.checking.results import Threshold
 from zoscope.analysis.optimizer_bounds import ci95
 from zoscope.analysis.recommend import choose_binding
 from zoscope.errors import UsageError
-from zoscope.theory.mean_square import horizon_curve
+from zoscope.theory.horizons import horizon_curve
 from zoscope.theory.moments import estimator_moments
 
 if TYPE_CHECKING:
     from zoscope.analysis.minibatch_results import MiniBatchBounds
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
     from zoscope.analysis.results import BoundsResult
-    from zoscope.theory.mean_square import HorizonPoint
+    from zoscope.theory.horizons import HorizonPoint
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from zoscope.curvature.operators import HessianOperator, LinearOperator, Precond
 from zoscope.curvature.precondition import expected_preconditioner, probe_preconditioner
 from zoscope.errors import NumericalError
 from zoscope.runtime import spawn_generators
-from zoscope.theory.mean_square import StabilityCondition, Version, time_to_blow_up
+from zoscope.theory.horizons import time_to_blow_up
+from zoscope.theory.mean_square import StabilityCondition, Version
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.thresholds import Gains, fo_threshold
 
