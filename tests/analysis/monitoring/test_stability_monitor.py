@@ -9,6 +9,7 @@ from torch import nn
 
 import zoscope
 from zoscope import UsageError
+from zoscope.curvature.operators import HessianOperator
 
 
 def network() -> tuple[nn.Module, zoscope.Problem]:
@@ -109,3 +110,44 @@ def test_a_schedule_may_begin_and_end_at_zero() -> None:
         optimizer.step()
         schedule.step()
     assert [record.lr for record in monitor.records] == [0.1, 0.025]
+
+
+def grouped(model: nn.Module, lr: float, other: float, kind=torch.optim.SGD) -> torch.optim.Optimizer:
+    return kind([{"params": model[0].parameters(), "lr": lr}, {"params": model[2].parameters(), "lr": other}])
+
+
+def test_groups_with_their_own_step_sizes_are_a_preconditioner() -> None:
+    model, problem = network()
+    lr, other = 0.1, 0.025
+    monitor = zoscope.StabilityMonitor(problem, grouped(model, lr, other), device="cpu", dtype="float64")
+    record = monitor.step()
+    assert record is not None
+    with problem.prepare(device="cpu", dtype="float64") as objective:
+        hessian = HessianOperator(objective).dense()
+    sizes = [lr] * 30 + [other] * 14
+    root = torch.diag(torch.tensor(sizes, dtype=torch.float64).sqrt())
+    steepest = float(torch.linalg.eigvalsh(root @ hessian @ root)[-1])  # of the step map 1 - diag(η)H
+    assert record.ratio == pytest.approx(steepest / 2, rel=1e-6)
+    assert record.operator == "preconditioned_hessian"
+    assert [notice.code for notice in monitor.warnings] == ["parameter-groups"]
+
+
+def test_groups_with_one_step_size_change_nothing() -> None:
+    model, problem = network()
+    one = zoscope.StabilityMonitor(problem, torch.optim.SGD(model.parameters(), lr=0.1), device="cpu").step()
+    monitor = zoscope.StabilityMonitor(problem, grouped(model, 0.1, 0.1), device="cpu")
+    two = monitor.step()
+    assert one is not None
+    assert two is not None
+    assert one.to_dict() == two.to_dict()
+    assert not monitor.warnings
+
+
+def test_a_group_that_stands_still_and_constants_that_differ_are_said() -> None:
+    model, problem = network()
+    optimizer = grouped(model, 0.1, 0.0)
+    optimizer.param_groups[1]["momentum"] = 0.5
+    monitor = zoscope.StabilityMonitor(problem, optimizer, device="cpu")
+    monitor.step()
+    assert any("step size of 0" in notice.message for notice in monitor.warnings)
+    assert any("differ in momentum" in notice.message for notice in monitor.warnings)

@@ -35,7 +35,7 @@ class ForwardRecord:
     Args:
         step: Steps observed.
         loss: Loss at the parameters, before the step.
-        lr: Step size.
+        lr: Step size; of several parameter groups the largest, which errs on the safe side where H ⪰ 0.
         trace: Mean of ``uᵀHu`` over the window: ``Tr H``, loss/param², signed.
         frobenius_sq: ``‖H‖_F²`` from their scatter, at least 0; rough, and too large where rounding adds to it.
         directions: Directions in the window.
@@ -159,7 +159,7 @@ class ForwardMonitor:
             loss,
             above=[above for above, _ in pairs],
             below=[below for _, below in pairs],
-            lr=float(self._optimizer.param_groups[0]["lr"]),
+            lr=max(float(group["lr"]) for group in self._optimizer.param_groups),
             preconditioner=self._preconditioner(),
         )
 

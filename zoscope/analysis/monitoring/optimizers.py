@@ -53,6 +53,31 @@ def setup_of(optimizer: Optimizer) -> OptimizerSetup:
     )
 
 
+def differing(optimizer: Optimizer) -> tuple[str, ...]:
+    """Constants in which parameter groups differ from the first one, beside the step size; that one's are used."""
+    first, *others = optimizer.param_groups
+    names = ("momentum", "beta", "betas", "eps")
+    return tuple(name for name in names if any(group.get(name) != first.get(name) for group in others))
+
+
+def step_sizes(optimizer: Optimizer, params: Sequence[Tensor]) -> list[float] | None:
+    """The step size of each of some parameters; ``None`` where all groups have the same.
+
+    A parameter that the optimizer does not have counts as one of the first group.
+    """
+    groups = optimizer.param_groups
+    if len({float(group["lr"]) for group in groups}) == 1:
+        return None
+    found = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+    return [found.get(id(p), float(groups[0]["lr"])) for p in params]
+
+
+def spread_out(values: Sequence[float], params: Sequence[Tensor]) -> Tensor:
+    """A value for each parameter as ``(d,)`` in float64, on the parameters' device."""
+    parts = [p.new_full((p.numel(),), value, dtype=torch.float64) for p, value in zip(params, values, strict=True)]
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def second_moment(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Tensor | None, int]:
     """Adam's v along ``params`` as ``(d,)`` and the steps that it has seen; ``None`` where it is not there yet."""

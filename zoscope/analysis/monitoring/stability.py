@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zoscope.analysis.monitoring.optimizers import second_moment, setup_of
+from zoscope.analysis.monitoring.optimizers import differing, second_moment, setup_of, spread_out, step_sizes
 from zoscope.analysis.tracking.measuring import Measurer, Moment
 from zoscope.analysis.tracking.request import TrackRequest
 from zoscope.config.schedule import Schedule
@@ -20,14 +20,15 @@ from zoscope.theory.validate import require_count, require_positive
 
 if TYPE_CHECKING:
     from zoscope.analysis.tracking.record import Record
-    from zoscope.problem import Notice, Problem
+    from zoscope.problem import Notice, Objective, Problem
 
 
 class StabilityMonitor:
     """Measures the curvature where a training loop stands, and compares its step size with what that allows.
 
     The model of ``problem`` is the one that the loop trains; it comes back from every measurement as it was. Every
-    measurement starts anew: bases kept from the one before were tried, and saved no products.
+    measurement starts anew: bases kept from the one before were tried, and saved no products. Parameter groups may have
+    step sizes of their own; the record is then about that of the first one, with the others in proportion.
 
         monitor = zoscope.StabilityMonitor(problem, optimizer, every=500, steps=20_000)
         for batch in loader:
@@ -165,7 +166,15 @@ class StabilityMonitor:
             if self._state is not None:
                 measurer.restore(self._state)
             v, seen = self._second_moment()
-            moment = Moment(done, lr, lr, remaining, None if v is None else v.to(objective.device), seen)
+            moment = Moment(
+                done,
+                lr,
+                lr,
+                remaining,
+                None if v is None else v.to(objective.device),
+                seen,
+                self._shares(objective),
+            )
             record = measurer.at(moment)
             metrics = objective.metric_values()
             self._state, self.warnings = measurer.state(), tuple(objective.warnings)
@@ -198,6 +207,36 @@ class StabilityMonitor:
         if self._optimizer is None or self._request.family != "adam":
             return None, 0
         return second_moment(self._optimizer, self._problem.parameters())
+
+    def _shares(self, objective: Objective) -> Tensor | None:
+        """Step sizes of parameters in units of that of the first group."""
+        if self._optimizer is None:
+            return None
+        constants = differing(self._optimizer)
+        if constants:
+            objective.notify(
+                "parameter-constants",
+                f"The optimizer's parameter groups differ in {', '.join(constants)}: those of the first are taken for all.",
+            )
+        params = self._problem.parameters()
+        rates = step_sizes(self._optimizer, params)
+        first = float(self._optimizer.param_groups[0]["lr"])
+        if rates is None or len(set(rates)) == 1:
+            return None
+        if min(rates) <= 0 or first <= 0:
+            objective.notify(
+                "parameter-groups",
+                "Some parameter groups have a step size of 0: what is measured moves all parameters at that of the "
+                "first one. Leave them out of the problem with params= for the threshold of the others.",
+            )
+            return None
+        objective.notify(
+            "parameter-groups",
+            f"The optimizer has step sizes from {min(rates):.3g} to {max(rates):.3g}: curvature and threshold are for "
+            f"that of its first group, {first:.3g}, with the others in proportion (P⁻¹H, P their inverse). For "
+            "zeroth-order optimizers this assumes that P and H nearly commute; see record.commutator.",
+        )
+        return spread_out(rates, params).to(objective.device) / first
 
     def _write(self, record: Record) -> None:
         if self._file is None:

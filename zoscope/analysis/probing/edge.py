@@ -198,8 +198,8 @@ def edge_outcome(edge: Edge, forecast: Forecast) -> tuple[Outcome, str]:
     where = f"{below:.0%} below" if below > 0 else f"{above:.0%} above"
     if below > 0 and edge.sharpened and edge.end is not None:
         return "inconclusive", (
-            f"the edge lies {where} the predicted interval, but the landscape sharpened: where the first run was last in the "
-            f"valley, at step {edge.end.step}, the threshold had come down to {edge.end.threshold:.3g}"
+            f"the edge lies {where} the predicted interval, but the landscape sharpened: where the first run was last "
+            f"in the valley, at step {edge.end.step}, the threshold had come down to {edge.end.threshold:.3g}"
         )
     return "refuted", f"the edge lies {where} the predicted interval, more than {AGREES:.0%}"
 

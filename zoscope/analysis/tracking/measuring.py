@@ -43,6 +43,7 @@ class Moment:
         remaining: Steps to go.
         second_moment: Adam's v, ``(d,)``; ``None`` before the first step and for other rules.
         steps_of_moment: Steps that v has seen.
+        shares: ``(d,)`` step size of every parameter in units of ``lr``, positive; ``None`` where they are the same.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Moment:
     remaining: int
     second_moment: Tensor | None = None
     steps_of_moment: int = 0
+    shares: Tensor | None = None
 
 
 class Measurer:
@@ -81,6 +83,9 @@ class Measurer:
                 raise NumericalError("not finite")
             operator = self._operator()
             diagonal = self._preconditioner(g, moment)
+            if moment.shares is not None:  # η_i = η/P_i
+                ones = torch.ones_like(g) if diagonal is None else diagonal
+                diagonal = (ones.double() / moment.shares).to(g.dtype)
             acting: LinearOperator = operator if diagonal is None else Preconditioned(operator, diagonal)
             curvature = measure(
                 acting,
@@ -97,6 +102,7 @@ class Measurer:
         fields = self._curvature(curvature) | self._stability(curvature, moment)
         if diagonal is not None:
             fields |= self._about_preconditioner(operator, diagonal)
+            fields["operator"] = f"preconditioned_{self._request.curvature}"
         fields["num_hvps"] = operator.num_hvps
         self._hvp = getattr(operator, "method", None) or self._hvp
         return Record(step=moment.step, loss=loss, lr=moment.lr, lr_next=moment.lr_next, grad_norm=norm, **fields)

@@ -50,7 +50,7 @@ class Record:
         precision: Relative 95 % half-width reached, the larger one of trace and exact threshold.
         method: How the spectrum was measured.
         num_hvps: Hessian-vector products spent.
-        preconditioner: Smallest, median and largest entry of Adam's P.
+        preconditioner: Smallest, median and largest entry of Adam's P, or of that of step sizes by parameter group.
         commutator: ``‖PH−HP‖_F/‖PH‖_F``.
         forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
             ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
