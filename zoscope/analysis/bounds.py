@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -185,6 +186,7 @@ def _notices(
         if entry.operator == "hessian":  # the preconditioned one has other units
             yield from notices.kink_notices(entry.curvature, measurement.kinks)
     yield from notices.gradient_notices(info, first, measurement.operators[first.name].gradient)
+    yield from _reach_notices(objective, request, rows, info)
     commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)
     if measurement.preconditioner is not None and commutator is not None:
         yield from notices.preconditioner_notices(measurement.preconditioner, commutator)
@@ -200,6 +202,22 @@ def _notices(
         for note in entry.curvature.notes:
             yield Notice("measurement", note)
     yield from objective.warnings
+
+
+def _reach_notices(
+    objective: Objective, request: Request, rows: dict[str, OptimizerBounds], info: ProblemInfo
+) -> Iterable[Notice]:
+    """Whether the noise of the step size asked about stays where the curvature was measured."""
+    row = next((row for row in rows.values() if not row.rule.preconditioned), None)
+    if request.lr is None or row is None or row.verdict is None or info.grad_norm == 0:
+        return
+    from zoscope.analysis.reach import measure_reach, noise_distance, reach_notices  # late: with --lr only
+
+    end = math.inf if row.verdict.blow_up is None else max(row.verdict.blow_up[1], 1.0)
+    steps = math.ceil(min(request.steps, end))  # what follows a blow-up is no question
+    distance = noise_distance(request.lr, steps=steps, grad_norm=info.grad_norm, queries=request.queries, rule=row.rule)
+    found = measure_reach(objective, loss=info.loss, distance=distance, steps=steps, seed=request.seed)
+    yield from reach_notices(found, lr=request.lr)
 
 
 def _precision_reached(request: Request, measurement: Measurement, *, dimension: int) -> dict[str, float]:
