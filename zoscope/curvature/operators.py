@@ -1,6 +1,8 @@
 """Symmetric linear operators: the Hessian, the Gauss-Newton matrix, their preconditioned forms, and a dense one."""
 
+import functools
 import itertools
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoscope.curvature import together
+from zoscope.curvature.graphs import PAYS, Graphs, smaller_pieces
 from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
 from zoscope.curvature.linear import DENSE_BLOCK, DenseOperator, LinearOperator, Preconditioned
 from zoscope.curvature.rival import Rival, now
@@ -37,9 +40,8 @@ class ShardOperator(LinearOperator):
         self.objective = objective
         self.dim, self.device, self.dtype = objective.num_params, objective.device, objective.dtype
         self._count = 0
-        self._kept: Products | None = None  # a single shard's graph serves every product
-        self._kept_at: tuple[int, ...] = ()  # versions of the parameters for which it was built
-        self._kept_for: Shard | None = None
+        self._graphs = Graphs(objective)
+        self._pieces: tuple[Shard, ...] | None = None  # of the only shard, where products with them are faster
         self._generation = next(_generations)
 
     @property
@@ -74,6 +76,7 @@ class ShardOperator(LinearOperator):
             else:
                 self._count += len(vectors)
                 return result
+            self._pieces = None
             self._forget()
             release_memory(self.device)
             if not self.objective.refine():
@@ -87,24 +90,23 @@ class ShardOperator(LinearOperator):
         crew = self.crew
         if crew is not None:
             return together.products(crew, self, vectors)
-        return self.partial(vectors, self.objective.shards)
+        return self.partial(vectors, self._pieces or self.objective.shards)
 
     def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
         """What some shards contribute to the products, computed here."""
-        if len(shards) == 1:
-            shard, versions = shards[0], tuple(p._version for p in self.objective.params)
-            if self._kept is None or versions != self._kept_at or shard is not self._kept_for:
-                self._kept, self._kept_at, self._kept_for = self._products(shard), versions, shard
-            found = self._kept(vectors)
-            return found if shard.weight == 1 else found.mul_(shard.weight)
-        total = torch.zeros_like(vectors)
-        for shard in shards:
-            total.add_(self._products(shard)(vectors), alpha=shard.weight)
-        return total
+        self._graphs.are_for(shards, all_of_them=shards is self._pieces)
+        total: Tensor | None = None
+        for index, shard in enumerate(shards):
+            found = self._graphs.of(index, functools.partial(self._products, shard))(vectors)
+            if shard.weight != 1:
+                found.mul_(shard.weight)
+            total = found if total is None else total.add_(found)
+        return torch.zeros_like(vectors) if total is None else total
 
     def _forget(self) -> None:
         """Build graphs anew, here and elsewhere."""
-        self._kept, self._generation = None, next(_generations)
+        self._graphs.clear()
+        self._generation = next(_generations)
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -175,28 +177,51 @@ class HessianOperator(ShardOperator):
             found = rival.challenge(self.objective.shards[0], vectors[:1], result[:1]) if rival.possible else None
             self._count += rival.num_products
             if found is not None:
-                self._kept, self.method = found, "linearize"
+                self._graphs.put(0, found)
+                self.method = "linearize"
         return result
 
     def _settle(self, vector: Tensor) -> None:
-        """On the first product: see that the method works, and that the answer repeats with a fresh graph."""
-        rival = Rival(self.objective, expected=self._expected)
+        """On the first product: see that the method works, and that the answer repeats with a fresh graph.
+
+        Where the graph is large, the second one is computed in pieces, and so are all others if that was faster.
+        """
+        rival, begin = Rival(self.objective, expected=self._expected), time.process_time()
         first = self._attempt(vector)
+        seconds = time.process_time() - begin
+        self._pieces = smaller_pieces(self.objective)
+        if self._pieces is None or not self._is_faster_in_pieces(vector, first, seconds):
+            self._pieces = None
+            self._see_that_it_repeats(vector, first)
+        if self.method is None and self.device.type != "cuda":
+            self.method = "double-backward"
+            self._rival = rival if rival.possible and self._pieces is None else None
+        self._checked = True
+
+    def _is_faster_in_pieces(self, vector: Tensor, first: Tensor, seconds: float) -> bool:
+        """Whether the pieces give the same product, in less processor time: others may share the machine."""
+        begin = time.process_time()
+        try:
+            same = self._repeats(vector, first)
+        except Exception:  # a loss may want batches of its own size; with the whole it was seen to work
+            return False
+        return same and time.process_time() - begin < PAYS * seconds
+
+    def _repeats(self, vector: Tensor, first: Tensor) -> bool:
+        """Whether a fresh graph gives the same product."""
         self._forget()
         again = super()._sum(vector)
         self._count += 1
-        scale = float(torch.linalg.vector_norm(first))
         tolerance = max(1e-3, torch.finfo(self.dtype).eps ** 0.5)
-        if float(torch.linalg.vector_norm(first - again)) > tolerance * scale:
+        return bool(torch.linalg.vector_norm(first - again) <= tolerance * torch.linalg.vector_norm(first))
+
+    def _see_that_it_repeats(self, vector: Tensor, first: Tensor) -> None:
+        if not self._repeats(vector, first):
             raise SpecError(
                 "A Hessian-vector product computed twice gives two answers: the loss is not a function of the "
                 "parameters alone. Expected a deterministic loss. Look for dropout or noise in a custom layer; call "
                 "model.eval() or fix the noise in the spec."
             )
-        if self.method is None and self.device.type != "cuda":
-            self.method = "double-backward"
-            self._rival = rival if rival.possible else None
-        self._checked = True
 
     def _attempt(self, vector: Tensor) -> Tensor:
         try:
