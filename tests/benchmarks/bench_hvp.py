@@ -1,9 +1,13 @@
 """What a Hessian-vector product costs: `python tests/benchmarks/bench_hvp.py`.
 
-For every way to compute one, on the networks of the comparison with other tools: seconds per vector in units of one
+    python tests/benchmarks/bench_hvp.py                        # some ten minutes on one core
+    python tests/benchmarks/bench_hvp.py cnn --share 1 --patience 600
+
+For every way to compute one, on the networks of the comparison with other tools (their weights as they are drawn, which
+costs do not depend on, and a share of the data where a product takes seconds): seconds per vector in units of one
 gradient of the same model in the same process, medians of rounds in which all take turns; set-up in the same unit; and
 peak memory of set-up and one product in units of one product by reverse-over-reverse on a fresh graph, as most
-libraries compute it, each in a process of its own.
+libraries compute it, each in a process of its own. What takes longer than ``--patience`` is left out and shown as –.
 """
 
 import argparse
@@ -26,8 +30,12 @@ from zoscope.curvature.hvp import shard_products
 from zoscope.problem import Objective
 from zoscope.runtime import held_memory
 
-METHODS = ("double-backward", "linearize", "forward-over-reverse")
-DEFAULT = ("cnn", "decoder", "digits_mlp")
+METHODS = ("double-backward", "linearize", "forward-over-reverse", "batched")
+BLOCK = {"batched": 4}
+"""Vectors that go together, where a method takes blocks."""
+
+SHARES = {"cnn": 0.1, "resnet": 0.25, "decoder": 0.25}
+"""Part of the data by default: a gradient then takes about a second or less."""
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -36,26 +44,37 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def costs(objective: Objective, *, rounds: int) -> dict[str, dict[str, float]]:
-    """Per method: seconds per vector and of the set-up, in gradients."""
-    vector = torch.randn(1, objective.num_params, generator=torch.Generator().manual_seed(0), dtype=objective.dtype)
+def costs(objective: Objective, *, rounds: int, patience: float) -> dict[str, dict[str, float]]:
+    """Per method that a round of does not outlast the patience: seconds per vector and of the set-up, in gradients."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(max(BLOCK.values()), objective.num_params, generator=generator, dtype=objective.dtype)
     (shard,) = objective.shards
     functions: dict[str, Callable[[], object]] = {"gradient": objective.gradient}
     setup = {}
     objective.gradient()
     for method in METHODS:
+        vectors = block[: BLOCK.get(method, 1)]
         start = time.perf_counter()
         products = shard_products(objective, shard, method=method)
         setup[method] = time.perf_counter() - start
-        products(vector)
-        functions[method] = lambda products=products: products(vector)
+        if setup[method] + timed(lambda apply=products, v=vectors: apply(v)) <= patience:
+            functions[method] = lambda apply=products, v=vectors: apply(v)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    deadline = time.perf_counter() + patience
+    for done in range(rounds):
         for name, function in functions.items():
             times[name].append(timed(function))
+        if done >= 2 and time.perf_counter() > deadline:  # three rounds have a median
+            break
     unit = statistics.median(times["gradient"])
     found = {
-        name: {"per_vector": statistics.median(times[name]) / unit, "setup": setup[name] / unit} for name in METHODS
+        name: {
+            "per_vector": statistics.median(taken) / BLOCK.get(name, 1) / unit,
+            "setup": setup[name] / unit,
+            "rounds": len(taken),
+        }
+        for name, taken in times.items()
+        if name != "gradient"
     }
     return {"gradient": {"seconds": unit}, **found}
 
@@ -63,55 +82,71 @@ def costs(objective: Objective, *, rounds: int) -> dict[str, dict[str, float]]:
 def peak_of(name: str, method: str, size: Size) -> int:
     """Bytes that the process grew by at its peak, in this process: run in one of its own."""
     with build(name, size).problem.prepare(device="cpu", check=False) as objective:
-        vector, before = torch.ones(1, objective.num_params), held_memory("cpu")
+        vectors, before = torch.ones(BLOCK.get(method, 1), objective.num_params), held_memory("cpu")
         if method == "fresh":
             grads = torch.autograd.grad(objective.loss(objective.shards[0]), objective.params, create_graph=True)
-            torch.autograd.grad(grads, objective.params, objective.unflatten(vector[0]))
+            torch.autograd.grad(grads, objective.params, objective.unflatten(vectors[0]))
         else:
-            shard_products(objective, objective.shards[0], method=method)(vector)
+            shard_products(objective, objective.shards[0], method=method)(vectors)
         return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, 0)
 
 
-def memory(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Per method: peak over that of a fresh graph."""
+def memory(name: str, size: Size, *, patience: float) -> dict[str, float]:
+    """Per method that is done in time: peak over that of a fresh graph."""
     found = {}
     for method in ("fresh", *METHODS):
-        command = [sys.executable, __file__, name, "--share", str(args.share), "--peak-of", method]
-        ran = subprocess.run([*command, *(["--tiny"] if args.tiny else [])], capture_output=True, text=True, check=True)
+        command = [sys.executable, __file__, name, "--share", str(size.share), "--peak-of", method]
+        command += ["--tiny"] if size.tiny else []
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
         found[method] = int(ran.stdout.split()[-1])
-    return {method: found[method] / max(found["fresh"], 1) for method in METHODS}
+    return {method: peak / max(found["fresh"], 1) for method, peak in found.items()} if "fresh" in found else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=DEFAULT, help=f"some of {', '.join(WORKLOADS)}")
-    parser.add_argument("--share", type=float, default=1.0, help="part of the examples, where products take seconds")
+    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=f"some of {', '.join(WORKLOADS)}")
+    parser.add_argument("--share", type=float, help="part of the examples of cnn, resnet and decoder")
     parser.add_argument("--tiny", action="store_true", help="small networks: to see that it runs")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds for the rounds of a network, and a peak")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--peak-of", metavar="METHOD", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    size = Size(share=args.share, tiny=args.tiny)
     if args.peak_of:
-        print(peak_of(args.workloads[0], args.peak_of, size))
+        (name,) = args.workloads
+        print(peak_of(name, args.peak_of, _size(name, args)))
         return
     results = {}
     for name in args.workloads:
+        size = _size(name, args)
         workload = build(name, size)
         with workload.problem.prepare(device="cpu", check=False) as objective:
-            results[name] = costs(objective, rounds=args.rounds)
+            results[name] = costs(objective, rounds=args.rounds, patience=args.patience)
         print(f"{workload.title}: d = {workload.dim:,}, one gradient {results[name]['gradient']['seconds']:.3g} s")
-        ratios = memory(name, args)
+        for method, peak in memory(name, size, patience=args.patience).items():
+            results[name].setdefault(method, {})["memory"] = peak
         print(f"{'':24}gradients/vector   set-up (gradients)   peak memory / one fresh product")
         for method in METHODS:
-            row = results[name][method]
-            row["memory"] = ratios[method]
-            print(f"  {method:22}{row['per_vector']:16.2f}{row['setup']:21.1f}{row['memory']:34.2f}", flush=True)
+            cells = [_cell(results[name].get(method, {}).get(key)) for key in ("per_vector", "setup", "memory")]
+            print(f"  {method:22}{cells[0]:>16}{cells[1]:>21}{cells[2]:>34}", flush=True)
     if args.json:
         where = {"torch": torch.__version__, "threads": args.threads, "machine": platform.machine()}
-        args.json.write_text(json.dumps({**where, "share": args.share, "results": results}, indent=2) + "\n")
+        shares = {name: _size(name, args).share for name in args.workloads}
+        args.json.write_text(json.dumps({**where, "shares": shares, "results": results}, indent=2) + "\n")
+
+
+def _size(name: str, args: argparse.Namespace) -> Size:
+    share = SHARES.get(name, 1.0) if args.share is None else args.share
+    return Size(share=share, tiny=args.tiny, trained=False)
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

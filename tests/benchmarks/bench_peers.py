@@ -61,7 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document = {
         "versions": versions(options.tools),
         "not_measured": absent,
-        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": options.threads},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "processor": platform.machine(),
+            "threads": options.threads,
+            "device": torch.cuda.get_device_name(options.device) if options.device != "cpu" else "cpu",
+        },
         "date": time.strftime("%Y-%m-%d"),
         "arguments": vars(options) | {"json": None, "cache": None},
         "workloads": [],
@@ -69,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(", ".join(f"{name} {number}" for name, number in document["versions"].items()))
     done: list[Comparison] = []
     for name in options.workloads:
-        workload = build(name, Size(share=options.share, tiny=options.tiny))
+        workload = build(name, Size(share=options.share, tiny=options.tiny), options.device)
         log.print(f"{name}: {workload.title}, {workload.dim:,} parameters")
         found = compare(
             workload,
@@ -94,6 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tools", nargs="*", choices=names, default=names, help="peers; none: zoscope alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:i")
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds that a peer's run is waited for")
     parser.add_argument("--reference", type=int, default=2000, help="most products of the reference measurement")

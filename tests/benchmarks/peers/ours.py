@@ -38,7 +38,7 @@ def moments(workload: Workload, *, seed: int, most: int) -> Run:
     """λ_max, trace and ‖H‖_F² to the targets, within ``most`` products."""
     assert LAMBDA_MAX == 0.01  # what a converged eigenvalue is
     started = clock.now()
-    with workload.problem.prepare(device="cpu", dtype="float32") as objective:
+    with workload.problem.prepare(device=str(workload.device), dtype="float32") as objective:
         found = measure(
             HessianOperator(objective),
             method="deflated-slq",
@@ -67,7 +67,7 @@ def bounds(workload: Workload, *, seed: int, most: int) -> Run:
         rtol=THRESHOLD,
         max_hvps=most,
         dtype="float32",
-        device="cpu",
+        device=str(workload.device),
         method="deflated-slq",
         seed=seed,
     )
@@ -92,7 +92,7 @@ def reference(workload: Workload, *, seed: int, most: int) -> Curvature:
         widths = [estimate.half_width / estimate.value for estimate in estimates]
         return max(*widths, TRACE * moments_error(sampled))
 
-    with workload.problem.prepare(device="cpu", dtype="float32") as objective:
+    with workload.problem.prepare(device=str(workload.device), dtype="float32") as objective:
         operator = HessianOperator(objective)
         method = "dense" if workload.dim <= 4096 else "deflated-slq"
         return measure(

@@ -120,7 +120,7 @@ class _CurvlinopsSession:
         self.operator.chunk = size
 
     def product(self) -> None:
-        self.operator @ torch.randn(self.operator.shape[1], self.chunk)
+        self.operator @ torch.randn(self.operator.shape[1], self.chunk, device=self.operator.device)
 
     def moments(self, plan: Plan) -> Values:
         from curvlinops import hutchinson_squared_fro, hutchinson_trace, hutchpp_trace, xtrace
@@ -234,10 +234,11 @@ class _EigenthingsSession:
         from hessian_eigenthings import HessianOperator, LambdaOperator, supervised_loss
 
         self.operator = HessianOperator(workload.model, [workload.batch], supervised_loss(workload.criterion))
+        self.device = workload.device
         self.squared = LambdaOperator(lambda v: self.operator @ (self.operator @ v), self.operator.size)
 
     def product(self) -> None:
-        self.operator @ torch.randn(self.operator.size)
+        self.operator @ torch.randn(self.operator.size, device=self.device)
 
     def moments(self, plan: Plan) -> Values:
         from hessian_eigenthings import hutch_plus_plus, hutchinson, lanczos
@@ -296,7 +297,8 @@ class _PyHessianSession:
         import pyhessian
 
         workload.model.zero_grad()
-        self.hessian = pyhessian.hessian(workload.model, workload.criterion, data=workload.batch, cuda=False)
+        cuda = workload.device.type == "cuda"
+        self.hessian = pyhessian.hessian(workload.model, workload.criterion, data=workload.batch, cuda=cuda)
 
     def product(self) -> None:
         from pyhessian.utils import hessian_vector_product

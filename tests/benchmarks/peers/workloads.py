@@ -37,6 +37,11 @@ class Workload:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is, and the batch with it."""
+        return self.batch[0].device
+
+    @property
     def problem(self) -> zoscope.Problem:
         """The same for zoscope."""
         return zoscope.Problem.from_criterion(self.model, [self.batch], self.criterion)
@@ -58,15 +63,21 @@ class Size:
     Args:
         share: Part of the 32×32 images and of the sequences, where a product takes seconds.
         tiny: A network of the same kind that takes no time: to see that everything runs.
+        trained: Whether the networks are trained first, which costs of products do not ask for.
     """
 
     share: float = 1.0
     tiny: bool = False
+    trained: bool = True
+
+    def steps(self, usual: int) -> int:
+        """Training steps of a workload that usually takes so many."""
+        return 0 if not self.trained else min(usual, 2) if self.tiny else usual
 
 
 def digits_cnn(size: Size) -> Workload:
     """W0: examples/digits_cnn.py."""
-    problem = _example("digits_cnn").problem(steps=20 if size.tiny else 4000)
+    problem = load_example("digits_cnn").problem(steps=20 if size.tiny else size.steps(4000))
     (batch,) = problem.batches
     return Workload("digits_cnn", "examples/digits_cnn.py, squared loss", problem.model, batch, HalfSquaredError())
 
@@ -85,7 +96,7 @@ def cnn(size: Size) -> Workload:
         )
     batch = (images, functional.one_hot(labels, 10).float())
     criterion = HalfSquaredError()
-    adam(model, batch, criterion, steps=2 if size.tiny else 150, rows=64, lr=3e-3)
+    adam(model, batch, criterion, steps=size.steps(150), rows=64, lr=3e-3)
     return Workload("cnn", f"CNN 4×conv{width}, {examples:,} images 32×32, squared loss", model, batch, criterion)
 
 
@@ -119,7 +130,7 @@ def resnet(size: Size) -> Workload:
                 inside = outside
         model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
     criterion = nn.CrossEntropyLoss()
-    adam(model, batch, criterion, steps=2 if size.tiny else 60, rows=32, lr=2e-3)
+    adam(model, batch, criterion, steps=size.steps(60), rows=32, lr=2e-3)
     title = f"ResNet-{6 * blocks + 2}, {examples} images 32×32, batch norm in eval, cross-entropy"
     return Workload("resnet", title, model.eval(), batch, criterion)
 
@@ -142,12 +153,12 @@ def decoder(size: Size) -> Workload:
     indices = markov_chain(rows, context + 1, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inner = _example("transformer").Decoder(vocabulary, width=width, layers=layers, context=context)
+        inner = load_example("transformer").Decoder(vocabulary, width=width, layers=layers, context=context)
         inner.readout = nn.Linear(width, vocabulary, bias=False)
         model = FlatLogits(inner)
     inputs, targets = indices[:, :-1].contiguous(), indices[:, 1:].contiguous()
     criterion = nn.CrossEntropyLoss()
-    adam(model, (inputs, targets), criterion, steps=2 if size.tiny else 60, rows=16, lr=2e-3)
+    adam(model, (inputs, targets), criterion, steps=size.steps(60), rows=16, lr=2e-3)
     title = (
         f"decoder, {layers} layers, width {width}, {rows}×{context} tokens, vocabulary {vocabulary:,}, cross-entropy"
     )
@@ -156,15 +167,17 @@ def decoder(size: Size) -> Workload:
 
 def digits_mlp(size: Size) -> Workload:
     """W4: examples/digits_mlp.py."""
-    problem = _example("digits_mlp").problem(**({"steps": 2, "width": 8} if size.tiny else {}))
+    problem = load_example("digits_mlp").problem(steps=size.steps(140), width=8 if size.tiny else 128)
     (batch,) = problem.batches
     title = "examples/digits_mlp.py, ReLU, 1,797 digits, cross-entropy"
     return Workload("digits_mlp", title, problem.model, batch, nn.CrossEntropyLoss())
 
 
-def build(name: str, size: Size) -> Workload:
-    """The workload of a name."""
+def build(name: str, size: Size, device: str = "cpu") -> Workload:
+    """The workload of a name, trained on the CPU wherever it is measured."""
     found = WORKLOADS[name](size)
+    inputs, targets = found.batch
+    found = replace(found, model=found.model.to(device), batch=(inputs.to(device), targets.to(device)))
     return replace(found, most=60) if size.tiny else found
 
 
@@ -213,7 +226,8 @@ def markov_chain(rows: int, length: int, vocabulary: int) -> Tensor:
     return torch.stack(symbols, dim=1)
 
 
-def _example(name: str) -> ModuleType:
+def load_example(name: str) -> ModuleType:
+    """The module of a file in examples/."""
     spec = importlib.util.spec_from_file_location(f"zoscope_benchmark_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
