@@ -40,7 +40,7 @@ elif sys.argv[1] == "track":
 else:
     given = {} if limit is None else {"max_memory": limit}
     found = zoscope.check(problem, optimizer="gd", lr=1e-3, max_hvps=24, **given)
-    trace = found.results[0].threshold.value
+    trace = found.checks[0].threshold.value
 # Not ru_maxrss, which begins at that of the process that started this one.
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"held": held, "limit": limit, "peak": peak, "trace": trace}))

@@ -376,3 +376,22 @@ def test_from_function_needs_no_model_and_no_data() -> None:
 def test_wrong_arguments_are_refused_at_once(make: Any, said: str) -> None:
     with pytest.raises(SpecError, match=said):
         make()
+
+
+@pytest.mark.parametrize(("size_of", "said"), [(None, ["unknown-batch-size"]), (len, [])])
+def test_batches_of_unknown_size_are_said_to_count_as_one_example(size_of: Any, said: list[str]) -> None:
+    batches = [["a", "bb"], ["ccc"]]
+
+    def loss(model: nn.Module, batch: list[str]) -> torch.Tensor:
+        return torch.stack([(model.weight * len(word)).square().mean() for word in batch]).mean()
+
+    with Problem(linear(), batches, loss, batch_size_of=size_of).prepare(device="cpu") as objective:
+        assert objective.num_examples == (2 if size_of is None else 3)
+        notices = {notice.code: notice.message for notice in objective.warnings}
+        assert [code for code in notices if code == "unknown-batch-size"] == said
+        assert all("2 of 2 batches (of type list) have no tensor" in notices[code] for code in said)
+
+
+def test_a_problem_without_batches_is_not_told_of_their_size() -> None:
+    with Problem.from_function(lambda x: x.square().sum(), torch.ones(3)).prepare(device="cpu") as objective:
+        assert not objective.warnings

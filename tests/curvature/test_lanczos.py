@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from zoscope.curvature.lanczos import Chain, Jacobi, project_out, short_chains
+from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
 from zoscope.errors import NumericalError
 
@@ -102,3 +103,13 @@ def test_the_head_of_a_tridiagonal_matrix_is_the_shorter_chain():
     shorter = chain_of(SPECTRUM, steps=4).jacobi
     assert isinstance(jacobi.head(4), Jacobi)
     np.testing.assert_allclose(jacobi.head(4).betas, shorter.betas)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e25, 1e30])
+def test_curvature_whose_square_does_not_fit_into_float32(scale):
+    one, scaled = (
+        measure(DenseOperator(torch.diag(s * torch.linspace(0.1, 1, 30))), method="deflated-slq", max_hvps=60, seed=0)
+        for s in (1.0, scale)
+    )
+    assert scaled.trace.value == pytest.approx(scale * one.trace.value, rel=1e-4)
+    assert scaled.lambda_max.value == pytest.approx(scale * one.lambda_max.value, rel=1e-4)

@@ -80,7 +80,7 @@ class LocalBasis:
         for _ in range(2):  # twice is enough (Kahan; Parlett 1980, §6.9)
             vector -= (known @ vector) @ known
         self._next = vector
-        return along, float(torch.linalg.vector_norm(vector))
+        return along, float(torch.linalg.vector_norm(vector, dtype=torch.float64))  # float32 squares may overflow
 
     def append(self, index: int, length: float) -> None:
         """Put what was left, of a known length, at ``index`` as a unit vector."""

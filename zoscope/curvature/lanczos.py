@@ -148,7 +148,7 @@ def short_chains(
             on_first(vectors, w)
         alpha = (vectors * w).sum(dim=1, keepdim=True)
         w -= alpha * vectors + beta * previous
-        beta = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        beta = torch.linalg.vector_norm(w, dim=1, keepdim=True, dtype=torch.float64).to(w.dtype)
         previous, vectors = vectors, w / beta.clamp_min(torch.finfo(w.dtype).tiny)
         alphas.append(alpha)
         betas.append(beta)
@@ -182,5 +182,5 @@ def _require_finite(*numbers: float) -> None:
         raise NumericalError(
             "A Hessian-vector product is not finite although the loss is. Expected finite second derivatives at the "
             "point where curvature is measured. Look for sqrt or a norm at 0, a division by a vanishing variance, or "
-            "overflow in half precision (try --dtype float32 or float64)."
+            "numbers that are too large or too small for the dtype (try --dtype float64)."
         )

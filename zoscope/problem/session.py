@@ -161,6 +161,7 @@ def _opened(
     objective.metrics = problem.metrics
     objective.on_host, objective.batch_dtype = on_host or spread, precision
     _note_precision(objective, halves, on_host, converted=precision is not None)
+    _note_sizes(objective)
     statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
     if micro_batch is not None:
         objective.split(micro_batch)
@@ -199,6 +200,18 @@ def _note_precision(objective: Objective, halves: list[str], on_host: bool, *, c
     name = str(objective.dtype).removeprefix("torch.")
     if halves and converted and objective.dtype not in _HALF:
         objective.notify("upcast", f"The model is in {', '.join(halves)}; a copy in {name} is measured.")
+
+
+def _note_sizes(objective: Objective) -> None:
+    """Say which batches count as one example because nothing in them tells how many they hold."""
+    unknown = [shard.batch for shard in objective.shards if shard.rows is None and shard.batch is not None]
+    if objective.batch_size_of is None and unknown:
+        which = "The batch" if len(objective.shards) == 1 else f"{len(unknown)} of {len(objective.shards)} batches"
+        objective.notify(
+            "unknown-batch-size",
+            f"{which} (of type {type(unknown[0]).__name__}) {'has' if len(unknown) == 1 else 'have'} no tensor with "
+            "one row per example: each counts as one example, whatever it holds. Say how many with batch_size_of=.",
+        )
 
 
 def _checked(objective: Objective, *, differentiable: bool, cut: bool) -> None:

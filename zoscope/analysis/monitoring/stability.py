@@ -216,7 +216,7 @@ class StabilityMonitor:
         if constants:
             objective.notify(
                 "parameter-constants",
-                f"The optimizer's parameter groups differ in {', '.join(constants)}: those of the first are taken for all.",
+                f"The optimizer's groups differ in {', '.join(constants)}: those of the first one are taken for all.",
             )
         params = self._problem.parameters()
         rates = step_sizes(self._optimizer, params)
