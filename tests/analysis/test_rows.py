@@ -6,7 +6,7 @@ from zoscope.curvature.results import Curvature, Eigenvalue
 from zoscope.theory.curve import GradientMeasure, predicted_loss
 from zoscope.theory.moments import GAUSSIAN
 from zoscope.theory.rules import OPTIMIZERS, update_rule
-from zoscope.theory.spectrum import SampledSpectrum
+from zoscope.theory.spectrum import Estimate, SampledSpectrum
 
 POSITIVE = np.geomspace(1e-3, 10, 30)
 INDEFINITE = np.concatenate([POSITIVE, -np.geomspace(1e-3, 1, 8)])
@@ -64,7 +64,7 @@ def test_the_curve_holds_the_planned_horizon_in_its_place(steps: int) -> None:
 
 
 def test_a_low_descent_threshold_binds() -> None:
-    found = row(POSITIVE, descent=1e-4)
+    found = row(POSITIVE, descent=Estimate(1e-4))
     assert (found.binding.name, found.binding.value) == ("descent", 1e-4)
     assert found.times_below_fo == pytest.approx(found.fo / 1e-4)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from zoscope.problem import Objective
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.spectrum import Estimate
 
 
 LIKELY_HVPS = 80
@@ -56,7 +57,7 @@ class Measurement:
     loss: float
     grad_norm: float
     operators: dict[str, Measured]
-    descent: dict[str, float | None]
+    descent: dict[str, Estimate | None]
     preconditioner: Preconditioner | None
     num_hvps: int
     kinks: float
@@ -78,7 +79,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     base = curvature_operator(objective, request)
     moments = request.moments(dimension=objective.num_params)
     operators: dict[str, Measured] = {}
-    descent: dict[str, float | None] = {}
+    descent: dict[str, Estimate | None] = {}
     preconditioner = None
     kinks = _missed_trace(objective, base, request)
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
@@ -92,7 +93,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
         rules = [*plain, *adam] if scalar else plain
         found, slope = _plain(base, g, rules, kinks=kinks, batches=batches, request=request, moments=moments)
         operators |= dict.fromkeys((rule.name for rule in plain), found)
-        descent |= {rule.name: None if slope is None else slope.threshold(rule, moments) for rule in plain}
+        descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in plain}
     if preconditioner is not None:
         if scalar and not found.curvature.spectrum.is_exact:
             found, slope = _adam_of(found, slope, preconditioner, request=request)
@@ -101,7 +102,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
                 base, g, preconditioner, adam, kinks=kinks, batches=batches, request=request, moments=moments
             )
         operators |= dict.fromkeys((rule.name for rule in adam), found)
-        descent |= {rule.name: None if slope is None else slope.threshold(rule, moments) for rule in adam}
+        descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in adam}
     norm = float(torch.linalg.vector_norm(g.double()))
     swept = sum({id(m.batches): m.batches.num_sweeps for m in operators.values() if m.batches is not None}.values())
     return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps + swept, kinks)
@@ -154,7 +155,8 @@ def _plain(
     measure, slope = gradient_measure(curvature), None
     if measure is not None:
         square = float(measure.weights.sum())
-        slope = Slope(square, float(measure.weights @ measure.nodes), curvature.trace.value + kinks, square)
+        trace = curvature.trace
+        slope = Slope(square, float(measure.weights @ measure.nodes), trace.value + kinks, square, trace.half_width)
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=None)
     return Measured(name, curvature, measure, batches=spread), slope
 
@@ -186,6 +188,7 @@ def _adam(
             gPHPg=float(measure.weights @ measure.nodes),
             trace=probes.shift * curvature.trace.value + probes.trace_correction.value + kinks,
             grad_sq=float(g.double().square().sum()),
+            trace_error=abs(probes.shift) * curvature.trace.half_width + probes.trace_correction.half_width,
         )
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
     return Measured(name, curvature, measure, probes.commutator, spread), slope
@@ -211,7 +214,13 @@ def _adam_of(
     )
     curvature = replace(curvature, notes=(note,))
     if slope is not None:
-        slope = replace(slope, gPg=slope.gPg / p, gPHPg=slope.gPHPg / p**2, trace=slope.trace / p**2)
+        slope = replace(
+            slope,
+            gPg=slope.gPg / p,
+            gPHPg=slope.gPHPg / p**2,
+            trace=slope.trace / p**2,
+            trace_error=slope.trace_error / p**2,
+        )
     name = operator_name(request, preconditioned=True)
     return Measured(name, curvature, gradient_measure(curvature)), slope
 

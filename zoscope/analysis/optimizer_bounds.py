@@ -28,6 +28,11 @@ def number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
+def pair(ends: Pair | None) -> list[float | None] | None:
+    """The JSON array of an interval."""
+    return None if ends is None else [number(end) for end in ends]
+
+
 def estimate_dict(estimate: Estimate) -> dict[str, float | None]:
     """The JSON object of a number with its error."""
     return {
@@ -72,13 +77,13 @@ class Horizon:
             "steps": self.steps,
             "lower": number(self.lower),
             "upper": number(self.upper),
-            "ci95": [number(end) for end in self.ci95],
+            "ci95": pair(self.ci95),
             "curve": [
                 {
                     "steps": point.steps,
                     "lower": number(point.lower.value),
                     "upper": number(point.upper.value),
-                    "ci95": [number(ci95(point.lower)[0]), number(ci95(point.upper)[1])],
+                    "ci95": pair((ci95(point.lower)[0], ci95(point.upper)[1])),
                 }
                 for point in self.curve
             ],
@@ -130,8 +135,8 @@ class Verdict:
             "steps": self.steps,
             "ratio": number(self.ratio),
             "outlook": self.outlook,
-            "blow_up": None if self.blow_up is None else [number(end) for end in self.blow_up],
-            "doubling": None if self.doubling is None else [number(end) for end in self.doubling],
+            "blow_up": pair(self.blow_up),
+            "doubling": pair(self.doubling),
             "descends": self.descends,
         }
 
@@ -186,6 +191,9 @@ class OptimizerBounds:
             first two then come from ``Tr H`` and ``‖H‖_F²``.
         minibatch: Thresholds with mini-batches, where a batch size was asked for; ``binding``, ``recommended`` and
             ``verdict`` go by them then.
+        zo_ci95: From the lower 95 % end of ``zo_lower`` to the upper one of ``zo_upper``.
+        tight_ci95: The same of ``lower_tight`` and ``upper_tight``.
+        descent_ci95: 95 % interval of ``descent``.
     """
 
     name: str
@@ -208,6 +216,9 @@ class OptimizerBounds:
     verdict: Verdict | None = None
     forward: ForwardBounds | None = None
     minibatch: MiniBatchBounds | None = None
+    zo_ci95: Pair | None = None
+    tight_ci95: Pair | None = None
+    descent_ci95: Pair | None = None
 
     @property
     def exact_ci95(self) -> Pair | None:
@@ -243,10 +254,13 @@ class OptimizerBounds:
             "upper": number(self.zo_upper),
             "lower_tight": number(self.lower_tight),
             "upper_tight": number(self.upper_tight),
+            "ci95": pair(self.zo_ci95),
+            "tight_ci95": pair(self.tight_ci95),
             "exact": None if self.exact is None else number(self.exact.value),
-            "exact_ci95": None if self.exact_ci95 is None else [number(end) for end in self.exact_ci95],
+            "exact_ci95": pair(self.exact_ci95),
             "horizon": None if self.horizon is None else self.horizon.to_dict(),
             "descent": number(self.descent),
+            "descent_ci95": pair(self.descent_ci95),
             "binding": None if self.binding is None else self.binding.to_dict(),
             "recommended": number(self.recommended),
             "recommended_reason": self.recommended_reason,

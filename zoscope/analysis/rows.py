@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds, Verdict, ci95
+from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds, Pair, Verdict, ci95
 from zoscope.analysis.recommend import (
     Threshold,
     choose_binding,
@@ -18,6 +18,7 @@ from zoscope.analysis.recommend import (
 )
 from zoscope.theory.curve import GradientMeasure, best_lr
 from zoscope.theory.horizons import horizon_curve
+from zoscope.theory.intervals import OfMoments, interval_ci95
 from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.thresholds import fo_threshold, paper_bounds, tight_bounds
 
@@ -75,7 +76,7 @@ class Question:
 
 
 def optimizer_row(
-    measured: Measured, question: Question, *, rule: UpdateRule, settings: Mapping[str, Any], descent: float | None
+    measured: Measured, question: Question, *, rule: UpdateRule, settings: Mapping[str, Any], descent: Estimate | None
 ) -> OptimizerBounds:
     """All bounds of one update rule.
 
@@ -87,13 +88,13 @@ def optimizer_row(
         descent: Its descent threshold; ``None`` for a zero gradient.
     """
     curvature, moments = measured.curvature, question.moments
-    trace, largest = curvature.trace.value, curvature.lambda_max.value
-    positive = curvature.spectrum.fine.positive
-    paper = paper_bounds(trace, largest, rule=rule, moments=moments)
+    largest, positive = curvature.lambda_max.value, curvature.spectrum.fine.positive
+    paper = paper_bounds(curvature.trace.value, largest, rule=rule, moments=moments)
     tight = tight_bounds(positive.trace, positive.frobenius_sq, max(largest, 0.0), rule=rule, moments=moments)
+    falling = None if descent is None else descent.value
     exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
     horizon = _horizon(curvature, question, rule=rule)
-    met = Met(horizon.lower, horizon.upper, descent, exact.value)
+    met = Met(horizon.lower, horizon.upper, falling, exact.value)
     minibatch = None
     if measured.batches is not None:
         minibatch = measured.batches.bounds(curvature.spectrum, steps=question.steps, rule=rule, moments=moments)
@@ -112,7 +113,7 @@ def optimizer_row(
         upper_tight=tight.upper,
         exact=exact,
         horizon=horizon,
-        descent=descent,
+        descent=falling,
         binding=binding,
         recommended=recommended,
         recommended_reason=reason,
@@ -120,7 +121,18 @@ def optimizer_row(
         commutator=measured.commutator,
         verdict=_verdict(measured, question, rule=rule, binding=binding, met=met, minibatch=minibatch),
         minibatch=minibatch,
+        zo_ci95=_interval_ci95(curvature, lambda p1, _, top: paper_bounds(p1, top, rule=rule, moments=moments)),
+        tight_ci95=_interval_ci95(
+            curvature, lambda p1, p2, top: tight_bounds(p1, p2, top, rule=rule, moments=moments), positive=True
+        ),
+        descent_ci95=None if descent is None else ci95(descent),
     )
+
+
+def _interval_ci95(curvature: Curvature, bounds: OfMoments, *, positive: bool = False) -> Pair:
+    largest = curvature.lambda_max
+    top = max(largest.value, 0.0) if positive else largest.value
+    return interval_ci95(bounds, curvature.spectrum, largest=top, residual=largest.residual, positive=positive)
 
 
 @dataclass(frozen=True)

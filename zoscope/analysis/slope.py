@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from zoscope.theory.descent import descent_threshold_adam
+from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
     from zoscope.theory.moments import EstimatorMoments
@@ -21,12 +23,20 @@ class Slope:
         gPHPg: ``gᵀP⁻¹HP⁻¹g``.
         trace: ``Tr P⁻¹HP⁻¹``.
         grad_sq: ``‖g‖²``.
+        trace_error: 95 % half-width of ``trace``; the other numbers are as exact as the gradient.
     """
 
     gPg: float  # noqa: N815 - as in the formula
     gPHPg: float  # noqa: N815
     trace: float
     grad_sq: float
+    trace_error: float = 0.0
+
+    def estimate(self, rule: UpdateRule, moments: EstimatorMoments) -> Estimate:
+        """The descent threshold with its error bar; it falls as the trace rises."""
+        value = self.threshold(rule, moments)
+        low = replace(self, trace=self.trace + self.trace_error).threshold(rule, moments)
+        return Estimate(value, quadrature=value - low if math.isfinite(value) else 0.0)
 
     def threshold(
         self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0

@@ -16,8 +16,9 @@ TRAINING, MEASURING, FOLDER, PROBLEM = "Training", "Measurement", "Run folder", 
 
 def _option(*names: str, panel: str, help: str, default: str | None = None, metavar: str | None = None) -> Any:
     """An option that is ``None`` unless it was given: the configuration file may say it, too."""
-    shown: bool | str = default if default is not None else False
-    return Option(*names, help=help, rich_help_panel=panel, show_default=shown, metavar=metavar)
+    if default is not None:  # Typer would put a text of ours in parentheses
+        help += f" [dim]\\[default: {default}][/]"
+    return Option(*names, help=help, rich_help_panel=panel, show_default=False, metavar=metavar)
 
 
 @dataclass(frozen=True)

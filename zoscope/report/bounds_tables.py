@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -134,7 +135,19 @@ def _first_order(result: BoundsResult, row: OptimizerBounds) -> list[str]:
 
 
 def _intervals(row: OptimizerBounds) -> list[str]:
-    return [step_range(row.zo_lower, row.zo_upper), step_range(row.lower_tight, row.upper_tight)]
+    return [
+        _with_ends(row.zo_lower, row.zo_upper, row.zo_ci95),
+        _with_ends(row.lower_tight, row.upper_tight, row.tight_ci95),
+    ]
+
+
+def _with_ends(low: float | None, high: float | None, ends: tuple[float, float] | None) -> str:
+    """A number, or an interval of two that were estimated, with the larger error of the two."""
+    if low is None or high is None or ends is None:
+        return step_range(low, high)
+    known = [(value, abs(end - value)) for value, end in zip((low, high), ends, strict=True) if 0 < value < math.inf]
+    value, half_width = max(known, key=lambda found: found[1] / found[0], default=(1.0, 0.0))
+    return step_range(low, high, digits=min(digits_for(value, half_width), 3)) + error(value, half_width)
 
 
 def _exact(row: OptimizerBounds) -> str:
@@ -143,7 +156,7 @@ def _exact(row: OptimizerBounds) -> str:
 
 def _compared(row: OptimizerBounds) -> list[str]:
     times = MISSING if row.times_below_fo is None else f"{quantity(row.times_below_fo, digits=2)} ×"
-    return [step_size(row.descent), times]
+    return [_with_ends(row.descent, row.descent, row.descent_ci95), times]
 
 
 def _stable(row: OptimizerBounds) -> Text:

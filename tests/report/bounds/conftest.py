@@ -73,7 +73,8 @@ def make_result(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BoundsResult]:
                 GradientMeasure(np.array([3.0 * size]), np.array([GRAD_SQ])),
                 commutator=Estimate(0.004, 0.001) if rule.preconditioned else None,
             )
-            descent = 0.03 * (1 - rule.momentum) / rule.lr_scale / size
+            falling = 0.03 * (1 - rule.momentum) / rule.lr_scale / size
+            descent = Estimate(falling, quadrature=noise * falling)
             found[name] = optimizer_row(measured, question, rule=rule, settings=SETTINGS[name], descent=descent)
         return BoundsResult(
             spec="examples/model.py:problem[0]",

@@ -7,7 +7,6 @@ from rich.console import Console
 
 from zoscope.analysis.results import BoundsResult
 from zoscope.report.bounds import render
-from zoscope.report.style import step_size
 
 Make = Callable[..., BoundsResult]
 WIDTHS = (80, 120, 200)
@@ -46,7 +45,7 @@ def test_every_bound_is_shown(make_result: Make, width: int) -> None:
     floats = [float(number.replace(",", "")) for number in numbers(text)]
     for row in result.optimizers.values():
         for value in (row.zo_lower, row.zo_upper, row.lower_tight, row.upper_tight, row.descent, row.recommended):
-            assert step_size(value) in text
+            assert any(number == pytest.approx(value, rel=0.05) for number in floats)  # two digits, where its error is
         for point in row.horizon.curve:
             assert f"{point.steps:,}" in text
             for end in (point.lower.value, point.upper.value):
@@ -60,10 +59,21 @@ def test_numbers_stay_in_one_piece_in_a_narrow_terminal(make_result: Make) -> No
     assert set(numbers(text)) == set(numbers(shown(result, 80)))
 
 
-def test_120_columns_hold_one_table_of_bounds_and_80_two(make_result: Make) -> None:
-    result = make_result()
-    assert shown(result, 120).count("Step-size bounds") == 1
-    assert shown(result, 80).count("Step-size bounds") == 2
+def test_a_wide_terminal_holds_one_table_of_bounds_and_80_columns_two(make_result: Make) -> None:
+    for noise, wide in ((0.0, 120), (0.02, 150)):
+        result = make_result(noise=noise)
+        assert shown(result, wide).count("Step-size bounds") == 1
+        assert shown(result, 80).count("Step-size bounds") == 2
+
+
+def test_every_number_that_was_sampled_has_its_error(make_result: Make) -> None:
+    sampled, exact = shown(make_result(), 80), shown(make_result(noise=0.0), 80)
+    for text, errors in ((sampled, 5), (exact, 0)):
+        bounds = text[text.index("Step-size bounds") : text.index("Stable for how many steps")]
+        assert [line.count("±") for line in bounds.splitlines() if line.startswith(("GD ", "GDM ", "Adam "))] == [
+            *([min(errors, 2)] * 3),
+            *([max(errors - 2, 0)] * 3),
+        ]
 
 
 def test_square_brackets_are_not_taken_for_markup(make_result: Make) -> None:
