@@ -245,6 +245,9 @@ def test_random_batches_run_and_are_said():
     problem = zoscope.Problem.from_criterion(model, [(x, y)], nn.MSELoss())
     result = probe(problem, batch_size=8, steps=10, replicas=2)
     assert "mini-batch" in {notice.code for notice in result.warnings}
+    # What is only known of full batches is not shown.
+    assert {(run.rate_predicted, run.growth_predicted, run.prediction) for run in result.runs} == {(None, None, None)}
+    assert "ρ per step" not in str(result)
 
 
 def test_a_tiny_loss_is_judged_by_its_own_scale():

@@ -6,6 +6,7 @@ import pytest
 
 from zoscope.analysis.probing.edge import edge_outcome
 from zoscope.analysis.probing.results import Edge, EdgePoint, EndState, ProbedThreshold
+from zoscope.analysis.probing.verdict import growth_verdict
 
 
 def edge(value, *, sharpened=False):
@@ -37,3 +38,10 @@ def test_an_edge_below_where_the_landscape_sharpened_is_inconclusive_and_says_so
     assert "22% below" in reason
     assert "step 90, the threshold had come down to 0.4" in reason
     assert edge_outcome(edge(1.2, sharpened=True), forecast())[0] == "refuted"  # sharpening lowers the edge
+
+
+def test_a_loss_that_the_noise_of_mini_batches_holds_up_is_stable():
+    found = SimpleNamespace(diverged=1, stable=2)
+    trajectory = SimpleNamespace(left=(None,) * 7 + (30,), capped=False)
+    assert growth_verdict(found, trajectory, noisy=True) == "stable"
+    assert growth_verdict(found, trajectory) == "inconclusive"

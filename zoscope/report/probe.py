@@ -134,19 +134,27 @@ def _horizon_label(result: ProbeResult) -> str:
 
 def runs_table(result: ProbeResult) -> Table:
     """One row per step size and variant."""
-    table = number_table("step size", "η", "ρ per step", "steps", "diverged", "loss at end", "curve off by", "verdict")
-    for run in result.runs:
-        table.add_row(
-            _label(run),
-            step_size(run.lr),
-            f"{run.rate_predicted:.4f}",
-            count(run.steps) if run.steps_done == run.steps else f"{count(run.steps_done)} of {count(run.steps)}",
-            f"{run.diverged} of {run.replicas}",
-            quantity(run.loss_end, digits=3),
-            _curve_error(run),
-            Text(run.verdict, style=VERDICT_STYLES[run.as_predicted]),
-        )
+    columns: dict[str, list[str | Text]] = {
+        "step size": [_label(run) for run in result.runs],
+        "η": [step_size(run.lr) for run in result.runs],
+        "ρ per step": [MISSING if r.rate_predicted is None else f"{r.rate_predicted:.4f}" for r in result.runs],
+        "steps": [_steps(run) for run in result.runs],
+        "diverged": [f"{run.diverged} of {run.replicas}" for run in result.runs],
+        "loss at end": [quantity(run.loss_end, digits=3) for run in result.runs],
+        "curve off by": [_curve_error(run) for run in result.runs],
+        "verdict": [Text(run.verdict, style=VERDICT_STYLES[run.as_predicted]) for run in result.runs],
+    }
+    unknown = [name for name in ("ρ per step", "curve off by") if set(columns[name]) == {MISSING}]
+    shown = {name: cells for name, cells in columns.items() if name not in unknown}
+    table = number_table(*shown)
+    table.columns[-1].no_wrap = True
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _steps(run: ProbeRun) -> str:
+    return count(run.steps) if run.steps_done == run.steps else f"{count(run.steps_done)} of {count(run.steps)}"
 
 
 def remark(run: ProbeRun) -> str:
@@ -154,8 +162,9 @@ def remark(run: ProbeRun) -> str:
     text = run.reason
     if run.left_at is not None:
         text += f", at about step {rough_count(run.left_at)}"
-    if run.side == "above" and run.variant != "adaptive" and run.growth_predicted > 1:
-        text += f"; predicted growth of the mean square {quantity(run.growth_predicted, digits=2)}"
+    growth = run.growth_predicted
+    if run.side == "above" and run.variant != "adaptive" and growth is not None and growth > 1:
+        text += f"; predicted growth of the mean square {quantity(growth, digits=2)}"
     return text
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zoscope.curvature.operators import LinearOperator
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
-    from zoscope.theory.spectrum import Spectrum
+    from zoscope.theory.spectrum import Estimate, Spectrum
 
 GRADIENT_STEPS = 40
 """Lanczos steps from the gradient: the mean path of a short run needs no more."""
@@ -99,8 +99,8 @@ class Forecast:
 
     def curve(self, lr: float, steps: int, *, flow: GradientFlow | None = None) -> NDArray[np.float64] | None:
         """The predicted mean loss, ``(steps + 1,)``; around the measured mean path where that is known."""
-        if self.gradient is None or steps > LONGEST_CURVE:
-            return None
+        if self.gradient is None or steps > LONGEST_CURVE or self.row.minibatch is not None:
+            return None  # the noise of mini-batches is not in it
         return predicted_loss(
             self.spectrum,
             self.gradient,
@@ -123,7 +123,7 @@ def forecast(
     *,
     loss: float,
     dimension: int,
-    descent: float | None,
+    descent: Estimate | None,
 ) -> Forecast:
     """Thresholds, and how long a run has to be.
 

@@ -107,7 +107,7 @@ class ProbeRun:
         ratio: To the probed threshold.
         side: Which side of it.
         variant: ``frozen`` or ``adaptive`` P for Adam; the order of the method otherwise.
-        rate_predicted: Growth rate ρ of the mean square, per step.
+        rate_predicted: Growth rate ρ of the mean square, per step; not known with mini-batches.
         growth_predicted: ``ρ^steps``.
         steps: Steps asked for.
         steps_done: Steps that the slowest surviving replica reached.
@@ -129,8 +129,8 @@ class ProbeRun:
     ratio: float
     side: Literal["below", "above"]
     variant: Variant
-    rate_predicted: float
-    growth_predicted: float
+    rate_predicted: float | None
+    growth_predicted: float | None
     steps: int
     steps_done: int
     replicas: int

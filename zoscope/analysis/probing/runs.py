@@ -34,14 +34,18 @@ def probe_run(
     found = judging.fates(trajectory, loss=forecast.loss, scale=forecast.scale)
     above = lr > forecast.threshold.value
     descent = forecast.threshold.name == "descent"
-    verdict = (judging.descent_verdict if descent else judging.growth_verdict)(found, trajectory)
+    if descent:
+        verdict = judging.descent_verdict(found, trajectory)
+    else:
+        verdict = judging.growth_verdict(found, trajectory, noisy=forecast.row.minibatch is not None)
     end, sharpened = end_state(ground, forecast, trajectory, lr=lr, adaptive=adaptive)
     if sharpened and not above and verdict == "diverged" and not adaptive:
         verdict = "sharpened"
+    growth = None if forecast.row.minibatch is not None else forecast.growth(lr, trajectory.done)
     as_predicted, reason = judging.judge_run(
         verdict,
         above=above,
-        growth=forecast.growth(lr, trajectory.done),
+        growth=growth,
         wanted=ground.request.growth,
         capped=trajectory.capped,
         few_modes=forecast.few_modes,
@@ -62,8 +66,8 @@ def probe_run(
         ratio=lr / forecast.threshold.value,
         side="above" if above else "below",
         variant=variant,
-        rate_predicted=forecast.rate(lr),
-        growth_predicted=forecast.growth(lr, trajectory.done),
+        rate_predicted=None if growth is None else forecast.rate(lr),
+        growth_predicted=growth,
         steps=trajectory.length,
         steps_done=trajectory.done,
         replicas=len(trajectory.left),

@@ -79,14 +79,18 @@ def fates(trajectory: Trajectory, *, loss: float, scale: float) -> Fates:
     return Fates(tuple(diverged_at), stable, ends - loss)
 
 
-def growth_verdict(found: Fates, trajectory: Trajectory) -> RunVerdict:
-    """Diverged or stable, where three quarters of the replicas agree."""
+def growth_verdict(found: Fates, trajectory: Trajectory, *, noisy: bool = False) -> RunVerdict:
+    """Diverged or stable, where three quarters of the replicas agree.
+
+    With ``noisy`` gradients, as of mini-batches, a loss that rises and stays in the valley is stable: they hold it up.
+    """
     count = len(trajectory.left)
     if found.diverged >= MAJORITY * count:
         return "diverged"
     if trajectory.capped:
         return "inconclusive"
-    return "stable" if found.stable >= MAJORITY * count else "inconclusive"
+    stable = count - found.diverged if noisy else found.stable
+    return "stable" if stable >= MAJORITY * count else "inconclusive"
 
 
 def descent_verdict(found: Fates, trajectory: Trajectory) -> RunVerdict:
@@ -103,7 +107,7 @@ def descent_verdict(found: Fates, trajectory: Trajectory) -> RunVerdict:
 
 
 def judge_run(
-    verdict: RunVerdict, *, above: bool, growth: float, wanted: float, capped: bool, few_modes: bool
+    verdict: RunVerdict, *, above: bool, growth: float | None, wanted: float, capped: bool, few_modes: bool
 ) -> tuple[bool | None, str]:
     """Whether a verdict is what the threshold says (``None``: it does not count), and why."""
     if verdict in ("falls", "rises"):
@@ -119,6 +123,8 @@ def judge_run(
         return True, "stayed in the valley"
     if few_modes:
         return None, FEW_MODES_REMARK
+    if growth is None:
+        return None, "stayed in the valley, which does not count: how fast the noise of mini-batches grows is not known"
     if growth < wanted:
         return None, f"stayed, but the predicted growth of only {growth:.3g} might not show yet; --steps gives more"
     return False, f"stayed in the valley although the mean square should have grown by {growth:.3g}"
