@@ -15,8 +15,9 @@ from zoscope.analysis.estimate_results import CostEstimate, KindCost, recommende
 from zoscope.analysis.request import subject_of
 from zoscope.curvature.forward import CHECKS, GROUP, LEAST_DIRECTIONS, LEAST_GROUPS, PILOTS
 from zoscope.curvature.ggn import GGNOperator
+from zoscope.curvature.graphs import room_for_graphs
 from zoscope.curvature.measure import BLOCK, DENSE_LIMIT, MOST_STEPS
-from zoscope.curvature.operators import HessianOperator, LinearOperator
+from zoscope.curvature.operators import HessianOperator, LinearOperator, ShardOperator
 from zoscope.curvature.stencil import Stencil
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import OWN_DTYPE, Objective
@@ -120,7 +121,7 @@ class _Scale:
         data: Examples in all over examples timed.
         largest: Examples of the largest shard over examples timed.
         timed: Examples timed.
-        single: Whether all data is one shard, whose graph every product shares.
+        single: Whether all data is one shard, whose graph every product shares in any case.
     """
 
     def __init__(self, *, data: float, largest: float, timed: int, single: bool) -> None:
@@ -203,12 +204,10 @@ def _second_order(
     operator = make(objective)
     graph = peak_bytes(lambda: operator.matmat(vector), objective.device)
     kept = _seconds(lambda: operator.matmat(vector))
-    if not scale.single:  # a fresh graph for every shard and product
-        fresh = make(objective)
-        whole = objective.shards
-        objective.shards = tuple(replace(shard, weight=0.5) for shard in (*whole, *whole))
-        kept = _seconds(lambda: fresh.matmat(vector)) / 2
-        objective.shards = whole
+    graphs = max(graph - d * itemsize, 0) * scale.data
+    together = scale.single or graphs <= room_for_graphs(objective.device)
+    if not together:  # a fresh graph for every shard and product
+        kept = _seconds(lambda: _afresh(operator, vector))
     dense = d <= min(DENSE_LIMIT, max_hvps)
     products = d if dense else min(max_hvps, SAMPLED_PRODUCTS) * operators
     rows = d if dense else min(MOST_STEPS, max(2, max_hvps // 3)) + 4 * BLOCK + 1
@@ -220,9 +219,15 @@ def _second_order(
         seconds_each=each,
         seconds=products * each,
         fixed_bytes=(rows + 2) * d * itemsize,  # two more: the parameters' own values, and the gradient
-        batch_bytes=round(max(graph - d * itemsize, 0) * scale.largest),
+        batch_bytes=round(graphs if together else graphs / scale.data * scale.largest),
         largest=round(scale.timed * scale.largest),
     )
+
+
+def _afresh(operator: LinearOperator, vector: torch.Tensor) -> torch.Tensor:
+    if isinstance(operator, ShardOperator):
+        operator.release()
+    return operator.matmat(vector)
 
 
 def _seconds(run: Callable[[], torch.Tensor]) -> float:

@@ -26,6 +26,11 @@ PAYS = 0.9
 """Time of the pieces, in units of the whole, below which they are used."""
 
 
+def room_for_graphs(device: torch.device) -> float:
+    """Bytes that the graphs of several micro-batches may take; none within a memory limit, which is for vectors."""
+    return 0.0 if is_limited() else KEPT_SHARE * available_memory(device)
+
+
 class Graphs:
     """The graphs of the shards that products are being computed with.
 
@@ -54,7 +59,7 @@ class Graphs:
             self.clear()
             self._shards, self._versions = shards, versions
             self._all = all_of_them or len(shards) == 1
-            self._room = 0.0 if is_limited() else KEPT_SHARE * available_memory(self._objective.device)
+            self._room = room_for_graphs(self._objective.device)
 
     def of(self, index: int, make: Callable[[], Products]) -> Products:
         """The graph of a shard: an old one, or a new one that is kept if it fits."""

@@ -77,7 +77,7 @@ class ShardOperator(LinearOperator):
                 self._count += len(vectors)
                 return result
             self._pieces = None
-            self._forget()
+            self.release()
             release_memory(self.device)
             if not self.objective.refine():
                 raise NumericalError(
@@ -103,7 +103,7 @@ class ShardOperator(LinearOperator):
             total = found if total is None else total.add_(found)
         return torch.zeros_like(vectors) if total is None else total
 
-    def _forget(self) -> None:
+    def release(self) -> None:
         """Build graphs anew, here and elsewhere."""
         self._graphs.clear()
         self._generation = next(_generations)
@@ -209,7 +209,7 @@ class HessianOperator(ShardOperator):
 
     def _repeats(self, vector: Tensor, first: Tensor) -> bool:
         """Whether a fresh graph gives the same product."""
-        self._forget()
+        self.release()
         again = super()._sum(vector)
         self._count += 1
         tolerance = max(1e-3, torch.finfo(self.dtype).eps ** 0.5)
@@ -232,7 +232,7 @@ class HessianOperator(ShardOperator):
             failure = error
         if not self._chosen_by_user:
             self.method = "forward-over-reverse"
-            self._forget()
+            self.release()
             try:
                 result = super()._sum(vector)
             except (RuntimeError, NotImplementedError) as error:
@@ -250,7 +250,7 @@ class HessianOperator(ShardOperator):
         """Keep the faster of two methods for blocks of vectors; both results are right."""
         best, result = float("inf"), vectors
         for method in ("double-backward", "batched"):
-            self._forget()
+            self.release()
             previous, self.method = self.method, _as_method(method)
             try:
                 super()._sum(vectors)  # allocates and builds what later calls reuse
@@ -266,7 +266,7 @@ class HessianOperator(ShardOperator):
             else:
                 self.method = previous
         self.method = chosen
-        self._forget()
+        self.release()
         return result
 
 
