@@ -129,3 +129,14 @@ def test_output_survives_a_terminal_without_greek() -> None:
     finished = run_zoscope("bounds", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert finished.returncode == 0
     assert "of Adam" in finished.stdout
+
+
+@pytest.mark.parametrize("command", ["bounds", "probe", "check", "track", "spectrum"])
+def test_choices_are_not_cut_within_a_word_and_defaults_have_no_parentheses(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert app.run([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "forward-over-reverse" in shown
+    assert "default: (" not in shown

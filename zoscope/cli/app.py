@@ -51,8 +51,14 @@ def build(args: Sequence[str] = ()) -> typer.Typer:
     )
     app.callback()(_root)
     for name in [name for name in COMMANDS if name in args[:1]] or COMMANDS:
-        app.command(name)(import_module(f"zoscope.cli.{name}").command)
+        command = import_module(f"zoscope.cli.{name}").command
+        app.command(name, help=_paragraphs(command.__doc__))(command)
     return app
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring whose lines end where the terminal does: Typer keeps line ends in all paragraphs but the first."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

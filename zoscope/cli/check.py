@@ -40,7 +40,7 @@ HfArgs = Annotated[
 ]
 Format = Annotated[
     str | None,
-    typer.Option("--format", metavar="|".join(FORMATS), help="Format of stdout.", rich_help_panel="Output"),
+    typer.Option("--format", metavar=" | ".join(FORMATS), help="Format of stdout.", rich_help_panel="Output"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The same as --format json.", rich_help_panel="Output")]
 Output = Annotated[

@@ -36,7 +36,7 @@ class OverrideOptions:
         str | None, _option("--params", metavar="REGEX", panel="Check", help="Only parameters whose name matches.")
     ] = None
     optimizer: Annotated[
-        str | None, _option("--optimizer", metavar="|".join(OPTIMIZERS), panel="Check", help="Optimizer.")
+        str | None, _option("--optimizer", metavar=" | ".join(OPTIMIZERS), panel="Check", help="Optimizer.")
     ] = None
     lr: Annotated[float | None, _option("--lr", metavar="LR", panel="Check", help="Step size to check.")] = None
     steps: Annotated[
@@ -50,7 +50,8 @@ class OverrideOptions:
         _option("--preconditioner", metavar="expected|state:FILE", panel="Check", help="Adam's preconditioner."),
     ] = None
     directions: Annotated[
-        str | None, _option("--directions", metavar="|".join(DIRECTIONS), panel="Check", help="Law of the directions.")
+        str | None,
+        _option("--directions", metavar=" | ".join(DIRECTIONS), panel="Check", help="Law of the directions."),
     ] = None
     queries: Annotated[
         int | None, _option("--queries", metavar="Q", panel="Check", help="Two-point queries averaged per step.")
@@ -61,7 +62,7 @@ class OverrideOptions:
     ] = None
     threshold: Annotated[
         str | None,
-        _option("--threshold", metavar="|".join(THRESHOLDS), panel="Policy", help="Threshold of zo- optimizers."),
+        _option("--threshold", metavar=" | ".join(THRESHOLDS), panel="Policy", help="Threshold of zo- optimizers."),
     ] = None
     margin: Annotated[
         float | None,
@@ -69,7 +70,7 @@ class OverrideOptions:
     ] = None
     on_warn: Annotated[
         str | None,
-        _option("--on-warn", metavar="|".join(ON_WARN), panel="Policy", help="What an lr in between does."),
+        _option("--on-warn", metavar=" | ".join(ON_WARN), panel="Policy", help="What an lr in between does."),
     ] = None
     probe: Annotated[
         bool | None, Option("--probe/--no-probe", help="Add a short training probe.", rich_help_panel="Policy")
@@ -81,19 +82,19 @@ class OverrideOptions:
         int | None, _option("--max-hvps", panel="Measurement", help="Most Hessian-vector products per operator.")
     ] = None
     curvature: Annotated[
-        str | None, _option("--curvature", metavar="|".join(CURVATURES), panel="Measurement", help="Which matrix.")
+        str | None, _option("--curvature", metavar=" | ".join(CURVATURES), panel="Measurement", help="Which matrix.")
     ] = None
     method: Annotated[
-        str | None, _option("--method", metavar="|".join(METHODS), panel="Measurement", help="How it is measured.")
+        str | None, _option("--method", metavar=" | ".join(METHODS), panel="Measurement", help="How it is measured.")
     ] = None
     hvp: Annotated[
-        str | None, _option("--hvp", metavar="|".join(HVPS), panel="Measurement", help="How products are computed.")
+        str | None, _option("--hvp", metavar=" | ".join(HVPS), panel="Measurement", help="How products are computed.")
     ] = None
     device: Annotated[
         str | None, _option("--device", metavar="auto|cpu|cuda[:i]", panel="Measurement", help="Where to compute.")
     ] = None
     dtype: Annotated[
-        str | None, _option("--dtype", metavar="|".join(DTYPES), panel="Measurement", help="Floating-point type.")
+        str | None, _option("--dtype", metavar=" | ".join(DTYPES), panel="Measurement", help="Floating-point type.")
     ] = None
     seed: Annotated[int | None, _option("--seed", panel="Measurement", help="Seed of the probe vectors.")] = None
     micro_batch: Annotated[

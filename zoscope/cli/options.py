@@ -7,6 +7,7 @@ torch. Values that repeat (``--set``, ``--optimizer``) are lists or ``None`` bec
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,16 +28,17 @@ THRESHOLDS = ("exact", "descent", "horizon", "binding")
 FAMILIES = ("gd", "gdm", "adam")
 OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
 
-Quiet = Annotated[
-    bool, Option("--quiet", "-q", help="No progress and no warnings on stderr.", rich_help_panel="Output")
-]
+_problem, _measurement, _optimizer, _output = (
+    partial(Option, rich_help_panel=panel) for panel in ("Problem", "Measurement", "Optimizer", "Output")
+)
+
+Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress and no warnings on stderr.")]
 Threshold = Annotated[
     str,
-    Option(
+    _optimizer(
         "--threshold",
-        metavar="|".join(THRESHOLDS),
+        metavar=" | ".join(THRESHOLDS),
         help="The threshold to go by: infinite time, first step, planned steps, or the smaller of the last two.",
-        rich_help_panel="Optimizer",
     ),
 ]
 
@@ -56,25 +58,17 @@ class ProblemOptions:
     ] = None
     settings: Annotated[
         list[str] | None,
-        Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Keyword argument for the spec's callable, a YAML scalar; repeatable.",
-            rich_help_panel="Problem",
+        _problem(
+            "--set", metavar="KEY=VALUE", help="Keyword argument for the spec's callable, a YAML scalar; repeatable."
         ),
     ] = None
     params: Annotated[
         str | None,
-        Option("--params", metavar="REGEX", help="Only parameters whose name matches.", rich_help_panel="Problem"),
+        _problem("--params", metavar="REGEX", help="Only parameters whose name matches."),
     ] = None
     checkpoint: Annotated[
         Path | None,
-        Option(
-            "--checkpoint",
-            metavar="FILE",
-            help="Weights to load first: a state_dict, .pt or .safetensors.",
-            rich_help_panel="Problem",
-        ),
+        _problem("--checkpoint", metavar="FILE", help="Weights to load first: a state_dict, .pt or .safetensors."),
     ] = None
 
     def __post_init__(self) -> None:
@@ -103,69 +97,55 @@ class MeasureOptions:
 
     rtol: Annotated[
         float,
-        Option(help="Relative 95 % half-width wanted for the thresholds.", rich_help_panel="Measurement"),
+        _measurement(help="Relative 95 % half-width wanted for the thresholds."),
     ] = 0.02
-    max_hvps: Annotated[
-        int, Option(help="Most Hessian-vector products to spend per operator.", rich_help_panel="Measurement")
-    ] = 600
+    max_hvps: Annotated[int, _measurement(help="Most Hessian-vector products to spend per operator.")] = 600
     method: Annotated[
         str,
-        Option(
-            metavar="|".join(METHODS), help="Dense eigenvalues or stochastic quadrature.", rich_help_panel="Measurement"
-        ),
+        _measurement(metavar=" | ".join(METHODS), help="Dense eigenvalues or stochastic quadrature."),
     ] = "auto"
     curvature: Annotated[
         str,
-        Option(
-            metavar="|".join(CURVATURES),
+        _measurement(
+            metavar=" | ".join(CURVATURES),
             help="Hessian, Gauss-Newton matrix, or forward passes only (no second derivatives).",
-            rich_help_panel="Measurement",
         ),
     ] = "hessian"
     hvp: Annotated[
         str,
-        Option(metavar="|".join(HVPS), help="How Hessian-vector products are computed.", rich_help_panel="Measurement"),
+        _measurement(metavar=" | ".join(HVPS), help="How Hessian-vector products are computed."),
     ] = "auto"
-    device: Annotated[
-        str, Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Measurement")
-    ] = "auto"
+    device: Annotated[str, _measurement(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto"
     dtype: Annotated[
         str,
-        Option(
-            metavar="|".join(DTYPES),
-            help="Floating-point type of the copy that is measured.",
-            rich_help_panel="Measurement",
-        ),
+        _measurement(metavar=" | ".join(DTYPES), help="Floating-point type of the copy that is measured."),
     ] = "auto"
-    seed: Annotated[int, Option(help="Seed of every random number drawn.", rich_help_panel="Measurement")] = 0
+    seed: Annotated[int, _measurement(help="Seed of every random number drawn.")] = 0
     micro_batch: Annotated[
         int | None,
-        Option(
+        _measurement(
             metavar="N",
             help="Examples per forward and backward pass (default: the batches as they are).",
-            rich_help_panel="Measurement",
             show_default=False,
         ),
     ] = None
     max_memory: Annotated[
         str | None,
-        Option(
+        _measurement(
             metavar="SIZE",
             help="Most memory that this process may hold, such as 2GB: cuts the batches, keeps fewer vectors.",
-            rich_help_panel="Measurement",
             show_default=False,
         ),
     ] = None
     strict: Annotated[
         bool,
-        Option("--strict", help="Exit 3 when the precision of --rtol was not reached.", rich_help_panel="Measurement"),
+        _measurement("--strict", help="Exit 3 when the precision of --rtol was not reached."),
     ] = False
     shard_basis: Annotated[
         bool,
-        Option(
+        _measurement(
             "--shard-basis",
             help="With torchrun: spread the Lanczos vectors over the processes, which saves memory on the first.",
-            rich_help_panel="Measurement",
         ),
     ] = False
 
@@ -208,33 +188,23 @@ class RuleOptions:
 
     optimizer: Annotated[
         list[str] | None,
-        Option(
-            metavar="|".join(OPTIMIZERS),
-            help="Optimizer; repeatable.",
-            rich_help_panel="Optimizer",
-            show_default=False,
-        ),
+        _optimizer(metavar=" | ".join(OPTIMIZERS), help="Optimizer; repeatable.", show_default=False),
     ] = None
-    beta: Annotated[float, Option(help="Momentum of GDM.", rich_help_panel="Optimizer")] = 0.9
-    betas: Annotated[str, Option(metavar="B1,B2", help="Both coefficients of Adam.", rich_help_panel="Optimizer")] = (
-        "0.9,0.999"
-    )
-    eps: Annotated[float, Option(help="ε of Adam.", rich_help_panel="Optimizer")] = 1e-8
+    beta: Annotated[float, _optimizer(help="Momentum of GDM.")] = 0.9
+    betas: Annotated[str, _optimizer(metavar="B1,B2", help="Both coefficients of Adam.")] = "0.9,0.999"
+    eps: Annotated[float, _optimizer(help="ε of Adam.")] = 1e-8
     preconditioner: Annotated[
         str,
-        Option(
+        _optimizer(
             metavar="expected|state:FILE",
             help="Adam's preconditioner: its expected value here, or from a saved optimizer state.",
-            rich_help_panel="Optimizer",
         ),
     ] = "expected"
     directions: Annotated[
         str,
-        Option(metavar="|".join(DIRECTIONS), help="Law of the random directions.", rich_help_panel="Optimizer"),
+        _optimizer(metavar=" | ".join(DIRECTIONS), help="Law of the random directions."),
     ] = "gaussian"
-    queries: Annotated[
-        int, Option(metavar="Q", help="Two-point queries averaged per step.", rich_help_panel="Optimizer")
-    ] = 1
+    queries: Annotated[int, _optimizer(metavar="Q", help="Two-point queries averaged per step.")] = 1
 
     def __post_init__(self) -> None:
         for name in self.optimizer or ():
@@ -267,9 +237,7 @@ class RuleOptions:
 class OptimizerOptions(RuleOptions):
     """The same with the training that is planned."""
 
-    steps: Annotated[
-        int, Option(metavar="N", help="Training steps planned: the horizon.", rich_help_panel="Optimizer")
-    ] = 1000
+    steps: Annotated[int, _optimizer(metavar="N", help="Training steps planned: the horizon.")] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -284,15 +252,12 @@ class OptimizerOptions(RuleOptions):
 class OutputOptions:
     """Where the result goes and in which form."""
 
-    json: Annotated[
-        bool, Option("--json", help="One JSON document on stdout and nothing else.", rich_help_panel="Output")
-    ] = False
+    json: Annotated[bool, _output("--json", help="One JSON document on stdout and nothing else.")] = False
     output: Annotated[
         Path | None,
-        Option(
+        _output(
             metavar="FILE",
             help="Write the result to FILE too, whole or not at all; JSON with --json or a .json name, else text.",
-            rich_help_panel="Output",
         ),
     ] = None
     quiet: Quiet = False

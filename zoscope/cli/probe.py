@@ -71,7 +71,7 @@ class RunOptions:
     threshold: Annotated[
         str,
         Option(
-            metavar="|".join(THRESHOLDS),
+            metavar=" | ".join(THRESHOLDS),
             help="Which threshold is probed; 'binding' is the smaller one of horizon and descent.",
             rich_help_panel=PANEL,
         ),

@@ -34,7 +34,7 @@ class SpectrumMeasureOptions(MeasureOptions):
     ] = 0.02
     curvature: Annotated[
         str,
-        Option(metavar="|".join(MATRICES), help="Hessian or Gauss-Newton matrix.", rich_help_panel="Measurement"),
+        Option(metavar=" | ".join(MATRICES), help="Hessian or Gauss-Newton matrix.", rich_help_panel="Measurement"),
     ] = "hessian"
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class RunOptions:
     ] = None
     optimizer: Annotated[
         str | None,
-        _option("--optimizer", panel=TRAINING, help="Optimizer.", default="zo-gd", metavar="|".join(OPTIMIZERS)),
+        _option("--optimizer", panel=TRAINING, help="Optimizer.", default="zo-gd", metavar=" | ".join(OPTIMIZERS)),
     ] = None
     lr: Annotated[
         str | None,
@@ -79,7 +79,7 @@ class RunOptions:
             panel=TRAINING,
             help="Law of the directions.",
             default="gaussian",
-            metavar="|".join(DIRECTIONS),
+            metavar=" | ".join(DIRECTIONS),
         ),
     ] = None
     beta: Annotated[float | None, _option("--beta", panel=TRAINING, help="Momentum of GDM.", default="0.9")] = None
@@ -129,7 +129,7 @@ class RunOptions:
             panel=MEASURING,
             help="Dense eigenvalues or quadrature.",
             default="auto",
-            metavar="|".join(METHODS),
+            metavar=" | ".join(METHODS),
         ),
     ] = None
     curvature: Annotated[
@@ -139,12 +139,12 @@ class RunOptions:
             panel=MEASURING,
             help="Hessian or Gauss-Newton matrix.",
             default="hessian",
-            metavar="|".join(CURVATURES[:2]),
+            metavar=" | ".join(CURVATURES[:2]),
         ),
     ] = None
     hvp: Annotated[
         str | None,
-        _option("--hvp", panel=MEASURING, help="How products are computed.", default="auto", metavar="|".join(HVPS)),
+        _option("--hvp", panel=MEASURING, help="How products are computed.", default="auto", metavar=" | ".join(HVPS)),
     ] = None
     device: Annotated[
         str | None,
@@ -152,7 +152,7 @@ class RunOptions:
     ] = None
     dtype: Annotated[
         str | None,
-        _option("--dtype", panel=MEASURING, help="Floating-point type.", default="auto", metavar="|".join(DTYPES)),
+        _option("--dtype", panel=MEASURING, help="Floating-point type.", default="auto", metavar=" | ".join(DTYPES)),
     ] = None
     micro_batch: Annotated[
         int | None, _option("--micro-batch", panel=MEASURING, help="Examples per pass.", metavar="N")

@@ -161,7 +161,9 @@ def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[i
         descent = bounds.forward.descent
         rows.append(Threshold("descent", descent.value, *ci95(descent), descent.half_width))
     elif bounds.descent is not None:
-        rows.append(Threshold("descent", bounds.descent, bounds.descent, bounds.descent))
+        low, high = bounds.descent_ci95 or (bounds.descent, bounds.descent)
+        error = high - bounds.descent if math.isfinite(bounds.descent) else 0.0
+        rows.append(Threshold("descent", bounds.descent, low, high, error))
     known = {row.name: row for row in rows if row is not None}
     return OptimizerThresholds(known, _horizons(result, bounds, steps))
 
