@@ -102,7 +102,7 @@ def header(result: ProbeResult, *, width: int) -> Text:
         counted(problem.num_examples, "example"),
         f"loss {quantity(problem.loss)}",
         f"‖g‖ {quantity(problem.grad_norm)}",
-        f"{result.device}, {result.dtype}",
+        f"{result.device} {result.dtype}",
         f"{count(result.num_hvps)} HVPs",
         duration(result.seconds),
     ]
@@ -121,8 +121,9 @@ def predictions(result: ProbeResult) -> Table:
             if threshold.horizon_ci95 is not None and threshold.horizon_ci95 != threshold.horizon:
                 rows.append(("  95 %", step_range(*threshold.horizon_ci95)))
         if threshold.exact_ci95 is not None:
-            interval = step_range(*threshold.exact_ci95, digits=4)
-            rows.append(("infinite time", f"{step_size(threshold.exact, digits=4)}  (95 %: {interval})"))
+            low, high = threshold.exact_ci95
+            known = "" if low == high else f"  (95 %: {step_range(low, high, digits=4)})"
+            rows.append(("infinite time", f"{step_size(threshold.exact, digits=4)}{known}"))
         rows.append(("descent", step_size(threshold.descent, digits=4)))
     return grid(rows)
 
@@ -245,4 +246,4 @@ def _curve_error(run: ProbeRun) -> str:
     if run.verdict in ("diverged", "rises") and run.side == "above":
         same = run.prediction.predicted_change * run.prediction.measured_change > 0
         return "same sign" if same else "wrong sign"
-    return f"{run.prediction.relative:.0%} at {count(run.prediction.step)}"
+    return f"{100 * run.prediction.relative:.0f} % at {count(run.prediction.step)}"
