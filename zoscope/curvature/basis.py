@@ -76,11 +76,13 @@ class LocalBasis:
             Its coefficient along the last of them, and the length of what is left.
         """
         known = self._rows[:count]
-        along = float(known[-1] @ vector)
+        along = (known[-1] @ vector).double()
         for _ in range(2):  # twice is enough (Kahan; Parlett 1980, §6.9)
             vector -= (known @ vector) @ known
         self._next = vector
-        return along, float(torch.linalg.vector_norm(vector, dtype=torch.float64))  # float32 squares may overflow
+        left = torch.linalg.vector_norm(vector, dtype=torch.float64)  # float32 squares may overflow
+        first, second = torch.stack([along, left]).tolist()  # together: a device is waited for once
+        return first, second
 
     def append(self, index: int, length: float) -> None:
         """Put what was left, of a known length, at ``index`` as a unit vector."""
