@@ -228,3 +228,10 @@ def test_a_squared_error_is_linearized(reduction, weighted):
     with problem.prepare(device="cpu") as objective:
         found = HessianOperator(objective, hvp="linearize").dense()
         torch.testing.assert_close(found, HessianOperator(objective, hvp="double-backward").dense())
+
+
+def test_a_product_that_is_not_finite_is_not_taken_for_random() -> None:
+    problem = Problem.from_function(lambda x: x.abs().pow(1.5).sum(), torch.zeros(5))
+    with problem.prepare(device="cpu") as objective:
+        product = HessianOperator(objective).matmat(torch.ones(1, 5))
+    assert not torch.isfinite(product).all()

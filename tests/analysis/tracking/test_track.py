@@ -339,3 +339,12 @@ def test_loss_values_of_the_steps_tell_the_trace_by_themselves() -> None:
         assert record.forward["ratio"] == pytest.approx(1e-3 / record.forward["upper"])
     with pytest.raises(ValueError, match="zeroth-order"):
         zoscope.track(problem, optimizer="gd", lr=1e-3, forward_every=1)
+
+
+def test_a_point_without_second_derivatives_is_measured_without_curvature_and_says_why() -> None:
+    problem = zoscope.Problem.from_function(lambda x: x.abs().pow(1.5).sum(), torch.zeros(5))
+    result = zoscope.track(problem, lr=1e-3, steps=2, every=1)
+    assert result.records[0].trace is None
+    (notice,) = [notice for notice in result.warnings if notice.code == "no-curvature"]
+    assert notice.message.startswith("At step 0 there is no curvature. ")
+    assert "not finite" in notice.message

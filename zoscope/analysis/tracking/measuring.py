@@ -80,7 +80,7 @@ class Measurer:
         try:
             loss, g = gradient(objective)
             if not (math.isfinite(loss) and bool(torch.isfinite(g).all())):
-                raise NumericalError("not finite")
+                return self.without_curvature(moment, loss=loss)
             operator = self._operator()
             diagonal = self._preconditioner(g, moment)
             if moment.shares is not None:  # η_i = η/P_i
@@ -96,7 +96,8 @@ class Measurer:
                 seed=request.seed,
                 on_progress=on_progress,
             )
-        except NumericalError:
+        except NumericalError as error:
+            objective.notify("no-curvature", f"At step {moment.step:,} there is no curvature. {error}")
             return self.without_curvature(moment, loss=objective.value())
         norm = float(torch.linalg.vector_norm(g.double()))
         fields = self._curvature(curvature) | self._stability(curvature, moment)
