@@ -6,8 +6,10 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import ortho_group
 
+from zoscope.theory import mean_square
 from zoscope.theory.horizons import horizon_curve, time_to_blow_up
 from zoscope.theory.mean_square import StabilityCondition, estimates, thresholds
+from zoscope.theory.modes import horizon_feedback
 from zoscope.theory.moments import EstimatorMoments, estimator_moments
 from zoscope.theory.rules import OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
@@ -336,3 +338,21 @@ def test_a_guess_from_a_similar_spectrum_leads_to_the_same_threshold():
         near = {condition: factor * value for condition, value in zip(conditions, alone, strict=True)}
         again = thresholds(conditions, indefinite(), near=near)
         np.testing.assert_allclose(again, alone, rtol=1e-12)
+
+
+@every_rule
+def test_a_curve_of_horizons_takes_as_many_evaluations_as_one_of_its_points(rule, monkeypatch):
+    calls = []
+
+    def counted(z, steps, **options):
+        calls.append(z.shape)
+        return horizon_feedback(z, steps, **options)
+
+    monkeypatch.setattr(mean_square, "horizon_feedback", counted)
+    spectrum = indefinite()
+    sampled = SampledSpectrum(spectrum, spectrum, num_probes=4, dimension=200, errors=((spectrum,),))
+    horizon_curve(sampled, [30, 100, 300, 1000, 3000, 10_000, 100_000], rule=rule)
+    assert len(calls) <= (50 if rule.momentum else 25)
+    calls.clear()
+    horizon_curve(sampled, [1000], rule=rule)  # known by now: the errors alone are asked for
+    assert len(calls) == 1
