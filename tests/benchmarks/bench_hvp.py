@@ -3,10 +3,11 @@
     python tests/benchmarks/bench_hvp.py                        # some ten minutes on one core
     python tests/benchmarks/bench_hvp.py cnn --share 1 --patience 600
 
-For every way to compute one, on the networks of the comparison with other tools (their weights as they are drawn, which
-costs do not depend on, and a share of the data where a product takes seconds): seconds per vector in units of one
-gradient of the same model in the same process, medians of rounds in which all take turns; set-up in the same unit; and
-peak memory of set-up and one product in units of one product by reverse-over-reverse on a fresh graph, as most
+For every way to compute one, and for what ``--hvp auto`` makes of them, on the networks of the comparison with other
+tools (their weights as they are drawn, which costs do not depend on, and a share of the data where a product takes
+seconds): seconds per vector in units of one gradient of the same model in the same process, medians of rounds in which
+all take turns; set-up in the same unit; and peak memory of set-up and one product in units of one product by
+reverse-over-reverse on a fresh graph, as most
 libraries compute it, each in a process of its own. What takes longer than ``--patience`` is left out and shown as –.
 """
 
@@ -17,20 +18,21 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is this clone, installed or not
 
 import torch
+from peers import clock
 from peers.workloads import WORKLOADS, Size, build
 
-from zoscope.curvature.hvp import shard_products
+from zoscope.curvature.hvp import Products, shard_products
+from zoscope.curvature.operators import HessianOperator
 from zoscope.problem import Objective
 from zoscope.runtime import held_memory
 
-METHODS = ("double-backward", "linearize", "forward-over-reverse", "batched")
+METHODS = ("auto", "double-backward", "linearize", "forward-over-reverse", "batched")
 BLOCK = {"batched": 4}
 """Vectors that go together, where a method takes blocks."""
 
@@ -38,33 +40,40 @@ SHARES = {"cnn": 0.1, "resnet": 0.25, "decoder": 0.25}
 """Part of the data by default: a gradient then takes about a second or less."""
 
 
+def _products(objective: Objective, method: str) -> Products:
+    if method != "auto":
+        return shard_products(objective, objective.shards[0], method=method)
+    operator = HessianOperator(objective)
+    operator.matmat(torch.ones(1, objective.num_params))  # when it looks which way is faster
+    return operator.matmat
+
+
 def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock.now()
     run()
-    return time.perf_counter() - start
+    return clock.now() - start
 
 
 def costs(objective: Objective, *, rounds: int, patience: float) -> dict[str, dict[str, float]]:
     """Per method that a round of does not outlast the patience: seconds per vector and of the set-up, in gradients."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(max(BLOCK.values()), objective.num_params, generator=generator, dtype=objective.dtype)
-    (shard,) = objective.shards
     functions: dict[str, Callable[[], object]] = {"gradient": objective.gradient}
     setup = {}
     objective.gradient()
     for method in METHODS:
         vectors = block[: BLOCK.get(method, 1)]
-        start = time.perf_counter()
-        products = shard_products(objective, shard, method=method)
-        setup[method] = time.perf_counter() - start
+        start = clock.now()
+        products = _products(objective, method)
+        setup[method] = clock.now() - start
         if setup[method] + timed(lambda apply=products, v=vectors: apply(v)) <= patience:
             functions[method] = lambda apply=products, v=vectors: apply(v)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    deadline = time.perf_counter() + patience
+    deadline = clock.now() + patience
     for done in range(rounds):
         for name, function in functions.items():
             times[name].append(timed(function))
-        if done >= 2 and time.perf_counter() > deadline:  # three rounds have a median
+        if done >= 2 and clock.now() > deadline:  # three rounds have a median
             break
     unit = statistics.median(times["gradient"])
     found = {
@@ -87,7 +96,7 @@ def peak_of(name: str, method: str, size: Size) -> int:
             grads = torch.autograd.grad(objective.loss(objective.shards[0]), objective.params, create_graph=True)
             torch.autograd.grad(grads, objective.params, objective.unflatten(vectors[0]))
         else:
-            shard_products(objective, objective.shards[0], method=method)(vectors)
+            _products(objective, method)(vectors)
         return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, 0)
 
 
@@ -113,10 +122,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=60.0, help="seconds for the rounds of a network, and a peak")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--peak-of", metavar="METHOD", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.clock == "processor":
+        clock.use_processor_time()
     if args.peak_of:
         (name,) = args.workloads
         print(peak_of(name, args.peak_of, _size(name, args)))
