@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoscope.analysis.minibatch_results import MiniBatchBounds, MiniBatchModel
+from zoscope.curvature.groups import ExampleMean
 from zoscope.curvature.linear import LinearOperator
-from zoscope.curvature.minibatch import Eigenpairs, ExampleMean, GradientNoise, gradient_noise, hessian_noise
+from zoscope.curvature.minibatch import Eigenpairs, GradientNoise, gradient_noise, hessian_noise
 from zoscope.curvature.operators import ShardOperator
 from zoscope.curvature.precondition import expected_diagonal
 from zoscope.errors import UsageError

@@ -6,7 +6,6 @@ so the groups need not have the size of the batches.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoscope.curvature.groups import ExampleMean, coupling_and_spread, gradient_sums, signed_sum
 from zoscope.curvature.lanczos import Jacobi, project_out, short_chains
-from zoscope.curvature.linear import LinearOperator, Preconditioned
-from zoscope.curvature.operators import ShardOperator
 from zoscope.curvature.slq import averaged_rule
-from zoscope.problem import Objective, Shard
-from zoscope.problem.examples import Examples
+from zoscope.problem import Objective
+from zoscope.problem.examples import Examples, Indices
 from zoscope.theory.minibatch import HessianNoise, spread_of_batches
 from zoscope.theory.spectrum import Spectrum
 
@@ -42,36 +40,6 @@ PROBES = 8
 
 LENGTH = 10
 """Lanczos steps from what a probe vector becomes."""
-
-
-class ExampleMean(LinearOperator):
-    """A symmetric operator that is a mean over examples, and known on some of them too: M or ``P^-½ M P^-½``.
-
-    Args:
-        operator: M.
-        diagonal: ``(d,)`` diagonal of P, positive; ``None`` for M itself.
-    """
-
-    def __init__(self, operator: ShardOperator, diagonal: Tensor | None = None) -> None:
-        self._base = operator
-        self._whole: LinearOperator = operator if diagonal is None else Preconditioned(operator, diagonal)
-        self._scale = None if diagonal is None else diagonal.double().rsqrt().to(operator.dtype)
-        self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
-
-    @property
-    def num_hvps(self) -> int:
-        """Products with the whole of M computed so far."""
-        return self._base.num_hvps
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Products with the mean over all examples."""
-        return self._whole.matmat(vectors)
-
-    def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
-        """Products with a weighted sum over some shards."""
-        if self._scale is None:
-            return self._base.partial(vectors, shards)
-        return self._base.partial(vectors * self._scale, shards) * self._scale
 
 
 @dataclass(frozen=True)
@@ -130,11 +98,11 @@ def hessian_noise(
     ), cost
 
 
-def _groups(examples: Examples, generator: torch.Generator) -> tuple[list[tuple[Shard, ...]], float]:
+def _groups(examples: Examples, generator: torch.Generator) -> tuple[list[Indices], float]:
     """A random partition, and the spread of its groups in units of one example's."""
     count = examples.count if examples.count <= SINGLE else GROUPS
     sizes = [len(part) for part in np.array_split(np.arange(examples.count), count)]
-    return examples.groups(count, generator), float(np.mean([spread_of_batches(examples.count, k) for k in sizes]))
+    return examples.partition(count, generator), float(np.mean([spread_of_batches(examples.count, k) for k in sizes]))
 
 
 def _along(
@@ -142,12 +110,7 @@ def _along(
 ) -> tuple[Array, Array]:
     """Samples of coupling ``(k, q, q)`` and spread ``(k, q)`` along eigenvectors, one per group."""
     groups, scale = _groups(examples, generator)
-    mean = torch.as_tensor(pairs.values, dtype=operator.dtype, device=operator.device)[:, None] * pairs.vectors
-    coupling, spread = [], []
-    for group in groups:
-        away = operator.partial(pairs.vectors, group) - mean
-        coupling.append((away @ pairs.vectors.T).double().square().cpu().numpy())
-        spread.append(away.double().square().sum(dim=1).cpu().numpy())
+    coupling, spread = zip(*coupling_and_spread(operator, examples, groups, pairs.values, pairs.vectors), strict=True)
     return np.array(coupling) / scale, np.array(spread) / scale
 
 
@@ -162,9 +125,7 @@ def _spread_vector(operator: ExampleMean, examples: Examples, pairs: Eigenpairs,
         along = torch.tensor([_signs(len(pairs.values), generator)], dtype=z.dtype, device=z.device)
         z = project_out(z, pairs.vectors) + along @ pairs.vectors
     signs = _signs(len(groups), generator)
-    total = operator.matmat(z) * -sum(signs)
-    for sign, group in zip(signs, groups, strict=True):
-        total.add_(operator.partial(z, group), alpha=sign)
+    total = operator.matmat(z) * -sum(signs) + signed_sum(operator, examples, groups, signs, z)
     return total[0] / math.sqrt(len(groups) * scale)
 
 
@@ -220,13 +181,9 @@ def gradient_noise(
     variance = torch.zeros_like(mean, dtype=torch.float64)
     for _ in range(PROBES):
         groups, scale = _groups(examples, generator)
-        vector, trace = torch.zeros_like(mean), 0.0
-        for sign, group in zip(_signs(len(groups), generator), groups, strict=True):
-            away = objective.gradient_of(group)[1] - mean
-            vector.add_(away, alpha=sign / math.sqrt(len(groups) * scale))
-            squares = away.double().square() / (len(groups) * scale)
-            variance += squares / PROBES
-            trace += float(squares.sum())
-        vectors.append(vector)
-        traces.append(trace)
+        total, squares = gradient_sums(objective, examples, groups, _signs(len(groups), generator), mean)
+        vectors.append(total / math.sqrt(len(groups) * scale))
+        squares = squares / (len(groups) * scale)
+        variance += squares / PROBES
+        traces.append(float(squares.sum()))
     return GradientNoise(torch.stack(vectors), np.array(traces), variance)

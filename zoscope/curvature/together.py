@@ -26,15 +26,24 @@ def products(crew: Crew, operator: ShardOperator, vectors: Tensor) -> Tensor:
 
 def multiply(post: Post, kind: str, settings: tuple[object, ...], shape: tuple[int, int]) -> None:
     """The part of another rank; ``settings`` tell one operator, and one state of it, from the next."""
+    operator, vectors = operator_of(post, kind, settings), received(post, shape)
+    _sum(post.ranks, operator, post.pieces, vectors)
+
+
+def operator_of(post: Post, kind: str, settings: tuple[object, ...]) -> ShardOperator:
+    """The twin of rank 0's operator on another rank, from one piece of work to the next."""
     kept: tuple[tuple[object, ...], ShardOperator] | None = post.kept.get(kind)
     if kept is None or kept[0] != settings:
         operator: ShardOperator = runtime.named(kind)(post.objective)
         operator.apply(settings)
         post.kept[kind] = kept = (settings, operator)
+    return kept[1]
+
+
+def received(post: Post, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that rank 0 shares, of the parameters' dtype."""
     objective = post.objective
-    vectors = torch.empty(shape, dtype=objective.read().dtype, device=objective.device)
-    post.ranks.share(vectors)
-    _sum(post.ranks, kept[1], post.pieces, vectors)
+    return post.ranks.share(torch.empty(shape, dtype=objective.read().dtype, device=objective.device))
 
 
 def _sum(ranks: runtime.Ranks, operator: ShardOperator, own: tuple[Shard, ...], vectors: Tensor) -> Tensor:

@@ -40,10 +40,14 @@ class Examples:
         ).astype(np.int64)
         self.count = len(self._units)
 
-    def groups(self, count: int, generator: torch.Generator) -> list[tuple[Shard, ...]]:
+    def partition(self, count: int, generator: torch.Generator) -> list[Indices]:
         """A random partition into ``count`` groups of nearly equal size, at most one per example."""
         order = torch.randperm(self.count, generator=generator, device=generator.device).cpu().numpy()
-        return [self.gather(part) for part in np.array_split(order, min(count, self.count))]
+        return np.array_split(order, min(count, self.count))
+
+    def groups(self, count: int, generator: torch.Generator) -> list[tuple[Shard, ...]]:
+        """The examples of a random partition; see `partition`."""
+        return [self.gather(part) for part in self.partition(count, generator)]
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Shard, ...]:
         """A random mini-batch of ``size`` examples without replacement, one whole batch where they cannot be cut."""

@@ -89,11 +89,17 @@ def gradient_of_part(post: Post, indices: Indices | None) -> None:
     _gradient(post.ranks, post.objective, _kept(post, indices))
 
 
+def examples_of(post: Post) -> Examples:
+    """All examples on another rank; they keep their order when batches are cut."""
+    if "examples" not in post.kept:
+        post.kept["examples"] = Examples(post.objective)
+    found: Examples = post.kept["examples"]
+    return found
+
+
 def _kept(post: Post, indices: Indices | None) -> Part:
     if indices is not None:
-        if "examples" not in post.kept:
-            post.kept["examples"] = Examples(post.objective)
-        post.kept["mini-batch"] = Part(post.kept["examples"], indices, post.ranks)
+        post.kept["mini-batch"] = Part(examples_of(post), indices, post.ranks)
     part: Part = post.kept["mini-batch"]
     return part
 
