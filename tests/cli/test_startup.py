@@ -34,8 +34,9 @@ def test_bounds_loads_nothing_that_only_other_options_need() -> None:
 
 def test_torch_is_loaded_without_a_collection_of_garbage() -> None:
     code = (
-        "import gc; from zoscope.cli.imports import load_torch; count = gc.get_stats()[2]['collections']; load_torch(); "
-        "print(gc.get_stats()[2]['collections'] - count, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+        "import gc; from zoscope.cli.imports import load_torch\n"
+        "before = gc.get_stats()[2]['collections']; load_torch()\n"
+        "print(gc.get_stats()[2]['collections'] - before, gc.isenabled(), gc.get_freeze_count() > 100_000)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "True", "True"]
