@@ -179,7 +179,7 @@ def _adam(
     scaled_g = (g.double() / p.double().sqrt()).to(g.dtype)
     curvature = _measured(scaled, scaled_g, rules, name=name, batches=batches, request=request, moments=moments)
     (generator,) = spawn_generators(request.seed, 1, base.device)
-    probes = probe_preconditioner(base, p, generator=generator)
+    probes = probe_preconditioner(base.known(), p, generator=generator)
     kinks *= float(p.double().reciprocal().square().mean())  # spread over all directions alike
     measure, slope = gradient_measure(curvature), None
     if measure is not None:

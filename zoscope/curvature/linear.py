@@ -67,6 +67,10 @@ class LinearOperator(ABC):
             self._matrix = matrix
         return self._matrix
 
+    def known(self) -> LinearOperator:
+        """The matrix itself once it has been formed, whose products cost nothing; this operator before."""
+        return self if self._matrix is None else DenseOperator(self._matrix)
+
 
 class DenseOperator(LinearOperator):
     """A matrix held in memory.
