@@ -1,6 +1,6 @@
 """A real pretrained encoder, fine-tuned on real texts: runs blow up about when predicted, and descend below that.
 
-Needs the package of the encoder and some ten minutes of two cores.
+Needs the package of the encoder and some seven minutes of one core.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from zoscope.analysis.request import Request
 from zoscope.optim.replicas import Estimator, Limits, Plan, run
 from zoscope.optim.rules import GD
 from zoscope.optim.surface import SequentialSurface
-from zoscope.theory.horizons import horizon_curve
+from zoscope.theory.horizons import horizon_curve, time_to_blow_up
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,14 +28,14 @@ pytestmark = [
 ]
 
 FOLDER = Path(__file__).parents[2] / "examples" / "llm"
-STEPS, REPLICAS, SEED = 100, 4, 1
+STEPS, SEED, SHOTS = 100, 2, 6
 
 
 @pytest.fixture(scope="module")
 def valley() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(FOLDER))
     try:
-        problem = importlib.import_module("mezo").problem("minilm")
+        problem = importlib.import_module("mezo").problem("minilm", seed=SEED, shots=SHOTS)
     finally:
         sys.path.remove(str(FOLDER))
         for name in ("mezo", "models", "texts"):
@@ -43,9 +43,9 @@ def valley() -> Iterator[SimpleNamespace]:
     request = Request(
         optimizers=("gd",),
         steps=STEPS,
-        rtol=0.03,
+        rtol=0.05,
         seed=SEED,
-        max_hvps=200,
+        max_hvps=48,
         directions="gaussian",
         queries=1,
         beta=0.9,
@@ -63,6 +63,9 @@ def valley() -> Iterator[SimpleNamespace]:
     with problem.prepare(device="cpu") as objective:
         found = measure_problem(objective, request)
         moments = request.moments(dimension=objective.num_params)
+        curvature = found.operators["gd"].curvature
+        trace, hvps = curvature.trace.value, curvature.num_hvps
+        print(f"loss {found.loss:.4g}, gradient {found.grad_norm:.4g}, trace {trace:.4g}, {hvps} products")
         yield SimpleNamespace(
             objective=objective,
             origin=objective.read(),
@@ -74,7 +77,7 @@ def valley() -> Iterator[SimpleNamespace]:
         )
 
 
-def losses(valley: SimpleNamespace, ratio: float) -> tuple[float, np.ndarray]:
+def losses(valley: SimpleNamespace, ratio: float, *, replicas: int) -> tuple[float, np.ndarray]:
     """Step size at a multiple of η*(100), upper end, and the losses of the replicas, infinite from where they left."""
     (point,) = horizon_curve(valley.spectrum, [STEPS], rule=valley.rule, moments=valley.moments)
     lr = ratio * point.upper.value
@@ -83,7 +86,7 @@ def losses(valley: SimpleNamespace, ratio: float) -> tuple[float, np.ndarray]:
         estimator=Estimator(mu=1e-3),
         lr=lr,
         steps=STEPS,
-        replicas=REPLICAS,
+        replicas=replicas,
         seed=SEED,
         limits=Limits(left=4 * valley.loss, valley=2 * valley.loss),
     )
@@ -95,7 +98,7 @@ def losses(valley: SimpleNamespace, ratio: float) -> tuple[float, np.ndarray]:
 @pytest.mark.parametrize("ratio", [1.25, 1.6])
 def test_runs_above_blow_up_about_when_the_loss_is_predicted_to_double(valley: SimpleNamespace, ratio: float) -> None:
     # Feedback passes 1 later than that: the gradient's own noise leads, and runs leave the quadratic model early.
-    lr, curves = losses(valley, ratio)
+    lr, curves = losses(valley, ratio, replicas=3)
     first, last = doubling_steps(
         lr,
         steps=4 * STEPS,
@@ -107,10 +110,16 @@ def test_runs_above_blow_up_about_when_the_loss_is_predicted_to_double(valley: S
     )
     risen = curves > 2 * valley.loss
     doubled = [int(np.argmax(column)) if column.any() else np.inf for column in risen.T]
+    ends = [
+        time_to_blow_up(valley.spectrum.fine, lr, rule=valley.rule, moments=valley.moments, version=version)
+        for version in ("full", "positive")
+    ]
+    print(f"{ratio} x: lr {lr:.3g}, feedback passes 1 at {ends}, predicted {first:g} to {last:g}, doubled {doubled}")
     assert first / 1.5 <= np.median(doubled) <= 1.5 * last
 
 
 def test_runs_below_descend_smoothly(valley: SimpleNamespace) -> None:
-    _, curves = losses(valley, 0.6)
+    _, curves = losses(valley, 0.6, replicas=1)
+    print(f"0.6 x: loss {valley.loss:.4g} to {curves[-1]}, at most {curves.max():.4g}")
     assert curves.max() <= 1.1 * valley.loss
     assert curves[-1].mean() < valley.loss
