@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zoscope.problem import Objective
     from zoscope.theory.moments import EstimatorMoments
 
-REMEASURE_HVPS = 200
+FEWEST_REMEASURE_HVPS, REMEASURE_HVPS = 60, 200
 REMEASURE_RTOL = 0.05
 
 
@@ -47,6 +47,7 @@ class Ground:
         together: Whether replicas are stepped together.
         deadline: ``time.perf_counter()`` at which everything has to be over.
         flow: The mean path of the runs; ``None`` where it was not measured.
+        remeasure_hvps: Products that measuring again may take.
         num_hvps: Hessian-vector products spent since the start was measured.
     """
 
@@ -59,7 +60,12 @@ class Ground:
     together: bool
     deadline: float
     flow: GradientFlow | None = None
+    remeasure_hvps: int = REMEASURE_HVPS
     num_hvps: int = 0
+
+    def allow(self, start_hvps: int) -> None:
+        """Let measuring again take half of what the start took: it is done to a precision that is less than half."""
+        self.remeasure_hvps = min(max(FEWEST_REMEASURE_HVPS, start_hvps // 2), REMEASURE_HVPS)
 
     def rule(self, *, adaptive: bool) -> Rule:
         """The update rule of a run."""
@@ -118,7 +124,7 @@ class Ground:
                 method="dense" if operator.dim <= DENSE_BLOCK else "deflated-slq",
                 precision=self.request.measure.precision([self.request.rule], moments=self._zeroth_order_moments),
                 rtol=max(REMEASURE_RTOL, self.request.measure.rtol),
-                max_hvps=min(REMEASURE_HVPS, self.request.measure.max_hvps),
+                max_hvps=min(self.remeasure_hvps, self.request.measure.max_hvps),
                 seed=self.request.measure.seed,
             )
         except NumericalError:

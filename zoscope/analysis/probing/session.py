@@ -88,6 +88,7 @@ class Session:
         deadline = time.perf_counter() + request.max_seconds
         self.ground = choose_ground(objective, request, forecast=self.forecast, diagonal=diagonal, deadline=deadline)
         self.ground.num_hvps = operator.num_hvps
+        self.ground.allow(self.measurement.num_hvps)
         self.ground.flow = self._mean_path(self.forecast, diagonal)
         self._run_all(self.forecast, self.ground)
         if request.edge:
