@@ -13,7 +13,7 @@ from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 SHORT_LENGTHS = (5, 8, 12, 20)
 """Lengths of the short chains to choose from."""
 
-FINE_RULE_ERROR = 0.6
+FINE_RULE_ERROR = 1.0
 """Error of an averaged rule relative to its largest change over the second half of its steps; 0.2-1 measured."""
 
 SHORT_RULE_SPREAD = 0.3
@@ -21,6 +21,9 @@ SHORT_RULE_SPREAD = 0.3
 
 Measured 0.25-0.75 of the error at the same length, 0.3 of the largest error over lengths from half of it upwards.
 """
+
+FUTILE = 1.1
+"""Half-width, in units of the part that does not average out, from which on more probe vectors are not worth it."""
 
 Precision = Callable[[SampledSpectrum], float]
 
@@ -175,10 +178,15 @@ def plan(
 
 
 def probes_missing(state: Deflated, precision: Precision, *, rtol: float) -> tuple[float, int]:
-    """Half-width reached, and how many more short chains should bring it to ``rtol``: a guess, at least 1."""
+    """Half-width reached, and how many more short chains should bring it to ``rtol``: a guess.
+
+    Where the quadrature error alone is larger, they go on until the sampling error adds little to it; then none is
+    missing.
+    """
     spectrum = state.spectrum()
     reached, floor = precision(spectrum), precision(spectrum.with_endless_sampling())
-    if reached <= rtol or floor >= rtol:
-        return reached, max(1, spectrum.num_probes)
-    total = spectrum.num_probes * ((reached - floor) / (rtol - floor)) ** 2
+    wanted = rtol if floor < rtol else FUTILE * floor
+    if reached <= wanted:
+        return reached, 0
+    total = spectrum.num_probes * ((reached - floor) / (wanted - floor)) ** 2
     return reached, max(1, math.ceil(total) - spectrum.num_probes)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,8 +28,9 @@ FEWEST_HVPS = 20
 DENSE_LIMIT = 4096
 """Largest dimension for which the dense path is chosen by itself."""
 
-FIRST_STEPS, MORE_STEPS, MOST_STEPS = 12, 6, 80
-"""Length of the long chain: at first, by how much it grows, and at most."""
+FIRST_STEPS, MORE_STEPS, MANY_STEPS, MOST_STEPS = 12, 6, 80, 160
+"""Length of the long chain: at first, by how much it grows, what does as a rule, and at most, where the quadrature
+error alone would take more than half of the precision asked for: no number of probe vectors makes up for that."""
 
 VECTOR_STEPS = 8
 """Lanczos steps spent on the spectral measure of a vector; at most a tenth of the products allowed."""
@@ -210,7 +211,7 @@ class _Sampling:
             )
             reached, missing = probes_missing(state, self._precision, rtol=self._rtol)
             self._report("bulk", reached)
-            if reached <= self._rtol:
+            if reached <= self._rtol or missing == 0:
                 break
         spectrum = state.spectrum()
         blocks = None if traces is None else traces.estimates(spectrum)
@@ -245,6 +246,8 @@ class _Sampling:
         if not (state.is_known and self._ends_converged(jacobi)):
             return False
         quadrature = self._precision(state.spectrum().with_endless_sampling())
+        if jacobi.size >= MANY_STEPS:
+            return quadrature <= self._rtol / 2
         return quadrature <= self._rtol / 4 and self._plan(state).cost <= jacobi.size
 
     def _plan(self, state: Deflated) -> Plan:
@@ -291,15 +294,17 @@ def _curvature(
     result: _Result, *, cost: tuple[int, float], vector_measure: Spectrum | None, hvp: str | None
 ) -> Curvature:
     spectrum = result.spectrum
-    positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
+    trace, positive = spectrum.trace_of(lambda x: x), spectrum.trace_of(lambda x: np.maximum(x, 0.0))
+    # Few products leave the positive part open, of which this much is certain.
+    positive = replace(positive, value=max(positive.value, trace.value, result.ritz[-1].value, 0.0))
     positive_sq = spectrum.fine.trace_of(lambda x: np.maximum(x, 0.0) ** 2)
     return Curvature(
-        trace=spectrum.trace_of(lambda x: x),
+        trace=trace,
         frobenius_sq=spectrum.trace_of(np.square),
         lambda_max=result.ritz[-1],
         lambda_min=result.ritz[0],
         trace_positive=positive,
-        negative_mass=max(0.0, spectrum.fine.trace_of(lambda x: np.maximum(-x, 0.0))),
+        negative_mass=max(0.0, spectrum.fine.trace_of(lambda x: np.maximum(-x, 0.0)), positive.value - trace.value),
         effective_rank=positive.value**2 / positive_sq if positive_sq > 0 else 0.0,
         method=result.method,
         num_hvps=cost[0],
