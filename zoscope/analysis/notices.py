@@ -144,12 +144,13 @@ def precision_notices(reached: Mapping[str, float], *, rtol: float, max_hvps: in
     missed = {name: value for name, value in reached.items() if value > rtol}
     if missed:
         worst = max(missed.values())
-        value = f"± {100 * worst:.1f} %" if math.isfinite(worst) else "no finite error bar"
+        value = f"± {100 * worst:.3g} %" if math.isfinite(worst) else "no finite error bar"
         exact = f", or use --method dense ({dimension:,} products)" if dimension <= DENSE_LIMIT else ""
         yield Notice(
             "precision",
-            f"The precision asked for (--rtol {rtol:g}) was not reached: {value} after {max_hvps} Hessian-vector "
-            f"products at most. The intervals shown are honest, only wider; raise --max-hvps or --rtol{exact}.",
+            f"The precision asked for (--rtol {rtol:g}) was not reached: {value} within the {max_hvps} Hessian-vector "
+            "products of --max-hvps, or where more probe vectors no longer help. The intervals shown are honest, only "
+            f"wider; raise --max-hvps or --rtol{exact}.",
         )
 
 

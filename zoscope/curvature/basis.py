@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 WIDTH = 2**22
 """Entries that are combined at a time, so that no second copy of a basis is needed."""
 
+ENOUGH = 0.7
+"""Share of a vector's length that a pass of orthogonalisation must leave for one to do (Daniel et al. 1976)."""
+
 FEWEST_VECTORS = 24
 """Vectors that a sampled measurement holds at least."""
 
@@ -76,13 +79,18 @@ class LocalBasis:
             Its coefficient along the last of them, and the length of what is left.
         """
         known = self._rows[:count]
-        along = (known[-1] @ vector).double()
-        for _ in range(2):  # twice is enough (Kahan; Parlett 1980, §6.9)
-            vector -= (known @ vector) @ known
+        along = known[-1] @ vector
+        for row in known[-2:].flip(0):  # Lanczos' own recurrence, which leaves little for the costly pass over all
+            vector.sub_((row @ vector) * row)
+        before = torch.linalg.vector_norm(vector, dtype=torch.float64)  # float32 squares may overflow
+        vector.sub_((known @ vector) @ known)
         self._next = vector
-        left = torch.linalg.vector_norm(vector, dtype=torch.float64)  # float32 squares may overflow
-        first, second = torch.stack([along, left]).tolist()  # together: a device is waited for once
-        return first, second
+        left = torch.linalg.vector_norm(vector, dtype=torch.float64)
+        first, whole, rest = torch.stack([along.double(), before, left]).tolist()  # a device is waited for once
+        if rest < ENOUGH * whole:  # much of it was rounding: twice is enough (Kahan; Parlett 1980, §6.9)
+            vector.sub_((known @ vector) @ known)
+            rest = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+        return first, rest
 
     def append(self, index: int, length: float) -> None:
         """Put what was left, of a known length, at ``index`` as a unit vector."""

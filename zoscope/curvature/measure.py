@@ -16,7 +16,7 @@ from zoscope.curvature.dense import dense_eigenpairs, dense_eigenvalues
 from zoscope.curvature.diagonal import BlockTraces
 from zoscope.curvature.lanczos import Chain, Jacobi
 from zoscope.curvature.operators import DenseOperator, LinearOperator
-from zoscope.curvature.results import Curvature, Eigenvalue, Method
+from zoscope.curvature.results import Curvature, Eigenvalue, Method, ritz_values
 from zoscope.curvature.slq import measure_of, probe_block, split
 from zoscope.errors import UsageError
 from zoscope.runtime import available_memory, spawn_generators
@@ -37,9 +37,6 @@ VECTOR_STEPS = 8
 
 BLOCK = 4
 """Probe vectors that advance together."""
-
-EIGENVALUE_TOLERANCE = 0.01
-"""Residual of a converged eigenvalue, in units of its value."""
 
 MEMORY_SHARE = 0.4
 """Part of the free memory that a Lanczos basis may take."""
@@ -215,7 +212,7 @@ class _Sampling:
                 break
         spectrum = state.spectrum()
         blocks = None if traces is None else traces.estimates(spectrum)
-        return _Result(spectrum, _eigenvalues(jacobi), "deflated-slq", blocks, tuple(self._notes))
+        return _Result(spectrum, ritz_values(jacobi), "deflated-slq", blocks, tuple(self._notes))
 
     @property
     def _left(self) -> int:
@@ -254,7 +251,7 @@ class _Sampling:
         return plan(state, self._precision, rtol=self._rtol, budget=self._left, lengths=self._lengths)
 
     def _ends_converged(self, jacobi: Jacobi) -> bool:
-        found, (bottom, top) = _eigenvalues(jacobi), self._ends
+        found, (bottom, top) = ritz_values(jacobi), self._ends
         return all(eigenvalue.converged for eigenvalue in (*found[:bottom], *found[len(found) - top :]))
 
     def _capacity(self) -> int:
@@ -278,16 +275,6 @@ class _Sampling:
         if self._on_progress is not None:
             spent = self._operator.num_hvps - self._first
             self._on_progress(stage, spent, reached)
-
-
-def _eigenvalues(jacobi: Jacobi) -> tuple[Eigenvalue, ...]:
-    """Ritz values of a chain, ascending, with residuals."""
-    values, vectors = jacobi.eigh()
-    residuals = jacobi.betas[-1] * np.abs(vectors[-1])
-    return tuple(
-        Eigenvalue(float(value), float(residual), converged=bool(residual <= EIGENVALUE_TOLERANCE * abs(value)))
-        for value, residual in zip(values, residuals, strict=True)
-    )
 
 
 def _curvature(

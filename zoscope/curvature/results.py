@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from zoscope.curvature.lanczos import Jacobi
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 
 Method = Literal["dense", "deflated-slq", "forward"]
+
+EIGENVALUE_TOLERANCE = 0.01
+"""Residual of a converged eigenvalue, in units of its value."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +104,13 @@ class ForwardCurvature:
     seconds: float
     notes: tuple[str, ...] = ()
     method: Method = "forward"
+
+
+def ritz_values(jacobi: Jacobi) -> tuple[Eigenvalue, ...]:
+    """Ritz values of a chain, ascending, with residuals."""
+    values, vectors = jacobi.eigh()
+    residuals = jacobi.betas[-1] * np.abs(vectors[-1])
+    return tuple(
+        Eigenvalue(float(value), float(residual), converged=bool(residual <= EIGENVALUE_TOLERANCE * abs(value)))
+        for value, residual in zip(values, residuals, strict=True)
+    )
