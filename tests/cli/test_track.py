@@ -188,7 +188,13 @@ def test_an_interrupt_keeps_what_there_is_and_exits_130(spec, tmp_path, number) 
         "r",
     ]
     process = subprocess.Popen(
-        command, env=HERE, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        env=HERE,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell ignores SIGINT for what it starts with &
     )
     while process.poll() is None and not (tmp_path / "r" / "checkpoint.pt").exists():
         time.sleep(0.05)

@@ -21,7 +21,8 @@ def test_the_example_passes_and_three_times_its_step_size_does_not(capfd: pytest
     assert run(["check", str(CI / "zoscope.yaml"), "--only", "zo-gd", "--lr", str(3 * lr), "--json"]) == 1
     (check,) = json.loads(capfd.readouterr().out)["checks"]
     assert check["status"] == "fail"
-    assert check["largest_lr"] == document["checks"][0]["largest_lr"]
+    # One check by itself is measured less precisely than four together, and the number has two digits.
+    assert check["largest_lr"] == pytest.approx(document["checks"][0]["largest_lr"], rel=0.1)
     assert f"The largest lr that passes is {check['largest_lr']:g}" in check["message"]
 
 
