@@ -78,6 +78,7 @@ class Timing:
         product_seconds: Seconds of a product of a peer, by itself; ``None`` for zoscope.
         projected: Whether ``seconds`` is the number of products times the seconds of one.
         errors: Largest relative error of each value over the rounds; empty where the run was projected.
+        missed: Rounds in which zoscope ended with wider intervals than asked for.
         plan: Estimators and budgets of a peer.
     """
 
@@ -87,6 +88,7 @@ class Timing:
     product_seconds: float | None = None
     projected: bool = False
     errors: Values = field(default_factory=dict)
+    missed: int = 0
     plan: dict[str, object] = field(default_factory=dict)
 
 
@@ -283,6 +285,7 @@ class _Runs:
             product_seconds=single,
             projected=projected,
             errors=errors,
+            missed=sum(not run.reached for run in runs),
             plan=plan,
         )
 

@@ -21,11 +21,12 @@ REFERENCE = 0.004
 
 @dataclass(frozen=True)
 class Run:
-    """What one measurement took and found."""
+    """What one measurement took and found, and whether its own intervals are as narrow as they were to be."""
 
     seconds: float
     products: int
     values: dict[str, float]
+    reached: bool = True
 
 
 def moments_error(sampled: SampledSpectrum) -> float:
@@ -79,7 +80,7 @@ def bounds(workload: Workload, *, seed: int, most: int) -> Run:
             f"{name} positive": row.horizon.upper,
             f"{name} infinite": row.exact.value,
         }
-    return Run(seconds, result.num_hvps, values)
+    return Run(seconds, result.num_hvps, values, reached=all(w.code != "precision" for w in result.warnings))
 
 
 def reference(workload: Workload, *, seed: int, most: int) -> Curvature:
