@@ -59,7 +59,7 @@ class Graphs:
             self.clear()
             self._shards, self._versions = shards, versions
             self._all = all_of_them or len(shards) == 1
-            self._room = room_for_graphs(self._objective.device)
+            self._room = 0.0 if self._all else room_for_graphs(self._objective.device)
 
     def of(self, index: int, make: Callable[[], Products]) -> Products:
         """The graph of a shard: an old one, or a new one that is kept if it fits."""

@@ -237,7 +237,7 @@ class HessianOperator(ShardOperator):
             self.release()
             try:
                 result = super()._sum(vector)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
             else:

@@ -49,7 +49,7 @@ def explain_autograd_error(error: BaseException) -> str | None:
     Returns:
         None for an error that is not known to come from differentiation.
     """
-    if not isinstance(error, (RuntimeError, NotImplementedError)):
+    if not isinstance(error, RuntimeError):
         return None
     text = str(error)
     for pattern, remedy in _REMEDIES:
