@@ -69,6 +69,8 @@ def prepared_here(
         def opened(where: torch.device) -> Objective:
             with ExitStack() as attempt:
                 attempt.enter_context(runtime.preserved_rng(where))
+                if differentiable and where.type == "cpu" and not runtime.is_limited():
+                    attempt.enter_context(runtime.kept_memory())
                 objective = _opened(
                     attempt,
                     problem,

@@ -1,5 +1,6 @@
 """Devices, precision, generators, memory, ranks: the only room that knows about CUDA and other processes."""
 
+from zoscope.runtime.allocator import kept_memory
 from zoscope.runtime.devices import DTYPES, resolve_device, resolve_dtype, widest_dtype
 from zoscope.runtime.failures import DroppedError, LostRankError
 from zoscope.runtime.memory import (
@@ -32,6 +33,7 @@ __all__ = [
     "is_out_of_memory",
     "joined",
     "joined_ranks",
+    "kept_memory",
     "memory_limit",
     "named",
     "peak_bytes",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from zoscope.runtime.allocator import unused_memory
+
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|(CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
@@ -64,18 +66,19 @@ def available_memory(device: torch.device | str) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return min(int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)), *left, 2**62)
-    return min(_machine_memory(), *_container_memory(), *left)
+    return min([min(_machine_memory(), *_container_memory()) + unused_memory(), *left])
 
 
 def held_memory(device: torch.device | str) -> int:
-    """Bytes that this process holds: tensors on a CUDA device, and for the CPU everything that is resident."""
+    """Bytes that this process holds: tensors on a CUDA device, and for the CPU what is resident and not merely kept."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return _peak_resident()
+    return max(0, resident - unused_memory())
 
 
 def _peak_resident() -> int:
