@@ -1,26 +1,28 @@
 """How many products each estimator of a peer needs: the smallest budget whose error meets the target.
 
 A target of ±r is met where 95 % of the draws are within r, that is RMSE ≤ r/1.96, which is what zoscope's own intervals
-promise. Budgets are found on a stand-in (see `standin`), with the peer's own code where it takes a matrix.
+promise. Budgets are found on a stand-in (see `standin`), from numbers of draws that are fixed beforehand.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .standin import Diagonal, conditions, lanczos_rules, mean_rule, thresholds
+from zoscope.theory.spectrum import Spectrum
+
+from .sketches import DRAWS, hutchpp_rmse, xtrace_rmse
+from .standin import Array, Diagonal, lanczos_rules, mean_rule, thresholds
 
 LAMBDA_MAX, TRACE, FROBENIUS = 0.01, 0.01, 0.03
 THRESHOLD = 0.02
 WITHIN = 1.96
-DRAWS = 10
-GRID = sorted({round(2 * 1.15**i) for i in range(42)})
-"""Numbers of probe vectors tried."""
+FIRST_SIZES = 32
+"""Numbers of probes tried at first; twice as many as long as the target is not met well within them."""
 
-SLQ_STEPS = (10, 20, 40)
-SLQ_RUNS = 10
+SLQ_STEPS = (10, 20, 40, 80, 160, 320, 640)
+SLQ_RUNS = 100
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,59 @@ class Budget:
         return asdict(self)
 
 
-Estimator = Callable[[int], float]
-"""One draw of an estimate of relative error, at a size."""
-
-
 def smallest(
-    method: str, draw: Estimator, *, target: float, products: Callable[[int], int], most: int
+    method: str,
+    rmse: Callable[[Sequence[int]], Array],
+    *,
+    target: float,
+    products: Callable[[int], int],
+    most: int,
 ) -> Budget | None:
-    """The first size of the grid at which the RMSE over several draws meets the target; ``None`` if none does."""
-    sizes = [size for size in GRID if products(size) <= most]
-    tried: dict[int, float] = {}
+    """The first size at which the RMSE meets the target (see `crossing`); ``None`` within ``most`` products."""
+    limit, largest = FIRST_SIZES, max((n for n in range(1, most + 1) if products(n) <= most), default=0)
+    while largest:
+        limit = min(limit, largest)
+        sizes = sorted({math.ceil(1.03**i) for i in range(500) if 1.03**i <= limit} | {limit})
+        errors = rmse(sizes)
+        place = crossing(errors, target / WITHIN)
+        if place < len(sizes) and (sizes[place] <= 0.8 * limit or limit == largest):
+            return Budget(method, products(sizes[place]), sizes[place], float(errors[place]))
+        if limit == largest:
+            return None
+        limit *= 2
+    return None
 
-    def meets(place: int) -> bool:
-        tried[place] = math.sqrt(float(np.mean([draw(sizes[place]) ** 2 for _ in range(DRAWS)])))
-        return tried[place] <= target / WITHIN
 
-    high = next((place for place in range(4, len(sizes), 5) if meets(place)), None)  # large sizes are slow to try
-    if high is None:
-        return None
-    low = high - 4
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if meets(middle) else (middle + 1, high)
-    return Budget(method, products(sizes[high]), sizes[high], tried[high])
+def crossing(errors: Sequence[float] | Array, level: float) -> int:
+    """Where errors that decrease, but are known with noise, fall to ``level``: a place, or their number if nowhere.
+
+    The monotone least-squares fit of log errors is above the level before that place and not above it from there on;
+    the first error below the level would be a lucky one.
+    """
+    above = np.log(np.maximum(errors, np.finfo(float).tiny)) - math.log(level)
+    return int(np.argmax(np.concatenate([[0.0], np.cumsum(above)])))
+
+
+def xtrace(diagonal: Diagonal, *, power: int, target: float, most: int) -> Budget | None:
+    """XTrace on ``H^power``: two products of it a probe."""
+    return smallest(
+        "xtrace",
+        lambda sizes: xtrace_rmse(diagonal, power, sizes),
+        target=target,
+        products=lambda size: 2 * power * size,
+        most=min(most, power * (diagonal.dim - 1)),
+    )
+
+
+def hutchpp(diagonal: Diagonal, *, power: int, target: float, most: int) -> Budget | None:
+    """Hutch++ on ``H^power``: a third of its products each for sketch, its trace and the remainder."""
+    return smallest(
+        "hutch++",
+        lambda sizes: hutchpp_rmse(diagonal, power, sizes),
+        target=target,
+        products=lambda size: 3 * power * size,
+        most=min(most, power * (diagonal.dim - 1)),
+    )
 
 
 def hutchinson(diagonal: Diagonal, *, power: int, target: float, cost: int) -> Budget:
@@ -82,67 +114,70 @@ def dense(diagonal: Diagonal) -> Budget:
 
 
 def power_iteration(diagonal: Diagonal, *, seed: int = 0) -> Budget:
-    """Steps until the Rayleigh quotient is within the target, in 95 % of the starts; by moments of a random start."""
-    values, generator = diagonal.values, np.random.default_rng(seed)
-    top = values.max()
-    needed = []
-    for _ in range(DRAWS):
-        weights, steps = generator.standard_normal(len(values)) ** 2, 0
-        scaled = (values / np.abs(values).max()) ** 2
-        while steps < 2000:
-            steps += 1
-            if abs((weights @ values) / weights.sum() / top - 1) <= LAMBDA_MAX:
-                break
-            weights = weights * scaled
-        needed.append(steps)
-    count = int(np.ceil(np.quantile(needed, 0.95)))
-    return Budget("power iteration", count, count, LAMBDA_MAX / WITHIN)
+    """Steps until the Rayleigh quotient is within the target, in 95 % of the starts."""
+    values, longest = diagonal.distinct[0], 2000
+    scaled = (values / np.abs(values).max()) ** 2
+    weights = diagonal.starts(DRAWS, np.random.default_rng(seed)) ** 2
+    for count in range(1, longest + 1):
+        errors = np.abs((weights @ values) / weights.sum(axis=1) / values.max() - 1)
+        worst = float(np.quantile(errors, 0.95))
+        if worst <= LAMBDA_MAX:
+            return Budget("power iteration", count, count, worst / WITHIN)
+        weights *= scaled
+    return Budget("power iteration", longest, longest, math.nan)
 
 
 def lanczos(diagonal: Diagonal, *, seed: int = 0) -> Budget:
-    """Lanczos steps until the largest Ritz value is within the target in every draw."""
+    """Lanczos steps until the largest Ritz value is within the target, in 95 % of the starts."""
     top, longest = diagonal.values.max(), 40
-    rules = lanczos_rules(diagonal.values, steps=range(3, longest + 1), runs=6, seed=seed)
+    starts = diagonal.starts(DRAWS, np.random.default_rng(seed))
+    rules = lanczos_rules(diagonal, starts, steps=range(2, longest + 1))
     for length, found in rules.items():
-        worst = max(abs(rule.nodes.max() / top - 1) for rule in found)
+        worst = float(np.quantile([abs(rule.nodes.max() / top - 1) for rule in found], 0.95))
         if worst <= LAMBDA_MAX:
-            return Budget("lanczos", length, length, float(worst))
+            return Budget("lanczos", length, length, worst / WITHIN)
     return Budget("lanczos", longest, longest, math.nan)
 
 
 def slq(diagonal: Diagonal, *, seed: int = 0) -> Budget:
     """Products of plain SLQ until every threshold is known: the cheapest length of its chains, and the runs that takes.
 
-    The bias of a length is that of the average of all runs, less what their scatter explains; the scatter comes from
-    the jackknife over runs. Both are scaled to the number of runs needed.
+    What a length misses is told from the thresholds of the same starts with chains that never end; what their scatter
+    adds, from the jackknife over runs. All eigenvalues where they take fewer products.
     """
-    truth = thresholds(diagonal.spectrum)
-    rules = lanczos_rules(diagonal.values, steps=SLQ_STEPS, runs=SLQ_RUNS, seed=seed)
-    best: Budget | None = None
-    for length, found in rules.items():
-        runs = 1.0
-        for name, condition in conditions().items():
-            value = condition.threshold(mean_rule(found, diagonal.dim))
-            left_out = [
-                condition.threshold(mean_rule(found[:i] + found[i + 1 :], diagonal.dim)) for i in range(len(found))
-            ]
-            finite = [x for x in (value, *left_out) if math.isfinite(x)]
-            if len(finite) < len(left_out) + 1:
-                runs = math.inf
-                break
-            variance = (len(found) - 1) * float(np.var(left_out)) / truth[name] ** 2  # of the mean of all runs
-            bias_sq = max((value / truth[name] - 1) ** 2 - variance, 0.0)
-            room = (THRESHOLD / WITHIN) ** 2 - bias_sq
-            runs = max(runs, math.inf if room <= 0 else variance * len(found) / room)
-        if math.isfinite(runs):
-            count = math.ceil(runs)
-            budget = Budget("slq", count * length, length, THRESHOLD / WITHIN)
-            if best is None or budget.products < best.products:
-                best = budget
-    whole = dense(diagonal)
-    return whole if best is None or best.products > whole.products else best
+    starts = diagonal.starts(SLQ_RUNS, np.random.default_rng(seed))
+    nodes, shares = diagonal.distinct[0], starts**2 / (starts**2).sum(axis=1, keepdims=True)
+    endless = [
+        thresholds(Spectrum(nodes, diagonal.dim * np.delete(shares, run, axis=0).mean(axis=0)))
+        for run in range(SLQ_RUNS)
+    ]
+    best, least = dense(diagonal), _runs(endless, endless)
+    lengths = [length for length in SLQ_STEPS if least * length < best.products]  # no length takes fewer runs
+    for length, rules in lanczos_rules(diagonal, starts, steps=lengths).items():
+        found = [thresholds(mean_rule(rules[:i] + rules[i + 1 :], diagonal.dim)) for i in range(SLQ_RUNS)]
+        runs = _runs(found, endless)
+        if runs * length < best.products:
+            best = Budget("slq", math.ceil(runs) * length, length, THRESHOLD / WITHIN)
+    return best
 
 
-def cheapest(budgets: list[Budget | None]) -> Budget:
+def _runs(found: Sequence[dict[str, float]], endless: Sequence[dict[str, float]]) -> float:
+    """Runs until all thresholds are known, from those with finite and endless chains, each of many runs left out."""
+    others, needed = len(found) - 1, 1.0
+    for name in endless[0]:
+        values = np.array([x[name] for x in found])
+        if not np.isfinite(values).all():
+            return math.inf
+        ratios = values / np.array([x[name] for x in endless])
+        bias_sq = max(float((ratios.mean() - 1) ** 2 - others * ratios.var()), 0.0)
+        room = (THRESHOLD / WITHIN) ** 2 - bias_sq
+        if room <= 0:
+            return math.inf
+        single = len(found) * others * float(values.var() / values.mean() ** 2)
+        needed = max(needed, single / room)
+    return needed
+
+
+def cheapest(budgets: Sequence[Budget]) -> Budget:
     """The one with the fewest products."""
-    return min((budget for budget in budgets if budget is not None), key=lambda budget: budget.products)
+    return min(budgets, key=lambda budget: budget.products)

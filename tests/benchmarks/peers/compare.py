@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from . import budgets, clock, ours
 from .budgets import Budget
@@ -156,7 +157,7 @@ def compare(
     for number in range(rounds):
         runs.ours(seed=1000 + number)
         for peer in peers:
-            runs.peer(peer, plans[peer.name], chains)
+            runs.peer(peer, plans[peer.name], chains, seed=1000 + number)
     return Comparison(workload, reference, *runs.summary(plans, chains))
 
 
@@ -218,9 +219,10 @@ class _Runs:
         for question, run in (("moments", sample.moments[-1]), ("bounds", sample.bounds[-1])):
             self._say(f"{self._workload.name}: zoscope {question} {run.seconds:.1f} s, {run.products} products")
 
-    def peer(self, peer: Peer, plan: Plan, chains: Budget) -> None:
+    def peer(self, peer: Peer, plan: Plan, chains: Budget, *, seed: int) -> None:
         sample = self._samples.setdefault(peer.name, _Sample())
-        with twice_differentiable_attention():
+        with twice_differentiable_attention(), torch.random.fork_rng():
+            torch.manual_seed(seed)
             started = clock.now()
             session = peer.open(self._workload)
             opening = clock.now() - started
@@ -229,7 +231,7 @@ class _Runs:
             needed = sum(budget.products for budget in plan.values())
             if needed * single <= self._patience:
                 started = clock.now()
-                values = session.moments(plan)
+                values = session.moments(plan, seed=seed)
                 seconds = opening + clock.now() - started
             else:
                 values, seconds, sample.whole = {}, opening + needed * single, False

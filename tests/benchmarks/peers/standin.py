@@ -3,15 +3,18 @@
 The error of every estimator here depends on the eigenvalues alone when its probes are Gaussian, so a diagonal matrix
 with (nearly) the eigenvalues of the Hessian tells how many products an estimator needs, in a second instead of hours.
 Rademacher probes would be exact on a diagonal matrix; on a network they do as well as Gaussian ones to a few percent.
+
+Of a probe only its part in each eigenspace counts, and within one all directions are alike. Where an eigenvalue is
+repeated, which those of a quadrature are by the thousands, a vector is drawn by its length there (`Diagonal.starts`),
+several by their products there (`Diagonal.probes`): the same distribution of every estimate, from far fewer numbers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from zoscope.curvature.results import Curvature
 from zoscope.theory.mean_square import StabilityCondition
@@ -65,50 +68,72 @@ class Diagonal:
         """d."""
         return len(self.values)
 
+    @cached_property
+    def distinct(self) -> tuple[Array, Array]:
+        """The different eigenvalues, ascending, and how often each is there."""
+        nodes, counts = np.unique(self.values, return_counts=True)
+        return nodes, counts.astype(np.float64)
+
     @property
     def spectrum(self) -> Spectrum:
         """As a spectrum."""
-        nodes, counts = np.unique(self.values, return_counts=True)
-        return Spectrum(nodes, counts.astype(np.float64))
+        return Spectrum(*self.distinct)
 
     def moment(self, power: int) -> float:
         """Σ λ^power."""
         return float((self.values**power).sum())
 
-    def matrix(self, power: int = 1) -> Tensor:
-        """``(d,)`` diagonal in float32."""
-        return torch.from_numpy((self.values**power).astype(np.float32))
+    def starts(self, count: int, generator: np.random.Generator) -> Array:
+        """Gaussian vectors, ``(count, n)``, by their lengths in the eigenspaces of the n different eigenvalues."""
+        counts = self.distinct[1]
+        return np.sqrt(generator.chisquare(counts, size=(count, len(counts))))
+
+    def probes(self, size: int, generator: np.random.Generator) -> tuple[Array, Array]:
+        """Gaussian vectors, ``(rows, size)`` as columns, and the eigenvalue of each row.
+
+        An eigenspace of more than ``size`` dimensions takes ``size`` rows: the triangular factor of its Gaussian block,
+        whose entries are independent, χ on the diagonal and normal above it (Bartlett 1933). The first columns are
+        such a factor, too: of fewer vectors.
+        """
+        nodes, counts = self.distinct
+        large = counts > size
+        values = np.repeat(nodes[~large], counts[~large].astype(int))
+        rows = generator.standard_normal((len(values), size))
+        factors = np.triu(generator.standard_normal((int(large.sum()), size, size)), 1)
+        place = np.arange(size)
+        factors[:, place, place] = np.sqrt(generator.chisquare(counts[large][:, None] - place))
+        return (
+            np.concatenate([values, np.repeat(nodes[large], size)]),
+            np.concatenate([rows, factors.reshape(-1, size)]),
+        )
 
 
-def lanczos_rules(values: Array, *, steps: Sequence[int], runs: int, seed: int = 0) -> dict[int, list[Spectrum]]:
-    """Gauss rules of random starts on a diagonal matrix, reorthogonalised: what SLQ averages; mass 1 each."""
-    generator = torch.Generator().manual_seed(seed)
-    diagonal = torch.from_numpy(values.astype(np.float32))
-    longest = min(max(steps), len(values))
+def lanczos_rules(diagonal: Diagonal, starts: Array, *, steps: Sequence[int]) -> dict[int, list[Spectrum]]:
+    """Gauss rules of starts (see `Diagonal.starts`), reorthogonalised: what SLQ averages, of mass 1 each, by length."""
     rules: dict[int, list[Spectrum]] = {length: [] for length in steps}
-    for _ in range(runs):
-        start = torch.randn(len(values), generator=generator)
-        alphas, betas = _recurrence(diagonal, start, longest)
+    nodes = diagonal.distinct[0]
+    for start in starts:
+        alphas, betas = _recurrence(nodes, start, min(max(steps, default=1), len(nodes)))
         for length in steps:
             size = min(length, len(alphas))
             off = betas[: size - 1]
-            nodes, vectors = np.linalg.eigh(np.diag(alphas[:size]) + np.diag(off, 1) + np.diag(off, -1))
-            rules[length].append(Spectrum(nodes, vectors[0] ** 2))
+            ritz, vectors = np.linalg.eigh(np.diag(alphas[:size]) + np.diag(off, 1) + np.diag(off, -1))
+            rules[length].append(Spectrum(ritz, vectors[0] ** 2))
     return rules
 
 
-def _recurrence(diagonal: Tensor, start: Tensor, steps: int) -> tuple[Array, Array]:
-    basis = torch.empty(steps, len(start))
-    basis[0] = start / start.norm()
+def _recurrence(values: Array, start: Array, steps: int) -> tuple[Array, Array]:
+    basis = np.empty((steps, len(start)))
+    basis[0] = start / np.linalg.norm(start)
     alphas, betas = [], []
     for j in range(steps):
-        w = diagonal * basis[j]
+        w = values * basis[j]
         alphas.append(float(basis[j] @ w))
         known = basis[: j + 1]
         for _ in range(2):
             w -= known.T @ (known @ w)
-        betas.append(float(w.norm()))
-        if j + 1 == steps or betas[-1] < 1e-6 * float(diagonal.abs().max()):
+        betas.append(float(np.linalg.norm(w)))
+        if j + 1 == steps or betas[-1] < 1e-10 * float(np.abs(values).max()):
             break
         basis[j + 1] = w / betas[-1]
     return np.array(alphas), np.array(betas)

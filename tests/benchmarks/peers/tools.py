@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import zoscope
 
 from . import budgets
 from .budgets import Budget
+from .sketches import DRAWS
 from .standin import Diagonal
 from .workloads import Workload
 
@@ -32,8 +33,8 @@ class Session(Protocol):
         """One Hessian-vector product, by the tool's own operator."""
         ...
 
-    def moments(self, plan: Plan) -> Values:
-        """λ_max, trace and ‖H‖_F² as planned."""
+    def moments(self, plan: Plan, *, seed: int) -> Values:
+        """λ_max, trace and ‖H‖_F² as planned; what draws on torch's global generator finds it seeded."""
         ...
 
     def density(self, steps: int) -> object:
@@ -65,27 +66,10 @@ class Curvlinops:
     name, package = "curvlinops", "curvlinops-for-pytorch"
 
     def plan(self, diagonal: Diagonal) -> Plan:
-        from curvlinops import hutchpp_trace, xtrace
-
-        def draws(power: int) -> tuple[budgets.Estimator, budgets.Estimator]:
-            matrix, truth = _operator_of(diagonal.matrix(power)), diagonal.moment(power)
-            return (
-                lambda size: float(xtrace(matrix, 2 * size, "normal")) / truth - 1,
-                lambda size: float(hutchpp_trace(matrix, 3 * size, "normal")) / truth - 1,
-            )
-
         plan = {"lambda_max": _plan_eigsh(diagonal)}
         for key, power, target in (("trace", 1, budgets.TRACE), ("frobenius_sq", 2, budgets.FROBENIUS)):
-            leave_one_out, sketched = draws(power)
             plain = budgets.hutchinson(diagonal, power=power, target=target, cost=1)  # ‖Hz‖² takes one product, too
-            most = min(plain.products, power * (diagonal.dim - 1))
-            plan[key] = budgets.cheapest(
-                [
-                    plain,
-                    budgets.smallest("xtrace", leave_one_out, target=target, products=_times(2 * power), most=most),
-                    budgets.smallest("hutch++", sketched, target=target, products=_times(3 * power), most=most),
-                ]
-            )
+            plan[key] = _cheapest_sketch(plain, (budgets.hutchpp, budgets.xtrace), diagonal, power=power, target=target)
         return plan
 
     def open(self, workload: Workload) -> Session:
@@ -122,7 +106,7 @@ class _CurvlinopsSession:
     def product(self) -> None:
         self.operator @ torch.randn(self.operator.shape[1], self.chunk, device=self.operator.device)
 
-    def moments(self, plan: Plan) -> Values:
+    def moments(self, plan: Plan, *, seed: int) -> Values:
         from curvlinops import hutchinson_squared_fro, hutchinson_trace, hutchpp_trace, xtrace
 
         op = self.operator
@@ -132,12 +116,13 @@ class _CurvlinopsSession:
             "hutchinson": hutchinson_trace,
         }
         trace, norm = plan["trace"], plan["frobenius_sq"]
+        start = np.random.default_rng(seed).standard_normal(op.shape[0]).astype(np.float32)
         if norm.method == "hutchinson":
             frobenius = hutchinson_squared_fro(op, norm.size)
         else:
             frobenius = estimators[norm.method](op @ op, norm.size)
         return {
-            "lambda_max": _eigsh(op.to_scipy(np.float32), plan["lambda_max"].size)[0],
+            "lambda_max": _eigsh(op.to_scipy(np.float32), plan["lambda_max"].size, start)[0],
             "trace": float(estimators[trace.method](op, trace.size)),
             "frobenius_sq": float(frobenius),
         }
@@ -148,41 +133,36 @@ class _CurvlinopsSession:
         return fast_lanczos(self.operator, steps)
 
 
-def _times(factor: int) -> Callable[[int], int]:
-    return lambda size: factor * size
+def _cheapest_sketch(
+    plain: Budget, others: Sequence[Callable[..., Budget | None]], diagonal: Diagonal, *, power: int, target: float
+) -> Budget:
+    """The estimator with the fewest products; each is only searched where it would win."""
+    best = plain
+    for search in others:
+        best = search(diagonal, power=power, target=target, most=best.products - 1) or best
+    return best
 
 
-def _operator_of(diagonal: Tensor) -> Any:
-    from curvlinops._torch_base import PyTorchLinearOperator
-
-    class Diagonally(PyTorchLinearOperator):
-        SELF_ADJOINT = True
-        device, dtype = torch.device("cpu"), torch.float32
-
-        def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-            return [X[0] * diagonal[:, None]]
-
-    shape = [tuple(diagonal.shape)]
-    return Diagonally(shape, shape)
-
-
-def _plan_eigsh(diagonal: Diagonal) -> Budget:
-    """Krylov vectors of eigsh (its ``ncv``, with the tolerance of the target): the fewest products on the stand-in."""
+def _plan_eigsh(diagonal: Diagonal, *, seed: int = 0) -> Budget:
+    """Krylov vectors of eigsh (its ``ncv``): the fewest products with 95 % of the starts within the target."""
     from scipy.sparse.linalg import LinearOperator
 
-    matrix, top = diagonal.matrix().numpy(), diagonal.values.max()
-    operator = LinearOperator((diagonal.dim,) * 2, matvec=lambda v: matrix * v.ravel(), dtype=np.float32)
-    tried = []
-    for krylov in (3, 4, 5, 6, 8, 10, 12, 16, 20):
-        found = [_eigsh(operator, krylov, seed=seed) for seed in range(6)]
-        worst = max(abs(value / top - 1) for value, _ in found)
-        if krylov < diagonal.dim and worst <= budgets.LAMBDA_MAX:
-            tried.append(Budget("eigsh", math.ceil(np.mean([count for _, count in found])), krylov, float(worst)))
+    nodes = diagonal.distinct[0].astype(np.float32)
+    operator = LinearOperator((len(nodes),) * 2, matvec=lambda v: nodes * v.ravel(), dtype=np.float32)
+    starts = diagonal.starts(DRAWS, np.random.default_rng(seed)).astype(np.float32)
+    tried: list[Budget] = []
+    for krylov in (2, 3, 4, 5, 6, 8, 10, 12, 16, 20):
+        if krylov < len(nodes):
+            found = [_eigsh(operator, krylov, start) for start in starts]
+            worst = float(np.quantile([abs(value / nodes.max() - 1) for value, _ in found], 0.95))
+            if worst <= budgets.LAMBDA_MAX:
+                products = math.ceil(np.mean([count for _, count in found]))
+                tried.append(Budget("eigsh", products, krylov, worst / budgets.WITHIN))
     return budgets.cheapest(tried)
 
 
-def _eigsh(operator: Any, krylov: int, *, seed: int = 0) -> tuple[float, int]:
-    """Largest eigenvalue and the products it took."""
+def _eigsh(operator: Any, krylov: int, start: np.ndarray) -> tuple[float, int]:
+    """Largest eigenvalue, to a tolerance that suits the target, and the products it took."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     count = 0
@@ -193,7 +173,6 @@ def _eigsh(operator: Any, krylov: int, *, seed: int = 0) -> tuple[float, int]:
         return operator.matvec(v)
 
     counted = LinearOperator(operator.shape, matvec=matvec, dtype=np.float32)
-    start = np.random.default_rng(seed).standard_normal(operator.shape[0]).astype(np.float32)
     values = eigsh(counted, k=1, which="LA", ncv=krylov, tol=0.05, v0=start, return_eigenvectors=False)
     return float(values[0]), count
 
@@ -207,22 +186,10 @@ class Eigenthings:
     name, package = "hessian-eigenthings", "hessian-eigenthings"
 
     def plan(self, diagonal: Diagonal) -> Plan:
-        from hessian_eigenthings import LambdaOperator, hutch_plus_plus
-
         plan = {"lambda_max": budgets.lanczos(diagonal)}
         for key, power, target in (("trace", 1, budgets.TRACE), ("frobenius_sq", 2, budgets.FROBENIUS)):
-            # Its probes are Rademacher vectors, exact on a diagonal matrix: turned by signs and a fast transform.
-            rotated = LambdaOperator(_rotated(diagonal.matrix(power)), diagonal.dim)
-            truth = diagonal.moment(power)
             plain = budgets.hutchinson(diagonal, power=power, target=target, cost=power)
-            sketched = budgets.smallest(
-                "hutch++",
-                lambda n, op=rotated, t=truth: hutch_plus_plus(op, num_matvecs=3 * n).estimate / t - 1,
-                target=target,
-                products=_times(3 * power),
-                most=min(plain.products, power * (diagonal.dim - 1)),
-            )
-            plan[key] = budgets.cheapest([plain, sketched])
+            plan[key] = _cheapest_sketch(plain, (budgets.hutchpp,), diagonal, power=power, target=target)
         return plan
 
     def open(self, workload: Workload) -> Session:
@@ -240,37 +207,30 @@ class _EigenthingsSession:
     def product(self) -> None:
         self.operator @ torch.randn(self.operator.size, device=self.device)
 
-    def moments(self, plan: Plan) -> Values:
+    def moments(self, plan: Plan, *, seed: int) -> Values:
         from hessian_eigenthings import hutch_plus_plus, hutchinson, lanczos
 
-        def trace(operator: Any, budget: Budget) -> float:
-            if budget.method == "hutchinson":
-                return hutchinson(operator, num_samples=budget.size).estimate
-            return hutch_plus_plus(operator, num_matvecs=3 * budget.size).estimate
+        # Without a seed it would take the same one each time.
+        seeds = dict(zip(plan, map(int, np.random.SeedSequence(seed).generate_state(len(plan))), strict=True))
 
-        top = lanczos(self.operator, k=1, max_iter=plan["lambda_max"].size, which="LA", tol=0.0)
+        def trace(operator: Any, key: str) -> float:
+            size, own = plan[key].size, seeds[key]
+            if plan[key].method == "hutchinson":
+                return hutchinson(operator, num_samples=size, seed=own).estimate
+            return hutch_plus_plus(operator, num_matvecs=3 * size, seed=own).estimate
+
+        steps, own = plan["lambda_max"].size, seeds["lambda_max"]
+        top = lanczos(self.operator, k=1, max_iter=steps, which="LA", tol=0.0, seed=own)
         return {
             "lambda_max": float(top.eigenvalues[0]),
-            "trace": trace(self.operator, plan["trace"]),
-            "frobenius_sq": trace(self.squared, plan["frobenius_sq"]),
+            "trace": trace(self.operator, "trace"),
+            "frobenius_sq": trace(self.squared, "frobenius_sq"),
         }
 
     def density(self, steps: int) -> object:
         from hessian_eigenthings import spectral_density
 
         return spectral_density(self.operator, num_runs=1, lanczos_steps=steps)
-
-
-def _rotated(diagonal: Tensor) -> Callable[[Tensor], Tensor]:
-    """``v ↦ QᵀDQv`` with Q a random permutation after a discrete Hartley transform, so that no basis is special."""
-    order = torch.randperm(len(diagonal), generator=torch.Generator().manual_seed(1))
-
-    def turn(v: Tensor) -> Tensor:
-        transformed = torch.fft.fft(v)
-        return (transformed.real - transformed.imag) / math.sqrt(len(v))
-
-    shuffled = diagonal[order]
-    return lambda v: turn(shuffled * turn(v))  # the transform is its own inverse
 
 
 class PyHessian:
@@ -306,7 +266,7 @@ class _PyHessianSession:
         vectors = [torch.randn_like(p) for p in self.hessian.params]
         hessian_vector_product(self.hessian.gradsH, self.hessian.params, vectors)
 
-    def moments(self, plan: Plan) -> Values:
+    def moments(self, plan: Plan, *, seed: int) -> Values:
         (largest,), _ = self.hessian.eigenvalues(maxIter=plan["lambda_max"].size, tol=0.0)
         nodes, weights = self.density(2, runs=plan["frobenius_sq"].size)
         traces = [np.dot(w, x) for x, w in zip(nodes, weights, strict=True)]

@@ -30,6 +30,8 @@ class Workload:
     criterion: nn.Module
     most: int = 5000
     """Products that zoscope may take."""
+    own: zoscope.Problem | None = None
+    """The same for zoscope where it takes a more natural form than the other tools; from the rest when left out."""
 
     @property
     def dim(self) -> int:
@@ -43,8 +45,8 @@ class Workload:
 
     @property
     def problem(self) -> zoscope.Problem:
-        """The same for zoscope."""
-        return zoscope.Problem.from_criterion(self.model, [self.batch], self.criterion)
+        """What zoscope is given."""
+        return self.own or zoscope.Problem.from_criterion(self.model, [self.batch], self.criterion)
 
 
 class HalfSquaredError(nn.Module):
@@ -162,7 +164,14 @@ def decoder(size: Size) -> Workload:
     title = (
         f"decoder, {layers} layers, width {width}, {rows}×{context} tokens, vocabulary {vocabulary:,}, cross-entropy"
     )
-    return Workload("decoder", title, model, (inputs, targets.flatten()), criterion)
+    own = zoscope.Problem(model, [(inputs, targets)], next_token_loss)
+    return Workload("decoder", title, model, (inputs, targets.flatten()), criterion, own=own)
+
+
+def next_token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy over the tokens of whole sequences, which can be taken in pieces."""
+    inputs, targets = batch
+    return functional.cross_entropy(model(inputs), targets.flatten())
 
 
 def digits_mlp(size: Size) -> Workload:
