@@ -18,8 +18,10 @@ from .standin import Array, Diagonal, lanczos_rules, mean_rule, thresholds
 LAMBDA_MAX, TRACE, FROBENIUS = 0.01, 0.01, 0.03
 THRESHOLD = 0.02
 WITHIN = 1.96
+ALL_SIZES = sorted({math.ceil(1.04**i) for i in range(400)})
+"""Numbers of probes tried: all small ones, then steps of 4 %."""
 FIRST_SIZES = 32
-"""Numbers of probes tried at first; twice as many as long as the target is not met well within them."""
+"""Up to how many at first; up to twice as many for as long as the target is not met well within them."""
 
 SLQ_STEPS = (10, 20, 40, 80, 160, 320, 640)
 SLQ_RUNS = 100
@@ -55,17 +57,18 @@ def smallest(
     most: int,
 ) -> Budget | None:
     """The first size at which the RMSE meets the target (see `crossing`); ``None`` within ``most`` products."""
-    limit, largest = FIRST_SIZES, max((n for n in range(1, most + 1) if products(n) <= most), default=0)
+    largest = max((n for n in ALL_SIZES if products(n) <= most), default=0)
+    smallest_tried, limit = 1, FIRST_SIZES
     while largest:
         limit = min(limit, largest)
-        sizes = sorted({math.ceil(1.03**i) for i in range(500) if 1.03**i <= limit} | {limit})
+        sizes = [n for n in ALL_SIZES if smallest_tried <= n <= limit]
         errors = rmse(sizes)
         place = crossing(errors, target / WITHIN)
         if place < len(sizes) and (sizes[place] <= 0.8 * limit or limit == largest):
             return Budget(method, products(sizes[place]), sizes[place], float(errors[place]))
         if limit == largest:
             return None
-        limit *= 2
+        smallest_tried, limit = limit // 2, 2 * limit
     return None
 
 
