@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.bounds import bounds as bounds
     from zoscope.analysis.check import check as check
     from zoscope.analysis.density import spectrum as spectrum
+    from zoscope.analysis.moments import moments as moments
     from zoscope.analysis.monitoring.forward import ForwardMonitor as ForwardMonitor
     from zoscope.analysis.monitoring.stability import StabilityMonitor as StabilityMonitor
     from zoscope.analysis.probe import probe as probe
@@ -32,6 +33,7 @@ _HOME = {
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",
     "spectrum": "zoscope.analysis.density",
+    "moments": "zoscope.analysis.moments",
     "StabilityMonitor": "zoscope.analysis.monitoring.stability",
     "ForwardMonitor": "zoscope.analysis.monitoring.forward",
     "ZOGD": "zoscope.optim",
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "bounds",
     "check",
+    "moments",
     "probe",
     "spectrum",
     "track",

@@ -63,6 +63,7 @@ def test_a_file_holds_the_document(zoscope_cli, tmp_path: Path) -> None:
         (("--top", "0"), "--top: got 0"),
         (("--curvature", "forward"), "--curvature: unknown value 'forward'. Expected one of hessian, ggn"),
         (("--rtol", "2"), "--rtol: got 2"),
+        (("--moments", "--by-layer"), "--moments with --by-layer"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_exit_2(zoscope_cli, args: tuple[str, ...], words: str) -> None:
@@ -80,3 +81,25 @@ def test_with_strict_a_precision_out_of_reach_exits_3_after_the_result(zoscope_c
     assert strict.code == 3
     assert "Ends of the spectrum" in strict.out
     assert strict.err.splitlines()[-1].startswith("Error: ")
+
+
+def test_moments_alone(zoscope_cli, monkeypatch) -> None:
+    finished = zoscope_cli("spectrum", "model.py", "--moments", "--rtol", "0.05", "--json")
+    assert finished.code == 0, finished.err
+    found = json.loads(finished.out)
+    assert found["schema"] == "zoscope.moments/1"
+    assert found["curvature"]["hessian"]["lambda_max"]["value"] == pytest.approx(10.0, rel=0.01)
+    assert "density" not in found
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = zoscope_cli("spectrum", "model.py", "--moments", "--rtol", "0.05")
+    assert "‖·‖_F²" in shown.out
+    assert max(len(line.rstrip()) for line in shown.out.splitlines()) <= 80
+
+
+def test_moments_that_are_not_precise_enough_exit_3_with_strict(zoscope_cli) -> None:
+    args = ("spectrum", "model.py", "--moments", "--max-hvps", "24", "--rtol", "1e-4")
+    honest = zoscope_cli(*args)
+    assert honest.code == 0
+    assert "--rtol 0.0001" in honest.err
+    assert "--method" not in honest.err
+    assert zoscope_cli(*args, "--strict").code == 3

@@ -95,7 +95,7 @@ def spectrum(
     """
     started = time.perf_counter()
     require_count("top", top)
-    request = _request(
+    request = sampling_request(
         rtol=rtol,
         seed=seed,
         max_hvps=max_hvps,
@@ -111,7 +111,7 @@ def spectrum(
         return _spectrum(objective, request, top=top, by_layer=by_layer, spec=name, started=started)
 
 
-def _request(
+def sampling_request(
     *,
     rtol: float,
     seed: int,

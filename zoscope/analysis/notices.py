@@ -139,13 +139,19 @@ def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate)
         yield Notice("preconditioner", remark)
 
 
-def precision_notices(reached: Mapping[str, float], *, rtol: float, max_hvps: int, dimension: int) -> Iterable[Notice]:
-    """On operators whose thresholds are less precise than asked for."""
+def precision_notices(
+    reached: Mapping[str, float], *, rtol: float, max_hvps: int, dimension: int | None
+) -> Iterable[Notice]:
+    """On operators whose thresholds are less precise than asked for; ``dimension`` where the dense path is open."""
     missed = {name: value for name, value in reached.items() if value > rtol}
     if missed:
         worst = max(missed.values())
         value = f"± {100 * worst:.3g} %" if math.isfinite(worst) else "no finite error bar"
-        exact = f", or use --method dense ({dimension:,} products)" if dimension <= DENSE_LIMIT else ""
+        exact = (
+            f", or use --method dense ({dimension:,} products)"
+            if dimension is not None and dimension <= DENSE_LIMIT
+            else ""
+        )
         yield Notice(
             "precision",
             f"The precision asked for (--rtol {rtol:g}) was not reached: {value} within the {max_hvps} Hessian-vector "

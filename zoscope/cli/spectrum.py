@@ -14,10 +14,11 @@ from zoscope.cli.flatten import flatten
 from zoscope.cli.options import MeasureOptions, OutputOptions, ProblemOptions
 from zoscope.cli.output import check_picture, emit, warn
 from zoscope.cli.progress import about, loading, measuring
-from zoscope.errors import NumericalError
+from zoscope.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
     from zoscope.analysis.density_results import SpectrumResult
+    from zoscope.analysis.moments import MomentsResult
 
 PANEL = "Spectrum"
 PRECISION = "precision"  # code of the notice that --rtol was not reached
@@ -52,6 +53,14 @@ class SpectrumOptions:
     by_layer: Annotated[
         bool, Option("--by-layer", help="Split the trace by layer, at no further cost.", rich_help_panel=PANEL)
     ] = False
+    moments: Annotated[
+        bool,
+        Option(
+            "--moments",
+            help="Trace, ‖·‖_F² and λ_max alone, at a fraction of the products; --rtol is relative to the trace.",
+            rich_help_panel=PANEL,
+        ),
+    ] = False
     plot: Annotated[
         Path | None,
         Option(
@@ -66,6 +75,12 @@ class SpectrumOptions:
         validate.at_least("--top", self.top, 1)
         if self.plot is not None:
             check_picture(self.plot)
+        unwanted = [name for name, given in (("--by-layer", self.by_layer), ("--plot", self.plot)) if given]
+        if self.moments and unwanted:
+            raise UsageError(
+                f"--moments with {unwanted[0]}: trace, norm and λ_max alone are measured without the spectrum behind "
+                f"them. Leave out one of the two."
+            )
 
 
 @flatten
@@ -80,14 +95,13 @@ def command(
         loaded = problem.load()
     progress = measuring(max_hvps=measure.max_hvps, rtol=measure.rtol, quiet=output.quiet)
     with about(loaded.display), progress as on_progress:
-        result = zoscope.spectrum(
-            loaded.problem,
-            top=shown.top,
-            by_layer=shown.by_layer,
-            spec=loaded.display,
-            on_progress=on_progress,
-            **measure.kwargs(),
-        )
+        common = {**measure.kwargs(), "spec": loaded.display, "on_progress": on_progress}
+        result: SpectrumResult | MomentsResult
+        if shown.moments:
+            common.pop("method")
+            result = zoscope.moments(loaded.problem, **common)
+        else:
+            result = zoscope.spectrum(loaded.problem, top=shown.top, by_layer=shown.by_layer, **common)
     _show(result, output, plot=shown.plot)
     missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
     warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
@@ -95,9 +109,13 @@ def command(
         raise NumericalError(missed[0].message)
 
 
-def _show(result: SpectrumResult, output: OutputOptions, *, plot: Path | None) -> None:
-    from zoscope.report.spectrum import render  # late, for a fast --help
+def _show(result: SpectrumResult | MomentsResult, output: OutputOptions, *, plot: Path | None) -> None:
+    from zoscope.analysis.moments import MomentsResult  # late, for a fast --help
+    from zoscope.report.spectrum import render, render_moments
 
+    if isinstance(result, MomentsResult):
+        emit(result, output, shown=render_moments(result, warnings=False))
+        return
     emit(result, output, shown=render(result, warnings=False))
     if plot is not None:
         from zoscope.report.spectrum_plot import draw

@@ -102,7 +102,7 @@ class Deflated:
         """How far the fine rule may be off, and how much the error of the short rule may differ between probes."""
         size = rest.size
         errors = [self._against(fine, rest, {size // 2, size // 2 + 1, (3 * size) // 4, size - 1}, FINE_RULE_ERROR)]
-        if size > self.length:
+        if size > self.length > 1:  # what one step knows it knows exactly
             short = {self.length // 2, self.length - 2, self.length - 1, self.length}
             errors.append(self._against(fine, rest, short, SHORT_RULE_SPREAD))
         return errors

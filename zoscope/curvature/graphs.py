@@ -95,10 +95,18 @@ def smaller_pieces(objective: Objective) -> tuple[Shard, ...] | None:
     if not alone or rows <= TRIED or objective.indivisible is not None:
         return None
     try:
-        count = min(math.ceil(_graph_bytes(objective, objective.cut(TRIED)[0]) * rows / TRIED / PIECE_BYTES), rows)
+        count = min(math.ceil(bytes_per_row(objective) * rows / PIECE_BYTES), rows)
         return objective.cut(math.ceil(rows / count)) if count > 1 else None
     except Exception:  # batches that cannot be cut, or a loss that wants them whole
         return None
+
+
+def bytes_per_row(objective: Objective) -> float:
+    """Growth of a graph with its examples: a part of it is as large for one as for all, and left out."""
+    least = min(shard.rows or 1 for shard in objective.shards)
+    few, more = min(TRIED, (least + 1) // 2), min(2 * TRIED, least)
+    sizes = [_graph_bytes(objective, objective.cut(rows)[0]) for rows in (few, more)]
+    return (sizes[1] - sizes[0]) / (more - few) if more > few else float(sizes[0])
 
 
 def _graph_bytes(objective: Objective, shard: Shard) -> int:

@@ -104,6 +104,12 @@ class Chain:
             return torch.zeros_like(self._basis.row(0))
         return self._betas[-1] * self._basis.row(len(self._betas))
 
+    def project_out(self, vectors: Tensor, coefficients: Array) -> Tensor:
+        """``vectors`` ``(b, d)`` less their components along ``combine(coefficients)``; the chain can still go on."""
+        mix = torch.as_tensor(coefficients, dtype=self._dtype, device=self._operator.device)
+        rows = torch.stack([self._basis.row(index) for index in range(len(mix))])
+        return torch.addmm(vectors, (vectors @ rows.T) @ mix @ mix.T, rows, alpha=-1)
+
     def combine(self, coefficients: Array) -> Rows:
         """Orthonormal combinations of the basis, ``(n, d)``, in its place; the chain cannot be extended afterwards.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.curvature.basis import SharedBasis, vectors_that_fit
-from zoscope.curvature.complement import SHORT_LENGTHS, Deflated, Plan, Precision, plan, probes_missing
+from zoscope.curvature.complement import Deflated, Plan, Precision, plan, probes_missing
 from zoscope.curvature.dense import dense_eigenpairs, dense_eigenvalues
 from zoscope.curvature.diagonal import BlockTraces
 from zoscope.curvature.lanczos import Chain, Jacobi
@@ -59,7 +59,6 @@ def measure(
     bottom: int = 0,
     most_steps: int = MOST_STEPS,
     blocks: Sequence[int] | None = None,
-    moments_only: bool = False,
     rtol: float = 0.02,
     max_hvps: int = 600,
     seed: int = 0,
@@ -80,8 +79,6 @@ def measure(
         most_steps: Most steps of the long chain, which keeps as many vectors: they resolve the bulk of the spectrum.
         blocks: Sizes of neighbouring groups of coordinates, d in all, whose traces are wanted too, at no further
             product.
-        moments_only: Whether trace, norm and extreme eigenvalues are all that is wanted: probe vectors then take one
-            product each, and traces of other functions of the spectrum have no valid error.
         rtol: Half-width at which to stop.
         max_hvps: Products allowed.
         seed: Of the probe vectors.
@@ -124,7 +121,6 @@ def measure(
             traces,
             ends=(bottom, top),
             most_steps=most_steps,
-            lengths=(1,) if moments_only else SHORT_LENGTHS,
             rtol=rtol,
             max_hvps=left,
             seed=seed,
@@ -162,7 +158,6 @@ class _Sampling:
         *,
         ends: tuple[int, int],
         most_steps: int,
-        lengths: Sequence[int],
         rtol: float,
         max_hvps: int,
         seed: int,
@@ -175,7 +170,6 @@ class _Sampling:
         self._traces = traces
         self._ends = ends
         self._most_steps = most_steps
-        self._lengths = lengths
         self._rtol = rtol
         self._max_hvps = max_hvps
         self._first = operator.num_hvps
@@ -223,7 +217,8 @@ class _Sampling:
 
         Beyond that as long as sampling would take more products than the chain: what is deflated does not scatter.
         """
-        most = self._capacity()
+        most, notes = chain_steps(self._operator, most=self._most_steps, max_hvps=self._max_hvps)
+        self._notes += notes
         start = torch.randn(
             self._operator.dim,
             generator=self._chain_generator,
@@ -248,33 +243,36 @@ class _Sampling:
         return quadrature <= self._rtol / 4 and self._plan(state).cost <= jacobi.size
 
     def _plan(self, state: Deflated) -> Plan:
-        return plan(state, self._precision, rtol=self._rtol, budget=self._left, lengths=self._lengths)
+        return plan(state, self._precision, rtol=self._rtol, budget=self._left)
 
     def _ends_converged(self, jacobi: Jacobi) -> bool:
         found, (bottom, top) = ritz_values(jacobi), self._ends
         return all(eigenvalue.converged for eigenvalue in (*found[:bottom], *found[len(found) - top :]))
 
-    def _capacity(self) -> int:
-        """Steps of the long chain that budget and memory allow; a third of the products at most."""
-        operator = self._operator
-        row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
-        crew = operator.crew
-        free = available_memory(operator.device) if crew is None else crew.memory_for_vectors()
-        fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1
-        budget = max(min(self._max_hvps, 2), self._max_hvps // 3)
-        most = min(self._most_steps, budget, operator.dim)
-        if fits < most:
-            most = max(2, fits)
-            self._notes.append(
-                f"Memory for {most} Lanczos vectors of {row / 2**20:.0f} MiB only: fewer outliers are deflated, so "
-                "the same precision takes more probe vectors."
-            )
-        return most
-
     def _report(self, stage: str, reached: float | None) -> None:
         if self._on_progress is not None:
             spent = self._operator.num_hvps - self._first
             self._on_progress(stage, spent, reached)
+
+
+def chain_steps(operator: LinearOperator, *, most: int, max_hvps: int) -> tuple[int, list[str]]:
+    """Steps of a long chain that budget and memory allow, ``most`` and a third of the products at most.
+
+    Returns:
+        The steps, and what a user should know of them.
+    """
+    row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
+    crew = operator.crew
+    free = available_memory(operator.device) if crew is None else crew.memory_for_vectors()
+    fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1
+    most = min(most, max(min(max_hvps, 2), max_hvps // 3), operator.dim)
+    if fits >= most:
+        return most, []
+    most = max(2, fits)
+    return most, [
+        f"Memory for {most} Lanczos vectors of {row / 2**20:.0f} MiB only: fewer outliers are deflated, so the same "
+        "precision takes more probe vectors."
+    ]
 
 
 def _curvature(

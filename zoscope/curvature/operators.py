@@ -2,9 +2,10 @@
 
 import functools
 import itertools
+import math
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -102,6 +103,21 @@ class ShardOperator(LinearOperator):
                 found.mul_(shard.weight)
             total = found if total is None else total.add_(found)
         return torch.zeros_like(vectors) if total is None else total
+
+    def apart(
+        self, pieces: Sequence[Sequence[Shard]], draw: Callable[[], Tensor]
+    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Weight of every piece of the data, its own vectors ``(k, d)`` and their products with its mean matrix alone.
+
+        Computed in this process; all pieces together count as k products. ``draw`` makes vectors for the next piece.
+        """
+        swept = 0.0
+        for piece in pieces:
+            weight, vectors = sum(shard.weight for shard in piece), draw()
+            products = [self._products(shard)(vectors).mul_(shard.weight / weight) for shard in piece]
+            yield weight, vectors, torch.stack(products).sum(dim=0)
+            swept += weight * len(vectors)
+        self._count += math.ceil(swept - 1e-6)
 
     def release(self) -> None:
         """Build graphs anew, here and elsewhere."""

@@ -1,5 +1,6 @@
 """What a curvature measurement returns."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,10 @@ Method = Literal["dense", "deflated-slq", "forward"]
 
 EIGENVALUE_TOLERANCE = 0.01
 """Residual of a converged eigenvalue, in units of its value."""
+
+
+NORM = 3.0
+"""Half-width wanted of the norm, in units of that of the trace: what one product tells of it is about as much."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,43 @@ class ForwardCurvature:
     seconds: float
     notes: tuple[str, ...] = ()
     method: Method = "forward"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What `measure_moments` learns about a symmetric operator M.
+
+    Args:
+        trace: ``Tr M``, loss/param².
+        frobenius_sq: ``‖M‖_F²``.
+        lambda_max: Largest eigenvalue (algebraic).
+        pieces: Pieces of the data with probe vectors of their own; 1 where all examples share them.
+        num_hvps: Products spent, a sweep of all pieces counted as one.
+        seconds: Wall time spent.
+        hvp: How Hessian-vector products were computed; ``None`` where there is but one way.
+        notes: What the user should know about how the measurement went.
+    """
+
+    trace: Estimate
+    frobenius_sq: Estimate
+    lambda_max: Eigenvalue
+    pieces: int
+    num_hvps: int
+    seconds: float
+    hvp: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """Relative 95 % half-width of the trace, or a third of that of the norm where it is larger."""
+        return max(relative(self.trace), relative(self.frobenius_sq) / NORM)
+
+
+def relative(estimate: Estimate) -> float:
+    """95 % half-width over the value; infinite for 0 with an error."""
+    if estimate.half_width == 0:
+        return 0.0
+    return estimate.half_width / abs(estimate.value) if estimate.value else math.inf
 
 
 def ritz_values(jacobi: Jacobi) -> tuple[Eigenvalue, ...]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from zoscope.analysis.density_results import LayerTrace, SpectrumResult
+    from zoscope.analysis.moments import MomentsResult
     from zoscope.curvature.results import Eigenvalue
     from zoscope.theory.density import Decade
     from zoscope.theory.spectrum import Estimate
@@ -41,7 +42,7 @@ class SpectrumReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Everything, top to bottom."""
         result = self.result
-        yield header(result, width=options.max_width)
+        yield header(result, result.curvature.method, width=options.max_width)
         yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
         yield moments_table(result)
         yield heading("Ends of the spectrum", "± is the residual: an eigenvalue lies that near")
@@ -62,7 +63,44 @@ def render(result: SpectrumResult, *, warnings: bool = True) -> SpectrumReport:
     return SpectrumReport(result, warnings=warnings)
 
 
-def header(result: SpectrumResult, *, width: int) -> RenderableType:
+@dataclass(frozen=True)
+class MomentsReport:
+    """Lays a result of ``zoscope.moments`` out for the width that it is printed at.
+
+    Args:
+        result: What to show.
+        warnings: Whether to end with the warnings.
+    """
+
+    result: MomentsResult
+    warnings: bool = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Everything, top to bottom."""
+        result, found = self.result, self.result.moments
+        how = "the same probe vectors for all examples"
+        if found.pieces > 1:
+            how = f"probe vectors of their own for {found.pieces} pieces of the data"
+        yield header(result, how, width=options.max_width)
+        yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
+        yield grid(
+            [
+                ("λ_max", quantity_with_error(found.lambda_max.value, found.lambda_max.residual)),
+                ("trace", _estimate(found.trace)),
+                ("‖·‖_F²", _estimate(found.frobenius_sq)),
+            ]
+        )
+        if self.warnings and result.warnings:
+            yield heading("Warnings")
+            yield grid(("•", notice.message) for notice in result.warnings)
+
+
+def render_moments(result: MomentsResult, *, warnings: bool = True) -> MomentsReport:
+    """The report of a result of ``zoscope.moments``, for ``rich``."""
+    return MomentsReport(result, warnings=warnings)
+
+
+def header(result: SpectrumResult | MomentsResult, method: str, *, width: int) -> RenderableType:
     """What was measured, where and at which cost."""
     problem = result.problem
     facts = [
@@ -71,7 +109,7 @@ def header(result: SpectrumResult, *, width: int) -> RenderableType:
         f"loss {quantity(problem.loss)}",
         f"‖g‖ {quantity(problem.grad_norm)}",
         f"{result.device} {result.dtype}",
-        result.curvature.method,
+        method,
         f"{count(result.num_hvps)} HVPs",
         duration(result.seconds),
     ]

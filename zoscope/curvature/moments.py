@@ -1,0 +1,284 @@
+"""Trace, norm and largest eigenvalue alone, which take fewer products than a spectrum."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoscope.curvature.apart import Apart, Pieces, pieces_of
+from zoscope.curvature.complement import Deflated
+from zoscope.curvature.lanczos import Array, Chain, Rows, project_out
+from zoscope.curvature.measure import (
+    BLOCK,
+    FEWEST_HVPS,
+    FIRST_STEPS,
+    MANY_STEPS,
+    MORE_STEPS,
+    OnProgress,
+    chain_steps,
+    measure,
+)
+from zoscope.curvature.operators import LinearOperator, ShardOperator
+from zoscope.curvature.results import NORM, Eigenvalue, Moments, relative, ritz_values
+from zoscope.curvature.slq import Split, probe_block, split
+from zoscope.errors import UsageError
+from zoscope.runtime import spawn_generators
+from zoscope.theory.spectrum import Estimate, NodeFunction, SampledSpectrum
+
+SMALL = 100
+"""Dimension up to which all eigenvalues are computed: that takes no more products than sampling."""
+
+FAR = 3.0
+"""Products of sampling, in units of the chain, up to which a chain stops that no longer saves more than it takes."""
+
+PILOT_PIECES, PILOT_VECTORS = 4, 2
+"""What tells how much pieces help: about a third of a product where there are as many pieces as can be."""
+
+PAYS = 0.7
+"""Variance of a sweep of pieces, in units of that of a product, below which they are used: a sweep takes longer."""
+
+AT_ONCE = 16
+"""Most vectors that share the graph of a piece."""
+
+
+def measure_moments(
+    operator: LinearOperator,
+    *,
+    rtol: float = 0.01,
+    max_hvps: int = 600,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> Moments:
+    """Measure trace, norm and the largest eigenvalue of a symmetric operator.
+
+    Args:
+        operator: Symmetric operator of dimension d.
+        rtol: 95 % half-width wanted of the trace, relative to it; three times as much of ``‖M‖_F²``.
+        max_hvps: Products allowed.
+        seed: Of the probe vectors.
+        on_progress: Called after every stage, with ``Moments.error`` so far.
+
+    Returns:
+        The measurement; whether ``rtol`` was reached is for the caller to see: ``result.error``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        UsageError: If the budget is too small for an error bar.
+        NumericalError: If a product is not finite.
+    """
+    if not rtol > 0:
+        raise ValueError(f"rtol must be > 0, got {rtol}")
+    if max_hvps < FEWEST_HVPS:
+        raise UsageError(f"--max-hvps {max_hvps}: an error bar takes at least {FEWEST_HVPS} products. Raise it.")
+    return _Measurement(operator, rtol=rtol, max_hvps=max_hvps, seed=seed, on_progress=on_progress).run()
+
+
+class _Measurement:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        *,
+        rtol: float,
+        max_hvps: int,
+        seed: int,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._operator = operator
+        self._rtol = rtol
+        self._max_hvps = max_hvps
+        self._on_progress = on_progress
+        self._begin, self._first = time.perf_counter(), operator.num_hvps
+        self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(seed, 3, operator.device)
+        self._pieces = pieces_of(operator)
+        self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
+        self._ahead = math.inf  # products that sampling takes, as the chain tells
+        self._notes: list[str] = []
+
+    def run(self) -> Moments:
+        op = self._operator
+        if op.dim <= min(SMALL, self._max_hvps):
+            found = measure(op, method="dense")
+            return self._result(found.spectrum, found.trace, found.ritz, pieces=1)
+        chain = self._chain()
+        parts = split(chain.jacobi, dim=op.dim)
+        ritz, state = ritz_values(chain.jacobi), _state(parts, dim=op.dim)
+        basis = chain.combine(parts.vectors)
+        self._share_vectors(state, basis)
+        spectrum = state.spectrum()
+        trace = spectrum.trace_of(_itself)
+        if self._pieces is None or self._ratio == 1:
+            return self._result(spectrum, trace, ritz, pieces=1)
+        trace = self._sample_apart(state, basis, trace, pieces=self._pieces)
+        return self._result(spectrum, trace, ritz, pieces=len(self._pieces))
+
+    # --- the chain ------------------------------------------------------------------------------------------------
+
+    def _chain(self) -> Chain:
+        """Extend the chain until the largest eigenvalue is known and sampling takes no more products than the chain."""
+        op = self._operator
+        most, note = chain_steps(op, most=MANY_STEPS, max_hvps=self._max_hvps)
+        self._notes += note
+        start = torch.randn(op.dim, generator=self._chain_generator, dtype=op.dtype, device=op.device)
+        chain = Chain(op, start, capacity=most)
+        chain.extend(min(FIRST_STEPS, most))
+        while not chain.exhausted and chain.jacobi.size < most and not self._suffices(chain):
+            self._report("outliers", None)
+            chain.extend(min(MORE_STEPS, most - chain.jacobi.size))
+        return chain
+
+    def _suffices(self, chain: Chain) -> bool:
+        parts = split(chain.jacobi, dim=self._operator.dim)
+        state = _state(parts, dim=self._operator.dim)
+        if not (state.is_known and ritz_values(chain.jacobi)[-1].converged):
+            return False
+        trace, norm = self._products_for(state.spectrum())
+        self._ratio = self._pilot(chain, parts, state)
+        before, self._ahead = self._ahead, max(norm, norm + self._ratio * (trace - norm))
+        steps = chain.jacobi.size
+        return self._ahead <= steps or (self._ahead <= FAR * steps and before - self._ahead < MORE_STEPS)
+
+    def _products_for(self, spectrum: SampledSpectrum) -> tuple[float, float]:
+        """Shared probe vectors, in all, that the trace takes, and the norm; infinite where no number suffices."""
+        products = [
+            _probes_for(spectrum, function, rtol=rtol)
+            for function, rtol in ((_itself, self._rtol), (np.square, NORM * self._rtol))
+        ]
+        return products[0], products[1]
+
+    def _pilot(self, chain: Chain, parts: Split, state: Deflated) -> float:
+        """Variance that a sweep of pieces has, in units of that of a product, from a few of the pieces."""
+        op, pieces = self._operator, self._pieces
+        joint = 2 * state.spectrum().sampled.trace_of(np.square)
+        if pieces is None or joint <= 0:
+            return 1.0
+        assert isinstance(op, ShardOperator)
+        seen = pieces[:: max(1, len(pieces) // PILOT_PIECES)]
+        sampled = Apart(state.dimension)
+
+        def draw() -> Tensor:
+            return _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator), parts.vectors))
+
+        for weight, vectors, products in op.apart(seen, draw):
+            sampled.add(weight, vectors, chain.project_out(products, parts.vectors))
+        ratio = len(pieces) / len(seen) * sum(sampled.variances) / PILOT_VECTORS / joint
+        return ratio if ratio <= PAYS else 1.0
+
+    # --- probe vectors --------------------------------------------------------------------------------------------
+
+    def _share_vectors(self, state: Deflated, basis: Rows) -> None:
+        """Sample with vectors that all examples share, as many as the norm takes; the trace too without pieces."""
+        missing = 1
+        while state.dimension > 0:
+            if state.is_known:
+                spectrum = state.spectrum()
+                trace, norm = self._products_for(spectrum)
+                wanted = [trace, norm] if self._ratio == 1 else [norm]
+                # What deflation leaves open does not average out.
+                needed = max((n for n in wanted if math.isfinite(n)), default=0.0)
+                missing = math.ceil(needed) - spectrum.num_probes
+                self._report("bulk", self._error(spectrum, spectrum.trace_of(_itself)))
+            probes = min(BLOCK, missing, self._left)
+            if probes < 1:
+                return
+            state.shorts += probe_block(
+                self._operator, basis, probes=probes, length=1, shape=state.shape, generator=self._probe_generator
+            )
+
+    def _sample_apart(self, state: Deflated, basis: Rows, shared: Estimate, *, pieces: Pieces) -> Estimate:
+        """Add sweeps in which every piece has vectors of its own until the trace is known, or the budget spent."""
+        op, ratio = self._operator, self._ratio
+        assert isinstance(op, ShardOperator)
+        op.release()  # the graph of the whole is not needed any more
+        sampled, num_shared = Apart(state.dimension), state.spectrum().num_probes
+        both, exact = shared, state.exact.trace
+        while True:
+            room = self._rtol * abs(both.value) - both.quadrature
+            if both.half_width <= self._rtol * abs(both.value) or room <= 0:
+                return both
+            count = num_shared + sampled.sweeps / ratio
+            missing = ratio * count * ((1.96 * both.stderr / room) ** 2 - 1)
+            sweeps = min(max(1, math.ceil(missing)), self._left, AT_ONCE)
+            if sweeps < 1:
+                return both
+
+            def draw(sweeps: int = sweeps) -> Tensor:
+                return _unit(project_out(self._normal(sweeps, self._probe_generator), basis))
+
+            for weight, vectors, products in op.apart(pieces, draw):
+                sampled.add(weight, vectors, project_out(products, basis))
+            sampled.sweeps += sweeps
+            own = sampled.estimate
+            # Weights by the pilot, not by what they weigh, which would favour small values.
+            part = num_shared / (num_shared + sampled.sweeps / ratio)
+            value = part * shared.value + (1 - part) * (exact + own.value)
+            both = Estimate(value, math.hypot(part * shared.stderr, (1 - part) * own.stderr), shared.quadrature)
+            self._report("pieces", relative(both))
+
+    def _normal(self, count: int, generator: torch.Generator) -> Tensor:
+        op = self._operator
+        return torch.randn(count, op.dim, generator=generator, dtype=op.dtype, device=op.device)
+
+    # --- the result -----------------------------------------------------------------------------------------------
+
+    @property
+    def _left(self) -> int:
+        return self._max_hvps - (self._operator.num_hvps - self._first)
+
+    def _error(self, spectrum: SampledSpectrum, trace: Estimate) -> float:
+        norm = spectrum.trace_of(np.square)
+        return max(relative(trace), relative(norm) / NORM)
+
+    def _report(self, stage: str, reached: float | None) -> None:
+        if self._on_progress is not None:
+            self._on_progress(stage, self._operator.num_hvps - self._first, reached)
+
+    def _result(
+        self, spectrum: SampledSpectrum, trace: Estimate, ritz: tuple[Eigenvalue, ...], *, pieces: int
+    ) -> Moments:
+        self._report("done", self._error(spectrum, trace))
+        return Moments(
+            trace=trace,
+            frobenius_sq=spectrum.trace_of(np.square),
+            lambda_max=ritz[-1],
+            pieces=pieces,
+            num_hvps=self._operator.num_hvps - self._first,
+            seconds=time.perf_counter() - self._begin,
+            hvp=self._operator.hvp,
+            notes=tuple(self._notes),
+        )
+
+
+def _state(parts: Split, *, dim: int) -> Deflated:
+    """What a chain tells, to be followed by probe vectors of one product each."""
+    state = Deflated.of(parts, dim=dim)
+    state.length = 1
+    return state
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return unit
+
+
+def _itself(values: Array) -> Array:
+    return values
+
+
+def _probes_for(spectrum: SampledSpectrum, function: NodeFunction, *, rtol: float) -> float:
+    """Probe vectors, in all, with which ``Tr f(M)`` is known to ``rtol``; 0 where it is, infinite where never."""
+    estimate = spectrum.trace_of(function)
+    room = rtol * abs(estimate.value) - estimate.quadrature
+    if 1.96 * estimate.stderr <= room:
+        return 0.0
+    if room <= 0:
+        return math.inf
+    count = least = spectrum.num_probes + 1
+    for _ in range(4):  # a fixed point: more vectors know their own error better, too
+        error = 1.96 * replace(spectrum, num_probes=count).trace_of(function).stderr
+        count = max(least, math.ceil(count * (error / room) ** 2))
+    return float(count)
