@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zoscope import Problem
-from zoscope.runtime import allocator, available_memory, held_memory, kept_memory, memory_limit
+from zoscope.runtime import allocator, available_memory, held_memory, kept_memory, memory_limit, release_memory
 
 SIZE = 200 * 2**20
 NEAR = 40 * 2**20  # others than tensors come and go too
@@ -48,6 +48,15 @@ def test_an_error_inside_gives_memory_back() -> None:
         allocate_and_free()
         raise KeyError
     assert resident() < before + NEAR
+
+
+@needs_glibc
+def test_memory_that_ran_out_is_given_back_at_once() -> None:
+    before = resident()
+    with kept_memory():
+        allocate_and_free()
+        release_memory(torch.device("cpu"))
+        assert resident() < before + NEAR
 
 
 @needs_glibc

@@ -39,10 +39,12 @@ def prepared_here(
     differentiable: bool,
     spread: bool = False,
     max_memory: int | None = None,
+    limited: bool = False,
 ) -> Iterator[Objective]:
     """Implements :meth:`zoscope.Problem.prepare` in this process.
 
-    With ``spread`` the batches stay on the host: each of several processes moves those that it evaluates.
+    With ``spread`` the batches stay on the host: each of several processes moves those that it evaluates. ``limited``
+    says that another one has a memory limit.
     """
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"--micro-batch {micro_batch}: expected at least 1.")
@@ -69,7 +71,7 @@ def prepared_here(
         def opened(where: torch.device) -> Objective:
             with ExitStack() as attempt:
                 attempt.enter_context(runtime.preserved_rng(where))
-                if differentiable and where.type == "cpu" and not runtime.is_limited():
+                if differentiable and where.type == "cpu" and not (limited or runtime.is_limited()):
                     attempt.enter_context(runtime.kept_memory())
                 objective = _opened(
                     attempt,

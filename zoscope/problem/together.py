@@ -82,7 +82,8 @@ def _open(desk: runtime.Desk, number: int, problem: int, params: str | None, opt
         # Checks are rank 0's, unless a forward pass takes all ranks.
         check = options["check"] and not options["differentiable"] and is_sharded(subject.model)
         # A memory limit is rank 0's too, which cuts the batches for all.
-        session = prepared_here(subject, spread=True, **{**options, "check": check, "max_memory": None})
+        here = {**options, "check": check, "max_memory": None, "limited": options["max_memory"] is not None}
+        session = prepared_here(subject, spread=True, **here)
         objective = desk.ranks.attempt(lambda: stack.enter_context(session))
         desk.sessions[number] = Post(desk.ranks, objective, stack.pop_all())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from zoscope.runtime.allocator import unused_memory
+from zoscope.runtime.allocator import give_back, resident_memory, unused_memory
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|(CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED", re.IGNORECASE
@@ -29,6 +29,8 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        give_back()
 
 
 _limits: list[int] = []  # of the sessions entered, outermost first
@@ -74,11 +76,7 @@ def held_memory(device: torch.device | str) -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    try:
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return _peak_resident()
-    return max(0, resident - unused_memory())
+    return resident_memory() - unused_memory() or _peak_resident()
 
 
 def _peak_resident() -> int:
