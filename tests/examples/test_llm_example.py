@@ -82,3 +82,15 @@ def test_the_pretrained_encoder_learns_the_classes(mezo: ModuleType) -> None:
     with torch.no_grad():
         predicted = problem.model(**batch).logits.argmax(dim=-1)
     assert float((predicted == batch["labels"]).float().mean()) >= 0.9
+
+
+@pytest.mark.slow
+@needs_encoder
+@needs_peft
+@pytest.mark.parametrize(("tuning", "num_params"), [("lora", 75_268), ("prefix", 24_580)])
+def test_the_pretrained_encoder_can_be_tuned_in_part(mezo: ModuleType, tuning: str, num_params: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        problem = mezo.problem("minilm", tuning, steps=1, shots=2)
+    assert problem.num_params == num_params
+    assert torch.isfinite(problem.loss(problem.model, problem.batches[0]))
