@@ -34,6 +34,18 @@ def wide() -> zoscope.Problem:
     return zoscope.Problem.from_criterion(model, [(x, y)], nn.CrossEntropyLoss())
 
 
+def images() -> zoscope.Problem:
+    """One batch with graphs large enough for pieces with probe vectors of their own."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 2, 40, 40, generator=generator).double() + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        convolutions = (nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Tanh())
+        model = nn.Sequential(*convolutions, nn.AvgPool2d(6), nn.Flatten(), nn.Linear(288, 2)).double()
+        y = model(x).detach() + 0.1
+    return zoscope.Problem.from_criterion(model, [(x, y)], nn.MSELoss())
+
+
 def slow(pids: str) -> zoscope.Problem:
     """Writes its process number as soon as it evaluates losses, and takes forever."""
 

@@ -59,6 +59,7 @@ TRACKED = {name: [*TRACK, "--optimizer", name, "--max-hvps", "20"] for name in (
 SHARDED = ["--shard-basis"]
 MORE = {
     "spectrum": ["spectrum", SPEC, "--method", "deflated-slq", "--by-layer", "--max-hvps", "40"],
+    "moments": ["spectrum", f"{SPEC}:images", "--moments", "--rtol", "0.05"],
 }
 
 

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from zoscope.curvature.graphs import bytes_per_row
-from zoscope.curvature.linear import LinearOperator
-from zoscope.curvature.operators import ShardOperator
 from zoscope.problem import Objective, Shard
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import widening
@@ -38,14 +36,6 @@ SAME_LOSS = 1e-4
 """Relative difference of the loss that rounding makes where a batch is cut."""
 
 Pieces = tuple[tuple[Shard, ...], ...]
-
-
-def pieces_of(operator: LinearOperator) -> Pieces | None:
-    """Pieces of the data behind an operator; none where vectors are in slices on several ranks."""
-    crew = operator.crew
-    if not isinstance(operator, ShardOperator) or (crew is not None and crew.ranks.shard_basis):
-        return None
-    return pieces_apart(operator.objective)
 
 
 def pieces_apart(objective: Objective) -> Pieces | None:

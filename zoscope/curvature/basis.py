@@ -96,6 +96,11 @@ class LocalBasis:
         """Put what was left, of a known length, at ``index`` as a unit vector."""
         torch.div(self._next, length, out=self._rows[index])
 
+    def project_out(self, vectors: Tensor, mix: Tensor) -> Tensor:
+        """``vectors`` ``(b, d)`` less their components along the orthonormal combinations ``mix`` ``(n, k)``."""
+        known = self._rows[: mix.shape[1]]
+        return torch.addmm(vectors, (vectors @ known.T) @ mix.T @ mix, known, alpha=-1)
+
     def combine(self, mix: Tensor) -> Tensor:
         """Put the combinations ``mix`` ``(n, k)`` of the first k vectors in their place; ``(n, d)``."""
         return _combined(self._rows, mix)
@@ -159,10 +164,11 @@ class SharedBasis:
         self._count = len(mix)
         return self
 
-    def project_out(self, vectors: Tensor) -> Tensor:
-        """``vectors`` ``(b, d)`` less their components along this orthonormal basis."""
-        self._tell("project_out", self._count, len(vectors))
-        return self._slice.project_out(self._count, len(vectors), vectors)[:, : self._dim]
+    def project_out(self, vectors: Tensor, mix: Tensor | None = None) -> Tensor:
+        """``vectors`` ``(b, d)`` less what lies along this basis, or along its combinations ``mix`` ``(n, k)``."""
+        mix = torch.eye(self._count) if mix is None else mix.cpu()
+        self._tell("project_out", mix, len(vectors))
+        return self._slice.project_out(mix, len(vectors), vectors)[:, : self._dim]
 
     def whole(self) -> Tensor:
         """All of it on rank 0, ``(q, d)``, for a caller that cannot do with less."""
@@ -220,10 +226,10 @@ class Slice:
         """See `LocalBasis.combine`."""
         self._rows = _combined(self._rows, mix.to(self._rows))
 
-    def project_out(self, count: int, number: int, whole: Tensor | None = None) -> Tensor:
-        """Vectors ``(number, d)`` less their components along the first ``count`` rows, on rank 0."""
-        basis, vectors = self._rows[:count], self._dealt(number, whole)
-        products = self._ranks.total((vectors @ basis.T).double().cpu())
+    def project_out(self, mix: Tensor, number: int, whole: Tensor | None = None) -> Tensor:
+        """Vectors ``(number, d)`` less their components along combinations of the first rows, on rank 0."""
+        basis, vectors = self._rows[: mix.shape[1]], self._dealt(number, whole)
+        products = self._ranks.total((vectors @ basis.T).double().cpu()) @ mix.double().T @ mix.double()
         return self._joined(torch.addmm(vectors, products.to(vectors), basis, alpha=-1))
 
     def _dealt(self, number: int, whole: Tensor | None) -> Tensor:

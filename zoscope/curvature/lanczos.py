@@ -106,9 +106,7 @@ class Chain:
 
     def project_out(self, vectors: Tensor, coefficients: Array) -> Tensor:
         """``vectors`` ``(b, d)`` less their components along ``combine(coefficients)``; the chain can still go on."""
-        mix = torch.as_tensor(coefficients, dtype=self._dtype, device=self._operator.device)
-        rows = torch.stack([self._basis.row(index) for index in range(len(mix))])
-        return torch.addmm(vectors, (vectors @ rows.T) @ mix @ mix.T, rows, alpha=-1)
+        return self._basis.project_out(vectors, self._mix(coefficients))
 
     def combine(self, coefficients: Array) -> Rows:
         """Orthonormal combinations of the basis, ``(n, d)``, in its place; the chain cannot be extended afterwards.
@@ -116,9 +114,11 @@ class Chain:
         Args:
             coefficients: ``(k, n)`` orthonormal columns, n ≤ k.
         """
-        device = self._operator.device
         self.exhausted = True
-        return self._basis.combine(torch.as_tensor(coefficients.T, dtype=self._dtype, device=device))
+        return self._basis.combine(self._mix(coefficients))
+
+    def _mix(self, coefficients: Array) -> Tensor:
+        return torch.as_tensor(coefficients.T, dtype=self._dtype, device=self._operator.device)
 
 
 def short_chains(

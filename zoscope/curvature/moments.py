@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.apart import Apart, Pieces, pieces_of
+from zoscope.curvature.apart import Apart, Pieces, pieces_apart
 from zoscope.curvature.complement import Deflated
 from zoscope.curvature.lanczos import Array, Chain, Rows, project_out
 from zoscope.curvature.measure import (
@@ -94,7 +94,7 @@ class _Measurement:
         self._on_progress = on_progress
         self._begin, self._first = time.perf_counter(), operator.num_hvps
         self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(seed, 3, operator.device)
-        self._pieces = pieces_of(operator)
+        self._pieces = pieces_apart(operator.objective) if isinstance(operator, ShardOperator) else None
         self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
         self._ahead = math.inf  # products that sampling takes, as the chain tells
         self._notes: list[str] = []
