@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from zoscope.curvature.lanczos import Jacobi
-from zoscope.curvature.slq import Split, averaged_rule, joined
+from zoscope.curvature.slq import Split, averaged_rule, joined, reshaped
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 SHORT_LENGTHS = (5, 8, 12, 20)
@@ -96,16 +96,47 @@ class Deflated:
             num_probes=len(rules),
             dimension=self.dimension,
             errors=tuple(errors),
+            probes=tuple(self._scaled([(1.0, rule)]) for rule in rules) if self.length > 1 else (),
+        )
+
+    def shaped(self) -> SampledSpectrum | None:
+        """The fine rule of the long chain's start, tilted to the first two moments, which all probe vectors know.
+
+        Sampling noise is that of one vector in all but the parabola of a function. It is the better one where short
+        rules tell less of a function than that, such as of a kink where most eigenvalues are.
+        """
+        if self.rest is None or not self.shorts or self.length == 1:
+            return None
+        fine, short = averaged_rule(self.rest), averaged_rule(self.rest.head(self.length))
+        rules = [short, *self.shorts]
+        mean, square = (float(np.mean([rule.trace_of(lambda x, p=p: x**p) for rule in rules])) for p in (1, 2))  # type: ignore[misc]
+        sampled = self._scaled([(1.0, reshaped(fine, mean, square))])
+        lengths = self._halfway(self.rest.size)
+        errors = [self._against(fine, self.rest, lengths, FINE_RULE_ERROR)]
+        if self.coupling.nodes.size:
+            errors.append((self.coupling,))
+        return SampledSpectrum(
+            fine=joined([(1.0, self.exact), (1.0, sampled)]),
+            sampled=sampled,
+            num_probes=1,
+            dimension=self.dimension,
+            errors=tuple(errors),
+            num_moments=len(rules),
         )
 
     def _errors(self, fine: Spectrum, rest: Jacobi) -> list[tuple[Spectrum, ...]]:
         """How far the fine rule may be off, and how much the error of the short rule may differ between probes."""
         size = rest.size
-        errors = [self._against(fine, rest, {size // 2, size // 2 + 1, (3 * size) // 4, size - 1}, FINE_RULE_ERROR)]
+        errors = [self._against(fine, rest, self._halfway(size), FINE_RULE_ERROR)]
         if size > self.length > 1:  # what one step knows it knows exactly
             short = {self.length // 2, self.length - 2, self.length - 1, self.length}
             errors.append(self._against(fine, rest, short, SHORT_RULE_SPREAD))
         return errors
+
+    @staticmethod
+    def _halfway(size: int) -> set[int]:
+        """Lengths over the second half of a rule."""
+        return {size // 2, size // 2 + 1, (3 * size) // 4, size - 1}
 
     def _against(self, fine: Spectrum, rest: Jacobi, lengths: set[int], factor: float) -> tuple[Spectrum, ...]:
         return tuple(

@@ -101,5 +101,5 @@ class BlockTraces:
 def _widening(spectrum: SampledSpectrum) -> float:
     """Student's factor over the normal one, at ``n (Tr A²)²/Tr A⁴`` degrees of freedom."""
     second, fourth = (spectrum.sampled.trace_of(lambda x, p=power: x**p) for power in (2, 4))  # type: ignore[misc]
-    freedom = spectrum.num_probes * second**2 / fourth if fourth > 0 else np.inf
+    freedom = max(spectrum.num_probes, spectrum.num_moments) * second**2 / fourth if fourth > 0 else np.inf
     return widening(max(freedom, 1.0))

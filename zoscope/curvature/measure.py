@@ -200,13 +200,20 @@ class _Sampling:
                 generator=self._probe_generator,
                 on_first=None if traces is None else traces.add,
             )
-            reached, missing = probes_missing(state, self._precision, rtol=self._rtol)
+            _, missing = probes_missing(state, self._precision, rtol=self._rtol)
+            _, reached = self._best(state)
             self._report("bulk", reached)
             if reached <= self._rtol or missing == 0:
                 break
-        spectrum = state.spectrum()
+        spectrum, _ = self._best(state)
         blocks = None if traces is None else traces.estimates(spectrum)
         return _Result(spectrum, ritz_values(jacobi), "deflated-slq", blocks, tuple(self._notes))
+
+    def _best(self, state: Deflated) -> tuple[SampledSpectrum, float]:
+        """Of the two ways to put the rules together the one that tells more of what is wanted, and how well."""
+        shaped = state.shaped()
+        found = [(s, self._precision(s)) for s in (state.spectrum(), shaped) if s is not None]
+        return min(found, key=lambda pair: pair[1])
 
     @property
     def _left(self) -> int:

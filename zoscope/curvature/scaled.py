@@ -74,7 +74,11 @@ def _divided_spectrum(spectrum: SampledSpectrum, *, by: float, spread: float) ->
     )
     errors = tuple(tuple(over(error) for error in kind) for kind in spectrum.errors)
     return replace(
-        spectrum, fine=fine, sampled=over(spectrum.sampled), errors=(*errors, moved) if spread > 0 else errors
+        spectrum,
+        fine=fine,
+        sampled=over(spectrum.sampled),
+        errors=(*errors, moved) if spread > 0 else errors,
+        probes=tuple(over(rule) for rule in spectrum.probes),
     )
 
 

@@ -51,17 +51,17 @@ def averaged_rule(jacobi: Jacobi) -> Spectrum:
     return joined([(0.5, part) for part in parts])
 
 
-def reshaped(rule: Spectrum, jacobi: Jacobi) -> Spectrum:
-    """A rule with its weights tilted by a parabola to the mean and the mean square that one step of a chain knows.
+def reshaped(rule: Spectrum, mean: float, square: float) -> Spectrum:
+    """A rule with its weights tilted by a parabola to a mean and a mean square; both keep the mass 1.
 
     What is not known, such as the fourth moment that the error of the second takes, keeps the shape of the rule.
     """
-    alpha, beta = float(jacobi.alphas[0]), float(jacobi.betas[0])
     scale = float(np.abs(rule.nodes).max(initial=0.0))
     if rule.nodes.size < 3 or scale == 0:
-        return Spectrum(alpha + beta * np.array([-1.0, 1.0]), np.array([0.5, 0.5]))
+        spread = float(np.sqrt(max(square - mean**2, 0.0)))
+        return Spectrum(mean + spread * np.array([-1.0, 1.0]), np.array([0.5, 0.5]))
     powers = np.vander(rule.nodes / scale, 3, increasing=True)
-    wanted = np.array([1.0, alpha / scale, (alpha**2 + beta**2) / scale**2])
+    wanted = np.array([1.0, mean / scale, square / scale**2])
     tilt = np.linalg.lstsq(powers.T @ (rule.weights[:, None] * powers), wanted, rcond=None)[0]
     return Spectrum(rule.nodes, rule.weights * (powers @ tilt))
 
@@ -164,7 +164,9 @@ def probe_block(
     for _ in range(2):  # the second pass removes what rounding left of the first
         starts = project_out(starts, deflated)
     chains = short_chains(operator, starts, steps=length, deflated=deflated, on_first=on_first)
-    return [averaged_rule(jacobi) if shape is None else reshaped(shape, jacobi) for jacobi in chains]
+    if shape is None:
+        return [averaged_rule(jacobi) for jacobi in chains]
+    return [reshaped(shape, float(j.alphas[0]), float(j.alphas[0] ** 2 + j.betas[0] ** 2)) for j in chains]
 
 
 def measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int) -> Spectrum | None:

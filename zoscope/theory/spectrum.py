@@ -1,6 +1,7 @@
 """Spectra as theory sees them: nodes and weights, exact or sampled, with what is known of their error."""
 
 import itertools
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +14,13 @@ from zoscope.theory.student import widening
 
 Array = NDArray[np.float64]
 NodeFunction = Callable[[Array], Array]
+
+
+FEWEST_TO_COMPARE = 3
+"""Probe vectors whose scatter says anything."""
+
+SIGNIFICANT = 3.0
+"""Standard deviations by which a scatter must exceed that of sampling."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,10 @@ class SampledSpectrum:
         num_probes: Number of independent probe vectors; 0 when exact.
         dimension: Dimension of the subspace that the probe vectors sample.
         errors: Signed differences between quadrature rules of one measure, each as large as that of ``fine`` may be.
+        probes: Rules of the single probe vectors, each an estimate of the sampled part. What they differ by beyond
+            sampling is an error of the rules.
+        num_moments: Number of probe vectors behind the first two moments, where more than ``num_probes`` know those;
+            0 where none do.
     """
 
     fine: Spectrum
@@ -117,6 +129,8 @@ class SampledSpectrum:
     num_probes: int
     dimension: int
     errors: tuple[tuple[Spectrum, ...], ...] = ()
+    probes: tuple[Spectrum, ...] = ()
+    num_moments: int = 0
 
     @classmethod
     def exact(cls, eigenvalues: ArrayLike) -> "SampledSpectrum":
@@ -154,16 +168,25 @@ class SampledSpectrum:
         if self.is_exact or not counted.any():
             return 0.0
         values, weights = values[counted], weights[counted]
+        if not self.num_moments:
+            return self._stderr(values, weights, self.num_probes)
+        parabola = _projected(values, self.error_nodes[counted], weights)
+        own = self._stderr(values - parabola, weights, self.num_probes)
+        return math.hypot(self._stderr(parabola, weights, self.num_moments), own)
+
+    def _stderr(self, values: Array, weights: Array, count: int) -> float:
         scale = float(np.abs(values).max())  # taken out, so that fourth powers of large values do not overflow
         if scale == 0 or not np.isfinite(scale):
             return scale
-        squares = (values / scale) ** 2
-        first, second, fourth = (float(weights @ part) for part in (values / scale, squares, squares**2))
-        variance = 2.0 * (self.dimension * second - first**2) / (self.dimension + 2)
-        if variance <= 0:
-            return 0.0
-        freedom = self.num_probes * second**2 / fourth
-        return scale * widening(max(freedom, 1.0)) * float(np.sqrt(variance / self.num_probes))
+        variance, tail = self._variance(values / scale, weights)
+        return scale * widening(max(count / tail, 1.0)) * math.sqrt(variance / count) if variance > 0 else 0.0
+
+    def _variance(self, values: Array, weights: Array) -> tuple[float, float]:
+        """Of one probe vector, and ``Tr A⁴/(Tr A²)²``, which tells how well that is known."""
+        squares = values**2
+        first, second, fourth = (float(weights @ part) for part in (values, squares, squares**2))
+        tail = fourth / second**2 if second**2 > 0 else 1.0
+        return 2.0 * (self.dimension * second - first**2) / (self.dimension + 2), tail
 
     def quadrature_error_of(self, f: NodeFunction) -> float:
         """Bound on the error of ``Tr f(M)`` from quadrature, added up over its kinds."""
@@ -171,7 +194,25 @@ class SampledSpectrum:
 
     def quadrature_error_at(self, values: Array) -> float:
         """``quadrature_error_of`` the function with these values ``(m,)`` at ``error_nodes``."""
-        return sum(float(np.abs(weights @ values).max()) for weights in self._rules[2])
+        return sum(float(np.abs(weights @ values).max()) for weights in self._rules[2]) + self._scatter_at(values)
+
+    def _scatter_at(self, values: Array) -> float:
+        """95 % half-width from what the rules of single probe vectors scatter beyond sampling, if that is significant.
+
+        The correction that makes a fine rule of short ones comes from a single vector, and does not average it out.
+        """
+        count = len(self.probes)
+        scale = float(np.abs(values).max(initial=0.0))
+        if count < FEWEST_TO_COMPARE or scale == 0 or not np.isfinite(scale):
+            return 0.0
+        places, weights, begins = self._single
+        totals = np.add.reduceat(weights * values[places] / scale, begins)
+        average = np.bincount(places, weights, minlength=values.size) / count
+        variance, tail = self._variance(values / scale, average)
+        # A sample variance scatters by this much: Gaussian forms have an excess kurtosis of 12 Tr A⁴/(Tr A²)².
+        allowed = 1.0 + SIGNIFICANT * math.sqrt(2.0 / (count - 1) + 12.0 * tail / count)
+        excess = float(np.var(totals, ddof=1)) - allowed * variance
+        return 1.96 * scale * math.sqrt(excess * (1 + 1 / count)) if excess > 0 else 0.0
 
     def trace_of(self, f: NodeFunction) -> Estimate:
         """``Tr f(M)`` with its sampling and quadrature errors."""
@@ -182,13 +223,31 @@ class SampledSpectrum:
     def _rules(self) -> tuple[Array, Array, tuple[Array, ...]]:
         """The nodes of all rules behind the errors, and weights on them: ``(m,)`` sampled, ``(rules, m)`` per kind."""
         rules = [self.sampled, *(rule for kind in self.errors for rule in kind)]
-        nodes, places = np.unique(np.concatenate([rule.nodes for rule in rules]), return_inverse=True)
+        singles = np.concatenate([rule.nodes for rule in (*rules, *self.probes)])
+        nodes, found = np.unique(singles, return_inverse=True)
+        places = found[: sum(rule.nodes.size for rule in rules)]
         weights = np.zeros((len(rules), nodes.size))
         rows = np.repeat(np.arange(len(rules)), [rule.nodes.size for rule in rules])
         np.add.at(weights, (rows, places), np.concatenate([rule.weights for rule in rules]))
         ends = np.cumsum([1, *(len(kind) for kind in self.errors)])
         return nodes, weights[0], tuple(weights[low:high] for low, high in itertools.pairwise(ends))
 
+    @cached_property
+    def _single(self) -> tuple[NDArray[np.intp], Array, NDArray[np.intp]]:
+        """Of the rules of single probe vectors, one after the other: places in `error_nodes`, weights, beginnings."""
+        nodes = np.concatenate([rule.nodes for rule in self.probes])
+        begins = np.cumsum([0, *(rule.nodes.size for rule in self.probes[:-1])])
+        return np.searchsorted(self.error_nodes, nodes), np.concatenate([r.weights for r in self.probes]), begins
+
     def with_endless_sampling(self) -> "SampledSpectrum":
         """The same, as if over infinitely many probe vectors: what is left of its error is quadrature."""
         return replace(self, sampled=Spectrum.of([]))
+
+
+def _projected(values: Array, nodes: Array, weights: Array) -> Array:
+    """The parabola in the nodes that is nearest to the values in weighted least squares."""
+    size = float(np.abs(nodes).max())
+    powers = np.vander(nodes / size if size else nodes, 3) * np.sqrt(np.maximum(weights, 0.0))[:, None]
+    with np.errstate(invalid="ignore"):
+        fit = np.linalg.lstsq(powers, values * np.sqrt(np.maximum(weights, 0.0)), rcond=None)[0]
+    return np.vander(nodes / size if size else nodes, 3) @ fit
