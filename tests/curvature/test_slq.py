@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,12 @@ from zoscope.curvature.slq import (
     averaged_rule,
     gauss_rule,
     jacobi_of,
+    joined,
     probe_block,
     reshaped,
     split,
 )
-from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 from .matrices import network_like, rotated
 
@@ -187,3 +190,50 @@ def test_two_moments_are_exact_in_a_rule_of_one_step():
     rule = reshaped(averaged_rule(chain.jacobi), *(moment(EIGENVALUES, start, power) for power in (1, 2)))
     for power in range(3):
         assert rule.trace_of(lambda x, p=power: x**p) == pytest.approx(moment(EIGENVALUES, start, power), rel=1e-9)
+
+
+def zero_heavy(size: int = 1500) -> torch.Tensor:
+    """Most eigenvalues in a peak at zero, as of rarely used embeddings, with tails on both sides."""
+    generator = torch.Generator().manual_seed(3)
+    peak = 2e-3 * torch.randn(size, generator=generator, dtype=torch.float64)
+    tails = torch.randn(size // 12, generator=generator, dtype=torch.float64).exp() / 8
+    tails[::3] *= -0.6
+    peak[: len(tails)] = tails
+    return peak
+
+
+def positive_part(nodes):
+    return np.maximum(nodes, 0.0)
+
+
+def test_a_kink_inside_a_peak_at_zero_is_covered():
+    eigenvalues = zero_heavy()
+    op = DenseOperator(torch.diag(eigenvalues))
+    truth = float(eigenvalues.clamp_min(0).sum())
+    found = [measure(op, method="deflated-slq", max_hvps=120, seed=seed).trace_positive for seed in range(20)]
+    assert sum(lo <= truth <= hi for lo, hi in (estimate.interval for estimate in found)) >= 16
+    assert np.median([estimate.half_width for estimate in found]) < 0.5 * truth
+
+
+def test_rules_that_scatter_beyond_sampling_say_so():
+    generator = np.random.default_rng(0)
+    nodes = generator.standard_normal(400)
+    parts = [Spectrum(nodes, np.full(400, 2.5)) for _ in range(6)]
+    whole = SampledSpectrum(Spectrum(nodes, np.full(400, 2.5)), parts[0], 6, 1000, probes=tuple(parts))
+    assert whole.quadrature_error_of(positive_part) == 0
+    signs = (1, -1, 1, -1, 1, -1)  # each rule has its node at one side of the kink or the other
+    moved = tuple(Spectrum(part.nodes + 0.4 * sign, part.weights) for part, sign in zip(parts, signs, strict=True))
+    torn = replace(whole, sampled=joined([(1 / 6, part) for part in moved]), probes=moved)
+    totals = [rule.trace_of(positive_part) for rule in moved]
+    assert torn.quadrature_error_of(positive_part) > np.std(totals)
+    assert torn.with_endless_sampling().quadrature_error_of(positive_part) > np.std(totals)
+
+
+def test_a_parabola_is_known_by_all_probe_vectors_and_the_rest_by_one():
+    nodes = np.linspace(-1, 2, 50)
+    part = Spectrum(nodes, np.full(50, 20.0))
+    one = SampledSpectrum(part, part, 1, 1000)
+    many = SampledSpectrum(part, part, 1, 1000, num_moments=25)
+    parabola = one.stderr_of(np.square)
+    assert many.stderr_of(np.square) < parabola / 4
+    assert one.stderr_of(np.abs) / 4 < many.stderr_of(np.abs) < one.stderr_of(np.abs)
