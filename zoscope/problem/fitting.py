@@ -19,7 +19,7 @@ SHARE = 0.45
 OVERHEAD = 1.6
 """What a computation takes beside the tensors that it names: scratch space of kernels, and what an allocator keeps."""
 
-FIXED = 48 * 2**20
+FIXED = 64 * 2**20
 """Bytes that the first evaluations bring along whatever their size: code, and tables of kernels."""
 
 TRIED = 4
