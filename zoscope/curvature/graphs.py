@@ -103,9 +103,9 @@ def smaller_pieces(objective: Objective) -> tuple[Shard, ...] | None:
 
 def bytes_per_row(objective: Objective) -> float:
     """Growth of a graph with its examples: a part of it is as large for one as for all, and left out."""
-    least = min(shard.rows or 1 for shard in objective.shards)
-    few, more = min(TRIED, (least + 1) // 2), min(2 * TRIED, least)
-    sizes = [_graph_bytes(objective, objective.cut(rows)[0]) for rows in (few, more)]
+    rows = objective.shards[0].rows or 1
+    few, more = min(TRIED, (rows + 1) // 2), min(2 * TRIED, rows)
+    sizes = [_graph_bytes(objective, objective.head(count)) for count in (few, more)]
     return (sizes[1] - sizes[0]) / (more - few) if more > few else float(sizes[0])
 
 

@@ -96,7 +96,6 @@ class _Measurement:
         self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(seed, 3, operator.device)
         self._pieces = pieces_apart(operator.objective) if isinstance(operator, ShardOperator) else None
         self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
-        self._ahead = math.inf  # products that sampling takes, as the chain tells
         self._notes: list[str] = []
 
     def run(self) -> Moments:
@@ -132,15 +131,22 @@ class _Measurement:
         return chain
 
     def _suffices(self, chain: Chain) -> bool:
+        steps = chain.jacobi.size
         parts = split(chain.jacobi, dim=self._operator.dim)
         state = _state(parts, dim=self._operator.dim)
         if not (state.is_known and ritz_values(chain.jacobi)[-1].converged):
             return False
-        trace, norm = self._products_for(state.spectrum())
         self._ratio = self._pilot(chain, parts, state)
-        before, self._ahead = self._ahead, max(norm, norm + self._ratio * (trace - norm))
-        steps = chain.jacobi.size
-        return self._ahead <= steps or (self._ahead <= FAR * steps and before - self._ahead < MORE_STEPS)
+        ahead = self._ahead(state)
+        if ahead <= steps or ahead > FAR * steps:
+            return ahead <= steps
+        before = _state(split(chain.jacobi.head(steps - MORE_STEPS), dim=self._operator.dim), dim=self._operator.dim)
+        return before.is_known and self._ahead(before) - ahead < MORE_STEPS
+
+    def _ahead(self, state: Deflated) -> float:
+        """Products that sampling takes after a chain."""
+        trace, norm = self._products_for(state.spectrum())
+        return norm + self._ratio * (trace - norm) if trace > norm else norm
 
     def _products_for(self, spectrum: SampledSpectrum) -> tuple[float, float]:
         """Shared probe vectors, in all, that the trace takes, and the norm; infinite where no number suffices."""

@@ -231,6 +231,12 @@ class Objective:
         """All shards in pieces of at most ``micro_batch`` rows; see `split`, which puts them in their place."""
         return tuple(piece for shard in self.shards for piece in self._pieces(shard, micro_batch))
 
+    def head(self, rows: int) -> Shard:
+        """The first ``rows`` rows of the first shard, which has more or as many."""
+        shard = self.shards[0]
+        parts = None if shard.rows is None else nest.split(shard.batch, [rows, shard.rows - rows])
+        return shard if parts is None or shard.rows == rows else Shard(parts[0], 1.0, rows, rows)
+
     def _pieces(self, shard: Shard, micro_batch: int) -> list[Shard]:
         rows = shard.rows
         if rows is not None and rows <= micro_batch:
