@@ -67,8 +67,38 @@ def pieces_apart(objective: Objective) -> Pieces | None:
         return None
     if not abs(whole - parts) <= SAME_LOSS * abs(whole):
         return None
+    return _grouped(shards, count)
+
+
+def fewer_pieces(objective: Objective, count: int) -> Pieces:
+    """As `pieces_apart`, which found more than ``count`` of them, in larger ones: they take less overhead."""
+    rows = sum(shard.rows or 0 for shard in objective.shards)
+    can_be_cut = objective.indivisible is None and all(shard.rows for shard in objective.shards)
+    shards = objective.cut(math.ceil(rows / count)) if can_be_cut else objective.shards
+    return _grouped(shards, min(count, len(shards)))
+
+
+def _grouped(shards: tuple[Shard, ...], count: int) -> Pieces:
     cuts = [round(place * len(shards) / count) for place in range(count + 1)]
     return tuple(shards[low:high] for low, high in itertools.pairwise(cuts))
+
+
+def variances(products: list[Tensor], *, count: int, dimension: int) -> dict[int, float]:
+    """Variance of a sweep by the number of pieces, from a few neighbouring ones of ``count``.
+
+    Args:
+        products: Of each with the same unit vectors of a complement, ``w_b P M_b z`` ``(k, d)``: those of larger pieces
+            are their sums.
+        count: How many pieces there are of this size.
+        dimension: That of the complement.
+    """
+    share, found = len(products) / count, dict[int, float]()
+    while True:
+        squares = sum(float(p.double().square().sum()) for p in products)
+        found[count] = 2 * dimension * squares / len(products[0]) / share
+        if len(products) % 2 or count // 2 < FEWEST_APART:
+            return found
+        products, count = [one + two for one, two in zip(products[::2], products[1::2], strict=True)], count // 2
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.apart import Apart, Pieces, pieces_apart
+from zoscope.curvature.apart import Apart, Pieces, fewer_pieces, pieces_apart, variances
 from zoscope.curvature.complement import Deflated
 from zoscope.curvature.lanczos import Array, Chain, Rows, project_out
 from zoscope.curvature.measure import (
@@ -37,13 +37,16 @@ FAR = 3.0
 """Products of sampling, in units of the chain, up to which a chain stops that no longer saves more than it takes."""
 
 PILOT_PIECES, PILOT_VECTORS = 4, 2
-"""What tells how much pieces help: about a third of a product where there are as many pieces as can be."""
+"""Least that tells how much pieces help, beside a quarter of them: about half a product each time."""
+
+COARSER = 1.15
+"""Variance of larger pieces, in units of that of the best, up to which they are taken: they take less overhead."""
 
 PAYS = 0.7
 """Variance of a sweep of pieces, in units of that of a product, below which they are used: a sweep takes longer."""
 
-AT_ONCE = 16
-"""Most vectors that share the graph of a piece."""
+AT_ONCE, ENTRIES = 16, 2**26
+"""Most vectors drawn together, and most entries that they have beyond the usual block."""
 
 
 def measure_moments(
@@ -95,6 +98,7 @@ class _Measurement:
         self._begin, self._first = time.perf_counter(), operator.num_hvps
         self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(seed, 3, operator.device)
         self._pieces = pieces_apart(operator.objective) if isinstance(operator, ShardOperator) else None
+        self._count = 0  # of pieces, as many as help
         self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
         self._notes: list[str] = []
 
@@ -112,8 +116,10 @@ class _Measurement:
         trace = spectrum.trace_of(_itself)
         if self._pieces is None or self._ratio == 1:
             return self._result(spectrum, trace, ritz, pieces=1)
-        trace = self._sample_apart(state, basis, trace, pieces=self._pieces)
-        return self._result(spectrum, trace, ritz, pieces=len(self._pieces))
+        assert isinstance(op, ShardOperator)
+        pieces = self._pieces if self._count == len(self._pieces) else fewer_pieces(op.objective, self._count)
+        trace = self._sample_apart(state, basis, trace, pieces=pieces)
+        return self._result(spectrum, trace, ritz, pieces=len(pieces))
 
     # --- the chain ------------------------------------------------------------------------------------------------
 
@@ -163,15 +169,14 @@ class _Measurement:
         if pieces is None or joint <= 0:
             return 1.0
         assert isinstance(op, ShardOperator)
-        seen = pieces[:: max(1, len(pieces) // PILOT_PIECES)]
-        sampled = Apart(state.dimension)
-
-        def draw() -> Tensor:
-            return _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator), parts.vectors))
-
-        for weight, vectors, products in op.apart(seen, draw):
-            sampled.add(weight, vectors, chain.project_out(products, parts.vectors))
-        ratio = len(pieces) / len(seen) * sum(sampled.variances) / PILOT_VECTORS / joint
+        vectors = _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator), parts.vectors))
+        seen = [
+            weight * chain.project_out(products, parts.vectors)
+            for weight, _, products in op.apart(pieces[: max(PILOT_PIECES, len(pieces) // 4)], lambda: vectors)
+        ]
+        found = variances(seen, count=len(pieces), dimension=state.dimension)
+        self._count = min(count for count, variance in found.items() if variance <= COARSER * min(found.values()))
+        ratio = found[self._count] / joint
         return ratio if ratio <= PAYS else 1.0
 
     # --- probe vectors --------------------------------------------------------------------------------------------
@@ -188,7 +193,8 @@ class _Measurement:
                 needed = max((n for n in wanted if math.isfinite(n)), default=0.0)
                 missing = math.ceil(needed) - spectrum.num_probes
                 self._report("bulk", self._error(spectrum, spectrum.trace_of(_itself)))
-            probes = min(BLOCK, missing, self._left)
+            most = max(BLOCK, min(AT_ONCE, ENTRIES // self._operator.dim, missing // 2))  # few vectors ask for too many
+            probes = min(most, missing, self._left)
             if probes < 1:
                 return
             state.shorts += probe_block(
