@@ -210,10 +210,15 @@ class _Sampling:
         return _Result(spectrum, ritz_values(jacobi), "deflated-slq", blocks, tuple(self._notes))
 
     def _best(self, state: Deflated) -> tuple[SampledSpectrum, float]:
-        """Of the two ways to put the rules together the one that tells more of what is wanted, and how well."""
-        shaped = state.shaped()
-        found = [(s, self._precision(s)) for s in (state.spectrum(), shaped) if s is not None]
-        return min(found, key=lambda pair: pair[1])
+        """Of the two ways to put the rules together the one that tells more of what is wanted, and how well.
+
+        Short rules where they do: of what is not wanted, such as other horizons, they tell more.
+        """
+        usual, shaped = state.spectrum(), state.shaped()
+        reached = self._precision(usual)
+        if shaped is None or reached <= self._rtol:
+            return usual, reached
+        return min((usual, reached), (shaped, self._precision(shaped)), key=lambda pair: pair[1])
 
     @property
     def _left(self) -> int:
