@@ -86,6 +86,19 @@ def test_products_of_pieces_add_up_to_those_of_the_whole(small_pieces):
         assert operator.num_hvps == before + 3
 
 
+def test_pieces_that_do_not_bend_the_loss_are_no_reason_to_fail(small_pieces):
+    whole = network()
+    (x, y), flat = whole.batches[0], torch.zeros(16, 8)
+    batch = torch.cat([flat, x]), torch.cat([torch.full((16, 3), torch.nan), y])  # the first quarter counts for nothing
+
+    def loss(model, pair):
+        known = ~pair[1].isnan()
+        return torch.where(known, model(pair[0]) - pair[1].nan_to_num(), 0.0).square().mean()
+
+    found = zoscope.moments(zoscope.Problem(whole.model, [batch], loss), rtol=0.05).moments
+    assert found.error <= 0.05
+
+
 def test_larger_pieces_are_sums_of_smaller_ones():
     generator = torch.Generator().manual_seed(0)
     products = [torch.randn(2, 5, generator=generator) for _ in range(8)]

@@ -12,11 +12,10 @@ import torch
 
 from zoscope.analysis import notices
 from zoscope.analysis.density_results import LayerTrace, SpectrumResult
-from zoscope.analysis.measuring import curvature_operator
+from zoscope.analysis.measuring import curvature_operator, finite_gradient
 from zoscope.analysis.request import Progress, Request, subject_of
 from zoscope.analysis.results import ProblemInfo
 from zoscope.curvature.measure import measure
-from zoscope.curvature.operators import gradient
 from zoscope.curvature.slq import DEFLATION_TOLERANCES
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice
@@ -153,12 +152,7 @@ def sampling_request(
 def _spectrum(
     objective: Objective, request: Request, *, top: int, by_layer: bool, spec: str | None, started: float
 ) -> SpectrumResult:
-    loss, g = gradient(objective)
-    if not bool(torch.isfinite(g).all()):
-        raise NumericalError(
-            f"The gradient is not finite (the loss is {loss:.4g}): expected finite derivatives at the point where the "
-            "curvature is measured. Look for 0/0, log(0) or an overflow in the loss."
-        )
+    loss, g = finite_gradient(objective)
     layers = layers_of(objective)
     operator = curvature_operator(objective, request)
     curvature = measure(

@@ -70,12 +70,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
         NumericalError: If the gradient is not finite, or a measurement fails.
         UsageError: If the curvature asked for cannot be had here.
     """
-    loss, g = gradient(objective)
-    if not bool(torch.isfinite(g).all()):
-        raise NumericalError(
-            f"The gradient is not finite (the loss is {loss:.4g}): expected finite derivatives at the point where the "
-            "curvature is measured. Look for 0/0, log(0) or an overflow in the loss."
-        )
+    loss, g = finite_gradient(objective)
     base = curvature_operator(objective, request)
     moments = request.moments(dimension=objective.num_params)
     operators: dict[str, Measured] = {}
@@ -106,6 +101,21 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     norm = float(torch.linalg.vector_norm(g.double()))
     swept = sum({id(m.batches): m.batches.num_sweeps for m in operators.values() if m.batches is not None}.values())
     return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps + swept, kinks)
+
+
+def finite_gradient(objective: Objective) -> tuple[float, Tensor]:
+    """Loss and gradient ``(d,)``.
+
+    Raises:
+        NumericalError: If the gradient is not finite.
+    """
+    loss, g = gradient(objective)
+    if not bool(torch.isfinite(g).all()):
+        raise NumericalError(
+            f"The gradient is not finite (the loss is {loss:.4g}): expected finite derivatives at the point where the "
+            "curvature is measured. Look for 0/0, log(0) or an overflow in the loss."
+        )
+    return loss, g
 
 
 def _missed_trace(objective: Objective, base: LinearOperator, request: Request) -> float:

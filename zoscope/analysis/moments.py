@@ -12,13 +12,12 @@ import torch
 from zoscope._version import __version__
 from zoscope.analysis import notices
 from zoscope.analysis.density import sampling_request
-from zoscope.analysis.measuring import curvature_operator
+from zoscope.analysis.measuring import curvature_operator, finite_gradient
 from zoscope.analysis.optimizer_bounds import estimate_dict, number
 from zoscope.analysis.request import Progress, Request, subject_of
 from zoscope.analysis.results import ProblemInfo, eigenvalue_dict
 from zoscope.analysis.shown import Shown
 from zoscope.curvature.moments import measure_moments
-from zoscope.curvature.operators import gradient
 from zoscope.errors import NumericalError
 from zoscope.problem import Notice
 
@@ -161,7 +160,7 @@ def moments(
 
 
 def _moments(objective: Objective, request: Request, *, spec: str | None, started: float) -> MomentsResult:
-    loss, g = gradient(objective)
+    loss, g = finite_gradient(objective)
     operator = curvature_operator(objective, request)
     found = measure_moments(
         operator,

@@ -176,7 +176,8 @@ class _Measurement:
         ]
         found = variances(seen, count=len(pieces), dimension=state.dimension)
         self._count = min(count for count, variance in found.items() if variance <= COARSER * min(found.values()))
-        ratio = found[self._count] / joint
+        # No less by Cauchy and Schwarz; less is seen where a quarter of the examples does not bend the loss at all.
+        ratio = max(found[self._count] / joint, 1 / self._count)
         return ratio if ratio <= PAYS else 1.0
 
     # --- probe vectors --------------------------------------------------------------------------------------------
