@@ -136,7 +136,7 @@ def _block(objective: Objective, method: str, block: Tensor, *, rounds: int) -> 
 
 def _whole(objective: Objective, *, unit: float, fresh: int) -> Row:
     """A measurement: the share of its time outside of products, and its peak beside the basis that it keeps."""
-    operator = HessianOperator(objective, expected=HVPS)
+    operator = HessianOperator(objective)
     inside, product = 0.0, operator.matmat
 
     def timed(block: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _whole(objective: Objective, *, unit: float, fresh: int) -> Row:
     found = measure(operator, method="deflated-slq", rtol=1e-9, max_hvps=HVPS)
     seconds = now() - start
     del operator.matmat
-    again = HessianOperator(objective, expected=HVPS)
+    again = HessianOperator(objective)
     peak = peak_bytes(lambda: measure(again, method="deflated-slq", rtol=1e-9, max_hvps=HVPS), objective.device)
     row = objective.num_params * torch.empty((), dtype=objective.dtype).element_size()
     return {

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from zoscope.theory.spectrum import Estimate
 
 
-LIKELY_HVPS = 80
-"""Products that a measurement usually takes, where the budget allows."""
-
 SCALAR = 0.25
 """Distance of Adam's P from a multiple of the identity that is let pass, in units of the precision wanted."""
 
@@ -134,7 +131,7 @@ def curvature_operator(objective: Objective, request: Request) -> LinearOperator
         UsageError: For a matrix that is not available.
     """
     if request.curvature == "hessian":
-        return HessianOperator(objective, hvp=request.hvp, expected=min(request.max_hvps, LIKELY_HVPS))
+        return HessianOperator(objective, hvp=request.hvp)
     if request.curvature == "ggn":
         from zoscope.curvature.ggn import GGNOperator  # late, as what only some options need takes time to load
 

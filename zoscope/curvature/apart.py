@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.graphs import bytes_per_row
-from zoscope.problem import Objective, Shard
+from zoscope.problem import Objective, SecondDerivativesByHand, Shard
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import widening
 
@@ -31,6 +30,9 @@ VECTORS_APART = 4
 
 LEAST_APART = {"cpu": 2**22, "cuda": 2**26}
 """Bytes of such a graph, below which a product is overhead."""
+
+TRIED = 4
+"""Examples whose graph is measured, and twice as many."""
 
 SAME_LOSS = 1e-4
 """Relative difference of the loss that rounding makes where a batch is cut."""
@@ -132,3 +134,29 @@ class Apart:
         freedom = 2 * float(variances.sum()) ** 2 / spread if spread > 0 else math.inf
         stderr = math.sqrt(float(variances.sum())) / self.sweeps * widening(max(1.0, freedom))
         return Estimate(sum(self.values) / self.sweeps, stderr)
+
+
+def bytes_per_row(objective: Objective) -> float:
+    """Growth of a graph with its examples: a part of it is as large for one as for all, and left out."""
+    rows = objective.shards[0].rows or 1
+    few, more = min(TRIED, (rows + 1) // 2), min(2 * TRIED, rows)
+    sizes = [_graph_bytes(objective, objective.head(count)) for count in (few, more)]
+    return (sizes[1] - sizes[0]) / (more - few) if more > few else float(sizes[0])
+
+
+def _graph_bytes(objective: Objective, shard: Shard) -> int:
+    """What the graph of a gradient keeps beside the parameters."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with SecondDerivativesByHand():
+            loss = objective.loss(shard)
+        graph = torch.autograd.grad(loss, objective.params, create_graph=True, allow_unused=True)
+    own = {p.untyped_storage().data_ptr() for p in objective.params}
+    # While the graph lives no address is used twice.
+    return sum(size for where, size in sizes.items() if where not in own) if graph else 0

@@ -3,11 +3,12 @@
 ``double-backward`` keeps the graph of the gradient: every vector shares the forward and the first backward sweep, and
 adds one more backward sweep of its own. ``batched`` does the same with the vectors under vmap, for devices that are
 idle between small kernels. ``forward-over-reverse`` needs no second backward pass, for operations that lack one.
-``linearize`` records its linear part once, which takes seconds and memory and makes products of convolutions cheaper.
+``linearize`` records its linear part once, which takes seconds and memory.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch.func import grad, jvp, linearize
 from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
-from zoscope.problem import Objective, Shard
+from zoscope.problem import Objective, SecondDerivativesByHand, Shard
 
 HvpMethod = Literal["double-backward", "batched", "forward-over-reverse", "linearize"]
 METHODS: tuple[HvpMethod, ...] = ("double-backward", "batched", "forward-over-reverse", "linearize")
@@ -41,9 +42,10 @@ def shard_products(objective: Objective, shard: Shard, *, method: HvpMethod) -> 
     if method == "linearize":
         return _linearized(objective, shard)
     params = objective.params
-    grads = torch.autograd.grad(
-        objective.loss(shard), params, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    # What runs under vmap has to be PyTorch's own.
+    with nullcontext() if method == "batched" else SecondDerivativesByHand():
+        loss = objective.loss(shard)
+    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
     curved = [i for i, g in enumerate(grads) if g.requires_grad]
     _require_constant(objective, shard, {i: g for i, g in enumerate(grads) if not g.requires_grad})
     multiply = _batched if method == "batched" else _looped

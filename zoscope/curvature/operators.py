@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from zoscope.curvature import together
-from zoscope.curvature.graphs import PAYS, Graphs, smaller_pieces
+from zoscope.curvature.graphs import Graphs
 from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
 from zoscope.curvature.linear import DENSE_BLOCK, DenseOperator, LinearOperator, Preconditioned
-from zoscope.curvature.rival import Rival, now
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import Objective, Shard
 from zoscope.problem.together import Crew
@@ -42,7 +41,6 @@ class ShardOperator(LinearOperator):
         self.dim, self.device, self.dtype = objective.num_params, objective.device, objective.dtype
         self._count = 0
         self._graphs = Graphs(objective)
-        self._pieces: tuple[Shard, ...] | None = None  # of the only shard, where products with them are faster
         self._generation = next(_generations)
 
     @property
@@ -77,7 +75,6 @@ class ShardOperator(LinearOperator):
             else:
                 self._count += len(vectors)
                 return result
-            self._pieces = None
             self.release()
             release_memory(self.device)
             if not self.objective.refine():
@@ -91,11 +88,11 @@ class ShardOperator(LinearOperator):
         crew = self.crew
         if crew is not None:
             return together.products(crew, self, vectors)
-        return self.partial(vectors, self._pieces or self.objective.shards)
+        return self.partial(vectors, self.objective.shards)
 
     def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
         """What some shards contribute to the products, computed here."""
-        self._graphs.are_for(shards, all_of_them=shards is self._pieces)
+        self._graphs.are_for(shards)
         total: Tensor | None = None
         for index, shard in enumerate(shards):
             found = self._graphs.of(index, functools.partial(self._products, shard))(vectors)
@@ -138,23 +135,20 @@ class HessianOperator(ShardOperator):
 
     Args:
         objective: The prepared problem.
-        hvp: One of ``METHODS``, or ``"auto"``: double-backward, on CUDA the faster of it and batched, elsewhere
-            linearize where a timing says that it pays; forward-over-reverse where an operation has no double backward.
-        expected: Products that are likely to be asked for; few do not pay for a timing.
+        hvp: One of ``METHODS``, or ``"auto"``: double-backward, on CUDA the faster of it and batched;
+            forward-over-reverse where an operation has no double backward.
 
     Attributes:
         method: What is used; ``None`` until the first product.
     """
 
-    def __init__(self, objective: Objective, *, hvp: str = "auto", expected: int = 0) -> None:
+    def __init__(self, objective: Objective, *, hvp: str = "auto") -> None:
         if hvp != "auto" and hvp not in METHODS:
             raise UsageError(f"--hvp {hvp}: expected auto or one of {', '.join(METHODS)}.")
         super().__init__(objective)
         self.method: HvpMethod | None = next((m for m in METHODS if m == hvp), None)
         self._chosen_by_user = self.method is not None
         self._checked = False
-        self._expected = expected
-        self._rival: Rival | None = None
 
     @property
     def hvp(self) -> str | None:
@@ -171,8 +165,6 @@ class HessianOperator(ShardOperator):
         self.method = next((m for m in METHODS if m == settings[1]), None)
 
     def _products(self, shard: Shard) -> Products:
-        if self.method == "linearize" and not self._chosen_by_user:
-            self.method = "double-backward"  # what was linearized is no longer the loss, or its memory was needed
         return shard_products(self.objective, shard, method=self.method or "double-backward")
 
     def _sum(self, vectors: Tensor) -> Tensor:
@@ -180,48 +172,20 @@ class HessianOperator(ShardOperator):
             self._settle(vectors[:1])
         if self.method is None and len(vectors) > 1:
             return self._timed(vectors)
-        if self._rival is not None:
-            return self._challenged(vectors, self._rival)
         return super()._sum(vectors)
 
-    def _challenged(self, vectors: Tensor, rival: Rival) -> Tensor:
-        """Products by double-backward, timed until it is clear whether to go on with it."""
-        begin = now(self.device)
-        result = super()._sum(vectors)
-        if rival.saw((now(self.device) - begin) / len(vectors)):
-            self._rival = None
-            found = rival.challenge(self.objective.shards[0], vectors[:1], result[:1]) if rival.possible else None
-            self._count += rival.num_products
-            if found is not None:
-                self._graphs.put(0, found)
-                self.method = "linearize"
-        return result
-
     def _settle(self, vector: Tensor) -> None:
-        """On the first product: see that the method works, and that the answer repeats with a fresh graph.
-
-        Where the graph is large, the second one is computed in pieces, and so are all others if that was faster.
-        """
-        rival, begin = Rival(self.objective, expected=self._expected), time.process_time()
+        """On the first product: see that the method works, and that the answer repeats with a fresh graph."""
         first = self._attempt(vector)
-        seconds = time.process_time() - begin
-        self._pieces = smaller_pieces(self.objective)
-        if self._pieces is None or not self._is_faster_in_pieces(vector, first, seconds):
-            self._pieces = None
-            self._see_that_it_repeats(vector, first)
+        if not self._repeats(vector, first):
+            raise SpecError(
+                "A Hessian-vector product computed twice gives two answers: the loss is not a function of the "
+                "parameters alone. Expected a deterministic loss. Look for dropout or noise in a custom layer; call "
+                "model.eval() or fix the noise in the spec."
+            )
         if self.method is None and self.device.type != "cuda":
             self.method = "double-backward"
-            self._rival = rival if rival.possible and self._pieces is None else None
         self._checked = True
-
-    def _is_faster_in_pieces(self, vector: Tensor, first: Tensor, seconds: float) -> bool:
-        """Whether the pieces give the same product, in less processor time: others may share the machine."""
-        begin = time.process_time()
-        try:
-            same = self._repeats(vector, first)
-        except Exception:  # a loss may want batches of its own size; with the whole it was seen to work
-            return False
-        return same and time.process_time() - begin < PAYS * seconds
 
     def _repeats(self, vector: Tensor, first: Tensor) -> bool:
         """Whether a fresh graph gives the same product."""
@@ -232,14 +196,6 @@ class HessianOperator(ShardOperator):
             return True  # there is nothing to compare, and whoever asked for the product says so
         tolerance = max(1e-3, torch.finfo(self.dtype).eps ** 0.5)
         return bool(torch.linalg.vector_norm(first - again) <= tolerance * torch.linalg.vector_norm(first))
-
-    def _see_that_it_repeats(self, vector: Tensor, first: Tensor) -> None:
-        if not self._repeats(vector, first):
-            raise SpecError(
-                "A Hessian-vector product computed twice gives two answers: the loss is not a function of the "
-                "parameters alone. Expected a deterministic loss. Look for dropout or noise in a custom layer; call "
-                "model.eval() or fix the noise in the spec."
-            )
 
     def _attempt(self, vector: Tensor) -> Tensor:
         try:
@@ -272,9 +228,9 @@ class HessianOperator(ShardOperator):
             previous, self.method = self.method, _as_method(method)
             try:
                 super()._sum(vectors)  # allocates and builds what later calls reuse
-                begin = now(self.device)
+                begin = _now(self.device)
                 candidate = super()._sum(vectors)
-                seconds = now(self.device) - begin
+                seconds = _now(self.device) - begin
             except RuntimeError:
                 if method == "double-backward":
                     raise
@@ -304,6 +260,13 @@ def gradient(objective: Objective) -> tuple[float, Tensor]:
             if not is_out_of_memory(error) or not objective.refine():
                 raise
         release_memory(objective.device)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _as_method(name: str) -> HvpMethod:

@@ -9,6 +9,7 @@ import torch
 
 from zoscope import runtime
 from zoscope.errors import NumericalError
+from zoscope.problem.derivatives import SecondDerivativesByHand
 
 if TYPE_CHECKING:
     from zoscope.problem.objective import Objective, Shard
@@ -72,9 +73,9 @@ def _evaluated(objective: Objective, shard: Shard) -> None:
 
 
 def _twice_differentiated(objective: Objective, shard: Shard) -> None:
-    grads = torch.autograd.grad(
-        objective.loss(shard), objective.params, create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    with SecondDerivativesByHand():
+        loss = objective.loss(shard)
+    grads = torch.autograd.grad(loss, objective.params, create_graph=True, allow_unused=True, materialize_grads=True)
     curved = [g.sum() for g in grads if g.requires_grad]
     if curved:
         torch.autograd.grad(torch.stack(curved).sum(), objective.params, allow_unused=True)
