@@ -7,19 +7,20 @@ For every way to compute one, and for what ``--hvp auto`` makes of them, on the 
 tools (their weights as they are drawn, which costs do not depend on, and a share of the data where a product takes
 seconds): seconds per vector in units of one gradient of the same model in the same process, medians of rounds in which
 all take turns; set-up in the same unit; and peak memory of set-up and one product in units of one product by
-reverse-over-reverse on a fresh graph, as most
-libraries compute it, each in a process of its own. What takes longer than ``--patience`` is left out and shown as –.
+reverse-over-reverse on a fresh graph, as most libraries compute it, each in a process of its own (on Linux). What takes
+longer than ``--patience`` is left out and shown as –.
 """
 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is this clone, installed or not
 
@@ -32,7 +33,10 @@ from zoscope.curvature.operators import HessianOperator
 from zoscope.problem import Objective
 from zoscope.runtime import held_memory
 
-METHODS = ("auto", "double-backward", "linearize", "forward-over-reverse", "batched")
+PLAIN = "without rules by hand"
+"""Double-backward with the second derivatives of PyTorch alone."""
+
+METHODS = ("auto", "double-backward", PLAIN, "linearize", "forward-over-reverse", "batched")
 BLOCK = {"batched": 4}
 """Vectors that go together, where a method takes blocks."""
 
@@ -41,6 +45,9 @@ SHARES = {"cnn": 0.1, "resnet": 0.25, "decoder": 0.25}
 
 
 def _products(objective: Objective, method: str) -> Products:
+    if method == PLAIN:
+        with mock.patch("zoscope.curvature.hvp.SecondDerivativesByHand", nullcontext):
+            return shard_products(objective, objective.shards[0], method="double-backward")
     if method != "auto":
         return shard_products(objective, objective.shards[0], method=method)
     operator = HessianOperator(objective)
@@ -97,7 +104,9 @@ def peak_of(name: str, method: str, size: Size) -> int:
             torch.autograd.grad(grads, objective.params, objective.unflatten(vectors[0]))
         else:
             _products(objective, method)(vectors)
-        return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, 0)
+        # Not ru_maxrss, which begins at that of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) - before
 
 
 def memory(name: str, size: Size, *, patience: float) -> dict[str, float]:
