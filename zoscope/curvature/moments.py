@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from zoscope.curvature.apart import Apart, Pieces, fewer_pieces, pieces_apart, variances
 from zoscope.curvature.complement import Deflated
-from zoscope.curvature.lanczos import Array, Chain, Rows, project_out
+from zoscope.curvature.lanczos import Chain, Rows, project_out
 from zoscope.curvature.measure import (
     BLOCK,
     FEWEST_HVPS,
@@ -28,7 +29,7 @@ from zoscope.curvature.results import NORM, Eigenvalue, Moments, relative, ritz_
 from zoscope.curvature.slq import Split, probe_block, split
 from zoscope.errors import UsageError
 from zoscope.runtime import spawn_generators
-from zoscope.theory.spectrum import Estimate, NodeFunction, SampledSpectrum
+from zoscope.theory.spectrum import Estimate, SampledSpectrum
 
 SMALL = 100
 """Dimension up to which all eigenvalues are computed: that takes no more products than sampling."""
@@ -44,6 +45,9 @@ COARSER = 1.15
 
 PAYS = 0.7
 """Variance of a sweep of pieces, in units of that of a product, below which they are used: a sweep takes longer."""
+
+LARGEST_EXPONENT = 100.0
+"""Of an error that is as good as infinite."""
 
 AT_ONCE, ENTRIES = 16, 2**26
 """Most vectors drawn together, and most entries that they have beyond the usual block."""
@@ -99,6 +103,7 @@ class _Measurement:
         self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(seed, 3, operator.device)
         self._pieces = pieces_apart(operator.objective) if isinstance(operator, ShardOperator) else None
         self._count = 0  # of pieces, as many as help
+        self._looked_at = 0  # steps of the chain when it was last measured how much pieces help
         self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
         self._notes: list[str] = []
 
@@ -113,7 +118,7 @@ class _Measurement:
         basis = chain.combine(parts.vectors)
         self._share_vectors(state, basis)
         spectrum = state.spectrum()
-        trace = spectrum.trace_of(_itself)
+        trace = _trace(spectrum)
         if self._pieces is None or self._ratio == 1:
             return self._result(spectrum, trace, ritz, pieces=1)
         assert isinstance(op, ShardOperator)
@@ -142,8 +147,15 @@ class _Measurement:
         state = _state(parts, dim=self._operator.dim)
         if not (state.is_known and ritz_values(chain.jacobi)[-1].converged):
             return False
-        self._ratio = self._pilot(chain, parts, state)
-        ahead = self._ahead(state)
+        if self._looked_at == 0:
+            self._pilot(chain, parts, state)
+        if self._looked_at < steps and self._saves_no_more(chain, state):
+            self._pilot(chain, parts, state)  # what was deflated since then helps shared vectors more than pieces
+        return self._saves_no_more(chain, state)
+
+    def _saves_no_more(self, chain: Chain, state: Deflated) -> bool:
+        """Whether more steps of the chain take more products than they save."""
+        steps, ahead = chain.jacobi.size, self._ahead(state)
         if ahead <= steps or ahead > FAR * steps:
             return ahead <= steps
         before = _state(split(chain.jacobi.head(steps - MORE_STEPS), dim=self._operator.dim), dim=self._operator.dim)
@@ -157,17 +169,18 @@ class _Measurement:
     def _products_for(self, spectrum: SampledSpectrum) -> tuple[float, float]:
         """Shared probe vectors, in all, that the trace takes, and the norm; infinite where no number suffices."""
         products = [
-            _probes_for(spectrum, function, rtol=rtol)
-            for function, rtol in ((_itself, self._rtol), (np.square, NORM * self._rtol))
+            _probes_for(spectrum, estimate, rtol=rtol)
+            for estimate, rtol in ((_trace, self._rtol), (_norm, NORM * self._rtol))
         ]
         return products[0], products[1]
 
-    def _pilot(self, chain: Chain, parts: Split, state: Deflated) -> float:
-        """Variance that a sweep of pieces has, in units of that of a product, from a few of the pieces."""
+    def _pilot(self, chain: Chain, parts: Split, state: Deflated) -> None:
+        """Find how many pieces help, and the variance of their sweep in units of that of a product, from a few."""
+        self._looked_at, self._ratio = chain.jacobi.size, 1.0
         op, pieces = self._operator, self._pieces
         joint = 2 * state.spectrum().sampled.trace_of(np.square)
         if pieces is None or joint <= 0:
-            return 1.0
+            return
         assert isinstance(op, ShardOperator)
         vectors = _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator), parts.vectors))
         seen = [
@@ -178,7 +191,7 @@ class _Measurement:
         self._count = min(count for count, variance in found.items() if variance <= COARSER * min(found.values()))
         # No less by Cauchy and Schwarz; less is seen where a quarter of the examples does not bend the loss at all.
         ratio = max(found[self._count] / joint, 1 / self._count)
-        return ratio if ratio <= PAYS else 1.0
+        self._ratio = ratio if ratio <= PAYS else 1.0
 
     # --- probe vectors --------------------------------------------------------------------------------------------
 
@@ -193,7 +206,7 @@ class _Measurement:
                 # What deflation leaves open does not average out.
                 needed = max((n for n in wanted if math.isfinite(n)), default=0.0)
                 missing = math.ceil(needed) - spectrum.num_probes
-                self._report("bulk", self._error(spectrum, spectrum.trace_of(_itself)))
+                self._report("bulk", self._error(spectrum, _trace(spectrum)))
             most = max(BLOCK, min(AT_ONCE, ENTRIES // self._operator.dim, missing // 2))  # few vectors ask for too many
             probes = min(most, missing, self._left)
             if probes < 1:
@@ -243,8 +256,7 @@ class _Measurement:
         return self._max_hvps - (self._operator.num_hvps - self._first)
 
     def _error(self, spectrum: SampledSpectrum, trace: Estimate) -> float:
-        norm = spectrum.trace_of(np.square)
-        return max(relative(trace), relative(norm) / NORM)
+        return max(relative(trace), relative(_norm(spectrum)) / NORM)
 
     def _report(self, stage: str, reached: float | None) -> None:
         if self._on_progress is not None:
@@ -256,7 +268,7 @@ class _Measurement:
         self._report("done", self._error(spectrum, trace))
         return Moments(
             trace=trace,
-            frobenius_sq=spectrum.trace_of(np.square),
+            frobenius_sq=_norm(spectrum),
             lambda_max=ritz[-1],
             pieces=pieces,
             num_hvps=self._operator.num_hvps - self._first,
@@ -278,13 +290,21 @@ def _unit(vectors: Tensor) -> Tensor:
     return unit
 
 
-def _itself(values: Array) -> Array:
-    return values
+def _trace(spectrum: SampledSpectrum) -> Estimate:
+    return spectrum.trace_of(lambda values: values)
 
 
-def _probes_for(spectrum: SampledSpectrum, function: NodeFunction, *, rtol: float) -> float:
-    """Probe vectors, in all, with which ``Tr f(M)`` is known to ``rtol``; 0 where it is, infinite where never."""
-    estimate = spectrum.trace_of(function)
+def _norm(spectrum: SampledSpectrum) -> Estimate:
+    """``‖M‖_F²``, with the error that its logarithm has: a sum of squares is skewed, and a small one looks precise."""
+    plain, part = spectrum.trace_of(np.square), spectrum.sampled.trace_of(np.square)
+    if not part > 0 or plain.stderr == 0:
+        return plain
+    return replace(plain, stderr=part * math.expm1(min(1.96 * plain.stderr / part, LARGEST_EXPONENT)) / 1.96)
+
+
+def _probes_for(spectrum: SampledSpectrum, estimate_of: Callable[[SampledSpectrum], Estimate], *, rtol: float) -> float:
+    """Probe vectors, in all, with which an estimate is known to ``rtol``; 0 where it is, infinite where never."""
+    estimate = estimate_of(spectrum)
     room = rtol * abs(estimate.value) - estimate.quadrature
     if 1.96 * estimate.stderr <= room:
         return 0.0
@@ -292,6 +312,6 @@ def _probes_for(spectrum: SampledSpectrum, function: NodeFunction, *, rtol: floa
         return math.inf
     count = least = spectrum.num_probes + 1
     for _ in range(4):  # a fixed point: more vectors know their own error better, too
-        error = 1.96 * replace(spectrum, num_probes=count).trace_of(function).stderr
+        error = 1.96 * estimate_of(replace(spectrum, num_probes=count)).stderr
         count = max(least, math.ceil(count * (error / room) ** 2))
     return float(count)
