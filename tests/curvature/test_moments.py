@@ -166,3 +166,16 @@ def test_what_cannot_be_asked_for():
         measure_moments(op, rtol=0.0)
     with pytest.raises(UsageError, match="--max-hvps 10"):
         measure_moments(op, max_hvps=10)
+
+
+def test_a_norm_of_many_outliers_is_covered_after_a_short_chain(monkeypatch):
+    """Where the trace asks for nothing, the chain ends while outliers inside of the spectrum are not known yet."""
+    both = moments._Measurement._products_for
+    monkeypatch.setattr(moments._Measurement, "_products_for", lambda self, s: (0.0, both(self, s)[1]))
+    outliers = torch.cat([80 * 0.8 ** torch.arange(12.0), torch.tensor([3.0, 4.0, 5.0])])
+    eigenvalues = torch.cat([outliers, 0.2 * torch.rand(700, generator=torch.Generator().manual_seed(0))])
+    op, truth = DenseOperator(torch.diag(eigenvalues)), float(eigenvalues.double().square().sum())
+    found = [measure_moments(op, seed=seed) for seed in range(100)]
+    inside = sum(lo <= truth <= hi for lo, hi in (m.frobenius_sq.interval for m in found))
+    assert inside >= 89  # P(fewer of 100) < 1 % at a true coverage of 95 %
+    assert all(m.frobenius_sq.half_width <= 0.0301 * m.frobenius_sq.value for m in found)

@@ -96,7 +96,8 @@ class Deflated:
             num_probes=len(rules),
             dimension=self.dimension,
             errors=tuple(errors),
-            probes=tuple(self._scaled([(1.0, rule)]) for rule in rules) if self.length > 1 else (),
+            probes=tuple(self._scaled([(1.0, rule)]) for rule in rules),
+            moments_only=self.length == 1,
         )
 
     def shaped(self) -> SampledSpectrum | None:

@@ -46,6 +46,9 @@ COARSER = 1.15
 PAYS = 0.7
 """Variance of a sweep of pieces, in units of that of a product, below which they are used: a sweep takes longer."""
 
+FEWEST_SHARED = 3
+"""Shared vectors beside the chain's start, which may have missed an outlier: what it scatters then tells."""
+
 LARGEST_EXPONENT = 100.0
 """Of an error that is as good as infinite."""
 
@@ -205,7 +208,7 @@ class _Measurement:
                 wanted = [trace, norm] if self._ratio == 1 else [norm]
                 # What deflation leaves open does not average out.
                 needed = max((n for n in wanted if math.isfinite(n)), default=0.0)
-                missing = math.ceil(needed) - spectrum.num_probes
+                missing = max(math.ceil(needed), 1 + FEWEST_SHARED) - spectrum.num_probes
                 self._report("bulk", self._error(spectrum, _trace(spectrum)))
             most = max(BLOCK, min(AT_ONCE, ENTRIES // self._operator.dim, missing // 2))  # few vectors ask for too many
             probes = min(most, missing, self._left)
