@@ -67,7 +67,7 @@ def test_pieces_of_the_data_take_fewer_products_and_are_covered(small_pieces, mo
         shared = [measure_moments(HessianOperator(objective), rtol=0.02, seed=seed) for seed in range(5)]
     assert np.median([m.pieces for m in own]) >= 4
     assert {m.pieces for m in shared} == {1}
-    assert 1.3 * np.median([m.num_hvps for m in own]) < np.median([m.num_hvps for m in shared])
+    assert 1.2 * np.median([m.num_hvps for m in own]) < np.median([m.num_hvps for m in shared])
     for name, truth in (("trace", matrix.trace()), ("frobenius_sq", matrix.square().sum())):
         inside = sum(lo <= float(truth) <= hi for lo, hi in (getattr(m, name).interval for m in own))
         assert inside >= 34
@@ -170,8 +170,8 @@ def test_what_cannot_be_asked_for():
 
 def test_a_norm_of_many_outliers_is_covered_after_a_short_chain(monkeypatch):
     """Where the trace asks for nothing, the chain ends while outliers inside of the spectrum are not known yet."""
-    both = moments._Measurement._products_for
-    monkeypatch.setattr(moments._Measurement, "_products_for", lambda self, s: (0.0, both(self, s)[1]))
+    both = moments._Measurement._vectors_for
+    monkeypatch.setattr(moments._Measurement, "_vectors_for", lambda self, beyond: (0, both(self, beyond)[1]))
     outliers = torch.cat([80 * 0.8 ** torch.arange(12.0), torch.tensor([3.0, 4.0, 5.0])])
     eigenvalues = torch.cat([outliers, 0.2 * torch.rand(700, generator=torch.Generator().manual_seed(0))])
     op, truth = DenseOperator(torch.diag(eigenvalues)), float(eigenvalues.double().square().sum())

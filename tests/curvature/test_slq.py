@@ -94,7 +94,7 @@ def estimate(seed, *, steps=30, length=8, blocks=2):
     generator = torch.Generator().manual_seed(1000 + seed)
     for _ in range(blocks):
         operator = DenseOperator(rotated(EIGENVALUES, seed=1))
-        state.shorts += probe_block(operator, basis, probes=4, length=length, shape=state.shape, generator=generator)
+        state.shorts += probe_block(operator, basis, probes=4, length=length, generator=generator)
     return state.spectrum()
 
 

@@ -70,11 +70,6 @@ class Deflated:
         """Whether anything at all is known of the complement."""
         return self.rest is not None or bool(self.shorts)
 
-    @property
-    def shape(self) -> Spectrum | None:
-        """Rule of the rest, for chains of one step, which know no more than two moments."""
-        return None if self.rest is None or self.length > 1 else averaged_rule(self.rest)
-
     def spectrum(self) -> SampledSpectrum:
         """Everything known so far, as one spectrum with its errors."""
         if self.dimension == 0:
@@ -83,7 +78,7 @@ class Deflated:
         correction, errors = Spectrum.of([]), list[tuple[Spectrum, ...]]()
         if self.rest is not None:
             fine = averaged_rule(self.rest)
-            short = fine if self.length == 1 else averaged_rule(self.rest.head(self.length))
+            short = averaged_rule(self.rest.head(self.length))
             rules.append(short)
             correction = self._scaled([(1.0, fine), (-1.0, short)])
             errors = self._errors(fine, self.rest)
@@ -97,7 +92,6 @@ class Deflated:
             dimension=self.dimension,
             errors=tuple(errors),
             probes=tuple(self._scaled([(1.0, rule)]) for rule in rules),
-            moments_only=self.length == 1,
         )
 
     def shaped(self) -> SampledSpectrum | None:
@@ -106,7 +100,7 @@ class Deflated:
         Sampling noise is that of one vector in all but the parabola of a function. It is the better one where short
         rules tell less of a function than that, such as of a kink where most eigenvalues are.
         """
-        if self.rest is None or not self.shorts or self.length == 1:
+        if self.rest is None or not self.shorts:
             return None
         fine, short = averaged_rule(self.rest), averaged_rule(self.rest.head(self.length))
         rules = [short, *self.shorts]
@@ -129,7 +123,7 @@ class Deflated:
         """How far the fine rule may be off, and how much the error of the short rule may differ between probes."""
         size = rest.size
         errors = [self._against(fine, rest, self._halfway(size), FINE_RULE_ERROR)]
-        if size > self.length > 1:  # what one step knows it knows exactly
+        if size > self.length:
             short = {self.length // 2, self.length - 2, self.length - 1, self.length}
             errors.append(self._against(fine, rest, short, SHORT_RULE_SPREAD))
         return errors

@@ -108,6 +108,13 @@ class Chain:
         """``vectors`` ``(b, d)`` less their components along ``combine(coefficients)``; the chain can still go on."""
         return self._basis.project_out(vectors, self._mix(coefficients))
 
+    def beyond(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+        """``P V`` and ``P M P V`` for vectors ``(b, d)`` and their products; P projects on what is beyond the basis."""
+        everything = np.eye(len(self._alphas))
+        last = vectors @ self._basis.row(len(self._alphas) - 1)
+        inside = torch.outer(last, self.residual())  # P M Q = r e_kᵀ
+        return self.project_out(vectors, everything), self.project_out(products, everything) - inside
+
     def combine(self, coefficients: Array) -> Rows:
         """Orthonormal combinations of the basis, ``(n, d)``, in its place; the chain cannot be extended afterwards.
 

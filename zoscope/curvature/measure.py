@@ -196,7 +196,6 @@ class _Sampling:
                 basis,
                 probes=max(1, probes),
                 length=state.length,
-                shape=state.shape,
                 generator=self._probe_generator,
                 on_first=None if traces is None else traces.add,
             )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zoscope.curvature.apart import Apart, Pieces, fewer_pieces, pieces_apart, variances
-from zoscope.curvature.complement import Deflated
+from zoscope.curvature.beyond import Beyond, exact_part
 from zoscope.curvature.lanczos import Chain, Rows, project_out
 from zoscope.curvature.measure import (
     BLOCK,
@@ -26,10 +25,10 @@ from zoscope.curvature.measure import (
 )
 from zoscope.curvature.operators import LinearOperator, ShardOperator
 from zoscope.curvature.results import NORM, Eigenvalue, Moments, relative, ritz_values
-from zoscope.curvature.slq import Split, probe_block, split
 from zoscope.errors import UsageError
 from zoscope.runtime import spawn_generators
-from zoscope.theory.spectrum import Estimate, SampledSpectrum
+from zoscope.theory.spectrum import Estimate
+from zoscope.theory.student import NORMAL
 
 SMALL = 100
 """Dimension up to which all eigenvalues are computed: that takes no more products than sampling."""
@@ -46,11 +45,11 @@ COARSER = 1.15
 PAYS = 0.7
 """Variance of a sweep of pieces, in units of that of a product, below which they are used: a sweep takes longer."""
 
-FEWEST_SHARED = 3
-"""Shared vectors beside the chain's start, which may have missed an outlier: what it scatters then tells."""
+UNREACHABLE, SMALLEST = 10**9, 1e-100
+"""A number of vectors that nobody waits for, and a width that no number reaches."""
 
-LARGEST_EXPONENT = 100.0
-"""Of an error that is as good as infinite."""
+FEWEST_SHARED = 3
+"""Shared vectors drawn before it is known how many will be needed."""
 
 AT_ONCE, ENTRIES = 16, 2**26
 """Most vectors drawn together, and most entries that they have beyond the usual block."""
@@ -108,31 +107,33 @@ class _Measurement:
         self._count = 0  # of pieces, as many as help
         self._looked_at = 0  # steps of the chain when it was last measured how much pieces help
         self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
+        self._early: list[Tensor] = []  # vectors and their products
         self._notes: list[str] = []
 
     def run(self) -> Moments:
         op = self._operator
         if op.dim <= min(SMALL, self._max_hvps):
             found = measure(op, method="dense")
-            return self._result(found.spectrum, found.trace, found.ritz, pieces=1)
+            return self._result(found.trace, found.frobenius_sq, found.ritz, pieces=1)
         chain = self._chain()
-        parts = split(chain.jacobi, dim=op.dim)
-        ritz, state = ritz_values(chain.jacobi), _state(parts, dim=op.dim)
-        basis = chain.combine(parts.vectors)
-        self._share_vectors(state, basis)
-        spectrum = state.spectrum()
-        trace = _trace(spectrum)
+        ritz, steps = ritz_values(chain.jacobi), chain.jacobi.size
+        if steps == op.dim:
+            trace, norm = (Estimate(value, 0.0) for value in exact_part(chain.jacobi))
+            return self._result(trace, norm, ritz, pieces=1)
+        beyond = self._beyond(chain)
+        basis = chain.combine(np.eye(steps))
+        self._early.clear()
+        self._share_vectors(beyond, basis)
         if self._pieces is None or self._ratio == 1:
-            return self._result(spectrum, trace, ritz, pieces=1)
+            return self._result(beyond.trace(), beyond.norm(), ritz, pieces=1)
         assert isinstance(op, ShardOperator)
         pieces = self._pieces if self._count == len(self._pieces) else fewer_pieces(op.objective, self._count)
-        trace = self._sample_apart(state, basis, trace, pieces=pieces)
-        return self._result(spectrum, trace, ritz, pieces=len(pieces))
+        return self._result(self._sample_apart(beyond, basis, pieces=pieces), beyond.norm(), ritz, pieces=len(pieces))
 
     # --- the chain ------------------------------------------------------------------------------------------------
 
     def _chain(self) -> Chain:
-        """Extend the chain until the largest eigenvalue is known and sampling takes no more products than the chain."""
+        """Extend the chain until the largest eigenvalue is known and more steps take more products than they save."""
         op = self._operator
         most, note = chain_steps(op, most=MANY_STEPS, max_hvps=self._max_hvps)
         self._notes += note
@@ -146,51 +147,58 @@ class _Measurement:
 
     def _suffices(self, chain: Chain) -> bool:
         steps = chain.jacobi.size
-        parts = split(chain.jacobi, dim=self._operator.dim)
-        state = _state(parts, dim=self._operator.dim)
-        if not (state.is_known and ritz_values(chain.jacobi)[-1].converged):
+        if not ritz_values(chain.jacobi)[-1].converged:
             return False
+        beyond = self._beyond(chain)
         if self._looked_at == 0:
-            self._pilot(chain, parts, state)
-        if self._looked_at < steps and self._saves_no_more(chain, state):
-            self._pilot(chain, parts, state)  # what was deflated since then helps shared vectors more than pieces
-        return self._saves_no_more(chain, state)
+            self._pilot(chain, beyond)
+        if self._looked_at < steps and self._saves_no_more(chain, beyond):
+            self._pilot(chain, beyond)  # what was deflated since then helps shared vectors more than pieces
+        return self._saves_no_more(chain, beyond)
 
-    def _saves_no_more(self, chain: Chain, state: Deflated) -> bool:
+    def _saves_no_more(self, chain: Chain, beyond: Beyond) -> bool:
         """Whether more steps of the chain take more products than they save."""
-        steps, ahead = chain.jacobi.size, self._ahead(state)
-        if ahead <= steps or ahead > FAR * steps:
-            return ahead <= steps
-        before = _state(split(chain.jacobi.head(steps - MORE_STEPS), dim=self._operator.dim), dim=self._operator.dim)
-        return before.is_known and self._ahead(before) - ahead < MORE_STEPS
+        steps, ahead = chain.jacobi.size, self._ahead(beyond)
+        if ahead <= MORE_STEPS or ahead > FAR * steps:
+            return ahead <= MORE_STEPS
+        gained = beyond.exact[1] - exact_part(chain.jacobi.head(steps - MORE_STEPS))[1]
+        return self._ratio * 2 * gained * (NORMAL / (self._rtol * beyond.trace().value)) ** 2 < MORE_STEPS
 
-    def _ahead(self, state: Deflated) -> float:
+    def _ahead(self, beyond: Beyond) -> float:
         """Products that sampling takes after a chain."""
-        trace, norm = self._products_for(state.spectrum())
+        trace, norm = self._vectors_for(beyond)
         return norm + self._ratio * (trace - norm) if trace > norm else norm
 
-    def _products_for(self, spectrum: SampledSpectrum) -> tuple[float, float]:
-        """Shared probe vectors, in all, that the trace takes, and the norm; infinite where no number suffices."""
-        products = [
-            _probes_for(spectrum, estimate, rtol=rtol)
-            for estimate, rtol in ((_trace, self._rtol), (_norm, NORM * self._rtol))
-        ]
-        return products[0], products[1]
+    def _vectors_for(self, beyond: Beyond) -> tuple[int, int]:
+        """Shared probe vectors, in all, that the trace takes, and the norm."""
+        return (
+            _vectors_for(beyond.trace, beyond.count, rtol=self._rtol),
+            _vectors_for(beyond.norm, beyond.count, rtol=NORM * self._rtol),
+        )
 
-    def _pilot(self, chain: Chain, parts: Split, state: Deflated) -> None:
+    def _beyond(self, chain: Chain) -> Beyond:
+        """What the first shared vectors tell: they are drawn early, and looked at from every chain since."""
+        if not self._early:
+            vectors = self._normal(FEWEST_SHARED, self._probe_generator)
+            self._early = [vectors, self._operator.matmat(vectors)]
+        beyond = Beyond(exact_part(chain.jacobi), self._operator.dim - chain.jacobi.size)
+        beyond.add(*chain.beyond(self._early[0], self._early[1]))
+        return beyond
+
+    def _pilot(self, chain: Chain, beyond: Beyond) -> None:
         """Find how many pieces help, and the variance of their sweep in units of that of a product, from a few."""
         self._looked_at, self._ratio = chain.jacobi.size, 1.0
-        op, pieces = self._operator, self._pieces
-        joint = 2 * state.spectrum().sampled.trace_of(np.square)
+        op, pieces, joint = self._operator, self._pieces, beyond.variance
         if pieces is None or joint <= 0:
             return
         assert isinstance(op, ShardOperator)
-        vectors = _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator), parts.vectors))
+        everything = np.eye(chain.jacobi.size)
+        vectors = _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator), everything))
         seen = [
-            weight * chain.project_out(products, parts.vectors)
+            weight * chain.project_out(products, everything)
             for weight, _, products in op.apart(pieces[: max(PILOT_PIECES, len(pieces) // 4)], lambda: vectors)
         ]
-        found = variances(seen, count=len(pieces), dimension=state.dimension)
+        found = variances(seen, count=len(pieces), dimension=beyond.dimension)
         self._count = min(count for count, variance in found.items() if variance <= COARSER * min(found.values()))
         # No less by Cauchy and Schwarz; less is seen where a quarter of the examples does not bend the loss at all.
         ratio = max(found[self._count] / joint, 1 / self._count)
@@ -198,45 +206,38 @@ class _Measurement:
 
     # --- probe vectors --------------------------------------------------------------------------------------------
 
-    def _share_vectors(self, state: Deflated, basis: Rows) -> None:
+    def _share_vectors(self, beyond: Beyond, basis: Rows) -> None:
         """Sample with vectors that all examples share, as many as the norm takes; the trace too without pieces."""
-        missing = 1
-        while state.dimension > 0:
-            if state.is_known:
-                spectrum = state.spectrum()
-                trace, norm = self._products_for(spectrum)
-                wanted = [trace, norm] if self._ratio == 1 else [norm]
-                # What deflation leaves open does not average out.
-                needed = max((n for n in wanted if math.isfinite(n)), default=0.0)
-                missing = max(math.ceil(needed), 1 + FEWEST_SHARED) - spectrum.num_probes
-                self._report("bulk", self._error(spectrum, _trace(spectrum)))
+        while True:
+            self._report("bulk", _error(beyond.trace(), beyond.norm()))
+            trace, norm = self._vectors_for(beyond)
+            missing = (max(trace, norm) if self._ratio == 1 else norm) - beyond.count
             most = max(BLOCK, min(AT_ONCE, ENTRIES // self._operator.dim, missing // 2))  # few vectors ask for too many
             probes = min(most, missing, self._left)
             if probes < 1:
                 return
-            state.shorts += probe_block(
-                self._operator, basis, probes=probes, length=1, shape=state.shape, generator=self._probe_generator
-            )
+            vectors = _unit(self._projected(probes, basis))
+            beyond.add(vectors, project_out(self._operator.matmat(vectors), basis))
 
-    def _sample_apart(self, state: Deflated, basis: Rows, shared: Estimate, *, pieces: Pieces) -> Estimate:
+    def _sample_apart(self, beyond: Beyond, basis: Rows, *, pieces: Pieces) -> Estimate:
         """Add sweeps in which every piece has vectors of its own until the trace is known, or the budget spent."""
         op, ratio = self._operator, self._ratio
         assert isinstance(op, ShardOperator)
         op.release()  # the graph of the whole is not needed any more
-        sampled, num_shared = Apart(state.dimension), state.spectrum().num_probes
-        both, exact = shared, state.exact.trace
+        sampled, num_shared = Apart(beyond.dimension), beyond.count
+        both = shared = beyond.trace()
         while True:
-            room = self._rtol * abs(both.value) - both.quadrature
-            if both.half_width <= self._rtol * abs(both.value) or room <= 0:
+            wanted = self._rtol * abs(both.value)
+            if both.half_width <= wanted:
                 return both
             count = num_shared + sampled.sweeps / ratio
-            missing = ratio * count * ((1.96 * both.stderr / room) ** 2 - 1)
+            missing = ratio * count * ((both.half_width / wanted) ** 2 - 1)
             sweeps = min(max(1, math.ceil(missing)), self._left, AT_ONCE)
             if sweeps < 1:
                 return both
 
             def draw(sweeps: int = sweeps) -> Tensor:
-                return _unit(project_out(self._normal(sweeps, self._probe_generator), basis))
+                return _unit(self._projected(sweeps, basis))
 
             for weight, vectors, products in op.apart(pieces, draw):
                 sampled.add(weight, vectors, project_out(products, basis))
@@ -244,13 +245,17 @@ class _Measurement:
             own = sampled.estimate
             # Weights by the pilot, not by what they weigh, which would favour small values.
             part = num_shared / (num_shared + sampled.sweeps / ratio)
-            value = part * shared.value + (1 - part) * (exact + own.value)
-            both = Estimate(value, math.hypot(part * shared.stderr, (1 - part) * own.stderr), shared.quadrature)
+            value = part * shared.value + (1 - part) * (beyond.exact[0] + own.value)
+            both = Estimate(value, math.hypot(part * shared.stderr, (1 - part) * own.stderr))
             self._report("pieces", relative(both))
 
     def _normal(self, count: int, generator: torch.Generator) -> Tensor:
         op = self._operator
         return torch.randn(count, op.dim, generator=generator, dtype=op.dtype, device=op.device)
+
+    def _projected(self, count: int, basis: Rows) -> Tensor:
+        once = project_out(self._normal(count, self._probe_generator), basis)
+        return project_out(once, basis)  # the second time removes what rounding left of the first
 
     # --- the result -----------------------------------------------------------------------------------------------
 
@@ -258,20 +263,15 @@ class _Measurement:
     def _left(self) -> int:
         return self._max_hvps - (self._operator.num_hvps - self._first)
 
-    def _error(self, spectrum: SampledSpectrum, trace: Estimate) -> float:
-        return max(relative(trace), relative(_norm(spectrum)) / NORM)
-
     def _report(self, stage: str, reached: float | None) -> None:
         if self._on_progress is not None:
             self._on_progress(stage, self._operator.num_hvps - self._first, reached)
 
-    def _result(
-        self, spectrum: SampledSpectrum, trace: Estimate, ritz: tuple[Eigenvalue, ...], *, pieces: int
-    ) -> Moments:
-        self._report("done", self._error(spectrum, trace))
+    def _result(self, trace: Estimate, norm: Estimate, ritz: tuple[Eigenvalue, ...], *, pieces: int) -> Moments:
+        self._report("done", _error(trace, norm))
         return Moments(
             trace=trace,
-            frobenius_sq=_norm(spectrum),
+            frobenius_sq=norm,
             lambda_max=ritz[-1],
             pieces=pieces,
             num_hvps=self._operator.num_hvps - self._first,
@@ -281,11 +281,8 @@ class _Measurement:
         )
 
 
-def _state(parts: Split, *, dim: int) -> Deflated:
-    """What a chain tells, to be followed by probe vectors of one product each."""
-    state = Deflated.of(parts, dim=dim)
-    state.length = 1
-    return state
+def _error(trace: Estimate, norm: Estimate) -> float:
+    return max(relative(trace), relative(norm) / NORM)
 
 
 def _unit(vectors: Tensor) -> Tensor:
@@ -293,28 +290,13 @@ def _unit(vectors: Tensor) -> Tensor:
     return unit
 
 
-def _trace(spectrum: SampledSpectrum) -> Estimate:
-    return spectrum.trace_of(lambda values: values)
-
-
-def _norm(spectrum: SampledSpectrum) -> Estimate:
-    """``‖M‖_F²``, with the error that its logarithm has: a sum of squares is skewed, and a small one looks precise."""
-    plain, part = spectrum.trace_of(np.square), spectrum.sampled.trace_of(np.square)
-    if not part > 0 or plain.stderr == 0:
-        return plain
-    return replace(plain, stderr=part * math.expm1(min(1.96 * plain.stderr / part, LARGEST_EXPONENT)) / 1.96)
-
-
-def _probes_for(spectrum: SampledSpectrum, estimate_of: Callable[[SampledSpectrum], Estimate], *, rtol: float) -> float:
-    """Probe vectors, in all, with which an estimate is known to ``rtol``; 0 where it is, infinite where never."""
-    estimate = estimate_of(spectrum)
-    room = rtol * abs(estimate.value) - estimate.quadrature
-    if 1.96 * estimate.stderr <= room:
-        return 0.0
-    if room <= 0:
-        return math.inf
-    count = least = spectrum.num_probes + 1
+def _vectors_for(estimate: Callable[[int], Estimate], count: int, *, rtol: float) -> int:
+    """Probe vectors, in all, with which an estimate that has ``count`` is known to ``rtol``; no fewer than those."""
+    now = estimate(count)
+    wanted, needed = rtol * abs(now.value), count
+    if now.half_width <= wanted:
+        return count
     for _ in range(4):  # a fixed point: more vectors know their own error better, too
-        error = 1.96 * estimate_of(replace(spectrum, num_probes=count)).stderr
-        count = max(least, math.ceil(count * (error / room) ** 2))
-    return float(count)
+        ratio = estimate(needed).half_width / max(wanted, SMALLEST)
+        needed = max(count + 1, math.ceil(min(needed * ratio**2, UNREACHABLE)))
+    return needed

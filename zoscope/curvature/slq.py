@@ -151,22 +151,18 @@ def probe_block(
     *,
     probes: int,
     length: int,
-    shape: Spectrum | None,
     generator: torch.Generator,
     on_first: OnProducts | None = None,
 ) -> list[Spectrum]:
     """Rules of ``probes`` new random vectors on the complement, at ``probes * length`` products.
 
-    ``shape`` is a rule for what chains of one step leave open; ``on_first`` sees the vectors and their first products,
-    see ``short_chains``.
+    ``on_first`` sees the vectors and their first products, see ``short_chains``.
     """
     starts = torch.randn(probes, operator.dim, generator=generator, dtype=deflated.dtype, device=deflated.device)
     for _ in range(2):  # the second pass removes what rounding left of the first
         starts = project_out(starts, deflated)
     chains = short_chains(operator, starts, steps=length, deflated=deflated, on_first=on_first)
-    if shape is None:
-        return [averaged_rule(jacobi) for jacobi in chains]
-    return [reshaped(shape, float(j.alphas[0]), float(j.alphas[0] ** 2 + j.betas[0] ** 2)) for j in chains]
+    return [averaged_rule(jacobi) for jacobi in chains]
 
 
 def measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int) -> Spectrum | None:

@@ -122,8 +122,6 @@ class SampledSpectrum:
             sampling is an error of the rules.
         num_moments: Number of probe vectors behind the first two moments, where more than ``num_probes`` know those;
             0 where none do.
-        moments_only: Whether the rules of single probe vectors are of one step, exact for linear functions and squares
-            and asked for no others. What they scatter beyond sampling then averages out over them.
     """
 
     fine: Spectrum
@@ -133,7 +131,6 @@ class SampledSpectrum:
     errors: tuple[tuple[Spectrum, ...], ...] = ()
     probes: tuple[Spectrum, ...] = ()
     num_moments: int = 0
-    moments_only: bool = False
 
     @classmethod
     def exact(cls, eigenvalues: ArrayLike) -> "SampledSpectrum":
@@ -166,13 +163,6 @@ class SampledSpectrum:
 
     def stderr_at(self, values: Array) -> float:
         """``stderr_of`` the function with these values ``(m,)`` at ``error_nodes``."""
-        sampling = self._sampling_stderr_at(values)
-        if not self.moments_only or not np.isfinite(sampling):
-            return sampling
-        seen = math.sqrt(self._excess_at(values) / max(self.num_probes, 1))
-        return math.hypot(sampling, seen * widening(len(self.probes) - 1)) if seen > 0 else sampling
-
-    def _sampling_stderr_at(self, values: Array) -> float:
         weights = self._rules[1]
         counted = weights != 0
         if self.is_exact or not counted.any():
@@ -205,14 +195,13 @@ class SampledSpectrum:
 
     def quadrature_error_at(self, values: Array) -> float:
         """``quadrature_error_of`` the function with these values ``(m,)`` at ``error_nodes``."""
-        rules = sum(float(np.abs(weights @ values).max()) for weights in self._rules[2])
-        if self.moments_only:
-            return rules
-        # The correction that makes a fine rule of short ones comes from a single vector, and does not average it out.
-        return rules + 1.96 * math.sqrt(self._excess_at(values) * (1 + 1 / max(len(self.probes), 1)))
+        return sum(float(np.abs(weights @ values).max()) for weights in self._rules[2]) + self._scatter_at(values)
 
-    def _excess_at(self, values: Array) -> float:
-        """Variance of the rules of single probe vectors beyond sampling, if that is significant; 0 else."""
+    def _scatter_at(self, values: Array) -> float:
+        """95 % half-width from what the rules of single probe vectors scatter beyond sampling, if that is significant.
+
+        The correction that makes a fine rule of short ones comes from a single vector, and does not average it out.
+        """
         count = len(self.probes)
         scale = float(np.abs(values).max(initial=0.0))
         if count < FEWEST_TO_COMPARE or scale == 0 or not np.isfinite(scale):
@@ -223,7 +212,8 @@ class SampledSpectrum:
         variance, tail = self._variance(values / scale, average)
         # A sample variance scatters by this much: Gaussian forms have an excess kurtosis of 12 Tr A⁴/(Tr A²)².
         allowed = 1.0 + SIGNIFICANT * math.sqrt(2.0 / (count - 1) + 12.0 * tail / count)
-        return scale**2 * max(float(np.var(totals, ddof=1)) - allowed * variance, 0.0)
+        excess = float(np.var(totals, ddof=1)) - allowed * variance
+        return 1.96 * scale * math.sqrt(excess * (1 + 1 / count)) if excess > 0 else 0.0
 
     def trace_of(self, f: NodeFunction) -> Estimate:
         """``Tr f(M)`` with its sampling and quadrature errors."""
