@@ -1,0 +1,75 @@
+"""Trace and norm beyond a Krylov space."""
+
+import numpy as np
+import pytest
+import torch
+
+from zoscope.curvature.beyond import Beyond, exact_part
+from zoscope.curvature.lanczos import Chain
+from zoscope.curvature.operators import DenseOperator
+
+from .matrices import network_like, rotated
+
+MATRIX = rotated(network_like(size=300, negative=0.4), seed=2)
+DIM = len(MATRIX)
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=MATRIX.dtype)
+
+
+def chain_of(steps: int) -> Chain:
+    chain = Chain(DenseOperator(MATRIX), normal(DIM, seed=0), capacity=steps)
+    chain.extend(steps)
+    return chain
+
+
+def projector(chain: Chain) -> torch.Tensor:
+    basis = chain.combine(np.eye(chain.jacobi.size))
+    return torch.eye(DIM, dtype=MATRIX.dtype) - basis.T @ basis
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_what_is_not_sampled_is_exact(steps):
+    chain = chain_of(steps)
+    trace, square = exact_part(chain.jacobi)
+    p = projector(chain)
+    rest = p @ MATRIX @ p
+    assert trace + float(rest.trace()) == pytest.approx(float(MATRIX.trace()), rel=1e-9)
+    assert square + float(rest.square().sum()) == pytest.approx(float(MATRIX.square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_products_from_before_the_chain_are_projected_without_another(steps):
+    chain, vectors = chain_of(steps), normal(3, DIM, seed=1)
+    inside, products = chain.beyond(vectors, vectors @ MATRIX)
+    p = projector(chain)
+    torch.testing.assert_close(inside, vectors @ p, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(products, vectors @ p @ MATRIX @ p, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_errors_are_those_of_many_draws(count):
+    chain = chain_of(10)
+    exact = exact_part(chain.jacobi)
+    p = projector(chain)
+    found = []
+    for seed in range(200):
+        beyond, vectors = Beyond(exact, DIM - 10), normal(count, DIM, seed=100 + seed) @ p
+        beyond.add(vectors, vectors @ MATRIX @ p)
+        found.append((beyond.trace(), beyond.norm()))
+    truths = float(MATRIX.trace()), float(MATRIX.square().sum())
+    for estimates, truth in zip(zip(*found, strict=True), truths, strict=True):
+        inside = sum(low <= truth <= high for low, high in (e.interval for e in estimates))
+        assert inside >= 182  # P(fewer of 200) < 1 % at a true coverage of 95 %
+        mean = np.mean([e.value for e in estimates])
+        assert abs(mean - truth) <= 4 * np.std([e.value for e in estimates]) / np.sqrt(200)
+    scatter = np.std([trace.value for trace, _ in found])
+    assert np.median([trace.stderr for trace, _ in found]) == pytest.approx(scatter, rel=0.25)
+
+
+def test_nothing_beyond_is_no_error():
+    beyond = Beyond((3.0, 5.0), 10)
+    beyond.add(normal(3, 12, seed=0), torch.zeros(3, 12, dtype=MATRIX.dtype))
+    assert beyond.trace().interval == (3.0, 3.0)
+    assert beyond.norm().interval == (5.0, 5.0)
