@@ -55,9 +55,11 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor]]] = {
 }
 
 
-def derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, by_hand: bool) -> list[Tensor]:
+def derivatives(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], *, by_hand: bool, device: str = "cpu"
+) -> list[Tensor]:
     """Value, gradient, a product with the Hessian and one with the third derivative; of something that is curved."""
-    inputs = [x.clone().requires_grad_() for x in inputs]
+    inputs = [x.to(device, copy=True).requires_grad_() for x in inputs]
     bent = [x + 0.1 * x.square() for x in inputs]  # inputs that have a graph of their own
     if by_hand:
         with SecondDerivativesByHand():
@@ -65,7 +67,7 @@ def derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, by
         assert BY_HAND in node_names([value]) or "AddBackward0" in node_names([value])
     else:
         value = function(*bent)
-    loss = (value * normal(*value.shape, seed=7)).sum() + value.square().sum()
+    loss = (value * normal(*value.shape, seed=7).to(device)).sum() + value.square().sum()
     found, last = [value, loss], loss
     for order in (1, 2, 3):
         keep = order < 3
@@ -74,7 +76,7 @@ def derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, by
         if order == 2:  # a product of the kind that is computed again and again, without a graph of its own
             again = torch.autograd.grad(last, inputs, retain_graph=True, allow_unused=True)
             found += [g for g in again if g is not None]
-        last = sum((g * normal(*g.shape, seed=8 + order)).sum() for g in grads if g is not None)
+        last = sum((g * normal(*g.shape, seed=8 + order).to(device)).sum() for g in grads if g is not None)
     return found
 
 
@@ -84,6 +86,14 @@ def test_derivatives_of_all_orders_are_those_of_pytorch(name):
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gelu", "silu", "conv1d", "conv2d in groups", "conv3d", "log_softmax"])
+def test_they_are_on_a_gpu(name):
+    expected, found = (derivatives(*OPERATIONS[name], by_hand=by_hand, device="cuda") for by_hand in (False, True))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
