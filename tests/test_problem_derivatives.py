@@ -89,6 +89,7 @@ def test_derivatives_of_all_orders_are_those_of_pytorch(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["gelu", "silu", "conv1d", "conv2d in groups", "conv3d", "log_softmax"])
 def test_they_are_on_a_gpu(name):
     expected, found = (derivatives(*OPERATIONS[name], by_hand=by_hand, device="cuda") for by_hand in (False, True))
