@@ -7,6 +7,7 @@ import torch
 from zoscope.curvature.beyond import Beyond, exact_part
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.operators import DenseOperator
+from zoscope.errors import NumericalError
 
 from .matrices import network_like, rotated
 
@@ -73,3 +74,9 @@ def test_nothing_beyond_is_no_error():
     beyond.add(normal(3, 12, seed=0), torch.zeros(3, 12, dtype=MATRIX.dtype))
     assert beyond.trace().interval == (3.0, 3.0)
     assert beyond.norm().interval == (5.0, 5.0)
+
+
+def test_products_that_are_not_finite_are_refused():
+    vectors = normal(2, 12, seed=0)
+    with pytest.raises(NumericalError, match="not finite"):
+        Beyond((3.0, 5.0), 10).add(vectors, vectors * torch.tensor([[1.0], [torch.inf]]))

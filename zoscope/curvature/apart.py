@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoscope.curvature.lanczos import require_finite
 from zoscope.problem import Objective, SecondDerivativesByHand, Shard
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import widening
@@ -120,10 +121,15 @@ class Apart:
     sweeps: int = 0
 
     def add(self, weight: float, vectors: Tensor, products: Tensor) -> None:
-        """Count unit vectors ``(k, d)`` of the complement and their projected products with one piece."""
+        """Count unit vectors ``(k, d)`` of the complement and their projected products with one piece.
+
+        Raises:
+            NumericalError: If a product is not finite.
+        """
         scale = weight * self.dimension
         self.values += [scale * float(v) for v in (vectors * products).sum(dim=1, dtype=torch.float64)]
         squares = products.square().sum(dim=1, dtype=torch.float64)
+        require_finite(*squares.tolist())
         self.variances += [2 * scale * weight * float(square) for square in squares]
 
     @property

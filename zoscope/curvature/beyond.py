@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.lanczos import Jacobi
+from zoscope.curvature.lanczos import Jacobi, require_finite
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import NORMAL, widening
 
@@ -53,10 +53,15 @@ class Beyond:
     common: list[float] = field(default_factory=list)
 
     def add(self, vectors: Tensor, products: Tensor) -> None:
-        """Count vectors ``(b, d)`` of the space, of any length, and their products ``PMz``."""
+        """Count vectors ``(b, d)`` of the space, of any length, and their products ``PMz``.
+
+        Raises:
+            NumericalError: If a product is not finite.
+        """
         lengths = vectors.square().sum(dim=1, dtype=torch.float64)
         inner = (vectors * products).sum(dim=1, dtype=torch.float64)
         squares = products.square().sum(dim=1, dtype=torch.float64)
+        require_finite(*inner.tolist(), *squares.tolist())
         self.traces += (self.dimension * inner / lengths).tolist()
         self.squares += (self.dimension * squares / lengths).tolist()
         for product, length in zip(products, lengths.sqrt().tolist(), strict=True):

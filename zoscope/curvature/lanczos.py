@@ -82,7 +82,7 @@ class Chain:
                 return
             w = self._operator.matmat(self._basis.row(k)[None])[0]
             alpha, beta = self._basis.orthogonalise(w, k + 1)
-            _require_finite(alpha, beta)
+            require_finite(alpha, beta)
             scale = max(map(abs, [*self._alphas, *self._betas, alpha]))
             self._alphas.append(alpha)
             self.exhausted = k + 1 == self._operator.dim or beta <= breakdown(self._dtype, scale)
@@ -167,7 +167,7 @@ def short_chains(
         betas.append(beta)
     a = torch.cat(alphas, dim=1).double().cpu().numpy()
     b = torch.cat(betas, dim=1).double().cpu().numpy()
-    _require_finite(*a.ravel(), *b.ravel())
+    require_finite(*a.ravel(), *b.ravel())
     return [_cut(Jacobi(row_a, row_b), starts.dtype) for row_a, row_b in zip(a, b, strict=True)]
 
 
@@ -190,7 +190,12 @@ def _cut(jacobi: Jacobi, dtype: torch.dtype) -> Jacobi:
     return jacobi.head(int(noise[0]) + 1) if noise.size else jacobi
 
 
-def _require_finite(*numbers: float) -> None:
+def require_finite(*numbers: float) -> None:
+    """See that numbers made of products are finite.
+
+    Raises:
+        NumericalError: If one is not.
+    """
     if not np.isfinite(numbers).all():
         raise NumericalError(
             "A Hessian-vector product is not finite although the loss is. Expected finite second derivatives at the "
