@@ -185,8 +185,8 @@ class SampledSpectrum:
         """Of one probe vector, and ``Tr A⁴/(Tr A²)²``, which tells how well that is known."""
         squares = values**2
         first, second, fourth = (float(weights @ part) for part in (values, squares, squares**2))
-        # Tilted rules have weights below 0; where even this sum is, take the worst that there can be.
-        tail = fourth / second**2 if second**2 > 0 and fourth > 0 else 1.0
+        # Rules that are tilted or averaged have weights below 0; where even this sum is, nothing is known of the tail.
+        tail = (fourth / second**2 if fourth > 0 else math.inf) if second**2 > 0 else 1.0
         return 2.0 * (self.dimension * second - first**2) / (self.dimension + 2), tail
 
     def quadrature_error_of(self, f: NodeFunction) -> float:
