@@ -126,6 +126,7 @@ KERNELS = normal(4, 3, 3, 3)
         (lambda x: functional.silu(x + 0, inplace=True), normal(3)),
         (lambda x: functional.conv2d(x, KERNELS, padding="same"), IMAGES),
         (lambda x: functional.conv2d(x, KERNELS), IMAGES[0]),
+        (lambda x: functional.conv2d(torch.complex(x, x), torch.complex(KERNELS, KERNELS)), IMAGES),
         (lambda x: functional.batch_norm(x, None, None, training=True), IMAGES),
         (lambda x: functional.cross_entropy(x, torch.tensor([0, 1]), label_smoothing=0.1), normal(2, 3)),
         (lambda x: functional.cross_entropy(x, normal(2, 3).softmax(1)), normal(2, 3)),
@@ -134,7 +135,19 @@ KERNELS = normal(4, 3, 3, 3)
         (lambda x: torch.func.grad(lambda y: functional.gelu(y).sum())(x), normal(3)),
         (lambda x: torch.func.vmap(functional.gelu)(x), normal(3, 2)),
     ],
-    ids=["in-place", "padding", "one image", "train", "smooth labels", "shares", "dtype", "checkpoint", "grad", "vmap"],
+    ids=[
+        "in-place",
+        "padding",
+        "one image",
+        "complex",
+        "train",
+        "smooth labels",
+        "shares",
+        "dtype",
+        "checkpoint",
+        "grad",
+        "vmap",
+    ],
 )
 def test_other_calls_are_left_to_pytorch(function, x):
     assert not by_hand_in(function, x)

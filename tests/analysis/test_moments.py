@@ -4,20 +4,11 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 import zoscope
-from zoscope import NumericalError, Problem, UsageError
+from zoscope import NumericalError, UsageError
 
-
-def network() -> Problem:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
-    y = torch.randint(3, (40,), generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3)).double()
-    return Problem.from_criterion(model, [(x, y)], nn.CrossEntropyLoss())
+from .test_density import network
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])

@@ -266,8 +266,8 @@ class _Sampling:
             self._on_progress(stage, spent, reached)
 
 
-def chain_steps(operator: LinearOperator, *, most: int, max_hvps: int) -> tuple[int, list[str]]:
-    """Steps of a long chain that budget and memory allow, ``most`` and a third of the products at most.
+def chain_steps(operator: LinearOperator, *, most: int, max_hvps: int, beside: int = 0) -> tuple[int, list[str]]:
+    """Steps of a long chain that budget and memory less ``beside`` vectors allow, ``most`` and a third of the products at most.
 
     Returns:
         The steps, and what a user should know of them.
@@ -275,7 +275,7 @@ def chain_steps(operator: LinearOperator, *, most: int, max_hvps: int) -> tuple[
     row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
     crew = operator.crew
     free = available_memory(operator.device) if crew is None else crew.memory_for_vectors()
-    fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1
+    fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1 - beside
     most = min(most, max(min(max_hvps, 2), max_hvps // 3), operator.dim)
     if fits >= most:
         return most, []

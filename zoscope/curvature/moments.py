@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoscope.curvature.apart import Apart, Pieces, fewer_pieces, pieces_apart, variances
-from zoscope.curvature.beyond import Beyond, exact_part
+from zoscope.curvature.beyond import KEPT, Beyond, exact_part
 from zoscope.curvature.lanczos import Chain, Rows, project_out
 from zoscope.curvature.measure import (
     BLOCK,
@@ -135,7 +135,7 @@ class _Measurement:
     def _chain(self) -> Chain:
         """Extend the chain until the largest eigenvalue is known and more steps take more products than they save."""
         op = self._operator
-        most, note = chain_steps(op, most=MANY_STEPS, max_hvps=self._max_hvps)
+        most, note = chain_steps(op, most=MANY_STEPS, max_hvps=self._max_hvps, beside=KEPT)
         self._notes += note
         start = torch.randn(op.dim, generator=self._chain_generator, dtype=op.dtype, device=op.device)
         chain = Chain(op, start, capacity=most)
@@ -162,7 +162,8 @@ class _Measurement:
         if ahead <= MORE_STEPS or ahead > FAR * steps:
             return ahead <= MORE_STEPS
         gained = beyond.exact[1] - exact_part(chain.jacobi.head(steps - MORE_STEPS))[1]
-        return self._ratio * 2 * gained * (NORMAL / (self._rtol * beyond.trace().value)) ** 2 < MORE_STEPS
+        wanted = max(self._rtol * abs(beyond.trace().value) / NORMAL, SMALLEST)  # standard error
+        return self._ratio * 2 * gained < MORE_STEPS * wanted**2
 
     def _ahead(self, beyond: Beyond) -> float:
         """Products that sampling takes after a chain."""
@@ -231,7 +232,8 @@ class _Measurement:
             if both.half_width <= wanted:
                 return both
             count = num_shared + sampled.sweeps / ratio
-            missing = ratio * count * ((both.half_width / wanted) ** 2 - 1)
+            factor = min(both.half_width / max(wanted, SMALLEST), UNREACHABLE)
+            missing = ratio * count * (factor**2 - 1)
             sweeps = min(max(1, math.ceil(missing)), self._left, AT_ONCE)
             if sweeps < 1:
                 return both
@@ -297,6 +299,6 @@ def _vectors_for(estimate: Callable[[int], Estimate], count: int, *, rtol: float
     if now.half_width <= wanted:
         return count
     for _ in range(4):  # a fixed point: more vectors know their own error better, too
-        ratio = estimate(needed).half_width / max(wanted, SMALLEST)
+        ratio = min(estimate(needed).half_width / max(wanted, SMALLEST), UNREACHABLE)
         needed = max(count + 1, math.ceil(min(needed * ratio**2, UNREACHABLE)))
     return needed

@@ -26,8 +26,8 @@ from zoscope.problem.rules import Convolution, Elementwise, LogSoftmax
 class SecondDerivativesByHand(TorchFunctionMode):
     """Within it, operations that are called with plain tensors keep a graph that is fast to differentiate twice.
 
-    What does not fit is left to PyTorch: autocast, transforms of ``torch.func``, subclasses of tensors, and code that
-    decides what the graph keeps, as activation checkpointing does.
+    What does not fit is left to PyTorch: autocast, transforms of ``torch.func``, subclasses of tensors, complex
+    numbers, unusual layouts, and code that decides what the graph keeps, as activation checkpointing does.
     """
 
     def __enter__(self) -> SecondDerivativesByHand:
@@ -56,7 +56,8 @@ def _is_plain(arguments: Sequence[Any]) -> bool:
         torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
         and any(t.requires_grad for t in tensors)
-        and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        and all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in tensors)
+        and not any(t.is_complex() for t in tensors)
         and not torch.is_autocast_enabled(tensors[0].device.type)
     )
 
