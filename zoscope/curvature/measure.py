@@ -267,7 +267,7 @@ class _Sampling:
 
 
 def chain_steps(operator: LinearOperator, *, most: int, max_hvps: int, beside: int = 0) -> tuple[int, list[str]]:
-    """Steps of a long chain that budget and memory less ``beside`` vectors allow, ``most`` and a third of the products at most.
+    """Steps of a long chain: ``most``, a third of the products, or what memory less ``beside`` vectors holds.
 
     Returns:
         The steps, and what a user should know of them.
