@@ -170,6 +170,26 @@ def test_regression_and_several_labels_have_the_loss_that_transformers_gives_the
     assert float(half.detach()) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_labels_are_smoothed_as_by_the_trainer(task: str, dtype: torch.dtype, rel: float) -> None:
+    model = small_model(task).eval()
+    (batch,) = problem_from_transformers(model, small_examples(task), batch_size=7).batches
+    smoother = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.1)
+    with torch.no_grad():
+        expected = float(smoother(model(**batch), batch["labels"], shift_labels=task == "causal-lm"))
+    smoothed = problem_from_transformers(model.to(dtype), small_examples(task), batch_size=3, label_smoothing=0.1)
+    assert objective_value(smoothed, dtype="own", differentiable=False) == pytest.approx(expected, rel=rel)
+
+
+def test_only_classes_can_be_smoothed() -> None:
+    model = small_model("sequence-classification", problem_type="regression")
+    examples = [{"input_ids": [5, 6], "labels": [0.1, 0.2, 0.3]}]
+    with pytest.raises(zoscope.SpecError, match="labels that are classes; here: regression"):
+        objective_value(problem_from_transformers(model, examples, label_smoothing=0.1))
+    with pytest.raises(zoscope.SpecError, match="pass task=, one of"):
+        problem_from_transformers(small_model("masked-lm").bert, examples, label_smoothing=0.1)
+
+
 def random_masks(examples: list[Any]) -> dict[str, torch.Tensor]:
     """What ``DataCollatorForLanguageModeling`` does, in short."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(e["input_ids"]) for e in examples], batch_first=True)
@@ -229,7 +249,7 @@ def test_what_cannot_be_used_is_said_in_one_paragraph(make: Any, words: str) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [{"task": "qa"}, {"weighting": "words"}, {"batch_size": 0}])
+@pytest.mark.parametrize("bad", [{"task": "qa"}, {"weighting": "words"}, {"batch_size": 0}, {"label_smoothing": 1.0}])
 def test_an_argument_out_of_range_is_a_value_error(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         problem_from_transformers(small_model("causal-lm"), small_examples("causal-lm"), **bad)

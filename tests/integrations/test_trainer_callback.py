@@ -58,3 +58,20 @@ def test_measuring_does_not_change_the_training(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     losses = [[e["loss"] for e in training.state.log_history if "loss" in e] for training in (plain, watched)]
     assert losses[0] == losses[1]
+
+
+def test_labels_are_smoothed_as_the_trainer_is_told(tmp_path: Path) -> None:
+    training = trainer(tmp_path, label_smoothing_factor=0.2, max_grad_norm=0)
+    model = training.model.eval()
+    batch = training.data_collator([training.train_dataset[n] for n in range(4)])
+    expected = float(training.compute_loss(model, dict(batch)))
+    callback = watch_trainer(training, every=3, examples=4, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    training.train()
+    assert callback.records[0].loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_of_the_trainers_own_needs_a_problem(tmp_path: Path) -> None:
+    training = trainer(tmp_path)
+    training.compute_loss_func = lambda outputs, labels, **_: outputs["logits"].sum()
+    with pytest.raises(ValueError, match="compute_loss_func: pass the problem"):
+        watch_trainer(training)

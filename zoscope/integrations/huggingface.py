@@ -40,6 +40,7 @@ def problem_from_transformers(
     params: str | None = None,
     task: Task = "auto",
     weighting: Weighting = "tokens",
+    label_smoothing: float = 0.0,
     seed: int = 0,
 ) -> Problem:
     """The loss of a language model on a dataset, as a problem for every command of zoscope.
@@ -65,6 +66,8 @@ def problem_from_transformers(
             ``Trainer`` over the micro-batches of one step. ``"examples"``: batches by their size, whatever number of
             tokens counts in each, as in the average of ``Trainer``'s losses with one batch per step. Where labels
             belong to whole examples the two are the same.
+        label_smoothing: Part of each label that is spread evenly over all classes, or tokens of the vocabulary:
+            ``label_smoothing_factor`` of ``TrainingArguments``.
         seed: Of what a collator draws from the global generators; those come back as they were.
 
     Returns:
@@ -78,8 +81,15 @@ def problem_from_transformers(
     _require("weighting", weighting, get_args(Weighting))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
     head = _head(model)
     task = _task_of(head) if task == "auto" else task
+    if label_smoothing and task == "other":
+        raise SpecError(
+            f"label_smoothing={label_smoothing} needs to know what the head of {type(head).__name__} does: pass task=, "
+            f"one of {', '.join(_SUFFIXES.values())}."
+        )
     names = frozenset(inspect.signature(head.forward).parameters)
     pad = getattr(getattr(head, "config", None), "pad_token_id", None)
     batches = make_batches(
@@ -89,7 +99,8 @@ def problem_from_transformers(
     counted = [batch for batch in batches if count(batch) > 0]
     if not counted:
         raise SpecError(nothing_counts(batches))
-    loss = HeadLoss(task, extra={"use_cache": False} if "use_cache" in names and not _has_prefix(model) else {})
+    extra = {"use_cache": False} if "use_cache" in names and not _has_prefix(model) else {}
+    loss = HeadLoss(task, extra=extra, label_smoothing=label_smoothing)
     problem = Problem(model, counted, loss, params=params, batch_size_of=count)
     problem.name = type(head).__name__
     return problem
@@ -102,10 +113,12 @@ class HeadLoss:
     Args:
         task: What its head does.
         extra: Further arguments of its forward pass.
+        label_smoothing: Part of each label that is spread over all of them.
     """
 
     task: Task
     extra: Mapping[str, Any]
+    label_smoothing: float = 0.0
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The loss, in float32 at least where the task is known."""
@@ -118,21 +131,30 @@ class HeadLoss:
                 f"{type(_head(model)).__name__} returned no loss: expected a model with a head, such as "
                 "AutoModelForCausalLM or AutoModelForSequenceClassification, and batches with labels."
             )
-        if loss.dtype in _HALF and self.task != "other" and isinstance(output, Mapping):
-            # Some heads go to float32 for their loss (most causal ones), some do not (BERT's).
-            return _loss_of(output["logits"].float(), batch["labels"], self.task, _head(model))
-        return loss
+        # Some heads go to float32 for their loss (most causal ones), some do not (BERT's).
+        half = loss.dtype in _HALF and self.task != "other" and isinstance(output, Mapping)
+        if not (half or self.label_smoothing):
+            return loss
+        logits = output["logits"] if isinstance(output, Mapping) else output[1]
+        return self._of(logits.float() if logits.dtype in _HALF else logits, batch["labels"], _head(model).config)
 
-
-def _loss_of(logits: Tensor, labels: Tensor, task: Task, head: Any) -> Tensor:
-    """As ``transformers`` defines it; of classification by the kind of problem that a model notes in its config."""
-    if task == "sequence-classification" and head.config.problem_type == "regression":
-        return functional.mse_loss(logits.view(labels.shape), labels.float())
-    if task == "sequence-classification" and head.config.problem_type == "multi_label_classification":
-        return functional.binary_cross_entropy_with_logits(logits, labels.float())
-    if task == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED)
+    def _of(self, logits: Tensor, labels: Tensor, config: Any) -> Tensor:
+        """As ``transformers`` defines it; of classification by the kind of problem that a model notes in its config."""
+        kind = config.problem_type if self.task == "sequence-classification" else None
+        if self.label_smoothing and kind in ("regression", "multi_label_classification"):
+            raise SpecError(f"label_smoothing={self.label_smoothing} is for labels that are classes; here: {kind}.")
+        if kind == "regression":
+            return functional.mse_loss(logits.view(labels.shape), labels.float())
+        if kind == "multi_label_classification":
+            return functional.binary_cross_entropy_with_logits(logits, labels.float())
+        if self.task == "causal-lm":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels.reshape(-1),
+            ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing,
+        )
 
 
 def _require(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -43,7 +43,8 @@ def watch_trainer(
 
     Args:
         trainer: The trainer, before ``train()``.
-        problem: What is measured; by default the loss of the first ``examples`` of its training set.
+        problem: What is measured; by default the loss of the first ``examples`` of its training set, labels smoothed as
+            its arguments say.
         every: Steps between measurements.
         examples: Examples of the default problem, evaluated in batches of the trainer's size.
         **options: Further options of ``zoscope.StabilityMonitor``; ``optimizer="zo-gd"`` and the like for a trainer
@@ -55,12 +56,15 @@ def watch_trainer(
     if problem is None:
         if trainer.model is None or trainer.train_dataset is None:
             raise ValueError("the trainer has no model or no training set yet: pass the problem to measure")
+        if trainer.compute_loss_func is not None:
+            raise ValueError("the trainer has a loss of its own, compute_loss_func: pass the problem to measure")
         dataset: Any = trainer.train_dataset
         problem = problem_from_transformers(
             trainer.model,
             [dataset[index] for index in range(min(examples, len(dataset)))],
             collator=trainer.data_collator,
             batch_size=trainer.args.per_device_train_batch_size,
+            label_smoothing=trainer.args.label_smoothing_factor,
         )
     callback = StabilityCallback(trainer, problem, every=every, **options)
     trainer.add_callback(callback)
