@@ -29,8 +29,12 @@ from texts import SOURCES, few_shot
 Tuning = Literal["full", "lora", "prefix"]
 
 PROMPT = "{text} It was about"
-STEPS, RATES = 40, {"full": 5e-5, "lora": 1e-3, "prefix": 1e-2}
+STEPS = {"opt": 40, "roberta": 40, "minilm": 25}
+RATES = {"full": 5e-5, "lora": 1e-3, "prefix": 1e-2}
 """What a model is trained by Adam beforehand; all of a small random one at twenty times the rate."""
+
+SMOOTHING = {"minilm": 0.1}
+"""Of labels. A new head separates so few texts: without it there is no minimum near, and the loss has no scale."""
 
 
 def problem(
@@ -38,6 +42,7 @@ def problem(
     tuning: Tuning = "full",
     steps: int | None = None,
     lr: float | None = None,
+    smoothing: float | None = None,
     shots: int = 8,
     length: int = 48,
     batch_size: int = 32,
@@ -48,8 +53,9 @@ def problem(
     Args:
         model: ``opt`` or ``roberta`` (small, random), ``minilm``, or the folder of a checkpoint.
         tuning: What is trained: everything, a LoRA of the queries and values, or a prefix of five positions.
-        steps: Steps of Adam on the examples before anything is measured; 40, and none for a checkpoint.
+        steps: Steps of Adam on the examples before anything is measured; none for a checkpoint.
         lr: Their learning rate.
+        smoothing: Of the labels; 0.1 for ``minilm``, 0 for the others.
         shots: Examples of each class.
         length: Most tokens of an example.
         batch_size: Examples per forward pass.
@@ -60,11 +66,10 @@ def problem(
     network, tokenizer = models.load(model, texts=known, classes=len(SOURCES), seed=seed)
     examples = [_example(network, tokenizer, *pair, length=length) for pair in zip(texts, classes, strict=True)]
     network = adapted(network, tuning, seed=seed)
-    found = problem_from_transformers(network, examples, batch_size=batch_size)
-    small = model in ("opt", "roberta")
-    if steps is None:
-        steps = STEPS if small or model == "minilm" else 0
-    train(found, steps=steps, lr=lr or RATES[tuning] * (20 if small and tuning == "full" else 1))
+    smoothing = SMOOTHING.get(model, 0.0) if smoothing is None else smoothing
+    found = problem_from_transformers(network, examples, batch_size=batch_size, label_smoothing=smoothing)
+    rate = RATES[tuning] * (20 if tuning == "full" and model in ("opt", "roberta") else 1)
+    train(found, steps=STEPS.get(model, 0) if steps is None else steps, lr=lr or rate)
     return found
 
 
