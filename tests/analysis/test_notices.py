@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from zoscope.analysis import notices
+from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds
-from zoscope.analysis.results import ProblemInfo
 from zoscope.curvature.precondition import Preconditioner
 from zoscope.curvature.results import Curvature, Eigenvalue
 from zoscope.problem import Notice

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from zoscope.analysis import notices
+from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.measuring import Measurement, measure_problem
 from zoscope.analysis.request import Progress, Request, rule_names, subject_of
-from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds, ProblemInfo
+from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds
 from zoscope.analysis.rows import Question, optimizer_row
 from zoscope.errors import NumericalError
 from zoscope.problem import OWN_DTYPE, Notice

@@ -12,9 +12,9 @@ import torch
 
 from zoscope.analysis import notices
 from zoscope.analysis.density_results import LayerTrace, SpectrumResult
+from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.measuring import curvature_operator, finite_gradient
 from zoscope.analysis.request import Progress, Request, subject_of
-from zoscope.analysis.results import ProblemInfo
 from zoscope.curvature.measure import measure
 from zoscope.curvature.slq import DEFLATION_TOLERANCES
 from zoscope.errors import NumericalError, UsageError

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoscope._version import __version__
+from zoscope.analysis.measured import Measured
 from zoscope.analysis.optimizer_bounds import estimate_dict, number
-from zoscope.analysis.results import ProblemInfo, curvature_dict, eigenvalue_dict
-from zoscope.analysis.shown import Shown
+from zoscope.analysis.results import curvature_dict, eigenvalue_dict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from zoscope.curvature.results import Curvature, Eigenvalue
-    from zoscope.problem import Notice
     from zoscope.theory.density import Decade, Density
     from zoscope.theory.spectrum import Array, Estimate
 
@@ -50,17 +48,12 @@ class LayerTrace:
         }
 
 
-@dataclass(frozen=True)
-class SpectrumResult(Shown):
-    """Eigenvalues of a problem's curvature matrix.
+@dataclass(frozen=True, kw_only=True)
+class SpectrumResult(Measured):
+    """Eigenvalues of a problem's curvature matrix; the other fields are those of every `Measured` result.
 
     Args:
-        spec: What was measured, as the header shows it; ``None`` for a problem without a name.
-        device: Device of the measurement.
-        dtype: Floating-point type of the measurement.
-        seed: Seed of the probe vectors.
         rtol: Relative 95 % half-width asked for.
-        problem: Size of the problem, loss and gradient norm.
         operator: ``"hessian"`` or ``"ggn"``.
         curvature: Its moments and ends.
         top: Largest eigenvalues, the largest first.
@@ -69,18 +62,9 @@ class SpectrumResult(Shown):
         density: Eigenvalues per decade with a 95 % band.
         decades: Counts and sums of eigenvalues by powers of ten.
         layers: Trace by layer, in the order of the parameters; ``None`` where it was not asked for.
-        num_hvps: Hessian-vector products spent.
-        seconds: Wall-clock time of everything.
-        warnings: What to know before trusting a number.
-        version: Version of zoscope.
     """
 
-    spec: str | None
-    device: str
-    dtype: str
-    seed: int
     rtol: float
-    problem: ProblemInfo
     operator: str
     curvature: Curvature
     top: tuple[Eigenvalue, ...]
@@ -89,24 +73,11 @@ class SpectrumResult(Shown):
     density: Density
     decades: tuple[Decade, ...]
     layers: tuple[LayerTrace, ...] | None
-    num_hvps: int
-    seconds: float
-    warnings: tuple[Notice, ...] = ()
-    version: str = field(default=__version__)
 
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.spectrum/1``: JSON numbers, strings and null only."""
-        return {
-            "schema": SCHEMA,
-            "zoscope": self.version,
-            "spec": self.spec,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seed": self.seed,
+        fields = {
             "rtol": self.rtol,
-            "num_hvps": self.num_hvps,
-            "seconds": number(self.seconds),
-            "problem": self.problem.to_dict(),
             "curvature": {self.operator: curvature_dict(self.curvature)},
             "top": [eigenvalue_dict(eigenvalue) for eigenvalue in self.top],
             "bottom": [eigenvalue_dict(eigenvalue) for eigenvalue in self.bottom],
@@ -114,8 +85,8 @@ class SpectrumResult(Shown):
             "density": _density(self.density),
             "decades": [_decade(part) for part in self.decades],
             "layers": None if self.layers is None else [layer.to_dict() for layer in self.layers],
-            "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
         }
+        return self.document(SCHEMA, fields)
 
     def __rich__(self) -> RenderableType:
         """Tables for the terminal."""

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis import forward_notices, notices
+from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.optimizer_bounds import Binding, ForwardBounds, OptimizerBounds, Outlook, Verdict
 from zoscope.analysis.precision import relative_half_width
 from zoscope.analysis.recommend import MARGIN
-from zoscope.analysis.results import BoundsResult, Estimator, ProblemInfo
+from zoscope.analysis.results import BoundsResult, Estimator
 from zoscope.curvature.forward import measure_forward
 from zoscope.errors import NumericalError, UsageError
 from zoscope.theory.descent import descent_threshold

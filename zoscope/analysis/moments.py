@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from zoscope._version import __version__
 from zoscope.analysis import notices
 from zoscope.analysis.density import sampling_request
+from zoscope.analysis.measured import Measured, ProblemInfo
 from zoscope.analysis.measuring import curvature_operator, finite_gradient
 from zoscope.analysis.optimizer_bounds import estimate_dict, number
 from zoscope.analysis.request import Progress, Request, subject_of
-from zoscope.analysis.results import ProblemInfo, eigenvalue_dict
-from zoscope.analysis.shown import Shown
+from zoscope.analysis.results import eigenvalue_dict
 from zoscope.curvature.moments import measure_moments
 from zoscope.errors import NumericalError
 from zoscope.problem import Notice
@@ -30,64 +29,32 @@ if TYPE_CHECKING:
 SCHEMA = "zoscope.moments/1"
 
 
-@dataclass(frozen=True)
-class MomentsResult(Shown):
-    """Trace, norm and the largest eigenvalue of a problem's curvature matrix.
+@dataclass(frozen=True, kw_only=True)
+class MomentsResult(Measured):
+    """Trace, norm and λ_max of a problem's curvature matrix; the other fields are those of every `Measured` result.
 
     Args:
-        spec: What was measured, as the header shows it; ``None`` for a problem without a name.
-        device: Device of the measurement.
-        dtype: Floating-point type of the measurement.
-        seed: Seed of the probe vectors.
         rtol: Relative 95 % half-width asked for of the trace; of ``‖·‖_F²`` it is three times as much.
-        problem: Size of the problem, loss and gradient norm.
         operator: ``"hessian"`` or ``"ggn"``.
         moments: What was measured.
-        num_hvps: Hessian-vector products spent.
-        seconds: Wall-clock time of everything.
-        warnings: What to know before trusting a number.
-        version: Version of zoscope.
     """
 
-    spec: str | None
-    device: str
-    dtype: str
-    seed: int
     rtol: float
-    problem: ProblemInfo
     operator: str
     moments: Moments
-    num_hvps: int
-    seconds: float
-    warnings: tuple[Notice, ...] = ()
-    version: str = field(default=__version__)
 
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.moments/1``: JSON numbers, strings and null only."""
         found = self.moments
-        return {
-            "schema": SCHEMA,
-            "zoscope": self.version,
-            "spec": self.spec,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seed": self.seed,
-            "rtol": self.rtol,
-            "num_hvps": self.num_hvps,
-            "seconds": number(self.seconds),
-            "problem": self.problem.to_dict(),
-            "curvature": {
-                self.operator: {
-                    "trace": estimate_dict(found.trace),
-                    "frobenius_sq": estimate_dict(found.frobenius_sq),
-                    "lambda_max": eigenvalue_dict(found.lambda_max),
-                    "pieces": found.pieces,
-                    "num_hvps": found.num_hvps,
-                    "seconds": number(found.seconds),
-                }
-            },
-            "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
+        entry = {
+            "trace": estimate_dict(found.trace),
+            "frobenius_sq": estimate_dict(found.frobenius_sq),
+            "lambda_max": eigenvalue_dict(found.lambda_max),
+            "pieces": found.pieces,
+            "num_hvps": found.num_hvps,
+            "seconds": number(found.seconds),
         }
+        return self.document(SCHEMA, {"rtol": self.rtol, "curvature": {self.operator: entry}})
 
     def __rich__(self) -> RenderableType:
         """Tables for the terminal."""

@@ -12,8 +12,8 @@ from zoscope.curvature.measure import DENSE_LIMIT
 from zoscope.problem import Notice
 
 if TYPE_CHECKING:
+    from zoscope.analysis.measured import ProblemInfo
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
-    from zoscope.analysis.results import ProblemInfo
     from zoscope.curvature.precondition import Preconditioner
     from zoscope.curvature.results import Curvature
     from zoscope.theory.curve import GradientMeasure

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoscope._version import __version__
+from zoscope.analysis.measured import Measured
 from zoscope.analysis.optimizer_bounds import (
     Binding,
     Horizon,
@@ -18,13 +18,11 @@ from zoscope.analysis.optimizer_bounds import (
     estimate_dict,
     number,
 )
-from zoscope.analysis.shown import Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from zoscope.curvature.results import Curvature, Eigenvalue, ForwardCurvature
-    from zoscope.problem import Notice
 
 __all__ = [
     "SCHEMA",
@@ -34,7 +32,6 @@ __all__ = [
     "Horizon",
     "OptimizerBounds",
     "Outlook",
-    "ProblemInfo",
     "ThresholdName",
     "Verdict",
     "ci95",
@@ -44,32 +41,6 @@ __all__ = [
 ]
 
 SCHEMA = "zoscope.bounds/1"
-
-
-@dataclass(frozen=True)
-class ProblemInfo:
-    """Where the curvature was measured.
-
-    Args:
-        num_params: Number of trained parameters ``d``.
-        num_examples: Examples in the batches; 1 for a problem that is a function.
-        loss: Mean loss.
-        grad_norm: ``‖g‖``, loss/param.
-    """
-
-    num_params: int
-    num_examples: int
-    loss: float
-    grad_norm: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "num_params": self.num_params,
-            "num_examples": self.num_examples,
-            "loss": number(self.loss),
-            "grad_norm": number(self.grad_norm),
-        }
 
 
 @dataclass(frozen=True)
@@ -84,65 +55,38 @@ class Estimator:
         return {"directions": self.directions, "queries": self.queries}
 
 
-@dataclass(frozen=True)
-class BoundsResult(Shown):
-    """Curvature and step-size bounds of a problem.
+@dataclass(frozen=True, kw_only=True)
+class BoundsResult(Measured):
+    """Curvature and step-size bounds of a problem; the other fields are those of every `Measured` result.
 
     Args:
-        spec: What was measured, as the header shows it; ``None`` for a problem without a name.
-        device: Device of the measurement.
-        dtype: Floating-point type of the measurement.
-        seed: Seed of the probe vectors.
         steps: The planned number of training steps N.
         rtol: Relative 95 % half-width asked for.
-        problem: Size of the problem, loss and gradient norm.
         curvature: One entry per operator measured.
         optimizers: One entry per update rule.
         estimator: The zeroth-order gradient estimate.
-        num_hvps: Hessian-vector products spent in all.
-        seconds: Wall-clock time of everything.
-        warnings: What to know before trusting a number.
-        version: Version of zoscope.
         forward: The Hessian as forward passes see it, where only those were made; ``curvature`` is empty then.
     """
 
-    spec: str | None
-    device: str
-    dtype: str
-    seed: int
     steps: int
     rtol: float
-    problem: ProblemInfo
     curvature: Mapping[str, Curvature]
     optimizers: Mapping[str, OptimizerBounds]
     estimator: Estimator
-    num_hvps: int
-    seconds: float
-    warnings: tuple[Notice, ...] = ()
-    version: str = field(default=__version__)
     forward: ForwardCurvature | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.bounds/1``: JSON numbers, strings and null only."""
-        return {
-            "schema": SCHEMA,
-            "zoscope": self.version,
-            "spec": self.spec,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seed": self.seed,
+        fields = {
             "steps": self.steps,
             "rtol": self.rtol,
-            "num_hvps": self.num_hvps,
             "checks": {"num_hvps": self.num_check_hvps},
-            "seconds": number(self.seconds),
-            "problem": self.problem.to_dict(),
             "curvature": {name: curvature_dict(entry) for name, entry in self.curvature.items()}
             | ({} if self.forward is None else {"hessian": _forward_dict(self.forward)}),
             "optimizers": {name: entry.to_dict() for name, entry in self.optimizers.items()},
             "estimator": self.estimator.to_dict(),
-            "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
         }
+        return self.document(SCHEMA, fields)
 
     @property
     def num_check_hvps(self) -> int:

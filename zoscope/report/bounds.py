@@ -17,8 +17,8 @@ from zoscope.report.bounds_tables import (
     planned_table,
     settings_line,
 )
-from zoscope.report.style import OPTIMIZER_NAMES, count, counted, duration, quantity, rough_count, step_size
-from zoscope.report.tables import grid, heading, lines_of
+from zoscope.report.style import OPTIMIZER_NAMES, count, quantity, rough_count, step_size
+from zoscope.report.tables import grid, header, heading
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -46,7 +46,7 @@ class BoundsReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Everything, top to bottom."""
         result = self.result
-        yield header(result, width=options.max_width)
+        yield _header(result, width=options.max_width)
         yield heading("Curvature", "± is the half-width of the 95 % interval")
         if result.forward is not None:
             # Late, as are mini-batches: what only some results have takes time to load.
@@ -92,24 +92,12 @@ def render(result: BoundsResult, *, warnings: bool = True) -> BoundsReport:
     return BoundsReport(result, warnings=warnings)
 
 
-def header(result: BoundsResult, *, width: int) -> RenderableType:
-    """What was measured, where and at which cost."""
-    problem, estimator = result.problem, result.estimator
+def _header(result: BoundsResult, *, width: int) -> RenderableType:
+    estimator = result.estimator
     queries = "" if estimator.queries == 1 else f", {estimator.queries} queries per step"
-    facts = [
-        f"{count(problem.num_params)} parameters",
-        counted(problem.num_examples, "example"),
-        f"loss {quantity(problem.loss)}",
-        f"‖g‖ {quantity(problem.grad_norm)}",
-        f"{result.device} {result.dtype}",
-        f"{count(result.num_hvps)} {'HVPs' if result.forward is None else 'directions, two forward passes each'}",
-        duration(result.seconds),
-        f"{estimator.directions} directions{queries}",
-    ]
-    text = Text.assemble((result.spec or "zoscope bounds", "bold"))
-    for line in lines_of(facts, width=width):
-        text.append(f"\n{line}", style="dim")
-    return text
+    cost = "HVPs" if result.forward is None else "directions, two forward passes each"
+    more = [f"{estimator.directions} directions{queries}"]
+    return header(result, result.spec or "zoscope bounds", width=width, cost=cost, more=more)
 
 
 def advice(result: BoundsResult) -> RenderableType:

@@ -12,14 +12,12 @@ from zoscope.report.style import (
     MISSING,
     OPTIMIZER_NAMES,
     count,
-    counted,
-    duration,
     quantity,
     rough_count,
     step_range,
     step_size,
 )
-from zoscope.report.tables import grid, heading, lines_of, number_table
+from zoscope.report.tables import grid, header, heading, number_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -56,7 +54,8 @@ class ProbeReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Everything, top to bottom."""
         result = self.result
-        yield header(result, width=options.max_width)
+        name = f"{result.spec or 'problem'}: {optimizer_name(result)}"
+        yield header(result, name, width=options.max_width)
         yield heading("Predicted")
         yield predictions(result)
         if result.runs:
@@ -91,22 +90,6 @@ def optimizer_name(result: ProbeResult) -> str:
     """``ZO-Adam`` for ``zo-adam``."""
     family = OPTIMIZER_NAMES[result.optimizer.removeprefix("zo-")]
     return f"ZO-{family}" if result.optimizer.startswith("zo-") else family
-
-
-def header(result: ProbeResult, *, width: int) -> Text:
-    """What was probed, and what it took; lines break between facts."""
-    name = Text(f"{result.spec or 'problem'}: {optimizer_name(result)}", style="bold")
-    problem = result.problem
-    facts = [
-        f"{count(problem.num_params)} parameters",
-        counted(problem.num_examples, "example"),
-        f"loss {quantity(problem.loss)}",
-        f"‖g‖ {quantity(problem.grad_norm)}",
-        f"{result.device} {result.dtype}",
-        f"{count(result.num_hvps)} HVPs",
-        duration(result.seconds),
-    ]
-    return name + Text("\n" + "\n".join(lines_of(facts, width=width)), style="default")
 
 
 def predictions(result: ProbeResult) -> Table:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from zoscope.report.bounds_tables import OPERATOR_NAMES
-from zoscope.report.style import MISSING, count, counted, duration, quantity, quantity_with_error
-from zoscope.report.tables import grid, heading, lines_of, number_table
+from zoscope.report.style import MISSING, count, quantity, quantity_with_error
+from zoscope.report.tables import grid, header, heading, number_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zoscope.theory.density import Decade
     from zoscope.theory.spectrum import Estimate
 
+NAME = "zoscope spectrum"
 NOT_CONVERGED = "*"
 
 
@@ -42,7 +43,7 @@ class SpectrumReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Everything, top to bottom."""
         result = self.result
-        yield header(result, result.curvature.method, width=options.max_width)
+        yield header(result, result.spec or NAME, width=options.max_width, how=[result.curvature.method])
         yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
         yield moments_table(result)
         yield heading("Ends of the spectrum", "± is the residual: an eigenvalue lies that near")
@@ -81,7 +82,7 @@ class MomentsReport:
         how = "the same probe vectors for all examples"
         if found.pieces > 1:
             how = f"probe vectors of their own for {found.pieces} pieces of the data"
-        yield header(result, how, width=options.max_width)
+        yield header(result, result.spec or NAME, width=options.max_width, how=[how])
         yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
         yield grid(
             [
@@ -98,25 +99,6 @@ class MomentsReport:
 def render_moments(result: MomentsResult, *, warnings: bool = True) -> MomentsReport:
     """The report of a result of ``zoscope.moments``, for ``rich``."""
     return MomentsReport(result, warnings=warnings)
-
-
-def header(result: SpectrumResult | MomentsResult, method: str, *, width: int) -> RenderableType:
-    """What was measured, where and at which cost."""
-    problem = result.problem
-    facts = [
-        f"{count(problem.num_params)} parameters",
-        counted(problem.num_examples, "example"),
-        f"loss {quantity(problem.loss)}",
-        f"‖g‖ {quantity(problem.grad_norm)}",
-        f"{result.device} {result.dtype}",
-        method,
-        f"{count(result.num_hvps)} HVPs",
-        duration(result.seconds),
-    ]
-    text = Text.assemble((result.spec or "zoscope spectrum", "bold"))
-    for line in lines_of(facts, width=width):
-        text.append(f"\n{line}", style="dim")
-    return text
 
 
 def moments_table(result: SpectrumResult) -> RenderableType:

@@ -9,8 +9,43 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from zoscope.report.style import count, counted, duration, quantity
+
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
+
+    from zoscope.analysis.measured import Measured
+
+
+def header(
+    result: Measured, name: str, *, width: int, how: Iterable[str] = (), cost: str = "HVPs", more: Iterable[str] = ()
+) -> Text:
+    """What was measured, where and at which cost; lines break between facts.
+
+    Args:
+        result: What the facts are of.
+        name: The first line, such as the spec.
+        width: Columns.
+        how: Facts before the cost.
+        cost: What the count of products is called.
+        more: Facts at the end.
+    """
+    problem = result.problem
+    facts = [
+        f"{count(problem.num_params)} parameters",
+        counted(problem.num_examples, "example"),
+        f"loss {quantity(problem.loss)}",
+        f"‖g‖ {quantity(problem.grad_norm)}",
+        f"{result.device} {result.dtype}",
+        *how,
+        f"{count(result.num_hvps)} {cost}",
+        duration(result.seconds),
+        *more,
+    ]
+    text = Text.assemble((name, "bold"))
+    for line in lines_of(facts, width=width):
+        text.append(f"\n{line}", style="dim")
+    return text
 
 
 def heading(title: str, remark: str = "") -> Text:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from zoscope.analysis import rows
-from zoscope.analysis.results import BoundsResult, Estimator, ProblemInfo
+from zoscope.analysis.measured import ProblemInfo
+from zoscope.analysis.results import BoundsResult, Estimator
 from zoscope.analysis.rows import Measured, Question, optimizer_row
 from zoscope.curvature.results import Curvature, Eigenvalue
 from zoscope.problem import Notice

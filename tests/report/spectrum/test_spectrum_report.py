@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zoscope.analysis.density_results import LayerTrace, SpectrumResult
-from zoscope.analysis.results import ProblemInfo
+from zoscope.analysis.measured import ProblemInfo
 from zoscope.curvature.results import Curvature, Eigenvalue
 from zoscope.errors import UsageError
 from zoscope.problem import Notice

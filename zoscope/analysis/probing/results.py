@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoscope._version import __version__
+from zoscope.analysis.measured import Measured
 from zoscope.analysis.optimizer_bounds import number
 from zoscope.analysis.probing.edge_results import Edge, EdgePoint, ProbedThreshold
 from zoscope.analysis.probing.run_results import Curves, EndState, PredictionError, ProbeRun, RunVerdict, Variant
-from zoscope.analysis.results import Estimator, ProblemInfo
-from zoscope.analysis.shown import Shown
+from zoscope.analysis.results import Estimator
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from zoscope.problem import Notice
 
 __all__ = [
     "SCHEMA",
@@ -39,18 +37,13 @@ SCHEMA = "zoscope.probe/1"
 Outcome = Literal["confirmed", "refuted", "inconclusive"]
 
 
-@dataclass(frozen=True)
-class ProbeResult(Shown):
-    """What a probe found.
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(Measured):
+    """What a probe found; the other fields are those of every `Measured` result.
 
     Args:
         optimizer: Name as on the command line, such as ``zo-adam``.
         settings: What identifies the rule.
-        spec: What was probed.
-        device: Device.
-        dtype: Floating-point type.
-        seed: Seed of every random number.
-        problem: Size of the problem, loss and gradient norm.
         estimator: The gradient estimate; ``None`` for a first-order optimizer.
         threshold: The threshold under test.
         linearized: Whether the runs were on the quadratic model.
@@ -61,19 +54,10 @@ class ProbeResult(Shown):
         reason: One sentence on it.
         together: Whether replicas were stepped together.
         interrupted: Whether it was cut short.
-        num_hvps: Hessian-vector products spent.
-        seconds: Wall time.
-        warnings: What to know before trusting the verdict.
-        version: Version of zoscope.
     """
 
     optimizer: str
     settings: Mapping[str, Any]
-    spec: str | None
-    device: str
-    dtype: str
-    seed: int
-    problem: ProblemInfo
     estimator: Estimator | None
     threshold: ProbedThreshold
     linearized: bool
@@ -84,10 +68,6 @@ class ProbeResult(Shown):
     reason: str
     together: bool
     interrupted: bool
-    num_hvps: int
-    seconds: float
-    warnings: tuple[Notice, ...] = ()
-    version: str = field(default=__version__)
 
     @property
     def confirmed(self) -> bool:
@@ -96,14 +76,7 @@ class ProbeResult(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.probe/1``: JSON numbers, strings and null only."""
-        return {
-            "schema": SCHEMA,
-            "zoscope": self.version,
-            "spec": self.spec,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seed": self.seed,
-            "problem": self.problem.to_dict(),
+        fields = {
             "optimizer": self.optimizer,
             **self.settings,
             "estimator": None if self.estimator is None else self.estimator.to_dict(),
@@ -116,10 +89,8 @@ class ProbeResult(Shown):
             "outcome": self.outcome,
             "reason": self.reason,
             "interrupted": self.interrupted,
-            "num_hvps": self.num_hvps,
-            "seconds": number(self.seconds),
-            "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
         }
+        return self.document(SCHEMA, fields)
 
     def __rich__(self) -> RenderableType:
         """Tables for the terminal."""

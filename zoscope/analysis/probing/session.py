@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zoscope.analysis import notices
+from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.measuring import Measurement, curvature_operator, measure_problem
 from zoscope.analysis.probing.edge import edge_forecast, edge_outcome, find_edge, summarise
 from zoscope.analysis.probing.forecast import Forecast, forecast, gradient_measure, preconditioned_gradient
@@ -17,7 +18,7 @@ from zoscope.analysis.probing.request import ProbeProgress, ProbeRequest
 from zoscope.analysis.probing.results import Edge, EdgePoint, ProbeResult, ProbeRun
 from zoscope.analysis.probing.runs import probe_run
 from zoscope.analysis.probing.verdict import outcome
-from zoscope.analysis.results import Estimator, ProblemInfo
+from zoscope.analysis.results import Estimator
 from zoscope.curvature.operators import LinearOperator, Preconditioned, gradient
 from zoscope.problem import Notice
 

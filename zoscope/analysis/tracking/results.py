@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,7 +136,7 @@ class TrackResult:
             "dtype": self.dtype,
             "problem": {"num_params": self.num_params, "num_examples": self.num_examples},
             "config": dict(self.config),
-            "warnings": [{"code": notice.code, "message": notice.message} for notice in self.warnings],
+            "warnings": [asdict(notice) for notice in self.warnings],
         }
 
     def to_dict(self) -> dict[str, Any]:
