@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from zoscope.problem import SecondDerivativesByHand
+from zoscope.curvature.operators import HessianOperator
+from zoscope.problem import Problem, SecondDerivativesByHand
 from zoscope.problem.graph import node_names
 
 BY_HAND = "_ValueBackward"
@@ -198,3 +199,19 @@ def test_half_precision_slopes_are_computed_in_float32():
     (exact,) = torch.autograd.grad(functional.gelu(wide).sum(), wide)
     assert slope.dtype == torch.bfloat16
     torch.testing.assert_close(slope.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_normalisation_has_the_hessian_that_its_gradients_have(dim: int | None) -> None:
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4, dtype=torch.float64), dim=dim)
+    problem = Problem(nn.Sequential(layer, nn.Tanh()), [normal(5, 3)], lambda m, b: m(b).square().mean())
+    with problem.prepare(device="cpu") as objective:
+        origin, vector = objective.read(), normal(objective.num_params)
+        product = HessianOperator(objective).matmat(vector[None])[0]
+        slopes = []
+        for sign in (1, -1):
+            objective.write(origin + sign * 1e-5 * vector)
+            slopes.append(objective.gradient()[1])
+        objective.write(origin)
+    torch.testing.assert_close(product, (slopes[0] - slopes[1]) / 2e-5, rtol=1e-6, atol=1e-9)

@@ -253,7 +253,11 @@ def same_storage_by_data(model: Any) -> None:
     model.second.weight.data = model.first.weight.data
 
 
-@pytest.mark.parametrize("tie", [same_object, same_storage, same_storage_by_data])
+def same_module(model: Any) -> None:
+    model.second = model.first
+
+
+@pytest.mark.parametrize("tie", [same_object, same_storage, same_storage_by_data, same_module])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_tied_weights_count_once_and_get_the_whole_gradient(tie: Any, dtype: str) -> None:
     x = torch.randn(5, 3, generator=generator(1), dtype=F64)
@@ -273,6 +277,8 @@ def test_tied_weights_count_once_and_get_the_whole_gradient(tie: Any, dtype: str
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-7)
         at = objective.loss_at([2 * objective.params[0].detach()], objective.shards[0])
         assert at.item() == pytest.approx(f(2 * weight).item(), rel=1e-5)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert model.second.weight.data_ptr() == model.first.weight.data_ptr()
     assert_unchanged(model, before)
 
 

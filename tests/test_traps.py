@@ -186,6 +186,13 @@ def test_unused_and_linear_parameters_have_zero_curvature() -> None:
         assert [notice.code for notice in objective.warnings] == ["unused-parameters"]
 
 
+def test_sparse_gradients_of_embeddings_are_dense_here() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True, dtype=F64), nn.Tanh(), nn.Linear(3, 2, dtype=F64))
+    assert_differentiable_twice(Problem(model, [torch.tensor([[0, 1], [3, 3]])], squares))
+    assert model[0].sparse
+
+
 def test_a_fully_linear_loss_is_accepted() -> None:
     with Problem.from_function(lambda x: x.sum(), torch.ones(3, dtype=F64)).prepare() as objective:
         assert objective.value() == 3

@@ -45,6 +45,14 @@ def test_without_forward_passes_the_simulator_is_refused_with_the_remedy(zoscope
     assert "--curvature forward" in finished.err
 
 
+def test_a_simulator_that_fails_elsewhere_is_told_with_its_own_line(zoscope_cli, black_box: Path) -> None:
+    failing = "    if np.asarray(x).max() > 1: raise ValueError('out of range')\n    return float("
+    black_box.write_text(BLACK_BOX.replace("    return float(", failing))
+    finished = zoscope_cli("bounds", black_box, "--curvature", "forward")
+    assert finished.code == 2
+    assert "raised ValueError: out of range (model.py, line 6). Parameters are varied" in " ".join(finished.err.split())
+
+
 def test_strict_shows_the_result_and_exits_3(zoscope_cli, black_box: Path) -> None:
     finished = zoscope_cli(
         "bounds", black_box, "--curvature", "forward", "--rtol", "0.001", "--max-hvps", "60", "--strict"

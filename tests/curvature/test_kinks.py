@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from zoscope.curvature.kinks import kink_trace
+import zoscope
+from zoscope.curvature.kinks import missed_curvature
 from zoscope.curvature.operators import HessianOperator
 from zoscope.problem import Problem
 
@@ -21,7 +22,7 @@ def excess(activation, *, dtype="float64"):
     with problem.prepare(device="cpu", dtype=dtype) as objective:
         before = objective.read()
         operator = HessianOperator(objective)
-        found = kink_trace(objective, operator, generator=torch.Generator().manual_seed(3))
+        found = missed_curvature(objective, operator, generator=torch.Generator().manual_seed(3))
         assert torch.equal(objective.read(), before)
         trace = float(operator.dense().trace())
     return found, trace
@@ -30,15 +31,16 @@ def excess(activation, *, dtype="float64"):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_network_of_kinks_bends_more_than_its_hessian_says(dtype):
     found, trace = excess(nn.ReLU, dtype=dtype)
-    assert found.value > 4 * found.stderr
-    assert found.value > 0.05 * trace
+    assert found.significant == found.trace.value > 0.05 * trace
+    assert found.disagreement > 0.05
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_smooth_network_has_no_excess(activation, dtype):
     found, trace = excess(activation, dtype=dtype)
-    assert abs(found.value) < 4 * found.stderr + 1e-3 * trace
+    assert abs(found.trace.value) < 4 * found.trace.stderr + 1e-3 * trace
+    assert found.disagreement < 0.02
 
 
 def test_one_kink_counts_by_the_directions_that_cross_it():
@@ -47,5 +49,31 @@ def test_one_kink_counts_by_the_directions_that_cross_it():
     c = width * (2 * torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1)
     problem = Problem.from_function(lambda x: (x - c).abs().sum(), torch.zeros(count, dtype=torch.float64))
     with problem.prepare(device="cpu") as objective:
-        found = kink_trace(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
-    assert found.value == pytest.approx(count / width, abs=5 * found.stderr)
+        found = missed_curvature(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
+    assert found.trace.value == pytest.approx(count / width, abs=5 * found.trace.stderr)
+
+
+class HiddenCube(torch.autograd.Function):
+    """Its backward takes what autograd cannot see as a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(3 * x.detach().numpy() ** 2) * slope
+
+
+def test_an_operation_that_hides_its_second_derivative_is_noticed():
+    target = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    problem = Problem.from_function(lambda x: (HiddenCube.apply(x) - target).square().mean(), start)
+    with problem.prepare(device="cpu") as objective:
+        found = missed_curvature(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
+    assert found.disagreement > 0.1
+    result = zoscope.bounds(problem, optimizers=["gd"])
+    (said,) = [notice.message for notice in result.warnings if notice.code == "kinks"]
+    assert "hides its second derivative" in said

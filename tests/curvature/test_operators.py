@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import zoscope
 from zoscope.curvature.ggn import GGNOperator
 from zoscope.curvature.hvp import METHODS
 from zoscope.curvature.operators import DenseOperator, HessianOperator, Preconditioned, gradient
@@ -174,6 +175,41 @@ def test_products_that_do_not_repeat_are_refused():
     problem = Problem.from_function(loss, torch.ones(3))
     with problem.prepare(device="cpu", check=False) as objective, pytest.raises(SpecError, match="two answers"):
         HessianOperator(objective).matmat(torch.eye(3))
+
+
+class HalfDifferentiable(torch.autograd.Function):
+    """x·y, whose backward keeps y from being differentiated."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, y = ctx.saved_tensors
+        return slope * y.detach(), slope * x
+
+
+@pytest.mark.parametrize("measure", [zoscope.bounds, zoscope.spectrum, zoscope.moments])
+def test_second_derivatives_that_are_not_symmetric_are_refused(measure):
+    start = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = Problem.from_function(lambda p: HalfDifferentiable.apply(p[:10], p[10:]).sin().sum(), start)
+    with pytest.raises(SpecError, match=r"not symmetric .* use --curvature forward"):
+        measure(problem)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_method_that_torch_has_wrong_is_refused(kind):
+    torch.manual_seed(0)
+    layer = kind(2, 3, batch_first=True).double()
+    x = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = Problem(layer, [x], lambda m, b: m(b)[0][:, -1].square().mean())
+    with problem.prepare(device="cpu") as objective:
+        vector = torch.ones(1, objective.num_params, dtype=torch.float64)
+        with pytest.raises(SpecError, match=r"--hvp linearize gives other .* Leave --hvp out"):
+            HessianOperator(objective, hvp="linearize").matmat(vector)
+        assert torch.isfinite(HessianOperator(objective).matmat(vector)).all()
 
 
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on(monkeypatch):

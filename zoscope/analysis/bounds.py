@@ -185,7 +185,7 @@ def _notices(
     yield from notices.curvature_notices(measurement.operators[first.name].curvature, first)
     for entry in list(measurement.operators.values())[:1]:
         if entry.operator == "hessian":  # the preconditioned one has other units
-            yield from notices.kink_notices(entry.curvature, measurement.kinks)
+            yield from notices.missed_notices(entry.curvature, measurement.missed)
     yield from notices.gradient_notices(info, first, measurement.operators[first.name].gradient)
     yield from _reach_notices(objective, request, rows, info)
     commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoscope.analysis.rows import Measured
 from zoscope.analysis.slope import Slope
-from zoscope.curvature.kinks import kink_trace
+from zoscope.curvature.kinks import NOTHING, Missed, missed_curvature
 from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
 from zoscope.curvature.precondition import (
@@ -48,7 +48,7 @@ class Measurement:
         descent: By optimizer: its descent threshold, ``None`` for a zero gradient.
         preconditioner: Of Adam, where it was asked for.
         num_hvps: Hessian-vector products spent in all.
-        kinks: Trace that the Hessian misses because it cannot see kinks, 0 where that is not significant.
+        missed: What differences of the loss see beside the Hessian.
     """
 
     loss: float
@@ -57,7 +57,7 @@ class Measurement:
     descent: dict[str, Estimate | None]
     preconditioner: Preconditioner | None
     num_hvps: int
-    kinks: float
+    missed: Missed
 
 
 def measure_problem(objective: Objective, request: Request) -> Measurement:
@@ -73,7 +73,8 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     operators: dict[str, Measured] = {}
     descent: dict[str, Estimate | None] = {}
     preconditioner = None
-    kinks = _missed_trace(objective, base, request)
+    missed = _missed(objective, base, request)
+    kinks = missed.significant
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
     if adam:
@@ -97,7 +98,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
         descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in adam}
     norm = float(torch.linalg.vector_norm(g.double()))
     swept = sum({id(m.batches): m.batches.num_sweeps for m in operators.values() if m.batches is not None}.values())
-    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps + swept, kinks)
+    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps + swept, missed)
 
 
 def finite_gradient(objective: Objective) -> tuple[float, Tensor]:
@@ -115,13 +116,11 @@ def finite_gradient(objective: Objective) -> tuple[float, Tensor]:
     return loss, g
 
 
-def _missed_trace(objective: Objective, base: LinearOperator, request: Request) -> float:
-    """Curvature at kinks, where three standard errors tell it from none."""
+def _missed(objective: Objective, base: LinearOperator, request: Request) -> Missed:
     if not isinstance(base, HessianOperator):
-        return 0.0
+        return NOTHING
     (generator,) = spawn_generators(request.seed, 1, base.device)
-    excess = kink_trace(objective, base, generator=generator)
-    return excess.value if excess.value > 3 * excess.stderr else 0.0
+    return missed_curvature(objective, base, generator=generator)
 
 
 def curvature_operator(objective: Objective, request: Request) -> LinearOperator:

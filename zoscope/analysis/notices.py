@@ -14,6 +14,7 @@ from zoscope.problem import Notice
 if TYPE_CHECKING:
     from zoscope.analysis.measured import ProblemInfo
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
+    from zoscope.curvature.kinks import Missed
     from zoscope.curvature.precondition import Preconditioner
     from zoscope.curvature.results import Curvature
     from zoscope.theory.curve import GradientMeasure
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 INDEFINITE = 0.01
 """Negative mass, relative to the positive part, from which the Hessian is called indefinite."""
 
-NOTICEABLE_KINKS = 0.1
-"""Trace at kinks, relative to the positive part, from which it is worth a warning."""
+NOTICEABLE = 0.1
+"""Curvature that only differences see, relative to that of second derivatives, from which it is worth a warning."""
+
+_MISSED = (
+    "kinks (ReLU, max-pooling, absolute values), which they cannot see, or an operation that hides its second "
+    "derivative, as a custom autograd.Function can"
+)
 
 FEW_MODES = 5.0
 """Effective rank below which typical runs and the mean square part ways."""
@@ -66,16 +72,22 @@ def curvature_notices(curvature: Curvature, bounds: OptimizerBounds) -> Iterable
         )
 
 
-def kink_notices(curvature: Curvature, kinks: float) -> Iterable[Notice]:
+def missed_notices(curvature: Curvature, missed: Missed) -> Iterable[Notice]:
     """On curvature that the Hessian does not contain."""
-    positive, trace = curvature.trace_positive.value, curvature.trace.value
-    if kinks > NOTICEABLE_KINKS * max(positive, 0.0):
+    positive, trace, kinks = curvature.trace_positive.value, curvature.trace.value, missed.significant
+    if abs(kinks) > NOTICEABLE * max(positive, 0.0):
         yield Notice(
             "kinks",
-            f"The loss has kinks (ReLU, max-pooling, absolute values): over steps of 1e-3 its curvature has a trace of "
-            f"{_number(trace + kinks)}, while the Hessian, which cannot see kinks, has {_number(trace)}. The descent "
-            "threshold uses the former. The others know the Hessian only and can be too large: keep a wider margin, "
-            "or probe.",
+            f"Over steps of 1e-3 the loss bends with a trace of {_number(trace + kinks)}, while second derivatives "
+            f"have {_number(trace)}: it has {_MISSED}. The descent threshold uses the former. The others know second "
+            "derivatives only and can be wrong by as much: keep a wider margin, or probe.",
+        )
+    elif missed.disagreement > NOTICEABLE:
+        yield Notice(
+            "kinks",
+            f"Along random directions the loss bends otherwise than its second derivatives say, by "
+            f"{100 * missed.disagreement:.0f} % either way over steps of 1e-3: it has {_MISSED}. Compare with "
+            "--curvature forward, which takes no derivatives, or probe.",
         )
 
 

@@ -5,8 +5,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoscope.curvature.faults import NEARLY, NOT_SYMMETRIC
 from zoscope.curvature.operators import LinearOperator
-from zoscope.errors import NumericalError, UsageError
+from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.runtime import available_memory
 
 
@@ -23,6 +24,7 @@ def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], fl
     Raises:
         UsageError: If the matrix does not fit in memory.
         NumericalError: If a product is not finite.
+        SpecError: If the matrix is not symmetric.
     """
     needed, free = 32 * operator.dim**2, available_memory(operator.device)
     if needed > free:
@@ -40,6 +42,8 @@ def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], fl
         )
     double = matrix.double()
     asymmetry = float(torch.linalg.matrix_norm(double - double.T)) / 2
+    if asymmetry > NEARLY * float(torch.linalg.matrix_norm(double)):
+        raise SpecError(NOT_SYMMETRIC)
     return torch.linalg.eigvalsh((double + double.T) / 2).cpu().numpy(), asymmetry
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from zoscope.curvature.faults import cannot_differentiate
 from zoscope.curvature.hvp import Products
-from zoscope.curvature.operators import ShardOperator, cannot_differentiate
+from zoscope.curvature.operators import ShardOperator
 from zoscope.errors import SpecError, UsageError
 from zoscope.problem import Objective, Shard
 

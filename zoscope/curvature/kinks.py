@@ -1,6 +1,7 @@
-"""Curvature that second derivatives cannot see: kinks of ReLU, max-pooling, absolute values and the like."""
+"""Curvature that second derivatives do not see: kinks of ReLU, max-pooling, absolute values, and hidden derivatives."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -18,21 +19,40 @@ CLEAR_OF_ROUNDING = 100.0
 """Second difference of the loss in units of its rounding error; the step is longer where it would be less."""
 
 
-def kink_trace(objective: Objective, operator: LinearOperator, *, generator: torch.Generator) -> Estimate:
+@dataclass(frozen=True)
+class Missed:
+    """What differences of the loss see beside the Hessian.
+
+    Args:
+        trace: By how much their trace is larger, loss/param², with its standard error over the directions.
+        disagreement: Root mean square difference along a direction, relative to the Hessian's own curvatures.
+    """
+
+    trace: Estimate
+    disagreement: float
+
+    @property
+    def significant(self) -> float:
+        """The trace where three standard errors tell it from nothing, else 0."""
+        return self.trace.value if abs(self.trace.value) > 3 * self.trace.stderr else 0.0
+
+
+NOTHING = Missed(Estimate(0.0), 0.0)
+
+
+def missed_curvature(objective: Objective, operator: LinearOperator, *, generator: torch.Generator) -> Missed:
     """How much larger the trace is for small random steps than for infinitesimal ones.
 
     At a kink the second derivative is a point mass: autograd returns 0 almost everywhere, yet every step of finite
     length crosses some kinks, and the loss over many examples bends like a smooth one with more curvature. Compares
     ``(f(θ+hz) - 2f(θ) + f(θ-hz))/h²`` with ``zᵀHz`` for the same ``z ~ N(0, I)``. For a smooth loss the difference is
-    zero up to O(h²).
+    zero up to O(h²), unless an operation hides its second derivative from autograd.
 
     Args:
         objective: The prepared problem; its parameters are the same afterwards.
         operator: Its Hessian.
         generator: Source of the directions.
 
-    Returns:
-        The excess of the trace over ``Tr H`` in loss/param², with its standard error over the directions.
     """
     vectors = torch.randn(PROBES, operator.dim, generator=generator, dtype=operator.dtype, device=operator.device)
     curvatures = (vectors * operator.matmat(vectors)).sum(dim=1).double().tolist()
@@ -53,4 +73,6 @@ def kink_trace(objective: Objective, operator: LinearOperator, *, generator: tor
     found = torch.tensor(excess, dtype=torch.float64)
     rounding = noise / h**2
     spread = math.hypot(float(found.std()), rounding) / math.sqrt(PROBES)
-    return Estimate(float(found.mean()), spread)
+    own = torch.tensor(curvatures, dtype=torch.float64).square().mean().sqrt()
+    share = float(found.square().mean().sqrt() / own) if own > 0 else 0.0
+    return Missed(Estimate(float(found.mean()), spread), share)

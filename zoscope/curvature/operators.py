@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from zoscope.curvature import together
+from zoscope.curvature.faults import (
+    NOT_DETERMINISTIC,
+    NOT_SYMMETRIC,
+    WRONG_METHOD,
+    cannot_differentiate,
+    same,
+    symmetric,
+)
 from zoscope.curvature.graphs import Graphs
 from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
 from zoscope.curvature.linear import DENSE_BLOCK, DenseOperator, LinearOperator, Preconditioned
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import Objective, Shard
 from zoscope.problem.together import Crew
-from zoscope.runtime import explain_autograd_error, is_out_of_memory, release_memory
+from zoscope.runtime import is_out_of_memory, release_memory
 
 _generations = itertools.count()
 
@@ -28,7 +36,6 @@ __all__ = [
     "LinearOperator",
     "Preconditioned",
     "ShardOperator",
-    "cannot_differentiate",
     "gradient",
 ]
 
@@ -175,27 +182,38 @@ class HessianOperator(ShardOperator):
         return super()._sum(vectors)
 
     def _settle(self, vector: Tensor) -> None:
-        """On the first product: see that the method works, and that the answer repeats with a fresh graph."""
+        """On the first product: see that the method works, and that a second graph agrees.
+
+        It gives the same product where double backward is the other way to it, else that of another vector, which tells
+        whether ``uᵀHv = vᵀHu`` too.
+        """
         first = self._attempt(vector)
-        if not self._repeats(vector, first):
-            raise SpecError(
-                "A Hessian-vector product computed twice gives two answers: the loss is not a function of the "
-                "parameters alone. Expected a deterministic loss. Look for dropout or noise in a custom layer; call "
-                "model.eval() or fix the noise in the spec."
-            )
-        if self.method is None and self.device.type != "cuda":
-            self.method = "double-backward"
+        if self.method == "linearize":
+            first = super()._sum(vector)  # some operations write into what its graph keeps: from the second call on
+        self.release()
+        again = None if self.method in (None, "double-backward") else self._by_double_backward(vector)
+        self._count += 1
+        if again is not None:
+            if not same(first, again):
+                raise SpecError(WRONG_METHOD.format(method=self.method))
+        else:
+            generator = torch.Generator().manual_seed(0)
+            other = torch.randn(vector.shape, generator=generator, dtype=self.dtype).to(self.device)
+            if not symmetric(vector, first, other, super()._sum(other)):
+                raise SpecError(NOT_SYMMETRIC if same(first, super()._sum(vector)) else NOT_DETERMINISTIC)
+            if self.method is None and self.device.type != "cuda":
+                self.method = "double-backward"
         self._checked = True
 
-    def _repeats(self, vector: Tensor, first: Tensor) -> bool:
-        """Whether a fresh graph gives the same product."""
-        self.release()
-        again = super()._sum(vector)
-        self._count += 1
-        if not bool(torch.isfinite(first).all()):
-            return True  # there is nothing to compare, and whoever asked for the product says so
-        tolerance = max(1e-3, torch.finfo(self.dtype).eps ** 0.5)
-        return bool(torch.linalg.vector_norm(first - again) <= tolerance * torch.linalg.vector_norm(first))
+    def _by_double_backward(self, vector: Tensor) -> Tensor | None:
+        chosen, self.method = self.method, "double-backward"
+        try:
+            return super()._sum(vector)
+        except RuntimeError:
+            return None
+        finally:
+            self.method = chosen
+            self.release()
 
     def _attempt(self, vector: Tensor) -> Tensor:
         try:
@@ -271,10 +289,3 @@ def _now(device: torch.device) -> float:
 
 def _as_method(name: str) -> HvpMethod:
     return next(method for method in METHODS if method == name)
-
-
-def cannot_differentiate(error: BaseException) -> str:
-    """What a user should know of an error from a second derivative."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    remedy = explain_autograd_error(error) or "Replace the operation, or use --curvature forward."
-    return f"The loss cannot be differentiated twice: torch says '{first}'. {remedy}"

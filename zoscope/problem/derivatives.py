@@ -6,7 +6,8 @@ a kernel as large as the image, and that of batch norm in eval mode as if it wer
 products and convolutions that they have to be, and what depends on the point alone is computed once. Products of
 convolutional networks take 0.7 to 0.9 of the time, those of transformers 0.9.
 
-Values and derivatives of all orders are PyTorch's up to rounding: from the third on it is asked for them.
+Values and derivatives of all orders are PyTorch's up to rounding: from the third on it is asked for them. Weight
+normalisation is here because the second derivative that PyTorch 2.13 has of it is not symmetric.
 """
 
 from __future__ import annotations
@@ -131,6 +132,10 @@ def _batch_norm(
     return centred if bias is None else centred + bias.view(shape)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 def _log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor | None:
     return None if dim is None or dtype is not None else LogSoftmax(dim)(input)
 
@@ -160,6 +165,7 @@ _OPERATIONS: dict[Any, Callable[..., Tensor | None]] = {
     torch.conv2d: _convolution(2),
     torch.conv3d: _convolution(3),
     functional.batch_norm: _batch_norm,
+    torch._weight_norm: _weight_norm,
     functional.log_softmax: _log_softmax,
     functional.cross_entropy: _cross_entropy,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -49,6 +50,9 @@ class Shard:
     weight: float
     examples: int
     rows: int | None
+
+
+_ELSEWHERE = "Parameters are varied, and the loss has to be a number there too: inf or nan where there is none."
 
 
 class Objective:
@@ -119,9 +123,23 @@ class Objective:
 
     def loss_at(self, tensors: Sequence[Tensor], shard: Shard) -> Tensor:
         """Mean loss of a shard with ``tensors`` in place of :attr:`params`: a pure function, for ``torch.func``."""
-        named = {f"model.{name}": tensor for name, tensor in zip(self.names, tensors, strict=True)}
-        result: Tensor = functional_call(LossModule(self.model, self._loss), named, (self.batch(shard),))
+        named = {name: tensor for names, tensor in zip(self._places, tensors, strict=True) for name in names}
+        module = LossModule(self.model, self._loss)
+        result: Tensor = functional_call(module, named, (self.batch(shard),), tie_weights=False)
         return result
+
+    @cached_property
+    def _places(self) -> list[list[str]]:
+        """For every parameter its names, one for each module that holds it, in a :class:`LossModule`.
+
+        A module that is registered twice is named once: ``functional_call``, told both names or left to find them, puts
+        the tensor that it had put in first back as the original.
+        """
+        places: dict[int, list[str]] = {}
+        for prefix, module in self.model.named_modules(prefix="model"):
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                places.setdefault(id(parameter), []).append(f"{prefix}.{name}")
+        return [places[id(parameter)] for parameter in self.params]
 
     def value(self) -> float:
         """Loss over all shards, accumulated in float64; may be infinite or NaN."""
@@ -133,8 +151,9 @@ class Objective:
     def value_of(self, shards: Sequence[Shard]) -> float:
         """What some shards contribute to the loss, computed here."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for shard in shards:
-            total += shard.weight * self.loss(shard).detach().to(total)
+        with user_code("The loss function", remedy=_ELSEWHERE):
+            for shard in shards:
+                total += shard.weight * self.loss(shard).detach().to(total)
         return float(total)
 
     def gradient(self) -> tuple[float, Tensor]:

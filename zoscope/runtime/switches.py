@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -104,11 +104,25 @@ def _without_attention_fastpath() -> Iterator[None]:
 
 
 @contextmanager
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Have embeddings return gradients that can be joined with those of other layers."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+    for layer in layers:
+        layer.sparse = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.sparse = True
+
+
+@contextmanager
 def second_order_mode(model: nn.Module | None = None) -> Iterator[None]:
     """Enter the state in which a forward pass can be differentiated twice; everything is restored on exit.
 
     Attention runs in its math kernel (the fused ones have no second derivative), recurrent layers without cuDNN,
-    float32 in full precision, and code compiled by ``torch.compile`` eagerly (it has no double backward).
+    embeddings with dense gradients, float32 in full precision, and code compiled by ``torch.compile`` eagerly (it has
+    no double backward).
 
     Args:
         model: Keeps cuDNN on outside of this model's recurrent layers. Without a model cuDNN is off altogether.
@@ -118,6 +132,7 @@ def second_order_mode(model: nn.Module | None = None) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_attention_fastpath())
         stack.enter_context(_without_cudnn() if model is None else _recurrent_layers_without_cudnn(model))
+        stack.enter_context(nullcontext() if model is None else _dense_gradients(model))
         stack.enter_context(eager_mode())
         yield
 
