@@ -69,6 +69,8 @@ def mean_loss(model: nn.Module, batch: Any) -> torch.Tensor:
         (lambda m, b: mean_loss(m, b).reshape(1), r"shape \(1,\)"),
         (lambda m, b: (m(b[0]) > b[1]).sum(), "dtype int64"),
         (lambda m, b: mean_loss(m, b).item(), r"a float: .* without .item\(\)"),
+        (lambda m, b: int(mean_loss(m, b)), "an int: .* a count has no curvature"),
+        (lambda m, b: mean_loss(m, b).detach().numpy().reshape(1), r"a ndarray of shape \(1,\): .* end with .item\(\)"),
         (lambda m, b: None, "None: .* return statement"),
         (lambda m, b: mean_loss(m, b).to(torch.complex64), "dtype complex64"),
         (lambda m, b: mean_loss(m, b).detach(), "no gradient"),

@@ -69,3 +69,9 @@ def test_a_bad_value_is_one_paragraph_and_exit_2(zoscope_cli, spec, options, nam
     done = zoscope_cli("probe", spec, *options)
     assert done.code == 2
     assert named in done.paragraph
+
+
+def test_forward_passes_have_no_spectrum_to_probe(zoscope_cli, spec):
+    finished = zoscope_cli("probe", spec, "--curvature", "forward")
+    assert finished.code == 2
+    assert "knows no spectrum" in finished.err

@@ -37,6 +37,12 @@ SCALAR = 0.25
 """Distance of Adam's P from a multiple of the identity that is let pass, in units of the precision wanted."""
 
 
+NO_SPECTRUM = (
+    "--curvature {curvature} knows no spectrum, which this needs: expected hessian or ggn. 'zoscope bounds' and "
+    "'zoscope check' take it."
+)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Everything that the bounds need to know of a problem; plain numbers, valid after the session.
@@ -135,10 +141,7 @@ def curvature_operator(objective: Objective, request: Request) -> LinearOperator
         from zoscope.curvature.ggn import GGNOperator  # late, as what only some options need takes time to load
 
         return GGNOperator(objective)
-    raise UsageError(
-        f"--curvature {request.curvature} knows no spectrum, which this needs: expected hessian or ggn. "
-        "'zoscope bounds' and 'zoscope check' take it."
-    )
+    raise UsageError(NO_SPECTRUM.format(curvature=request.curvature))
 
 
 def operator_name(request: Request, *, preconditioned: bool) -> str:

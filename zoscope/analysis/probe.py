@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from zoscope.analysis.measuring import NO_SPECTRUM
 from zoscope.analysis.probing.request import ProbeProgress, ProbeRequest, check_optimizer, numbers
 from zoscope.analysis.probing.results import ProbeInterruptedError, ProbeResult
 from zoscope.analysis.probing.session import Session
 from zoscope.analysis.request import Progress, Request, subject_of
+from zoscope.errors import UsageError
 
 if TYPE_CHECKING:
     from zoscope.analysis.recommend import Threshold
@@ -111,6 +113,8 @@ def probe(
         ProbeInterruptedError: A ``KeyboardInterrupt`` that carries what was known.
     """
     check_optimizer(optimizer)
+    if curvature == "forward":
+        raise UsageError(NO_SPECTRUM.format(curvature=curvature))
     lrs = () if lr is None else numbers("lr", lr)
     multiples = numbers("ratios", ratios) if ratios is not None else () if lrs or edge else DEFAULT_RATIOS
     request = ProbeRequest(

@@ -1,8 +1,10 @@
 """Checks on entry: is the loss a finite, differentiable, deterministic mean over examples?"""
 
 import math
+import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,10 +64,15 @@ def _evaluated(objective: Objective, shard: Shard, index: int) -> Tensor:
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
-        said = f"a {type(loss).__name__}"
+        said = f"{'an' if isinstance(loss, numbers.Integral) else 'a'} {type(loss).__name__}"
         remedy = "return the tensor itself, without .item() or float()"
         if isinstance(loss, float):
             remedy += ", or use --curvature forward, which takes numbers"
+        elif isinstance(loss, numbers.Integral):
+            remedy += "; with --curvature forward a float, since a count has no curvature"
+        elif isinstance(loss, np.ndarray):
+            said += f" of shape {loss.shape}"
+            remedy = "end with .item(), which --curvature forward takes"
         if isinstance(getattr(loss, "loss", None), Tensor):
             remedy = "return its .loss"
         elif loss is None:

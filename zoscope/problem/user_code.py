@@ -75,7 +75,7 @@ def user_code(what: str, *, remedy: str) -> Iterator[None]:
 def _hint(error: BaseException) -> str | None:
     text = str(error)
     if "call numpy() on Tensor that requires grad" in text:
-        return "For a loss that leaves torch use --curvature forward, which takes no derivatives."
+        return "For a loss that leaves torch use 'zoscope bounds --curvature forward', which takes no derivatives."
     if "same device" in text or ("device" in text and "cuda" in text and "cpu" in text):
         return (
             "A tensor that is neither in the model nor in the batches lives on another device: "
