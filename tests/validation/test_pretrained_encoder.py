@@ -1,6 +1,6 @@
 """A real pretrained encoder, fine-tuned on real texts: runs blow up about when predicted, and descend below that.
 
-Needs the package of the encoder and some fifteen minutes of one core. ``pytest -m slow -s`` prints what was measured.
+Needs the package of the encoder and some half an hour of one core. ``pytest -m slow -s`` prints what was measured.
 """
 
 import importlib.util
@@ -28,16 +28,22 @@ pytestmark = [
 ]
 
 FOLDER = Path(__file__).parents[2] / "examples" / "llm"
-STEPS, SEED = 100, 0
-STARTS = {"smoothed": {}, "separable": {"smoothing": 0.0, "steps": 40}}
-"""The example's own start, near a minimum, and one whose loss falls to 0 far away."""
+STEPS = 100
+STARTS = {
+    "its own": {},
+    "seed 1": {"seed": 1},
+    "seed 2": {"seed": 2},
+    "separable": {"smoothing": 0.0, "steps": 40},
+}
+"""The example's own start, near a minimum, and one whose loss goes on falling to 0."""
 
 
 @pytest.fixture(scope="module", params=STARTS)
 def valley(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    seed = int(STARTS[request.param].get("seed", 0))
     sys.path.insert(0, str(FOLDER))
     try:
-        problem = importlib.import_module("mezo").problem("minilm", seed=SEED, **STARTS[request.param])
+        problem = importlib.import_module("mezo").problem("minilm", **STARTS[request.param])
     finally:
         sys.path.remove(str(FOLDER))
         for name in ("mezo", "models", "texts"):
@@ -46,7 +52,7 @@ def valley(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         optimizers=("gd",),
         steps=STEPS,
         rtol=0.05,
-        seed=SEED,
+        seed=seed,
         max_hvps=48,
         directions="gaussian",
         queries=1,
@@ -70,6 +76,7 @@ def valley(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         print(f"loss {found.loss:.4g}, gradient {found.grad_norm:.4g}, trace {trace:.4g}, {hvps} products")
         yield SimpleNamespace(
             start=request.param,
+            seed=seed,
             objective=objective,
             origin=objective.read(),
             loss=found.loss,
@@ -90,7 +97,7 @@ def losses(valley: SimpleNamespace, ratio: float, *, replicas: int) -> tuple[flo
         lr=lr,
         steps=STEPS,
         replicas=replicas,
-        seed=SEED,
+        seed=valley.seed,
         limits=Limits(left=4 * valley.loss, valley=2 * valley.loss),
     )
     trajectory = run(SequentialSurface(valley.objective), valley.origin, plan, together=False)
@@ -118,7 +125,7 @@ def test_runs_above_blow_up_about_when_predicted(valley: SimpleNamespace, ratio:
     doubled = [int(np.argmax(column)) if column.any() else np.inf for column in risen.T]
     print(f"{ratio} x: lr {lr:.3g}, feedback passes 1 at {feedback}, predicted {doubles}, doubled {doubled}")
     # Far from a minimum the gradient's own noise doubles the loss, before its feedback does.
-    first, last = feedback if valley.start == "smoothed" else doubles
+    first, last = doubles if valley.start == "separable" else feedback
     assert first / 1.5 <= np.median(doubled) <= 1.5 * last
 
 
