@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ pytestmark = [
 
 FOLDER = Path(__file__).parents[2] / "examples" / "llm"
 STEPS = 100
-STARTS = {
+STARTS: dict[str, dict[str, Any]] = {
     "its own": {},
     "seed 1": {"seed": 1},
     "seed 2": {"seed": 2},
