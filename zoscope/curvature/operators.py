@@ -190,6 +190,7 @@ class HessianOperator(ShardOperator):
         first = self._attempt(vector)
         if self.method == "linearize":
             first = super()._sum(vector)  # some operations write into what its graph keeps: from the second call on
+            self._count += 1
         self.release()
         again = None if self.method in (None, "double-backward") else self._by_double_backward(vector)
         self._count += 1
