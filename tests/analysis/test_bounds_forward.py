@@ -131,9 +131,28 @@ def test_kinks_and_indefiniteness_are_said():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(8, 4)
     problem = zoscope.Problem.from_criterion(model, [(x, torch.zeros(8, 1))], nn.MSELoss())
-    assert "kinks" in {notice.code for notice in forward(problem).warnings}
+    (kinks,) = [notice.message for notice in forward(problem).warnings if notice.code == "kinks"]
+    assert "depends on h" in kinks
+    assert "less or more" in kinks
     codes = {notice.code for notice in forward(black_box(np.concatenate([POSITIVE, -POSITIVE]))).warnings}
     assert "indefinite-hessian" in codes
+
+
+def test_steps_that_disagree_are_said_with_what_the_bars_contain():
+    def steps(x):
+        return float(torch.floor(10 * x).sum())
+
+    found = forward(zoscope.Problem.from_function(steps, torch.zeros(12).double()))
+    (message,) = [notice.message for notice in found.warnings if notice.code == "step-size-check"]
+    assert "along single directions by about" in message
+    assert "the Hessian may lie outside" in message
+
+
+def test_no_bound_that_assumes_a_positive_hessian_is_shown_for_a_negative_trace():
+    positive, negative = (str(forward(black_box(sign * POSITIVE), optimizers=("gd",))) for sign in (1, -1))
+    (row,) = [line for line in negative.splitlines() if line.startswith("GD") and "∞" in line]
+    assert row.split()[1:] == ["∞", "∞", "–"], row
+    assert not [line for line in positive.splitlines() if line.startswith("GD") and "–" in line]
 
 
 def test_a_model_in_half_precision_is_measured_as_it_is():

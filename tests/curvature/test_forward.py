@@ -174,7 +174,7 @@ def test_parameters_come_back_when_the_loss_fails(monkeypatch):
 
     x0 = torch.randn(30, generator=torch.Generator().manual_seed(0))
     problem = Problem.from_function(moody, x0)
-    with pytest.raises(RuntimeError, match="simulator stopped"):
+    with pytest.raises(SpecError, match="simulator stopped"):
         measured(problem, max_hvps=60)
     assert torch.equal(problem.model.x.detach(), x0)
 

@@ -163,7 +163,7 @@ def _forward(objective: Objective, scale: _Scale, *, rtol: float, max_hvps: int,
     moving = _moving_seconds(stencil, h)
     evaluating = max((time.perf_counter() - started - moving) / SAMPLE - moving, 0.0)
     scatter = float(x.var(ddof=1) / x.mean() ** 2) if np.isfinite(x).all() and x.mean() != 0 else float("inf")
-    group = (GROUP + 2 * CHECKS + 1) / GROUP
+    group = (GROUP + CHECKS + 1) / GROUP
     wanted = 4 * PILOTS + group * max(scatter * (1.96 / rtol) ** 2, GROUP * LEAST_GROUPS)
     most = max(max_hvps, LEAST_DIRECTIONS)
     products = round(min(wanted, most))

@@ -73,16 +73,21 @@ def of(
 
 def _differences(found: ForwardCurvature, objective: Objective) -> Iterable[Notice]:
     if found.disagreement > DISAGREEMENT:
+        percent = 100 * found.disagreement
+        size = f"{percent:.0f} % of the trace" if math.isfinite(percent) else "more than the trace"
         yield Notice(
             "step-size-check",
-            f"Differences with steps of h/2, h and 2h (h = {found.step:.2g}) disagree by "
-            f"{100 * found.disagreement:.0f} %, which the error bars contain: the loss is rounded too coarsely or is "
-            "not smooth. A loss that ends in float32 (logits.float()) or a wider --dtype may help.",
+            f"Differences with steps of h/2 and h (h = {found.step:.2g}) disagree along single directions by about "
+            f"{size}. The error bars are as wide as that; where the loss bends on a scale far below h, the Hessian may "
+            "lie outside. The loss is rounded too coarsely, has kinks, or is smooth over short distances only: a loss "
+            "that ends in float32 (logits.float()) or a wider --dtype lets steps be shorter.",
         )
     kinked = {type(module).__name__ for module in objective.model.modules() if isinstance(module, KINKED)}
     if kinked:
         yield Notice(
             "kinks",
-            f"The model has layers with kinks ({', '.join(sorted(kinked))}). Differences see the curvature of crossing "
-            "kinks, as a zeroth-order run does; second derivatives do not, so --curvature hessian may give less.",
+            f"The model has layers with kinks ({', '.join(sorted(kinked))}). Forward passes measure the mean curvature "
+            f"over steps of h = {found.step:.2g} along random directions, with the kinks crossed on the way, as a "
+            "zeroth-order run with a smoothing radius of that size does. It depends on h; --curvature hessian sees no "
+            "kinks and may give less or more.",
         )

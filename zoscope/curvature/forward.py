@@ -25,14 +25,17 @@ GROUP = 16
 LEAST_GROUPS = 4
 """Groups before a measurement may stop by itself."""
 
-PILOTS = 4
+PILOTS = 8
 """Directions on which the step is chosen."""
 
-CHECKS = 2
-"""Directions of a group that are measured at h/2 and at 2h too."""
+CHECKS = 4
+"""Directions of a group that are measured at h/2 too."""
 
 ForwardPrecision = Callable[[ForwardCurvature], float]
 """Largest relative 95 % half-width among the quantities wanted."""
+
+_TO_NONE = 4 / 3
+"""Truncation at h over the change from h/2 to h."""
 
 _Array = NDArray[np.float64]
 
@@ -92,17 +95,20 @@ class _Forward:
         self._groups: list[Group] = []
 
     def run(self, on_progress: OnProgress | None) -> ForwardCurvature:
-        pilots = PILOTS if self._budget >= 100 else 2
+        pilots = 2 if self._budget < 100 else 4 if self._budget < 300 else PILOTS
         h, self._spent = choose_step(
             self._party.pilots(pilots),
             start=self._party.first_step,
             tolerance=self._rtol / 20,
             budget=self._budget // 4,
+            reserve=self._budget // 4 if self._budget >= 100 else 0,
+            farthest=self._party.stencil.farthest,
+            resolution=self._party.stencil.resolution,
         )
         left = self._budget - self._spent
-        checks = CHECKS if self._budget >= 100 else 1
-        size = min(GROUP, left // LEAST_GROUPS - 2 * checks - 1)
-        cost = size + 2 * checks + 1
+        checks = CHECKS if self._budget >= 100 else 2
+        size = min(GROUP, left // LEAST_GROUPS - checks - 1)
+        cost = size + checks + 1
         for group in self._party.groups(size, first=pilots, checks=checks, h=h, most=left // cost):
             self._groups.append(group)
             self._spent += cost
@@ -118,28 +124,27 @@ class _Forward:
     def _result(self, h: float) -> ForwardCurvature:
         groups = self._groups
         slopes, curvatures = np.concatenate([g.slopes for g in groups]), np.concatenate([g.curvatures for g in groups])
-        tilts, bends = np.concatenate([g.checks for g in groups], axis=2)  # slopes and curvatures, (3, c) each
+        tilts, bends = np.concatenate([g.checks for g in groups], axis=2)  # slopes and curvatures, (2, c) each
         # All directions share the loss at θ, whose rounding no comparison between them shows in full.
-        shift = _doubt(bends.mean(axis=1), power=2) + self._party.stencil.resolution / h**2
-        foreign = _doubt((tilts**2).mean(axis=1), power=4)
+        shift = _apart(bends) + self._party.stencil.resolution / h**2
         trace, variance, gradient_sq = mean_of(curvatures), variance_of(curvatures), mean_of(slopes**2)
-        change = bends[2] - bends[1]
-        # Var X changes by 2 Cov(X, change) + Var(change) from h to 2h.
-        spread = abs(float(np.cov(bends[1], change)[0, 1])) + 0.5 * float(change.var(ddof=1))
+        # Var X changes by 2 Cov(X, change) + Var(change) on the way to no step. All of X may come from errors alike.
+        change = _TO_NONE * (bends[0] - bends[1])
+        spread = abs(float(np.cov(bends[1], change)[0, 1])) + 0.5 * float(change.var(ddof=1)) + 0.5 * shift**2
         rayleigh = None
         if gradient_sq.value > 0:
             found = ratio_of([g.along_gradient for g in groups], [float(np.mean(g.slopes**2)) for g in groups])
             # What truncation and rounding add to slopes has a Rayleigh quotient of its own, below ‖H‖_F.
-            share = min(foreign / gradient_sq.value, 1.0)
+            share = min(_TO_NONE * abs(float(np.diff((tilts**2).mean(axis=1))[0])) / gradient_sq.value, 1.0)
             error = shift / (len(groups[0].slopes) - 1) + share * math.sqrt(variance.value / 2)
             rayleigh = Estimate(found.value, found.stderr, error)
         return ForwardCurvature(
             trace=Estimate(trace.value, trace.stderr, shift),
             frobenius_sq=Estimate(variance.value / 2, variance.stderr / 2, spread),
-            gradient_sq=Estimate(gradient_sq.value, gradient_sq.stderr, foreign),
+            gradient_sq=Estimate(gradient_sq.value, gradient_sq.stderr, _apart(tilts**2)),
             rayleigh=rayleigh,
             loss=self._party.stencil.loss,
-            indefinite=bool((curvatures < -np.abs(bends[0] - bends[2]).max()).any()),
+            indefinite=bool((curvatures < -_TO_NONE * np.abs(bends[0] - bends[1]).max()).any()),
             step=h,
             disagreement=shift / abs(trace.value) if trace.value != 0 else math.inf,
             num_hvps=self._spent,
@@ -153,16 +158,13 @@ def _of_trace(result: ForwardCurvature) -> float:
     return trace.half_width / abs(trace.value) if trace.value != 0 else math.inf
 
 
-def _doubt(means: _Array, *, power: int) -> float:
-    """Size of the errors in a mean at step h, from its values at h/2, h and 2h.
+def _apart(values: _Array) -> float:
+    """What single directions say of the errors at step h: by how much they differ at h/2, where truncation is 1/4.
 
-    Truncation grows as ``h^power`` and rounding falls as ``1/h²``. Both are solved for, because they may hide each
-    other in a single comparison, all the more where h was chosen for a small one.
+    Not by how much their mean does: truncation mostly has one sign, which rounding or chance hides in a mean; and where
+    the loss has kinks, or bends on a scale below h, no law leads from changes between steps to what is at none.
 
     Args:
-        means: ``(3,)`` at h/2, h and 2h.
-        power: Of the truncation error.
+        values: ``(2, c)`` at h/2 and h.
     """
-    growth, fall = 2.0**power, 0.25
-    system = [[1 / growth - 1, 1 / fall - 1], [growth - 1, fall - 1]]
-    return float(np.abs(np.linalg.solve(system, means[[0, 2]] - means[1])).sum())
+    return _TO_NONE * float(np.sqrt(np.mean((values[0] - values[1]) ** 2)))

@@ -30,7 +30,7 @@ class Group:
     Args:
         slopes: ``uᵀg``, ``(q,)``.
         curvatures: ``uᵀHu``, ``(q,)``.
-        checks: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of h/2, h and 2h, ``(2, 3, c)``.
+        checks: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of h/2 and h, ``(2, 2, c)``.
         along_gradient: An unbiased estimate of ``gᵀHg``.
     """
 
@@ -55,8 +55,11 @@ class Party:
 
     @property
     def first_step(self) -> float:
-        """Where truncation and rounding would balance for weights and curvature of the usual sizes."""
-        return float(self.stencil.typical_size * self.stencil.epsilon**0.25)
+        """Where truncation and rounding would balance for weights and curvature of the usual sizes.
+
+        By a power of two from these sizes, as every step of the search: seeds then differ in what they find there only.
+        """
+        return math.ldexp(self.stencil.typical_size, round(0.25 * math.log2(self.stencil.epsilon)))
 
     def pilots(self, count: int) -> Callable[[float], list[Difference]]:
         """What tells the differences along the first ``count`` directions for any step."""
@@ -162,15 +165,13 @@ _WORK: dict[str, Callable[..., object]] = {"pilots": _pilot, "groups": _group}
 
 
 def measure_group(stencil: Stencil, numbers: Sequence[int], *, checks: int, h: float) -> Group:
-    """One group of directions, by their numbers, of which the first ``checks`` are measured at h/2 and 2h too."""
+    """One group of directions, by their numbers, of which the first ``checks`` are measured at h/2 too."""
     size = len(numbers)
     directions = [stencil.direction(number) for number in numbers]
     found = [_finite(stencil.along(u, h), h) for u in directions]
     slopes, curvatures = _columns(found)
-    half, double = (
-        _columns([_finite(stencil.along(u, step), step) for u in directions[:checks]]) for step in (h / 2, 2 * h)
-    )
-    checked = np.stack([half, np.stack([slopes, curvatures])[:, :checks], double], axis=1)
+    half = _columns([_finite(stencil.along(u, h / 2), h / 2) for u in directions[:checks]])
+    checked = np.stack([half, np.stack([slopes, curvatures])[:, :checks]], axis=1)
     norm = float(np.linalg.norm(slopes))
     pairs = 0.0
     if norm > 0:

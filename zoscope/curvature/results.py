@@ -88,8 +88,8 @@ class ForwardCurvature:
         loss: Loss at the parameters.
         indefinite: Whether negative curvature was seen along a direction.
         step: Step h of the differences along directions of unit entries, param.
-        disagreement: Error of the trace from truncation and rounding, relative, from a comparison of steps h/2, h and
-            2h; part of the errors above.
+        disagreement: Error of the trace from truncation and rounding, relative, from what single directions show at
+            steps of h/2 and h; part of the errors above.
         num_hvps: Directions spent, each two evaluations; what stands for a Hessian-vector product here.
         num_evaluations: Evaluations of the whole loss.
         seconds: Wall time spent.

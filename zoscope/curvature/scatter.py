@@ -43,13 +43,29 @@ def variance_of(values: ArrayLike) -> Estimate:
 
 
 def ratio_of(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
-    """Ratio of the means of two samples ``(n,)`` taken together."""
+    """Ratio of the means of two samples ``(n,)`` taken together; its standard error covers the longer arm.
+
+    Few samples of a skewed law mostly miss its tail, and show too little scatter then. Johnson's correction for that
+    (J. Am. Stat. Assoc. 73, 536, 1978) moves the interval by ``γ(1 + 2t²)s/6n``, towards the tail.
+    """
     a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if len(a) < 2 or b.mean() <= 0:
         return Estimate(0.0, math.inf)
     ratio = float(a.mean() / b.mean())
-    stderr = float((a - ratio * b).std(ddof=1)) / (math.sqrt(len(a)) * float(b.mean()))
-    return Estimate(ratio, stderr * _student(len(a) - 1))
+    rest = a - ratio * b
+    stderr = float(rest.std(ddof=1)) / (math.sqrt(len(a)) * float(b.mean()))
+    t = NORMAL_95 * _student(len(a) - 1)
+    arm = t + _skewness(rest) * (1 + 2 * t**2) / (6 * math.sqrt(len(a)))
+    return Estimate(ratio, stderr * arm / NORMAL_95)
+
+
+def _skewness(x: NDArray[np.float64]) -> float:
+    """Size of the skewness, corrected for the smallness of the sample."""
+    n, z = len(x), x - x.mean()
+    second = float(np.mean(z**2))
+    if n < 3 or second <= 0:
+        return 0.0
+    return abs(float(np.mean(z**3))) / math.pow(second, 1.5) * math.sqrt(n * (n - 1)) / (n - 2)
 
 
 def _freedom(x: NDArray[np.float64]) -> float:
@@ -63,10 +79,9 @@ def _freedom(x: NDArray[np.float64]) -> float:
     z = x - x.mean()
     second = float(np.mean(z**2))
     if n >= 4 and second > 0:
-        g1, g2 = float(np.mean(z**3)) / second**1.5, float(np.mean(z**4)) / second**2 - 3
-        skewness_sq = g1**2 * n * (n - 1) / (n - 2) ** 2
+        g2 = float(np.mean(z**4)) / second**2 - 3
         sampled = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * g2 + 6)
-        excess = min(max(sampled, 1.5 * skewness_sq, 0.0), MOST_KURTOSIS)
+        excess = min(max(sampled, 1.5 * _skewness(x) ** 2, 0.0), MOST_KURTOSIS)
     return 2 / (2 / (n - 1) + excess / n)
 
 

@@ -25,6 +25,9 @@ BLOCKS = 128
 """Large models are cut into about so many blocks: what is drawn at a time is then below 1 % of them."""
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 18, 1 << 23
+NEAR = 0.5
+"""Step, in units of the parameters, beyond which the loss is another one."""
+
 KEPT_SIZE, KEPT_GROUP = 1 << 18, 16
 """Entries up to which directions are kept instead of being drawn again, and how many of them are at a time."""
 
@@ -129,7 +132,8 @@ class Stencil:
         loss: ``f₀``.
         evaluations: Losses of the whole problem computed so far.
         centres: How many of them were f₀.
-        typical_size: Root mean square of the parameters; 1 where all are zero.
+        typical_size: Of the parameters, from the root mean square of every tensor; 1 where all are zero.
+        farthest: Longest step that still says something about the parameters where they are.
     """
 
     def __init__(self, objective: Objective, *, seed: int) -> None:
@@ -151,7 +155,8 @@ class Stencil:
             self._originals = Originals([piece for block in self._blocks for piece in block.pieces])
         self._keep = self._originals is not None and objective.num_params <= KEPT_SIZE
         self._perturbations: dict[float, Perturbation] = {}
-        self.typical_size = self._typical_size()
+        size_of_all = self._typical_size()
+        self.typical_size, self.farthest = size_of_all or 1.0, NEAR * size_of_all or math.inf
         self.loss = self._centre()
         with torch.no_grad():
             self._precision = torch.finfo(objective.loss(objective.shards[0]).dtype).eps
@@ -162,12 +167,21 @@ class Stencil:
         return 2 * self._precision * abs(self.loss)
 
     def _typical_size(self) -> float:
-        pieces = (piece for block in self._blocks for piece in block.pieces)  # a wider copy of one piece at a time
-        square = sum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in pieces)
+        """Root mean squares of tensors, square roots averaged; 0 where all parameters are.
+
+        A mean of squares would be that of the gains of a few layer norms, and a median nothing where half of the
+        parameters have just left zero. Tensors of zeros have no size.
+        """
+        roots = count = 0.0
+        for piece in (piece for block in self._blocks for piece in block.pieces):  # a wider copy of one at a time
+            norm = float(torch.linalg.vector_norm(piece, dtype=torch.float64))
+            if norm > 0:
+                roots += piece.numel() * math.sqrt(norm / math.sqrt(piece.numel()))
+                count += piece.numel()
         crew = self._objective.crew
         if isinstance(crew, Mirror):
-            square = crew.total(square)
-        return math.sqrt(square / self._objective.num_params) or 1.0
+            roots, count = crew.total(roots), crew.total(count)
+        return (roots / count) ** 2 if count else 0.0
 
     @property
     def epsilon(self) -> float:

@@ -41,10 +41,11 @@ def forward_bounds_table(result: BoundsResult) -> Table:
     table = number_table(
         "", "descent\nany H", "infinite time,\nat most; any H", "infinite time,\nat least; H ⪰ 0", justify="right"
     )
+    possible = result.forward is None or result.forward.trace.value >= 0  # whether H ⪰ 0 may be
     for name, row in result.optimizers.items():
         if row.forward is not None:
-            bounds = row.forward.descent, row.forward.upper, row.forward.lower
-            table.add_row(OPTIMIZER_NAMES[name], *(_step_size(estimate) for estimate in bounds))
+            descent, upper, lower = (_step_size(e) for e in (row.forward.descent, row.forward.upper, row.forward.lower))
+            table.add_row(OPTIMIZER_NAMES[name], descent, upper, lower if possible else MISSING)
     return table
 
 

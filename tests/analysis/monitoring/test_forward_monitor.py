@@ -131,3 +131,11 @@ def test_a_monitor_without_an_optimizer_takes_no_step() -> None:
         zoscope.ForwardMonitor(torch.optim.SGD([torch.zeros(2)], lr=0.1))
     with pytest.raises(ValueError, match="observe"):
         zoscope.ForwardMonitor().step(lambda: 0.0)
+
+
+@pytest.mark.parametrize(("above", "below"), [([1.0, 2.0], [1.0]), (1.0, [1.0, 2.0]), ([[1.0]], [[1.0]])])
+def test_losses_that_do_not_pair_up_are_refused_before_any_is_taken_in(above, below) -> None:
+    monitor = zoscope.ForwardMonitor()
+    with pytest.raises(ValueError, match=r"above has the shape .*expected one loss for each query in both"):
+        monitor.observe(1.0, above=above, below=below, lr=0.1)
+    assert monitor.state_dict() == {"steps": 0, "samples": []}

@@ -183,9 +183,18 @@ class ForwardMonitor:
 
         Returns:
             The record once there are enough directions, else ``None``.
+
+        Raises:
+            ValueError: If ``above`` and ``below`` are not equally many; nothing has been taken in then.
         """
+        highs, lows = np.atleast_1d(above), np.atleast_1d(below)
+        if highs.ndim != 1 or highs.shape != lows.shape:
+            raise ValueError(
+                f"above has the shape {highs.shape} and below {lows.shape}: expected one loss for each query in both, "
+                "as two numbers or two lists of one length"
+            )
         self._steps += 1
-        for high, low in zip(np.atleast_1d(above), np.atleast_1d(below), strict=True):
+        for high, low in zip(highs, lows, strict=True):
             curvature = (float(high) - 2.0 * loss + float(low)) / self._mu**2
             if math.isfinite(curvature):
                 self._samples.append(curvature)
