@@ -106,6 +106,11 @@ def losses(valley: SimpleNamespace, ratio: float, *, replicas: int) -> tuple[flo
     return lr, trajectory.losses
 
 
+def first_above(limit: float, curves: np.ndarray) -> list[float]:
+    """The step at which each replica first was, infinite for one that never was."""
+    return [float(np.argmax(column)) if column.any() else np.inf for column in (curves > limit).T]
+
+
 @pytest.mark.parametrize("ratio", [1.25, 1.6])
 def test_runs_above_blow_up_about_when_predicted(valley: SimpleNamespace, ratio: float) -> None:
     lr, curves = losses(valley, ratio, replicas=3)
@@ -122,9 +127,9 @@ def test_runs_above_blow_up_about_when_predicted(valley: SimpleNamespace, ratio:
         time_to_blow_up(valley.spectrum.fine, lr, rule=valley.rule, moments=valley.moments, version=version)
         for version in ("full", "positive")
     ]
-    risen = curves > 2 * valley.loss
-    doubled = [int(np.argmax(column)) if column.any() else np.inf for column in risen.T]
-    print(f"{ratio} x: lr {lr:.3g}, feedback passes 1 at {feedback}, predicted {doubles}, doubled {doubled}")
+    doubled, quadrupled = (first_above(factor * valley.loss, curves) for factor in (2, 4))
+    print(f"{ratio} x: lr {lr:.3g}, feedback passes 1 at {feedback}, predicted {doubles}", end=", ")
+    print(f"doubled {doubled}, four times as large {quadrupled}")
     # Far from a minimum the gradient's own noise doubles the loss, before its feedback does.
     first, last = doubles if valley.start == "separable" else feedback
     assert first / 1.5 <= np.median(doubled) <= 1.5 * last
