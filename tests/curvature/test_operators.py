@@ -212,6 +212,22 @@ def test_a_method_that_torch_has_wrong_is_refused(kind):
         assert torch.isfinite(HessianOperator(objective).matmat(vector)).all()
 
 
+def test_the_faster_of_two_methods_is_taken_only_where_they_agree(monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4, dtype=torch.float64))
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = Problem(nn.Sequential(layer, nn.Tanh()), [x], lambda m, b: m(b).square().mean())
+    clock = iter([0.0, 10.0, 10.0, 11.0])  # batched looks ten times faster
+    monkeypatch.setattr("zoscope.curvature.operators._now", lambda device: next(clock))
+    with problem.prepare(device="cpu") as objective:
+        vectors = torch.eye(objective.num_params, dtype=torch.float64)
+        expected = HessianOperator(objective, hvp="double-backward").matmat(vectors)
+        operator = HessianOperator(objective)
+        operator._checked = True  # as on a GPU, where no method is chosen before a block comes
+        assert torch.allclose(operator.matmat(vectors), expected)
+        assert operator.hvp == "double-backward"
+
+
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on(monkeypatch):
     problem = classification(batch_size=10)
     with problem.prepare(device="cpu") as objective:

@@ -81,3 +81,18 @@ def test_a_prefix_and_a_lora_have_bounds_and_come_back_as_they_were(tuning: str)
     assert result.optimizers["gd"].binding is not None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
+
+
+def test_labels_are_smoothed_behind_a_prompt_that_is_tuned() -> None:
+    import peft
+
+    base = small_model("causal-lm")
+    with torch.random.fork_rng(devices=[]):
+        model = peft.get_peft_model(base, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    plain, smoothed = (
+        problem_from_transformers(model, small_examples("causal-lm"), batch_size=7, label_smoothing=part)
+        for part in (0.0, 1e-9)
+    )
+    (batch,) = plain.batches
+    with torch.no_grad():
+        assert float(smoothed.loss(model, batch)) == pytest.approx(float(plain.loss(model, batch)), rel=1e-6)

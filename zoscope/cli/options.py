@@ -108,7 +108,7 @@ class MeasureOptions:
         str,
         _measurement(
             metavar=" | ".join(CURVATURES),
-            help="Hessian, Gauss-Newton matrix, or forward passes only (no second derivatives).",
+            help="Hessian, Gauss-Newton matrix, or, for bounds alone, forward passes only (no second derivatives).",
         ),
     ] = "hessian"
     hvp: Annotated[

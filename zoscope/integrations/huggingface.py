@@ -147,6 +147,8 @@ class HeadLoss:
             return functional.mse_loss(logits.view(labels.shape), labels.float())
         if kind == "multi_label_classification":
             return functional.binary_cross_entropy_with_logits(logits, labels.float())
+        if logits.dim() == 3:  # the prompt that peft tunes stands in front, and no label counts there
+            labels = functional.pad(labels, (max(logits.shape[1] - labels.shape[1], 0), 0), value=IGNORED)
         if self.task == "causal-lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         return functional.cross_entropy(
