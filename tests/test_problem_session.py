@@ -148,8 +148,21 @@ def test_half_precision_models_are_measured_in_a_float32_copy(half: torch.dtype)
         assert objective.dtype == torch.float32
         assert [notice.code for notice in objective.warnings] == ["upcast"]
     assert model.weight.dtype == half
-    with problem.prepare(device="cpu", dtype=half) as objective:
+    for dtype in (half, "own"):
+        with problem.prepare(device="cpu", dtype=dtype) as objective:
+            assert objective.dtype == torch.float32
+            expected = "upcast" if dtype == "own" else "half-precision"
+            assert [notice.code for notice in objective.warnings] == [expected]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("use", ["trains", "evaluates"])
+def test_steps_and_forward_passes_keep_half_precision(half: torch.dtype, use: str) -> None:
+    model = nn.Linear(3, 2).to(half)
+    problem = Problem.from_criterion(model, (torch.ones(4, 3, dtype=half), torch.ones(4, 2, dtype=half)), nn.MSELoss())
+    with problem.prepare(device="cpu", dtype=half, trains=use == "trains", differentiable=use == "trains") as objective:
         assert objective.model is model
+        assert objective.dtype == half
         assert not objective.warnings
 
 

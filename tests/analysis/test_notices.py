@@ -108,11 +108,6 @@ def test_a_missed_precision_is_announced(reached: float, expected: list[str]) ->
     assert codes(notices.precision_notices({"hessian": reached}, rtol=0.02, max_hvps=10, dimension=9000)) == expected
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", []), ("bfloat16", ["half-precision"])])
-def test_half_precision_is_announced(dtype: str, expected: list[str]) -> None:
-    assert codes(notices.dtype_notices(dtype)) == expected
-
-
 def test_a_notice_is_given_once() -> None:
     assert notices.without_repeats([Notice("a", "x"), Notice("b", "y"), Notice("a", "x")]) == (
         Notice("a", "x"),

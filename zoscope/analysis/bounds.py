@@ -153,7 +153,7 @@ def _result(
         for name, rule in request.rules.items()
     }
     dtype = str(objective.dtype).removeprefix("torch.")
-    warnings = notices.without_repeats(_notices(objective, request, measurement, rows, info=info, dtype=dtype))
+    warnings = notices.without_repeats(_notices(objective, request, measurement, rows, info=info))
     return BoundsResult(
         spec=spec,
         device=str(objective.device),
@@ -178,7 +178,6 @@ def _notices(
     rows: dict[str, OptimizerBounds],
     *,
     info: ProblemInfo,
-    dtype: str,
 ) -> Iterable[Notice]:
     first = next(iter(rows.values()))
     # The preconditioned operator has the signs of the Hessian: one account of them is enough.
@@ -198,7 +197,6 @@ def _notices(
     if missed and request.strict:
         raise NumericalError(missed[0].message)
     yield from missed
-    yield from notices.dtype_notices(dtype)
     for entry in measurement.operators.values():
         for note in entry.curvature.notes:
             yield Notice("measurement", note)

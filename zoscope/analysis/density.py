@@ -195,7 +195,7 @@ def _spectrum(
         layers=_layer_traces(layers, curvature),
         num_hvps=operator.num_hvps,
         seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(_notices(objective, request, curvature, dtype=dtype)),
+        warnings=notices.without_repeats(_notices(objective, request, curvature)),
     )
 
 
@@ -258,7 +258,7 @@ def _layer_traces(layers: list[tuple[str, int]], curvature: Curvature) -> tuple[
     )
 
 
-def _notices(objective: Objective, request: Request, curvature: Curvature, *, dtype: str) -> Iterable[Notice]:
+def _notices(objective: Objective, request: Request, curvature: Curvature) -> Iterable[Notice]:
     reached = {request.curvature: trace_error(curvature.spectrum)}
     missed = tuple(
         notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=objective.num_params)
@@ -266,7 +266,6 @@ def _notices(objective: Objective, request: Request, curvature: Curvature, *, dt
     if missed and request.strict:
         raise NumericalError(missed[0].message)
     yield from missed
-    yield from notices.dtype_notices(dtype)
     for note in curvature.notes:
         yield Notice("measurement", note)
     yield from objective.warnings

@@ -149,11 +149,11 @@ def _moments(objective: Objective, request: Request, *, spec: str | None, starte
         moments=found,
         num_hvps=operator.num_hvps,
         seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(_notices(objective, request, found, dtype=dtype)),
+        warnings=notices.without_repeats(_notices(objective, request, found)),
     )
 
 
-def _notices(objective: Objective, request: Request, found: Moments, *, dtype: str) -> Iterable[Notice]:
+def _notices(objective: Objective, request: Request, found: Moments) -> Iterable[Notice]:
     reached = {request.curvature: found.error}
     missed = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=None))
     if missed and request.strict:
@@ -165,7 +165,6 @@ def _notices(objective: Objective, request: Request, found: Moments, *, dtype: s
             f"The largest eigenvalue did not converge: it is {found.lambda_max.value:.4g} to within "
             f"{found.lambda_max.residual:.2g}. Raise --max-hvps.",
         )
-    yield from notices.dtype_notices(dtype)
     for note in found.notes:
         yield Notice("measurement", note)
     yield from objective.warnings

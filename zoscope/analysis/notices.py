@@ -43,8 +43,6 @@ LARGE_COMMUTATOR = 0.05
 COLLAPSED = 0.1
 """Share of the parameters with ε above √v from which the preconditioner is called collapsed."""
 
-FULL_PRECISION = ("float32", "float64")
-
 
 def curvature_notices(curvature: Curvature, bounds: OptimizerBounds) -> Iterable[Notice]:
     """On the spectrum and what it does to the bounds derived from it."""
@@ -169,16 +167,6 @@ def precision_notices(
             f"The precision asked for (--rtol {rtol:g}) was not reached: {value} within the {max_hvps} Hessian-vector "
             "products of --max-hvps, or where more probe vectors no longer help. The intervals shown are honest, only "
             f"wider; raise --max-hvps or --rtol{exact}.",
-        )
-
-
-def dtype_notices(dtype: str) -> Iterable[Notice]:
-    """On number formats too coarse for second derivatives."""
-    if dtype not in FULL_PRECISION:
-        yield Notice(
-            "half-precision",
-            f"Curvature was measured in {dtype}: rounding alone puts about 1 % of noise on every Hessian-vector "
-            "product, which the error bars do not contain. Use --dtype float32 where memory allows.",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from zoscope.analysis.measuring import NO_SPECTRUM
 from zoscope.analysis.probing.request import ProbeProgress, ProbeRequest, check_optimizer, numbers
@@ -11,6 +11,7 @@ from zoscope.analysis.probing.results import ProbeInterruptedError, ProbeResult
 from zoscope.analysis.probing.session import Session
 from zoscope.analysis.request import Progress, Request, subject_of
 from zoscope.errors import UsageError
+from zoscope.problem.precision import measurable
 
 if TYPE_CHECKING:
     from zoscope.analysis.recommend import Threshold
@@ -156,8 +157,12 @@ def probe(
         on_progress=on_run,
     )
     subject = subject_of(problem, params)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
-        session = Session(objective, request, spec=spec if spec is not None else problem.name)
+    options: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "max_memory": max_memory}
+    with (
+        subject.prepare(dtype=dtype, trains=True, **options) as objective,
+        measurable(subject, objective, **options) as measured,
+    ):
+        session = Session(objective, measured, request, spec=spec if spec is not None else problem.name)
         try:
             session.go()
         except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from zoscope.analysis.tracking.results import OVER, TrackInterruptedError, Track
 from zoscope.config.schedule import Schedule, StepSizes, parse_step_sizes
 from zoscope.config.track import TRACK
 from zoscope.errors import UsageError
+from zoscope.problem.precision import measurable
 from zoscope.theory.validate import require_positive
 
 if TYPE_CHECKING:
@@ -208,13 +209,24 @@ def track_request(
         if place is not None:
             stack.enter_context(place.opened())
             _check_folder(place, config, resume=resume, overwrite=overwrite)
-        objective = stack.enter_context(
-            problem.prepare(
-                device=request.device, dtype=request.dtype, micro_batch=request.micro_batch, max_memory=max_memory
-            )
-        )
+        options: dict[str, Any] = {
+            "device": request.device,
+            "micro_batch": request.micro_batch,
+            "max_memory": max_memory,
+        }
+        objective = stack.enter_context(problem.prepare(dtype=request.dtype, trains=True, **options))
+        measured = stack.enter_context(measurable(problem, objective, **options))
         stop = stack.enter_context(gentle_interrupts())
-        going = Run(objective, request, place, stop, max_seconds=max_seconds, observers=tuple(observers), config=config)
+        going = Run(
+            objective,
+            measured,
+            request,
+            place,
+            stop,
+            max_seconds=max_seconds,
+            observers=tuple(observers),
+            config=config,
+        )
         _start(going, config, overwrite=overwrite)
         status, reason = going.go()
         result = TrackResult(

@@ -2,11 +2,13 @@
 
 import math
 import numbers
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError
@@ -35,12 +37,21 @@ def check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
         SpecError: For a loss that is no scalar, has no gradient, is random, or ties the examples of shards together.
         NumericalError: For a loss or a gradient that is not finite.
     """
+    with ExitStack() as stack:
+        if differentiable:  # so that two evaluations agree, and what is in half precision is so by itself
+            stack.enter_context(runtime.without_autocast())
+        _check(objective, differentiable=differentiable, cut=cut)
+
+
+def _check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
     first = objective.shards[0]
     before = runtime.rng_fingerprint()
+    narrow = _Narrowings()
     with (
         watched(objective.model) as active,
         torch.set_grad_enabled(differentiable),
         graph.checkpoint_warnings() as detached,
+        narrow,
     ):
         loss = _evaluated(objective, first, 0)
     drew = runtime.rng_fingerprint() != before
@@ -49,11 +60,36 @@ def check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
     if differentiable:
         if detached:
             raise SpecError(graph.REENTRANT)
+        if objective.dtype not in runtime.HALF:
+            _refuse_half(narrow)
         _check_gradient(objective, loss)
     del loss
     again = _check_all(objective)
     _refuse_random(objective, value, again, active, drew)
     _check_mean(objective, value, cut=cut)
+
+
+class _Narrowings(TorchFunctionMode):
+    """Notices which operation first gives a result in half precision that will be differentiated."""
+
+    first: tuple[str, str] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if self.first is None and isinstance(found, Tensor) and found.dtype in runtime.HALF and found.requires_grad:
+            self.first = getattr(func, "__name__", str(func)), str(found.dtype).removeprefix("torch.")
+        return found
+
+
+def _refuse_half(narrow: _Narrowings) -> None:
+    if narrow.first is None:
+        return
+    name, dtype = narrow.first
+    raise SpecError(
+        f"The loss computes in {dtype} though the parameters are wider (first in {name}()), so its derivatives would "
+        "carry about 1 % of noise: expected float32 or float64 all through. Follow the dtype of the parameters in "
+        "place of a fixed one, as x.to(weight.dtype) does, or use --curvature forward, which takes the loss as it is."
+    )
 
 
 def _evaluated(objective: Objective, shard: Shard, index: int) -> Tensor:

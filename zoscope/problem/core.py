@@ -187,6 +187,7 @@ class Problem:
         micro_batch: int | None = None,
         check: bool = True,
         differentiable: bool = True,
+        trains: bool = False,
         max_memory: int | None = None,
     ) -> AbstractContextManager[Objective]:
         """Enter a session in which the loss can be evaluated and differentiated twice.
@@ -202,6 +203,9 @@ class Problem:
             check: Evaluate the loss on entry and refuse what cannot be measured.
             differentiable: Whether derivatives will be taken. False leaves the checks of them out, lets the loss return
                 a number, takes the memory of inference and no more, and lets attention use its fused kernels.
+            trains: Whether training steps are taken. They keep a dtype in half precision, and autocast; otherwise a
+                derivative is taken in float32 at least, of a copy. What is measured between the steps is for
+                `zoscope.problem.precision.Measurable`.
             max_memory: Bytes that the process may hold in all; batches are cut, and vectors kept, accordingly.
 
         Raises:
@@ -215,6 +219,7 @@ class Problem:
             micro_batch=micro_batch,
             check=check,
             differentiable=differentiable,
+            trains=trains,
             max_memory=max_memory,
         )
 

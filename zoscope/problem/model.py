@@ -184,10 +184,16 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype | None) -> A
                 f"A copy of the {type(module).__name__}{_in(dtype)} does not fit into the "
                 f"memory of {device}. Use a device with more memory, a smaller --dtype, or a smaller model."
             ) from error
+        half = any(t.dtype in runtime.HALF for t in module.parameters()) and dtype not in (None, *runtime.HALF)
+        remedy = "Build it on that device and in that dtype in the spec, or choose "
+        remedy += (
+            "--curvature forward, which takes it as it is: second derivatives are not taken in half precision."
+            if half
+            else "the --device and --dtype that it already has."
+        )
         raise SpecError(
             f"The {type(module).__name__} cannot be copied to {device}{_in(dtype)} "
-            f"({type(error).__name__}: {error}). Build it on that device and in that dtype in the spec, or choose the "
-            "--device and --dtype that it already has."
+            f"({type(error).__name__}: {error}). {remedy}"
         ) from error
 
 

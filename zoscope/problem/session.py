@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 OWN_DTYPE = "own"
 """Every tensor in the dtype that it has: nothing is copied or converted."""
 
-_HALF = (torch.bfloat16, torch.float16)
+AUTOCAST = (
+    "The loss runs under torch.autocast. Its curvature is measured without it, in float32: second derivatives through "
+    "half precision carry about 1 % of noise each, which no error bar would contain."
+)
 
 
 @contextmanager
@@ -37,6 +40,7 @@ def prepared_here(
     micro_batch: int | None,
     check: bool,
     differentiable: bool,
+    trains: bool = False,
     spread: bool = False,
     max_memory: int | None = None,
     limited: bool = False,
@@ -66,7 +70,9 @@ def prepared_here(
         target = (
             own if problem.own_device_only and str(device) == "auto" else runtime.resolve_device(device, model=model)
         )
-        precision = None if dtype == OWN_DTYPE else runtime.resolve_dtype(dtype, model)
+        asked = precision = None if dtype == OWN_DTYPE else runtime.resolve_dtype(dtype, model)
+        if differentiable and not trains:
+            precision = _wide(precision, model)
 
         def opened(where: torch.device) -> Objective:
             with ExitStack() as attempt:
@@ -87,6 +93,10 @@ def prepared_here(
                 )
                 if ranks is not None and sharded:
                     _mirror(objective, ranks)
+                if asked is not None and asked != precision:
+                    _note_half(objective, asked)
+                if differentiable and not trains:
+                    attempt.enter_context(runtime.without_autocast(lambda: objective.notify("autocast", AUTOCAST)))
                 attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
                 cut = runtime.is_limited() and not sharded and fit(objective, differentiable=differentiable)
                 if check:
@@ -102,6 +112,13 @@ def prepared_here(
             objective = opened(own)
             objective.notify("device", f"The loss uses tensors that stay on {own}: measured there, not on {target}.")
         yield objective
+
+
+def _wide(dtype: torch.dtype | None, model: nn.Module) -> torch.dtype | None:
+    """The dtype that second derivatives are taken in: float32 where the one asked for is coarser."""
+    if dtype is None and any(p.dtype in runtime.HALF for p in model.parameters()):
+        return runtime.resolve_dtype("auto", model)
+    return torch.float32 if dtype in runtime.HALF else dtype
 
 
 def _own_only(device: str | torch.device, dtype: str | torch.dtype) -> str:
@@ -136,7 +153,7 @@ def _opened(
     """Build an objective whose clean-up is on ``stack``."""
     counts = problem.counts
     dtype = runtime.widest_dtype(model) if precision is None else precision
-    halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in _HALF})
+    halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in runtime.HALF})
     if copy:
         model = copied(model, device=device, dtype=precision)
     else:
@@ -202,8 +219,18 @@ def _note_precision(objective: Objective, halves: list[str], on_host: bool, *, c
             "host-batches", f"The batches do not fit on {objective.device}; they move there one at a time, slowly."
         )
     name = str(objective.dtype).removeprefix("torch.")
-    if halves and converted and objective.dtype not in _HALF:
+    if halves and converted and objective.dtype not in runtime.HALF:
         objective.notify("upcast", f"The model is in {', '.join(halves)}; a copy in {name} is measured.")
+
+
+def _note_half(objective: Objective, asked: torch.dtype) -> None:
+    asked_name, name = (str(dtype).removeprefix("torch.") for dtype in (asked, objective.dtype))
+    objective.notify(
+        "half-precision",
+        f"Second derivatives are not taken in {asked_name}, in which every product carries about 1 % of noise: they "
+        f"are measured in {name}.",
+    )
+    objective.warnings[:] = [notice for notice in objective.warnings if notice.code != "upcast"]  # the same once more
 
 
 def _note_sizes(objective: Objective) -> None:

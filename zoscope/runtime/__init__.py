@@ -1,7 +1,7 @@
 """Devices, precision, generators, memory, ranks: the only room that knows about CUDA and other processes."""
 
 from zoscope.runtime.allocator import kept_memory
-from zoscope.runtime.devices import DTYPES, resolve_device, resolve_dtype, widest_dtype
+from zoscope.runtime.devices import DTYPES, HALF, resolve_device, resolve_dtype, widest_dtype
 from zoscope.runtime.failures import DroppedError, LostRankError
 from zoscope.runtime.memory import (
     available_memory,
@@ -15,10 +15,11 @@ from zoscope.runtime.peak import peak_bytes
 from zoscope.runtime.random import preserved_rng, rng_fingerprint, spawn_generators
 from zoscope.runtime.ranks import Desk, Ranks, current_ranks, joined, joined_ranks, named, serve
 from zoscope.runtime.remedies import explain_autograd_error
-from zoscope.runtime.switches import eager_mode, full_precision, second_order_mode, threads_for
+from zoscope.runtime.switches import eager_mode, full_precision, second_order_mode, threads_for, without_autocast
 
 __all__ = [
     "DTYPES",
+    "HALF",
     "Desk",
     "DroppedError",
     "LostRankError",
@@ -47,4 +48,5 @@ __all__ = [
     "spawn_generators",
     "threads_for",
     "widest_dtype",
+    "without_autocast",
 ]

@@ -8,6 +8,9 @@ from torch import nn
 from zoscope.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALF = (torch.bfloat16, torch.float16)
+"""Types in which second derivatives are not taken: one product carries about 1 % of noise."""
+
 _DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
 
 

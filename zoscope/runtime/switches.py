@@ -1,7 +1,7 @@
 """The switches of torch under which a forward pass can be differentiated twice."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -134,6 +134,37 @@ def second_order_mode(model: nn.Module | None = None) -> Iterator[None]:
         stack.enter_context(_without_cudnn() if model is None else _recurrent_layers_without_cudnn(model))
         stack.enter_context(nullcontext() if model is None else _dense_gradients(model))
         stack.enter_context(eager_mode())
+        yield
+
+
+@contextmanager
+def without_autocast(asked: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Have ``torch.autocast`` do nothing, around the context and wherever it is entered within.
+
+    Autocast computes products of float32 tensors in half precision, and derivatives of them with as many digits.
+
+    Args:
+        asked: Called whenever something asks for autocast.
+    """
+    kind: Any = torch.amp.autocast_mode.autocast
+    entered = kind.__enter__
+
+    def enter(self: Any) -> Any:
+        enabled, self._enabled = self._enabled, False
+        try:
+            if enabled:
+                asked()
+            return entered(self)
+        finally:
+            self._enabled = enabled
+
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                asked()
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(setattr, kind, "__enter__", entered)
+        kind.__enter__ = enter
         yield
 
 

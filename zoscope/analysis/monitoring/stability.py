@@ -16,6 +16,7 @@ from zoscope.analysis.tracking.measuring import Measurer, Moment
 from zoscope.analysis.tracking.request import TrackRequest
 from zoscope.config.schedule import Schedule
 from zoscope.errors import UsageError
+from zoscope.problem.precision import Measurable
 from zoscope.theory.validate import require_count, require_positive
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class StabilityMonitor:
         with self._problem.prepare(
             device=request.device, dtype=request.dtype, micro_batch=request.micro_batch, check=first
         ) as objective:
-            measurer = Measurer(objective, request)
+            measurer = Measurer(Measurable(objective), request)
             if self._state is not None:
                 measurer.restore(self._state)
             v, seen = self._second_moment()

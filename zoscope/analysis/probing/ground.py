@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zoscope.curvature.results import Curvature
     from zoscope.optim.trajectory import Trajectory
     from zoscope.problem import Objective
+    from zoscope.problem.precision import Measurable
     from zoscope.theory.moments import EstimatorMoments
 
 FEWEST_REMEASURE_HVPS, REMEASURE_HVPS = 60, 200
@@ -39,6 +40,7 @@ class Ground:
 
     Args:
         objective: The prepared problem.
+        measurable: What of it is measured.
         request: What is asked.
         origin: ``(d,)`` parameters at the start.
         start: Where runs start: ``origin``, or the same point in the coordinates of the surface.
@@ -52,6 +54,7 @@ class Ground:
     """
 
     objective: Objective
+    measurable: Measurable
     request: ProbeRequest
     origin: Tensor
     start: Tensor
@@ -115,22 +118,20 @@ class Ground:
 
     def measure_at(self, theta: Tensor, diagonal: Tensor | None) -> Curvature | None:
         """Curvature at ``theta`` of the operator that the rule acts through; ``None`` where it is not finite."""
-        self.objective.write(theta)
         try:
-            base = curvature_operator(self.objective, self.request.measure)
-            operator: LinearOperator = base if diagonal is None else Preconditioned(base, diagonal)
-            result = measure(
-                operator,
-                method="dense" if operator.dim <= DENSE_BLOCK else "deflated-slq",
-                precision=self.request.measure.precision([self.request.rule], moments=self._zeroth_order_moments),
-                rtol=max(REMEASURE_RTOL, self.request.measure.rtol),
-                max_hvps=min(self.remeasure_hvps, self.request.measure.max_hvps),
-                seed=self.request.measure.seed,
-            )
+            with self.measurable.at(theta) as measured:
+                base = curvature_operator(measured, self.request.measure)
+                operator: LinearOperator = base if diagonal is None else Preconditioned(base, diagonal)
+                result = measure(
+                    operator,
+                    method="dense" if operator.dim <= DENSE_BLOCK else "deflated-slq",
+                    precision=self.request.measure.precision([self.request.rule], moments=self._zeroth_order_moments),
+                    rtol=max(REMEASURE_RTOL, self.request.measure.rtol),
+                    max_hvps=min(self.remeasure_hvps, self.request.measure.max_hvps),
+                    seed=self.request.measure.seed,
+                )
         except NumericalError:
             return None  # the run went where derivatives overflow: nothing to report, and no reason to fail
-        finally:
-            self.objective.write(self.origin)
         self.num_hvps += result.num_hvps
         return result
 
@@ -140,16 +141,27 @@ class Ground:
 
 
 def choose_ground(
-    objective: Objective, request: ProbeRequest, *, forecast: Forecast, diagonal: Tensor | None, deadline: float
+    objective: Objective,
+    measurable: Measurable,
+    request: ProbeRequest,
+    *,
+    forecast: Forecast,
+    diagonal: Tensor | None,
+    deadline: float,
 ) -> Ground:
     """The loss itself, or its quadratic model at the start."""
     origin = objective.read()
+    if diagonal is not None and not request.linearized:
+        diagonal = diagonal.to(objective.dtype)  # what is measured is wider than the runs in half precision are
 
     def ground(surface: Surface, *, together: bool) -> Ground:
-        return Ground(objective, request, origin, origin, diagonal, surface, together, deadline)
+        return Ground(objective, measurable, request, origin, origin, diagonal, surface, together, deadline)
 
     if request.linearized and objective.num_params <= DENSE_LIMIT:
-        return ground(matrix_model(objective, request, origin), together=True)
+        with measurable.at() as measured:
+            start = measured.read()
+            model = matrix_model(measured, request, start)
+        return Ground(objective, measurable, request, origin, start, diagonal, model, together=True, deadline=deadline)
     if request.linearized:
         objective.notify(
             "linearized-spectrum",
@@ -158,7 +170,7 @@ def choose_ground(
         )
         model, start = eigenbasis_model(forecast, device=objective.device)
         flat = None if diagonal is None else torch.ones_like(start)
-        return Ground(objective, request, origin, start, flat, model, together=True, deadline=deadline)
+        return Ground(objective, measurable, request, origin, start, flat, model, together=True, deadline=deadline)
     if request.batch_size is not None:
         objective.notify(
             "mini-batch",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zoscope.problem import Objective
+    from zoscope.problem.precision import Measurable
 
 
 class Ticker:
@@ -53,11 +54,13 @@ class Session:
 
     Args:
         objective: The prepared problem.
+        measurable: What of it is measured.
         request: What is asked.
         spec: Name of the problem in the result.
     """
 
     objective: Objective
+    measurable: Measurable
     request: ProbeRequest
     spec: str | None
     started: float = field(default_factory=time.perf_counter)
@@ -72,22 +75,25 @@ class Session:
     def go(self) -> None:
         """Measure, predict, run."""
         request, objective = self.request, self.objective
-        self.measurement = measure_problem(objective, request.measure)
-        diagonal = None if self.measurement.preconditioner is None else self.measurement.preconditioner.diagonal
-        _, g = gradient(objective)
-        operator: LinearOperator = curvature_operator(objective, request.measure)
-        if diagonal is not None:
-            operator = Preconditioned(operator, diagonal)
-        self.forecast = forecast(
-            self.measurement.operators[request.family],
-            gradient_measure(operator, preconditioned_gradient(g, diagonal)),
-            request,
-            loss=self.measurement.loss,
-            dimension=objective.num_params,
-            descent=self.measurement.descent[request.family],
-        )
+        with self.measurable.at() as measured:
+            self.measurement = measure_problem(measured, request.measure)
+            diagonal = None if self.measurement.preconditioner is None else self.measurement.preconditioner.diagonal
+            _, g = gradient(measured)
+            operator: LinearOperator = curvature_operator(measured, request.measure)
+            if diagonal is not None:
+                operator = Preconditioned(operator, diagonal)
+            self.forecast = forecast(
+                self.measurement.operators[request.family],
+                gradient_measure(operator, preconditioned_gradient(g, diagonal)),
+                request,
+                loss=self.measurement.loss,
+                dimension=objective.num_params,
+                descent=self.measurement.descent[request.family],
+            )
         deadline = time.perf_counter() + request.max_seconds
-        self.ground = choose_ground(objective, request, forecast=self.forecast, diagonal=diagonal, deadline=deadline)
+        self.ground = choose_ground(
+            objective, self.measurable, request, forecast=self.forecast, diagonal=diagonal, deadline=deadline
+        )
         self.ground.num_hvps = operator.num_hvps
         self.ground.allow(self.measurement.num_hvps)
         self.ground.flow = self._mean_path(self.forecast, diagonal)
@@ -107,9 +113,10 @@ class Session:
         if self.request.first_order or self.request.linearized or expected.gradient is None or not below:
             return None
         end = flow_times(lr=max(below), steps=expected.steps, rule=expected.rule)[-1]
-        return follow_gradient(
-            self.objective, until=float(end), sharpness=expected.spectrum.lambda_max, diagonal=diagonal
-        )
+        with self.measurable.at() as measured:
+            return follow_gradient(
+                measured, until=float(end), sharpness=expected.spectrum.lambda_max, diagonal=diagonal
+            )
 
     def _step_sizes(self, expected: Forecast) -> list[float]:
         return sorted({*(ratio * expected.threshold.value for ratio in self.request.ratios), *self.request.lrs})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.tracking.request import TrackRequest
     from zoscope.analysis.tracking.results import Status
     from zoscope.problem import Objective
+    from zoscope.problem.precision import Measurable
 
 AGREEMENT = 1e-3
 """Relative difference between the loss of a checkpoint and that of its parameters now, from which data have changed."""
@@ -56,6 +57,7 @@ class Run:
 
     Args:
         objective: The prepared problem; its parameters move.
+        measurable: What of it is measured.
         request: What is asked.
         folder: Where the run is kept; ``None`` keeps nothing, which is also what all processes but the first do.
         stop: Set by someone who wants the run to stop.
@@ -65,6 +67,7 @@ class Run:
     """
 
     objective: Objective
+    measurable: Measurable
     request: TrackRequest
     folder: RunFolder | None
     stop: Stop
@@ -82,7 +85,7 @@ class Run:
         self.batches: Batches = FullBatch(objective)
         if request.batch_size is not None:
             self.batches = MiniBatches(objective, batch_size=request.batch_size, seed=request.seed)
-        self.measurer = Measurer(objective, request)
+        self.measurer = Measurer(self.measurable, request)
         self.every = (
             request.every
             if isinstance(request.every, int)
@@ -184,7 +187,7 @@ class Run:
             self._keep(record)
             return "diverged", f"the loss was {loss:.4g} at step {self.step:,}"
         self._keep(record)
-        self.checkpoint(loss)
+        self.checkpoint(None if self.measurable.apart else loss)  # which a run that goes on compares with its own
         if self.request.target_loss is not None and loss <= self.request.target_loss:
             return "target", f"the loss was {loss:.4g} at step {self.step:,}"
         return None

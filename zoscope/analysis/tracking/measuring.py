@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.tracking.request import TrackRequest
     from zoscope.curvature.results import Curvature
     from zoscope.problem import Objective
+    from zoscope.problem.precision import Measurable
     from zoscope.theory.spectrum import SampledSpectrum
 
 VERSIONS: tuple[Version, ...] = ("full", "positive")
@@ -59,14 +60,14 @@ class Measurer:
     """Measures the same thing again and again, at the same parameters always with the same answer.
 
     Args:
-        objective: The prepared problem; measured where its parameters stand.
+        measurable: The problem; measured where its parameters stand.
         request: The optimizer, and how precisely to measure.
     """
 
-    def __init__(self, objective: Objective, request: TrackRequest) -> None:
-        self._objective, self._request = objective, request
+    def __init__(self, measurable: Measurable, request: TrackRequest) -> None:
+        self._measurable, self._request = measurable, request
         self._rule = request.rule
-        self._moments = request.moments(dimension=objective.num_params)
+        self._moments = request.moments(dimension=measurable.num_params)
         self._hvp = request.hvp
 
     def at(self, moment: Moment, *, on_progress: OnProgress | None = None) -> Record:
@@ -76,12 +77,16 @@ class Measurer:
             moment: Where the run is.
             on_progress: Called after every stage of the measurement.
         """
-        objective, request = self._objective, self._request
+        with self._measurable.at() as objective:
+            return self._at(objective, moment, on_progress)
+
+    def _at(self, objective: Objective, moment: Moment, on_progress: OnProgress | None) -> Record:
+        request = self._request
         try:
             loss, g = gradient(objective)
             if not (math.isfinite(loss) and bool(torch.isfinite(g).all())):
                 return self.without_curvature(moment, loss=loss)
-            operator = self._operator()
+            operator = self._operator(objective)
             diagonal = self._preconditioner(g, moment)
             if moment.shares is not None:  # η_i = η/P_i
                 ones = torch.ones_like(g) if diagonal is None else diagonal
@@ -124,11 +129,11 @@ class Measurer:
     def _name(self) -> str:
         return f"{'preconditioned_' if self._rule.preconditioned else ''}{self._request.curvature}"
 
-    def _operator(self) -> ShardOperator:
+    def _operator(self, objective: Objective) -> ShardOperator:
         # A new one each time: a kept one would hold on to its graph while the run trains.
         if self._request.curvature == "ggn":
-            return GGNOperator(self._objective)
-        return HessianOperator(self._objective, hvp=self._hvp)
+            return GGNOperator(objective)
+        return HessianOperator(objective, hvp=self._hvp)
 
     def _preconditioner(self, g: Tensor, moment: Moment) -> Tensor | None:
         """``P_t = (1−β₁ᵗ)·(√(v/(1−β₂ᵗ)) + ε)``; before the first step what it is expected to be."""
