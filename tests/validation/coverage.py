@@ -204,7 +204,7 @@ def judge(found: Interval, truth: float, slack: float) -> tuple[bool, float]:
 def _ends(records: Sequence[Record], truth: Truth) -> Score:
     """Of the two ends that are said to have converged: the distance to the nearest eigenvalue, in residuals."""
     nodes = truth.spectrum.nodes
-    slack = 1e-5 * float(abs(nodes).max())  # the ends of a Krylov space in single precision
+    slack = truth.eigenvalue_slack
     covered, worst = 0, 0.0
     for record in records:
         ends = [record.found[name] for name in ("lambda_max", "lambda_min") if name in record.found]

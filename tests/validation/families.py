@@ -91,6 +91,10 @@ FAMILIES["head-common"] = lambda: few_shot_head("common")
 FAMILIES["head-trained"] = lambda: few_shot_head("flat", steps=10)
 
 
+FITTED = 1e-6
+"""Loss at which examples are fitted; much further on the gradient would be nothing but rounding."""
+
+
 def interpolating(
     unit: type[nn.Module], *, squared: bool, dtype: torch.dtype = torch.float32, examples: int = 24
 ) -> Subject:
@@ -103,7 +107,7 @@ def interpolating(
         torch.manual_seed(24)
         model = _mlp(unit, 20, 40, outputs)
     criterion = nn.MSELoss() if squared else nn.CrossEntropyLoss()
-    _train(model, lambda: criterion(model(inputs), targets), steps=400, lr=3e-3)
+    _train(model, lambda: criterion(model(inputs), targets), steps=400, lr=3e-3, until=FITTED)
     model, inputs = model.to(dtype), inputs.to(dtype)
     targets = targets.to(dtype) if squared else targets
     problem = zoscope.Problem.from_criterion(model, [(inputs, targets)], criterion)
@@ -215,11 +219,14 @@ def _mlp(unit: type[nn.Module], inputs: int, width: int, outputs: int) -> nn.Mod
     return nn.Sequential(nn.Linear(inputs, width), unit(), nn.Linear(width, width), unit(), nn.Linear(width, outputs))
 
 
-def _train(model: nn.Module, loss: Callable[[], Tensor], *, steps: int, lr: float) -> None:
-    """Adam on all examples."""
+def _train(model: nn.Module, loss: Callable[[], Tensor], *, steps: int, lr: float, until: float = 0.0) -> None:
+    """Adam on all examples, for so many steps or until the loss is small enough."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss().backward()
+        found = loss()
+        if float(found.detach()) <= until:
+            break
+        found.backward()
         optimizer.step()
     model.zero_grad()

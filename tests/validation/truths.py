@@ -60,6 +60,14 @@ class Truth:
     slack: dict[str, float] = field(init=False)
     """By quantity: the true value, and how far rounding may have moved it."""
 
+    @property
+    def eigenvalue_slack(self) -> float:
+        """How far rounding may have moved an eigenvalue: that of products in single precision, or more if seen."""
+        slack = 1e-5 * float(np.abs(self.spectrum.nodes).max())
+        if self.rounded is None:
+            return slack
+        return max(slack, float(np.abs(self.rounded[0].nodes - self.spectrum.nodes).max()))
+
     def __post_init__(self) -> None:
         values = _values(self.spectrum, self.gradient, kinks=self.kinks)
         nearby = [values, _values(self.spectrum, self.gradient, kinks=self.kinks + self.kinks_error)]
