@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import zoscope
 from zoscope.errors import NumericalError, SpecError
 from zoscope.problem import Problem
 
@@ -136,7 +138,7 @@ def test_an_error_in_the_loss_shows_the_users_line() -> None:
     assert "The loss function raised RuntimeError: " in str(error)
     assert "(test_problem_checks.py, line" in str(error)
     assert "return model(batch[0] @ torch.ones(5, 5)).mean()" in error.frame
-    assert "/zoscope/" not in error.frame
+    assert str(Path(zoscope.__file__).parent) not in error.frame  # the clone may be called zoscope, too
 
 
 def test_a_loss_with_other_arguments_says_how_it_is_called() -> None:

@@ -76,8 +76,8 @@ def problem(
 def _example(network: nn.Module, tokenizer: Any, text: str, name: str, *, length: int) -> Mapping[str, Any]:
     """One example, tokenised, with the labels that the model's head takes."""
     if type(network).__name__.endswith("ForSequenceClassification"):
-        tokens = tokenizer(text, truncation=True, max_length=length)
-        return {**tokens, "labels": list(SOURCES).index(name)}
+        tokens = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        return {"input_ids": tokens, "labels": list(SOURCES).index(name)}
     masked = type(network).__name__.endswith("ForMaskedLM")
     answer = tokenizer(" " + name, add_special_tokens=False)["input_ids"]
     hidden = [tokenizer.mask_token_id] * len(answer) if masked else answer
@@ -98,15 +98,23 @@ def adapted(network: nn.Module, tuning: Tuning, *, seed: int) -> nn.Module:
         raise zoscope.SpecError(f"tuning={tuning} needs peft: pip install peft.") from None
     kinds = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForMaskedLM": "FEATURE_EXTRACTION"}
     task = next((kind for suffix, kind in kinds.items() if type(network).__name__.endswith(suffix)), None)
+    classifier = task == "SEQ_CLS"
     if tuning == "lora":
         config: Any = peft.LoraConfig(r=8, lora_alpha=16, task_type=task, target_modules=_attention(network))
     elif tuning == "prefix":
+        # Around a classifier peft 0.21 looks for an argument of the encoder that transformers 5.24 has renamed; around
+        # a feature extractor it just passes the prefix on. The head is trained all the same.
+        task = "FEATURE_EXTRACTION" if classifier else task
         config = peft.PrefixTuningConfig(num_virtual_tokens=5, task_type=task)
     else:
         raise zoscope.SpecError(f"tuning={tuning}: expected full, lora or prefix.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft.get_peft_model(network, config).eval()
+        model = peft.get_peft_model(network, config).eval()
+    if classifier and tuning == "prefix":
+        head: nn.Module = network.classifier if hasattr(network, "classifier") else network.score
+        head.requires_grad_(True)
+    return model
 
 
 def _attention(network: nn.Module) -> list[str]:

@@ -18,13 +18,13 @@ SMALL: dict[str, Any] = {
 }
 MAKERS = {
     "causal-lm": lambda more: transformers.OPTForCausalLM(
-        transformers.OPTConfig(**SMALL, word_embed_proj_dim=16, ffn_dim=32, activation_function="gelu", **more)
+        transformers.OPTConfig(**{**SMALL, **more}, word_embed_proj_dim=16, ffn_dim=32, activation_function="gelu")
     ),
     "masked-lm": lambda more: transformers.BertForMaskedLM(
-        transformers.BertConfig(**SMALL, intermediate_size=32, **more)
+        transformers.BertConfig(**{**SMALL, **more}, intermediate_size=32)
     ),
     "sequence-classification": lambda more: transformers.BertForSequenceClassification(
-        transformers.BertConfig(**SMALL, intermediate_size=32, num_labels=CLASSES, **more)
+        transformers.BertConfig(**{**SMALL, **more}, intermediate_size=32, num_labels=CLASSES)
     ),
 }
 

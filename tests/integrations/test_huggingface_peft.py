@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import zoscope
 from tests.integrations.conftest import small_examples, small_model
@@ -20,21 +21,27 @@ pytestmark = [
 
 KINDS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 ATTENTION = {"causal-lm": ["q_proj", "v_proj"], "sequence-classification": ["query", "value"]}
+PREFIX = 3
 
 
-def adapted(task: str, tuning: str) -> nn.Module:
+def adapted(task: str, tuning: str, **more: Any) -> nn.Module:
+    """A small model with a LoRA or a prefix, and the head of a classifier, at random values."""
     import peft
 
+    headless = (task, tuning) == ("sequence-classification", "prefix")  # see `adapted` of examples/llm/mezo.py
+    kind = "FEATURE_EXTRACTION" if headless else KINDS[task]
     config: Any = (
-        peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=ATTENTION[task], task_type=KINDS[task])
+        peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=ATTENTION[task], task_type=kind)
         if tuning == "lora"
-        else peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=KINDS[task])
+        else peft.PrefixTuningConfig(num_virtual_tokens=PREFIX, task_type=kind)
     )
-    base = small_model(task)
+    base = small_model(task, **more)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(0)
         model: nn.Module = peft.get_peft_model(base, config)
+        if headless:
+            base.classifier.requires_grad_(True)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:  # a LoRA begins at zero, where half of it has no effect
@@ -96,3 +103,25 @@ def test_labels_are_smoothed_behind_a_prompt_that_is_tuned() -> None:
     (batch,) = plain.batches
     with torch.no_grad():
         assert float(smoothed.loss(model, batch)) == pytest.approx(float(plain.loss(model, batch)), rel=1e-6)
+
+
+def test_a_prefix_is_the_keys_and_values_of_tokens_in_front() -> None:
+    """In one layer it can be made of real tokens: those then count as if they had been part of the text."""
+    model = adapted("sequence-classification", "prefix", num_hidden_layers=1).eval()
+    base = model.get_base_model()
+    front = torch.arange(6, 6 + PREFIX)
+    problem = problem_from_transformers(model, small_examples("sequence-classification"), batch_size=7)
+    (batch,) = problem.batches
+    with torch.no_grad():
+        attention = base.bert.encoder.layer[0].attention.self
+        hidden = base.bert.embeddings(front[None])[0]
+        kept = torch.cat([attention.key(hidden), attention.value(hidden)], dim=1)
+        model.prompt_encoder["default"].embedding.weight.copy_(kept)
+        found = float(problem.loss(model, batch))
+        count = len(batch["labels"])
+        states = base.bert(
+            input_ids=torch.cat([front.expand(count, -1), batch["input_ids"]], dim=1),
+            attention_mask=torch.cat([torch.ones(count, PREFIX), batch["attention_mask"]], dim=1),
+        ).last_hidden_state
+        logits = base.classifier(base.bert.pooler(states[:, PREFIX:]))
+    assert found == pytest.approx(float(functional.cross_entropy(logits, batch["labels"])), rel=1e-5)
