@@ -49,7 +49,7 @@ class Truth:
         spectrum: All eigenvalues, with multiplicities.
         gradient: Spectral measure of the gradient.
         kinks: What kinks add to the trace of differences, and so to the descent threshold.
-        kinks_error: 95 % half-width of ``kinks``.
+        kinks_error: How far off that may be.
         rounded: Spectrum and gradient of the same problem in its own, lower precision, where they differ; what both
             say differs by what rounding leaves open.
     """
@@ -125,8 +125,10 @@ def dense(problem: zoscope.Problem, *, kinks: bool = False) -> Truth:
     if own[0].parameters[0].dtype != torch.float64:
         single, g = _derivatives(*own)
         rounded = Spectrum(torch.linalg.eigvalsh(single).numpy()), _measure(values, vectors, g)
-    added = _kinks(*double, hessian) if kinks else (0.0, 0.0)
-    return Truth(Spectrum(values.numpy()), measure, *added, rounded=rounded)
+    added, error = _beyond(*double, hessian, blocks=8 if kinks else 1)
+    if not kinks:  # of a smooth loss it is the next order in the step, with which or without which is all the same
+        added, error = 0.0, abs(added) + error
+    return Truth(Spectrum(values.numpy()), measure, added, error, rounded=rounded)
 
 
 def gauss_newton(model: nn.Module, inputs: Tensor, targets: Tensor, criterion: nn.Module) -> Truth:
@@ -203,7 +205,7 @@ def _measure(values: Tensor, vectors: Tensor, gradient: Tensor) -> GradientMeasu
     return GradientMeasure(values.numpy(), (gradient @ vectors).square().numpy())
 
 
-def _kinks(point: _Point, loss: Callable[[], Tensor], hessian: Tensor, *, blocks: int = 8) -> tuple[float, float]:
+def _beyond(point: _Point, loss: Callable[[], Tensor], hessian: Tensor, *, blocks: int) -> tuple[float, float]:
     """By how much the trace of differences over steps ``MU`` is larger, and its 95 % half-width."""
     generator = torch.Generator().manual_seed(12345)
     start = parameters_to_vector(point.parameters).detach().clone()
