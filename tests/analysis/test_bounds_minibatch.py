@@ -115,11 +115,6 @@ def test_a_batch_of_everything_is_the_full_batch():
     assert "full-batch" in {notice.code for notice in result.warnings}
 
 
-def test_forward_passes_know_no_mini_batches():
-    with pytest.raises(UsageError, match="--batch-size 2"):
-        zoscope.bounds(least_squares()[0], optimizers=("gd",), curvature="forward", batch_size=2)
-
-
 def test_networks_are_sampled_through_outliers_and_probe_vectors():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 10, generator=generator)

@@ -63,7 +63,7 @@ def bounds(
             close to binding.
         seed: Seed of the probe vectors.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``; derivatives are taken in float32 at least.
         max_hvps: Most Hessian-vector products per operator; with ``curvature="forward"`` most directions, two forward
             passes each.
         directions: Law of the zeroth-order perturbations, ``"gaussian"`` or ``"sphere"``.
@@ -181,9 +181,9 @@ def _notices(
 ) -> Iterable[Notice]:
     first = next(iter(rows.values()))
     # The preconditioned operator has the signs of the Hessian: one account of them is enough.
-    yield from notices.curvature_notices(measurement.operators[first.name].curvature, first)
+    yield from notices.curvature_notices(measurement.operators[first.name].curvature, first, jump=measurement.jump)
     for entry in list(measurement.operators.values())[:1]:
-        if entry.operator == "hessian":  # the preconditioned one has other units
+        if entry.operator == "hessian" and measurement.jump is None:  # the preconditioned one has other units
             yield from notices.missed_notices(entry.curvature, measurement.missed)
     yield from notices.gradient_notices(info, first, measurement.operators[first.name].gradient)
     yield from _reach_notices(objective, request, rows, info)

@@ -13,7 +13,7 @@ import torch
 from zoscope.analysis import notices
 from zoscope.analysis.density_results import LayerTrace, SpectrumResult
 from zoscope.analysis.measured import ProblemInfo
-from zoscope.analysis.measuring import curvature_operator, finite_gradient
+from zoscope.analysis.measuring import curvature_operator, find_jump, finite_gradient
 from zoscope.analysis.request import Progress, Request, subject_of
 from zoscope.curvature.measure import measure
 from zoscope.curvature.slq import DEFLATION_TOLERANCES
@@ -23,6 +23,7 @@ from zoscope.theory.density import Known, decades, density, finest_density
 from zoscope.theory.validate import require_count
 
 if TYPE_CHECKING:
+    from zoscope.curvature.jumps import Jump
     from zoscope.curvature.results import Curvature, Eigenvalue
     from zoscope.problem import Objective, Problem
     from zoscope.theory.spectrum import SampledSpectrum
@@ -71,7 +72,7 @@ def spectrum(
         rtol: 95 % half-width wanted for the trace, relative to ``Σ|λ|``; of the density five times as much.
         seed: Seed of the probe vectors.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``; derivatives are taken in float32 at least.
         max_hvps: Most Hessian-vector products.
         curvature: The matrix: ``"hessian"`` or ``"ggn"``.
         method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
@@ -168,6 +169,8 @@ def _spectrum(
         seed=request.seed,
         on_progress=request.on_progress,
     )
+    flat = not bool(g.any()) and curvature.frobenius_sq.value == 0
+    jump = find_jump(objective, seed=request.seed) if flat else None
     dtype = str(objective.dtype).removeprefix("torch.")
     found = finest_density(
         curvature.spectrum,
@@ -195,7 +198,7 @@ def _spectrum(
         layers=_layer_traces(layers, curvature),
         num_hvps=operator.num_hvps,
         seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(_notices(objective, request, curvature)),
+        warnings=notices.without_repeats(_notices(objective, request, curvature, jump)),
     )
 
 
@@ -258,7 +261,9 @@ def _layer_traces(layers: list[tuple[str, int]], curvature: Curvature) -> tuple[
     )
 
 
-def _notices(objective: Objective, request: Request, curvature: Curvature) -> Iterable[Notice]:
+def _notices(objective: Objective, request: Request, curvature: Curvature, jump: Jump | None) -> Iterable[Notice]:
+    if jump is not None:
+        yield notices.jump_notice(jump)
     reached = {request.curvature: trace_error(curvature.spectrum)}
     missed = tuple(
         notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=objective.num_params)

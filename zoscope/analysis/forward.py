@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis import forward_notices, notices
+from zoscope.analysis.forward_batches import ForwardBatches, noisy_square
 from zoscope.analysis.measured import ProblemInfo
+from zoscope.analysis.measuring import batch_size_of
 from zoscope.analysis.optimizer_bounds import Binding, ForwardBounds, OptimizerBounds, Outlook, Verdict
 from zoscope.analysis.precision import relative_half_width
+from zoscope.analysis.propagation import propagated
 from zoscope.analysis.recommend import MARGIN
 from zoscope.analysis.results import BoundsResult, Estimator
 from zoscope.curvature.forward import measure_forward
 from zoscope.errors import NumericalError, UsageError
 from zoscope.theory.descent import descent_threshold
+from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.thresholds import forward_only_bounds
 
@@ -41,28 +45,29 @@ def forward_bounds(objective: Objective, request: Request, *, spec: str | None, 
         NumericalError: If the loss is not finite around the parameters, or, with ``strict``, for a missed precision.
     """
     rules = _rules(request)
-    if request.batch_size is not None:
-        raise UsageError(
-            f"--batch-size {request.batch_size}: forward passes know no spectrum, which the thresholds with "
-            "mini-batches need. Use --curvature hessian or ggn, or leave it out."
-        )
     moments = request.moments(dimension=objective.num_params)
+    size = batch_size_of(objective, request)
+    batches = None if size is None else ForwardBatches.of(objective, size)
+
+    def precision(result: ForwardCurvature) -> float:
+        return max(_precision(result, batches, moments))
+
     found = measure_forward(
         objective,
-        precision=lambda result: relative_half_width(_descent_curvature(result, moments)),
+        precision=precision,
         rtol=request.rtol,
         max_hvps=request.max_hvps,
         seed=request.seed,
+        noise=batches is not None,
         on_progress=request.on_progress,
     )
     grad_norm = math.sqrt(found.gradient_sq.value)
     info = ProblemInfo(objective.num_params, objective.num_examples, found.loss, grad_norm)
     rows = {
-        name: _row(found, request, rule=rule, settings=request.settings(name), moments=moments)
+        name: _row(found, batches, request, rule=rule, settings=request.settings(name), moments=moments)
         for name, rule in rules.items()
     }
-    reached = relative_half_width(_descent_curvature(found, moments))
-    missed = forward_notices.precision(reached, request, found)
+    missed = forward_notices.precision(*_precision(found, batches, moments), request, found)
     if missed is not None and request.strict:
         raise NumericalError(missed.message)
     told = [*forward_notices.of(found, request, objective, rows), *objective.warnings]
@@ -104,13 +109,19 @@ def _rules(request: Request) -> Mapping[str, UpdateRule]:
 
 def _row(
     found: ForwardCurvature,
+    batches: ForwardBatches | None,
     request: Request,
     *,
     rule: UpdateRule,
     settings: Mapping[str, Any],
     moments: EstimatorMoments,
 ) -> OptimizerBounds:
-    scale = preconditioner_scale(found, request, moments) if rule.preconditioned else 1.0
+    scale = preconditioner_scale(found.gradient_sq.value, request, moments) if rule.preconditioned else 1.0
+    minibatch = None
+    if batches is not None:
+        noisy = noisy_square(found, batches)
+        noisy_scale = preconditioner_scale(noisy, request, moments) if rule.preconditioned else 1.0
+        minibatch = batches.bounds(found, rule=rule, moments=moments, scale=noisy_scale, steps=request.steps)
 
     def ends(trace: float, frobenius_sq: float) -> tuple[float, float]:
         interval = forward_only_bounds(trace / scale, frobenius_sq / scale**2, rule=rule, moments=moments)
@@ -121,9 +132,10 @@ def _row(
 
     moved = found.trace, found.frobenius_sq
     bounds = ForwardBounds(
-        lower=_propagated(lambda p1, p2: ends(p1, max(p2, 0.0))[0], *moved, independent=False),
-        upper=_propagated(lambda p1, p2: ends(p1, max(p2, 0.0))[1], *moved, independent=False),
-        descent=_propagated(descent, found.trace, found.rayleigh or Estimate(0.0), independent=True),
+        lower=propagated(lambda p1, p2: ends(p1, max(p2, 0.0))[0], *moved, independent=False),
+        upper=propagated(lambda p1, p2: ends(p1, max(p2, 0.0))[1], *moved, independent=False),
+        descent=propagated(descent, found.trace, found.rayleigh or Estimate(0.0), independent=True),
+        minibatch=minibatch,
     )
     binding = _binding(bounds, request)
     finite = math.isfinite(binding.value)
@@ -141,26 +153,35 @@ def _row(
         horizon=None,
         descent=bounds.descent.value if found.rayleigh is not None else None,
         binding=binding,
-        recommended=MARGIN * min(binding.value, bounds.lower.value) if finite else None,
-        recommended_reason=_REASON if finite else "forward passes found nothing that limits the step size",
+        recommended=MARGIN * min(binding.value, bounds.met[0].value) if finite else None,
+        recommended_reason=_reason(bounds) if finite else "forward passes found nothing that limits the step size",
         verdict=None if request.lr is None else _verdict(request.lr, request.steps, bounds, binding),
         forward=bounds,
     )
 
 
-_REASON = (
-    f"{MARGIN:g} × the smaller of the descent threshold and the lower end of the interval, because the threshold may "
-    "be there, and because curvature usually rises while a network trains"
-)
+def _reason(bounds: ForwardBounds) -> str:
+    end = "lower end of the interval"
+    if bounds.minibatch is not None:
+        end = "lower bound for the planned steps, both with mini-batches"
+    return (
+        f"{MARGIN:g} × the smaller of the descent threshold and the {end}, because the threshold may be there, and "
+        "because curvature usually rises while a network trains"
+    )
 
 
-def preconditioner_scale(found: ForwardCurvature, request: Request, moments: EstimatorMoments) -> float:
+def preconditioner_scale(gradient_sq: float, request: Request, moments: EstimatorMoments) -> float:
     """Adam's expected ``P = √(a g_i² + b‖g‖²) + ε`` with the first part, about 1/d of the second, left out.
+
+    Args:
+        gradient_sq: ``‖g‖²``, or its mean over mini-batches.
+        request: What is asked.
+        moments: Constants of the estimator.
 
     Raises:
         NumericalError: If P is zero.
     """
-    scale = math.sqrt(moments.b * found.gradient_sq.value) + request.eps
+    scale = math.sqrt(moments.b * gradient_sq) + request.eps
     if scale == 0:
         raise NumericalError(
             "Adam's preconditioner is zero, since the gradient and --eps are: expected √v + ε > 0. Raise --eps, or "
@@ -169,41 +190,37 @@ def preconditioner_scale(found: ForwardCurvature, request: Request, moments: Est
     return scale
 
 
+def _precision(
+    found: ForwardCurvature, batches: ForwardBatches | None, moments: EstimatorMoments
+) -> tuple[float, float]:
+    """The error of the descent threshold, and that of mini-batches in units of what is wanted of it."""
+    reached = relative_half_width(_descent_curvature(found, moments))
+    if batches is None:
+        return reached, 0.0
+    descent = batches.descent(found, rule=update_rule("gd"), moments=moments)
+    return reached, 0.0 if descent is None else relative_half_width(descent) / forward_notices.BATCHES
+
+
 def _descent_curvature(found: ForwardCurvature, moments: EstimatorMoments) -> Estimate:
     """``b Tr H + a r_g``, of which the descent threshold is twice the inverse; its error is the one to bring down."""
     rayleigh = found.rayleigh or Estimate(0.0)
-    return _propagated(lambda p1, r: moments.b * p1 + moments.a * r, found.trace, rayleigh, independent=True)
-
-
-def _propagated(
-    function: Callable[[float, float], float], first: Estimate, second: Estimate, *, independent: bool
-) -> Estimate:
-    """A function of two estimates; its error is how far it moves over their 95 % intervals, one after the other.
-
-    The errors add up where they may go together, and add in squares where they are independent.
-    """
-    value = function(first.value, second.value)
-    if not math.isfinite(value):
-        return Estimate(value)
-    moves = (
-        max(abs(function(end, second.value) - value) for end in first.interval),
-        max(abs(function(first.value, end) - value) for end in second.interval),
-    )
-    return Estimate(value, (math.hypot(*moves) if independent else sum(moves)) / 1.96)
+    return propagated(lambda p1, r: moments.b * p1 + moments.a * r, found.trace, rayleigh, independent=True)
 
 
 def _binding(bounds: ForwardBounds, request: Request) -> Binding:
     """The smaller one of the descent threshold and the upper bound of the infinite-time one."""
-    if request.threshold == "descent" or bounds.descent.value <= bounds.upper.value:
-        return Binding("descent", bounds.descent.value)
-    return Binding("forward", bounds.upper.value)
+    _, upper, descent = bounds.met
+    if request.threshold == "descent" or descent.value <= upper.value:
+        return Binding("descent", descent.value)
+    return Binding("forward", upper.value)
 
 
 def _verdict(lr: float, steps: int, bounds: ForwardBounds, binding: Binding) -> Verdict:
     outlook: Outlook = "uncertain"
-    if lr > bounds.upper.value:
+    lower, upper, descent = bounds.met
+    if lr > upper.value:
         outlook = "unstable"
-    elif lr <= bounds.lower.value:
+    elif lr <= lower.value:
         outlook = "stable"
     return Verdict(
         lr=lr,
@@ -212,5 +229,5 @@ def _verdict(lr: float, steps: int, bounds: ForwardBounds, binding: Binding) -> 
         outlook=outlook,
         blow_up=None,
         doubling=None,
-        descends=lr < bounds.descent.value,
+        descends=lr < descent.value,
     )

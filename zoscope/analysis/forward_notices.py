@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from zoscope.analysis.notices import jump_notice
+from zoscope.curvature.forward import ROUGH
 from zoscope.problem import Notice
 
 if TYPE_CHECKING:
@@ -16,21 +18,36 @@ if TYPE_CHECKING:
     from zoscope.curvature.results import ForwardCurvature
     from zoscope.problem import Objective
 
-DISAGREEMENT = 0.1
+DISAGREEMENT = ROUGH
 """Relative error of the trace from truncation and rounding from which the reader is told."""
+
+BATCHES = 5.0
+"""Precision wanted of what mini-batches add, in units of that of the rest: it takes thousands of directions to know
+``‖g‖²`` alone to a few percent."""
 
 KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d)
 """Layers whose slope jumps."""
 
 
-def precision(reached: float, request: Request, found: ForwardCurvature) -> Notice | None:
-    """On a precision asked for and not reached."""
-    if reached <= request.rtol:
+def precision(reached: float, of_batches: float, request: Request, found: ForwardCurvature) -> Notice | None:
+    """On a precision asked for and not reached.
+
+    Args:
+        reached: Relative half-width of the descent threshold.
+        of_batches: That of mini-batches, in units of what is wanted of it; 0 without.
+        request: What is asked.
+        found: What was measured.
+    """
+    if max(reached, of_batches) <= request.rtol:
         return None
-    value = f"± {100 * reached:.1f} %" if math.isfinite(reached) else "no finite error bar"
+    worst, whose, wanted = reached, "the descent threshold", ""
+    if of_batches > reached:
+        worst, whose = BATCHES * of_batches, "the descent threshold of mini-batches"
+        wanted = f", of which {BATCHES:g} times as much would do"
+    value = f"± {100 * worst:.1f} %" if math.isfinite(worst) else "no finite error bar"
     return Notice(
         "precision",
-        f"The precision asked for (--rtol {request.rtol:g}) was not reached: {value} on the descent threshold after "
+        f"The precision asked for (--rtol {request.rtol:g}) was not reached: {value} on {whose}{wanted}, after "
         f"{found.num_hvps} directions of {request.max_hvps} at most. The intervals shown are honest, only wider; raise "
         "--max-hvps or --rtol.",
     )
@@ -55,6 +72,7 @@ def of(
             "trace-not-positive",
             "Tr H is not positive here, so two moments bound no mean-square threshold. Use --curvature hessian.",
         )
+    yield from _of_batches(rows)
     yield from _differences(found, objective)
     if "adam" in rows:
         yield Notice(
@@ -71,8 +89,25 @@ def of(
         yield Notice("measurement", note)
 
 
+def _of_batches(rows: Mapping[str, OptimizerBounds]) -> Iterable[Notice]:
+    row = next(iter(rows.values()))
+    found = None if row.forward is None else row.forward.minibatch
+    if found is None:
+        return
+    yield Notice(
+        "forward-minibatch",
+        f"Of mini-batches of {found.batch_size:,} of {found.examples:,} examples forward passes know how much "
+        "gradients and Hessians spread, not along which eigenvectors. The descent threshold is that of mini-batches; "
+        "the threshold of the mean square is only known to lie between a lower bound, which the recommendation goes by "
+        "and which may be far too low, and an upper one. --curvature hessian knows it, and zoscope probe --batch-size "
+        "tries.",
+    )
+
+
 def _differences(found: ForwardCurvature, objective: Objective) -> Iterable[Notice]:
-    if found.disagreement > DISAGREEMENT:
+    if found.jump is not None:
+        yield jump_notice(found.jump)
+    elif found.disagreement > DISAGREEMENT:
         percent = 100 * found.disagreement
         size = f"{percent:.0f} % of the trace" if math.isfinite(percent) else "more than the trace"
         yield Notice(

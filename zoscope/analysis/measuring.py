@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoscope.analysis.rows import Measured
 from zoscope.analysis.slope import Slope
+from zoscope.curvature.jumps import Jump, jump_of
 from zoscope.curvature.kinks import NOTHING, Missed, missed_curvature
 from zoscope.curvature.measure import OnProgress, measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
@@ -55,6 +56,7 @@ class Measurement:
         preconditioner: Of Adam, where it was asked for.
         num_hvps: Hessian-vector products spent in all.
         missed: What differences of the loss see beside the Hessian.
+        jump: Of a loss that is piecewise constant.
     """
 
     loss: float
@@ -64,6 +66,7 @@ class Measurement:
     preconditioner: Preconditioner | None
     num_hvps: int
     missed: Missed
+    jump: Jump | None = None
 
 
 def measure_problem(objective: Objective, request: Request) -> Measurement:
@@ -104,7 +107,23 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
         descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in adam}
     norm = float(torch.linalg.vector_norm(g.double()))
     swept = sum({id(m.batches): m.batches.num_sweeps for m in operators.values() if m.batches is not None}.values())
-    return Measurement(loss, norm, operators, descent, preconditioner, base.num_hvps + swept, missed)
+    curved = any(entry.curvature.frobenius_sq.value for entry in operators.values())
+    return Measurement(
+        loss,
+        norm,
+        operators,
+        descent,
+        preconditioner,
+        base.num_hvps + swept,
+        missed,
+        None if curved or norm else find_jump(objective, seed=request.seed),
+    )
+
+
+def find_jump(objective: Objective, *, seed: int) -> Jump | None:
+    """Of a loss that has neither gradient nor curvature."""
+    (generator,) = spawn_generators(seed, 1, objective.device)
+    return jump_of(objective, generator=generator)
 
 
 def finite_gradient(objective: Objective) -> tuple[float, Tensor]:
@@ -280,16 +299,21 @@ def _preconditioner(objective: Objective, g: Tensor, *, request: Request, moment
     return expected_preconditioner(g, moments=moments, eps=request.eps)
 
 
+def batch_size_of(objective: Objective, request: Request) -> int | None:
+    """Examples per step; ``None`` where every step sees all of them, which the reader is told."""
+    size = request.batch_size
+    if size is None or size < objective.num_examples:
+        return size
+    if objective.num_examples > 1:
+        objective.notify(
+            "full-batch", f"A batch of {size} holds all {objective.num_examples} examples: no step is noisy."
+        )
+    return None
+
+
 def _batches(objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> Batches | None:
     """What measures mini-batches; ``None`` where every step sees all examples."""
-    size = request.batch_size
-    if size is None:
-        return None
-    if size >= objective.num_examples:
-        if objective.num_examples > 1:
-            objective.notify(
-                "full-batch", f"A batch of {size} holds all {objective.num_examples} examples: no step is noisy."
-            )
+    if batch_size_of(objective, request) is None:
         return None
     from zoscope.analysis.minibatch import Batches
 

@@ -119,7 +119,7 @@ class Batches:
         *_, self._generator = spawn_generators(request.seed, 8, base.device)
         size = request.batch_size
         if self._examples.whole:
-            _require_whole(objective, size)
+            require_whole(objective, size)
             size = 1
         self.spread = spread_of_batches(self._examples.count, size)
 
@@ -169,12 +169,23 @@ class Batches:
         return float((noisy / diagonal.double()).mean())
 
 
-def _require_whole(objective: Objective, size: int) -> None:
+def require_whole(objective: Objective, size: int) -> None:
+    """See that batches which cannot be cut can be mini-batches of that size.
+
+    Raises:
+        UsageError: If there are fewer than two, or they have another size.
+    """
     sizes = {shard.examples for shard in objective.shards}
     if len(objective.shards) > 1 and sizes == {size}:
         return
     found = ", ".join(str(s) for s in sorted(sizes)[:4])
+    count = len(objective.shards)
+    if count == 1:
+        raise UsageError(
+            f"--batch-size {size}: the problem has one batch, which cannot be cut into examples, so there is nothing "
+            f"to draw mini-batches from. Expected at least two batches of {size} examples in the spec."
+        )
     raise UsageError(
-        f"--batch-size {size}: the problem's {len(objective.shards)} batches cannot be cut into examples, so a "
+        f"--batch-size {size}: the problem's {count} batches cannot be cut into examples, so a "
         f"mini-batch can only be one of them, of {found} examples. Make batches of {size} in the spec, at least two."
     )

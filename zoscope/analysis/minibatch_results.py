@@ -77,6 +77,51 @@ class MiniBatchModel:
 
 
 @dataclass(frozen=True)
+class ForwardMiniBatch:
+    """What forward passes know of mini-batches of B examples, drawn anew at every step.
+
+    Args:
+        batch_size: B.
+        examples: n, what they are drawn from.
+        steps: Planned number of steps.
+        descent: Largest step size with a falling expected loss; ``None`` at a stationary point.
+        lower: Lower bound of η*(N), positive ones; where negative curvature was seen, from the number of steps alone.
+        upper: Upper bound of the infinite-time threshold.
+        noise_sq: ``E‖g_B − g‖²``, loss²/param².
+        hessian_spread_sq: ``E‖H_B − H‖_F²``, loss²/param⁴.
+        num_hvps: Directions spent.
+    """
+
+    batch_size: int
+    examples: int
+    steps: int
+    descent: Estimate | None
+    lower: Estimate
+    upper: Estimate
+    noise_sq: Estimate
+    hessian_spread_sq: Estimate
+    num_hvps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object: that of `MiniBatchBounds`, null where a spectrum is needed, and more."""
+        from zoscope.analysis.optimizer_bounds import estimate_dict
+
+        return {
+            "batch_size": self.batch_size,
+            "examples": self.examples,
+            "horizon": {"steps": self.steps, "lower": None, "upper": None, "ci95": [None, None]},
+            "exact": None,
+            "exact_ci95": None,
+            "descent": None if self.descent is None else estimate_dict(self.descent),
+            "num_hvps": self.num_hvps,
+            "lower": {**estimate_dict(self.lower), "assumes": "no example has negative curvature"},
+            "upper": {**estimate_dict(self.upper), "assumes": None},
+            "noise_sq": estimate_dict(self.noise_sq),
+            "hessian_spread_sq": estimate_dict(self.hessian_spread_sq),
+        }
+
+
+@dataclass(frozen=True)
 class MiniBatchBounds:
     """Thresholds with mini-batches of B examples, drawn anew at every step without replacement within a step.
 

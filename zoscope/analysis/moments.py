@@ -12,7 +12,7 @@ import torch
 from zoscope.analysis import notices
 from zoscope.analysis.density import sampling_request
 from zoscope.analysis.measured import Measured, ProblemInfo
-from zoscope.analysis.measuring import curvature_operator, finite_gradient
+from zoscope.analysis.measuring import curvature_operator, find_jump, finite_gradient
 from zoscope.analysis.optimizer_bounds import estimate_dict, number
 from zoscope.analysis.request import Progress, Request, subject_of
 from zoscope.analysis.results import eigenvalue_dict
@@ -23,6 +23,7 @@ from zoscope.problem import Notice
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from zoscope.curvature.jumps import Jump
     from zoscope.curvature.results import Moments
     from zoscope.problem import Objective, Problem
 
@@ -89,7 +90,7 @@ def moments(
         rtol: 95 % half-width wanted of the trace, relative to it; three times as much of ``‖·‖_F²``.
         seed: Seed of the probe vectors.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``; derivatives are taken in float32 at least.
         max_hvps: Most Hessian-vector products.
         curvature: The matrix: ``"hessian"`` or ``"ggn"``.
         micro_batch: Examples per forward and backward pass; the batches as they are by default.
@@ -136,6 +137,8 @@ def _moments(objective: Objective, request: Request, *, spec: str | None, starte
         seed=request.seed,
         on_progress=request.on_progress,
     )
+    flat = not bool(g.any()) and found.frobenius_sq.value == 0
+    jump = find_jump(objective, seed=request.seed) if flat else None
     dtype = str(objective.dtype).removeprefix("torch.")
     norm = float(torch.linalg.vector_norm(g.double()))
     return MomentsResult(
@@ -149,11 +152,13 @@ def _moments(objective: Objective, request: Request, *, spec: str | None, starte
         moments=found,
         num_hvps=operator.num_hvps,
         seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(_notices(objective, request, found)),
+        warnings=notices.without_repeats(_notices(objective, request, found, jump)),
     )
 
 
-def _notices(objective: Objective, request: Request, found: Moments) -> Iterable[Notice]:
+def _notices(objective: Objective, request: Request, found: Moments, jump: Jump | None) -> Iterable[Notice]:
+    if jump is not None:
+        yield notices.jump_notice(jump)
     reached = {request.curvature: found.error}
     missed = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=None))
     if missed and request.strict:

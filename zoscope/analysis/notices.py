@@ -14,6 +14,7 @@ from zoscope.problem import Notice
 if TYPE_CHECKING:
     from zoscope.analysis.measured import ProblemInfo
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
+    from zoscope.curvature.jumps import Jump
     from zoscope.curvature.kinks import Missed
     from zoscope.curvature.precondition import Preconditioner
     from zoscope.curvature.results import Curvature
@@ -44,10 +45,12 @@ COLLAPSED = 0.1
 """Share of the parameters with ε above √v from which the preconditioner is called collapsed."""
 
 
-def curvature_notices(curvature: Curvature, bounds: OptimizerBounds) -> Iterable[Notice]:
+def curvature_notices(curvature: Curvature, bounds: OptimizerBounds, *, jump: Jump | None = None) -> Iterable[Notice]:
     """On the spectrum and what it does to the bounds derived from it."""
     positive, negative = curvature.trace_positive.value, curvature.negative_mass
-    if positive <= 0:
+    if jump is not None:
+        yield jump_notice(jump)
+    elif positive <= 0:
         yield Notice(
             "zero-curvature",
             "No positive curvature was found, so every mean-square threshold is infinite: on its quadratic model this "
@@ -68,6 +71,18 @@ def curvature_notices(curvature: Curvature, bounds: OptimizerBounds) -> Iterable
             f"(residual {curvature.lambda_max.residual:.1g}): the first-order bound and the paper's lower bound are "
             "too high by that much. Raise --max-hvps.",
         )
+
+
+def jump_notice(jump: Jump) -> Notice:
+    """On a loss that changes by jumps alone."""
+    return Notice(
+        "piecewise-constant",
+        f"The loss is piecewise constant: small steps do not change it at all, and over {100 * jump.distance:.2g} % of "
+        f"the parameters' size it goes from {_number(jump.before)} to {_number(jump.after)}. It has floor, round, "
+        "argmax or a threshold on the way, is an accuracy or a count, or is quantised. It has no curvature, and no "
+        "number here says which step size is stable. Measure the smooth loss that stands for it, or look for the edge "
+        "with runs.",
+    )
 
 
 def missed_notices(curvature: Curvature, missed: Missed) -> Iterable[Notice]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
-    from zoscope.analysis.minibatch_results import MiniBatchBounds
+    from zoscope.analysis.minibatch_results import ForwardMiniBatch, MiniBatchBounds
     from zoscope.theory.horizons import HorizonPoint
     from zoscope.theory.rules import UpdateRule
 
@@ -149,11 +149,20 @@ class ForwardBounds:
         lower: Below the infinite-time threshold if ``H ⪰ 0``.
         upper: Above the infinite-time threshold of the positive part, whatever H is.
         descent: Descent threshold, whatever H is.
+        minibatch: The same of mini-batches, where a batch size was asked for, as far as it can be known.
     """
 
     lower: Estimate
     upper: Estimate
     descent: Estimate
+    minibatch: ForwardMiniBatch | None = None
+
+    @property
+    def met(self) -> tuple[Estimate, Estimate, Estimate]:
+        """Lower bound, upper bound and descent threshold that training meets: those of its mini-batches, if any."""
+        if self.minibatch is None:
+            return self.lower, self.upper, self.descent
+        return self.minibatch.lower, self.minibatch.upper, self.minibatch.descent or self.descent
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
@@ -249,6 +258,7 @@ class OptimizerBounds:
         return document
 
     def _zeroth_order(self) -> dict[str, Any]:
+        minibatch = self.minibatch if self.forward is None else self.forward.minibatch
         return {
             "lower": number(self.zo_lower),
             "upper": number(self.zo_upper),
@@ -265,4 +275,4 @@ class OptimizerBounds:
             "recommended": number(self.recommended),
             "recommended_reason": self.recommended_reason,
             "predicted_lr": number(self.predicted_lr),
-        } | ({} if self.minibatch is None else {"minibatch": self.minibatch.to_dict()})
+        } | ({} if minibatch is None else {"minibatch": minibatch.to_dict()})

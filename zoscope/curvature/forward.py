@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zoscope.curvature.measure import OnProgress
 from zoscope.curvature.party import Group, Party, exploring
-from zoscope.curvature.results import ForwardCurvature
+from zoscope.curvature.results import ForwardCurvature, ForwardNoise
 from zoscope.curvature.scatter import mean_of, ratio_of, variance_of
 from zoscope.curvature.steplength import choose_step
 from zoscope.errors import UsageError
@@ -31,6 +32,12 @@ PILOTS = 8
 CHECKS = 4
 """Directions of a group that are measured at h/2 too."""
 
+ROUGH = 0.1
+"""Disagreement of differences from which it is worth looking whether the loss has jumps."""
+
+PARTS = 8
+"""Random parts that the examples are divided into for every group of directions."""
+
 ForwardPrecision = Callable[[ForwardCurvature], float]
 """Largest relative 95 % half-width among the quantities wanted."""
 
@@ -47,6 +54,7 @@ def measure_forward(
     rtol: float = 0.02,
     max_hvps: int = 600,
     seed: int = 0,
+    noise: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ForwardCurvature:
     """Measure ``Tr H``, ``‖H‖_F²``, ``‖g‖²`` and ``gᵀHg/‖g‖²`` from evaluations of the loss.
@@ -57,12 +65,17 @@ def measure_forward(
     already take the pairs of equal ones out, so that the estimate carries no trace of ``Tr H``. (The covariance of s²
     and X, which is ``2gᵀHg`` and needs no stencil, scatters four times as much for groups of 16.)
 
+    With ``noise`` the loss is known of random parts of the data as well, a new partition for every group. How slopes
+    and curvatures of the parts spread along a direction says how gradients and Hessians of examples do, and one more
+    stencil, along an estimate of ``Σ ±(g_part − g)``, how much curvature the noise of gradients meets.
+
     Args:
         objective: Prepared with ``differentiable=False``.
         precision: Largest relative 95 % half-width among the quantities wanted; that of the trace when left out.
         rtol: Half-width at which to stop.
         max_hvps: Directions allowed, two evaluations each.
         seed: Of the directions.
+        noise: Whether to see how single examples spread, for mini-batches.
         on_progress: Called after every group.
 
     Returns:
@@ -80,17 +93,19 @@ def measure_forward(
             f"--max-hvps {max_hvps}: --curvature forward needs at least {LEAST_DIRECTIONS} directions to put error "
             "bars on its numbers."
         )
-    with exploring(objective, seed=seed) as party:
-        return _Forward(party, precision or _of_trace, rtol=rtol, budget=max_hvps).run(on_progress)
+    with exploring(objective, seed=seed, parts=PARTS if noise else None) as party:
+        measurement = _Forward(party, precision or _of_trace, rtol=rtol, budget=max_hvps, stencils=1 + noise)
+        return measurement.run(on_progress)
 
 
 class _Forward:
-    def __init__(self, party: Party, precision: ForwardPrecision, *, rtol: float, budget: int) -> None:
+    def __init__(self, party: Party, precision: ForwardPrecision, *, rtol: float, budget: int, stencils: int) -> None:
         self._started = time.perf_counter()
         self._party = party
         self._precision = precision
         self._rtol = rtol
         self._budget = budget
+        self._stencils = stencils  # of a group, along what it estimates
         self._spent = 0
         self._groups: list[Group] = []
 
@@ -107,8 +122,8 @@ class _Forward:
         )
         left = self._budget - self._spent
         checks = CHECKS if self._budget >= 100 else 2
-        size = min(GROUP, left // LEAST_GROUPS - checks - 1)
-        cost = size + checks + 1
+        size = min(GROUP, left // LEAST_GROUPS - checks - self._stencils)
+        cost = size + checks + self._stencils
         for group in self._party.groups(size, first=pilots, checks=checks, h=h, most=left // cost):
             self._groups.append(group)
             self._spent += cost
@@ -119,7 +134,10 @@ class _Forward:
                 on_progress("directions", self._spent, reached)
             if reached is not None and reached <= self._rtol:
                 break
-        return self._result(h)
+        result = self._result(h)
+        if result.disagreement <= ROUGH:
+            return result
+        return replace(result, jump=self._party.jump(), num_evaluations=self._party.stencil.evaluations)
 
     def _result(self, h: float) -> ForwardCurvature:
         groups = self._groups
@@ -150,12 +168,39 @@ class _Forward:
             num_hvps=self._spent,
             num_evaluations=self._party.stencil.centres + 2 * self._spent,
             seconds=time.perf_counter() - self._started,
+            noise=self._noise(),
+        )
+
+    def _noise(self) -> ForwardNoise | None:
+        groups = [(group.noise, group.slopes) for group in self._groups if group.noise is not None]
+        if not groups:
+            return None
+        found = [noise for noise, _ in groups]
+        hessian = mean_of([noise.hessian_sq for noise in found])
+        shift = float(np.mean([noise.hessian_shift for noise in found]))
+        return ForwardNoise(
+            gradient_sq=np.array([noise.gradient_sq for noise in found]),
+            curvature=np.array([noise.curvature for noise in found]),
+            slopes_sq=np.array([np.mean(slopes**2) for _, slopes in groups]),
+            gradient_error=_moved(np.concatenate([noise.gradient_checks for noise in found], axis=1)),
+            slopes_error=_moved(np.concatenate([group.checks[0] for group in self._groups], axis=1) ** 2),
+            hessian_sq=Estimate(hessian.value, hessian.stderr, shift),
         )
 
 
 def _of_trace(result: ForwardCurvature) -> float:
     trace = result.trace
     return trace.half_width / abs(trace.value) if trace.value != 0 else math.inf
+
+
+def _moved(values: _Array) -> float:
+    """How far a mean over directions may be from that at no step: squares of slopes change with either sign.
+
+    Args:
+        values: ``(2, c)`` at h/2 and h.
+    """
+    change = values[0] - values[1]
+    return _TO_NONE * (abs(float(change.mean())) + 1.96 * float(change.std(ddof=1)) / math.sqrt(len(change)))
 
 
 def _apart(values: _Array) -> float:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from zoscope.curvature.jumps import Jump
 from zoscope.curvature.lanczos import Jacobi
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 
@@ -77,6 +79,27 @@ class Curvature:
 
 
 @dataclass(frozen=True)
+class ForwardNoise:
+    """How single examples e spread around their mean, by groups of directions; see ``measure_forward``.
+
+    Args:
+        gradient_sq: ``(m,)`` estimates of ``E‖g_e − g‖²``.
+        curvature: ``(m,)`` estimates of ``E (g_e − g)ᵀH(g_e − g)``.
+        slopes_sq: ``(m,)`` estimates of ``‖g‖²`` from the same directions.
+        gradient_error: Error of ``gradient_sq`` from truncation and rounding.
+        slopes_error: The same of ``slopes_sq``.
+        hessian_sq: ``E‖H_e − H‖_F²``.
+    """
+
+    gradient_sq: NDArray[np.float64]
+    curvature: NDArray[np.float64]
+    slopes_sq: NDArray[np.float64]
+    gradient_error: float
+    slopes_error: float
+    hessian_sq: Estimate
+
+
+@dataclass(frozen=True)
 class ForwardCurvature:
     """What forward passes learn about the Hessian H, of dimension d; see ``measure_forward``.
 
@@ -94,6 +117,8 @@ class ForwardCurvature:
         num_evaluations: Evaluations of the whole loss.
         seconds: Wall time spent.
         notes: What the user should know about how the measurement went.
+        noise: How examples spread, where that was asked for.
+        jump: Where the loss is constant but for jumps.
     """
 
     trace: Estimate
@@ -109,6 +134,8 @@ class ForwardCurvature:
     seconds: float
     notes: tuple[str, ...] = ()
     method: Method = "forward"
+    noise: ForwardNoise | None = None
+    jump: Jump | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Along ``u ~ N(0, I)`` the loss at ``θ ± hu`` and at θ gives ``uᵀg ≈ (f₊
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoscope.curvature.division import Array, Division
 from zoscope.errors import NumericalError
 from zoscope.optim.directions import Block, Buffers, Direction, buffer_for, new_generator, partition
 from zoscope.optim.restore import SNAPSHOT_BYTES, FixedPoint, Perturbation
 from zoscope.problem import Objective
+from zoscope.problem.examples import Indices
 from zoscope.problem.originals import Originals
 from zoscope.problem.sharded import Mirror
 from zoscope.runtime import is_out_of_memory, release_memory
@@ -42,10 +45,17 @@ class Walk(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """What two evaluations tell about one direction: ``uᵀg`` and ``uᵀHu``."""
+    """What two evaluations tell about one direction.
+
+    Args:
+        slope: ``uᵀg``.
+        curvature: ``uᵀHu``.
+        parts: The same of the parts that the data are divided into, ``(2, k)``; ``None`` where they are not.
+    """
 
     slope: float
     curvature: float
+    parts: Array | None = None
 
 
 class Combination:
@@ -129,6 +139,7 @@ class Stencil:
         seed: Seed of the directions.
 
     Attributes:
+        objective: What is evaluated.
         loss: ``f₀``.
         evaluations: Losses of the whole problem computed so far.
         centres: How many of them were f₀.
@@ -139,7 +150,7 @@ class Stencil:
     def __init__(self, objective: Objective, *, seed: int) -> None:
         size = min(max(objective.num_params // BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
         self.evaluations = self.centres = 0
-        self._objective = objective
+        self.objective = objective
         self._blocks = partition(objective.params, block_size=size)
         devices = dict.fromkeys(block.device for block in self._blocks)
         self._devices = {device: (index,) if index else () for index, device in enumerate(devices)}
@@ -155,6 +166,7 @@ class Stencil:
             self._originals = Originals([piece for block in self._blocks for piece in block.pieces])
         self._keep = self._originals is not None and objective.num_params <= KEPT_SIZE
         self._perturbations: dict[float, Perturbation] = {}
+        self._division: Division | None = None
         size_of_all = self._typical_size()
         self.typical_size, self.farthest = size_of_all or 1.0, NEAR * size_of_all or math.inf
         self.loss = self._centre()
@@ -178,7 +190,7 @@ class Stencil:
             if norm > 0:
                 roots += piece.numel() * math.sqrt(norm / math.sqrt(piece.numel()))
                 count += piece.numel()
-        crew = self._objective.crew
+        crew = self.objective.crew
         if isinstance(crew, Mirror):
             roots, count = crew.total(roots), crew.total(count)
         return (roots / count) ** 2 if count else 0.0
@@ -186,13 +198,13 @@ class Stencil:
     @property
     def epsilon(self) -> float:
         """Relative spacing of the coarsest dtype among the parameters."""
-        return max(torch.finfo(p.dtype).eps for p in self._objective.params)
+        return max(torch.finfo(p.dtype).eps for p in self.objective.params)
 
     @property
     def held_bytes(self) -> int:
         """Memory that lasts between evaluations: buffers of a block, and copies of small or half-precision models."""
         largest = max(block.size * (8 if block.dtype == torch.float64 else 4) for block in self._blocks)
-        directions = 4 * KEPT_GROUP * self._objective.num_params if self._keep else 0
+        directions = 4 * KEPT_GROUP * self.objective.num_params if self._keep else 0
         return 2 * largest + directions + (0 if self._originals is None else self._originals.in_memory)
 
     def direction(self, number: int | None = None) -> Direction:
@@ -218,16 +230,40 @@ class Stencil:
             perturbation.plus(index, direction.part(index))
         sign = 1
         try:
-            above = self._value()
+            above = self._values()
             for index in blocks:
                 perturbation.minus(index, direction.part(index))
             sign = -1
-            below = self._value()
+            below = self._values()
         finally:
             for index in blocks:
                 perturbation.restore(index, direction.part(index), sign=sign)
-        curvature = ((above - self.loss) + (below - self.loss)) / h**2
-        return Difference((above - below) / (2 * h), curvature)
+        division = self._division
+        centre = self.loss if division is None else division.centre
+        with np.errstate(all="ignore"):  # who asks sees what is not finite
+            slopes, curvatures = (above - below) / (2 * h), ((above - centre) + (below - centre)) / h**2
+        if division is None:
+            return Difference(float(slopes), float(curvatures))
+        found = np.stack([slopes, curvatures])
+        slope, curvature = (found @ division.weights).tolist()
+        return Difference(slope, curvature, found)
+
+    @contextmanager
+    def divided(self, indices: Sequence[Indices], h: float) -> Iterator[None]:
+        """Know losses of parts of the data, one by one, in what is measured within.
+
+        Args:
+            indices: Which examples each part has; together they have all, each once.
+            h: Largest step within.
+        """
+        self._at(h)
+        self._division = Division(self.objective, indices)
+        try:
+            self._division.centre = self._values()
+            self.centres += 1
+            yield
+        finally:
+            self._division = None
 
     @torch.no_grad()
     def move(self, direction: Walk, h: float) -> None:
@@ -256,23 +292,26 @@ class Stencil:
 
     def _centre(self) -> float:
         self.centres += 1
-        return self._value()
+        return float(self._values())
 
-    def _value(self) -> float:
-        """The loss; halves the micro-batch when memory runs out."""
+    @torch.no_grad()
+    def _values(self) -> Array:
+        """The loss, or those of all parts; halves the micro-batch when memory runs out."""
         while True:
             try:
-                value = self._objective.value()
+                value = np.float64(self.objective.value()) if self._division is None else self._division.losses()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 ran_out = error.with_traceback(None)
             else:
                 self.evaluations += 1
-                return value
-            release_memory(self._objective.device)
-            if not self._objective.refine():
+                return np.asarray(value)
+            release_memory(self.objective.device)
+            if not self.objective.refine():
                 raise NumericalError(
-                    f"Memory on {self._objective.device} ran out in a forward pass, and the batches cannot be made "
+                    f"Memory on {self.objective.device} ran out in a forward pass, and the batches cannot be made "
                     "smaller. Use a smaller model or batch, --dtype bfloat16, or a device with more memory."
                 ) from ran_out
+            if self._division is not None:
+                self._division.gather()

@@ -50,11 +50,16 @@ class BoundsReport:
         yield heading("Curvature", "± is the half-width of the 95 % interval")
         if result.forward is not None:
             # Late, as are mini-batches: what only some results have takes time to load.
-            from zoscope.report.forward import forward_bounds_table, forward_curvature_table
+            from zoscope.report.forward import (
+                forward_batches_section,
+                forward_bounds_table,
+                forward_curvature_table,
+            )
 
             yield forward_curvature_table(result.forward)
             yield heading("Step-size bounds", settings_line(result))
             yield forward_bounds_table(result)
+            yield from forward_batches_section(result)
         else:
             yield curvature_table(result)
             yield from _bounds(result, console, options)

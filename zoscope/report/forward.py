@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zoscope.report.style import (
@@ -13,9 +14,10 @@ from zoscope.report.style import (
     quantity_with_error,
     step_size_with_error,
 )
-from zoscope.report.tables import number_table
+from zoscope.report.tables import heading, number_table
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from zoscope.analysis.optimizer_bounds import Verdict
@@ -49,11 +51,36 @@ def forward_bounds_table(result: BoundsResult) -> Table:
     return table
 
 
+def forward_batches_section(result: BoundsResult) -> Iterator[RenderableType]:
+    """Heading and table of what is known of mini-batches; nothing without."""
+    rows = [
+        (row.name, row.forward.minibatch)
+        for row in result.optimizers.values()
+        if row.forward is not None and row.forward.minibatch is not None
+    ]
+    if not rows:
+        return
+    found = rows[0][1]
+    title = f"With mini-batches of {count(found.batch_size)} of {count(found.examples)} examples"
+    yield heading(title, "drawn anew at every step; what follows goes by these")
+    table = number_table(
+        "",
+        "descent\nany H",
+        "infinite time,\nat most; any H",
+        f"{count(found.steps)} steps,\nat least; positive part",
+        justify="right",
+    )
+    for name, bounds in rows:
+        descent = MISSING if bounds.descent is None else _step_size(bounds.descent)
+        table.add_row(OPTIMIZER_NAMES[name], descent, _step_size(bounds.upper), _step_size(bounds.lower))
+    yield table
+
+
 def forward_outlook(verdict: Verdict) -> str:
     """The outlook of a step size in words."""
     return {
-        "stable": "below the infinite-time threshold if H ⪰ 0",
-        "uncertain": "between the bounds of the infinite-time threshold, which forward passes cannot narrow",
+        "stable": "below the threshold if H ⪰ 0",
+        "uncertain": "not above the upper bound of the infinite-time threshold; forward passes cannot say more",
         "unstable": "above the infinite-time threshold: blows up in the long run",
     }[verdict.outlook]
 

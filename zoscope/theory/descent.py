@@ -37,11 +37,11 @@ def descent_threshold(
     """
     require_finite("trace", trace)
     require_finite("rayleigh", rayleigh)
-    denominator = moments.b * trace + _along_gradient(moments, rule) * rayleigh
+    denominator = moments.b * trace + along_gradient(moments, rule) * rayleigh
     return 2 * (1 - rule.momentum) / (rule.lr_scale * denominator) if denominator > 0 else math.inf
 
 
-def _along_gradient(moments: EstimatorMoments, rule: UpdateRule) -> float:
+def along_gradient(moments: EstimatorMoments, rule: UpdateRule) -> float:
     """Weight of the curvature along the gradient: noise, and the deterministic path under momentum."""
     return moments.a - 1 + (1 - rule.momentum) / (1 + rule.momentum)
 
@@ -88,6 +88,6 @@ def descent_threshold_adam(
     require_non_negative("grad_sq", grad_sq)
     require_finite("noise_curvature", noise_curvature)
     require_non_negative("noise_sq", noise_sq)
-    denominator = _along_gradient(moments, rule) * gPHPg + moments.b * trace_php * (grad_sq + noise_sq)
+    denominator = along_gradient(moments, rule) * gPHPg + moments.b * trace_php * (grad_sq + noise_sq)
     denominator += moments.a * noise_curvature
     return 2 * gPg * (1 - rule.momentum) / (rule.lr_scale * denominator) if denominator > 0 else math.inf

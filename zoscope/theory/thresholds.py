@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
 from zoscope.theory.rules import UpdateRule
-from zoscope.theory.validate import require_finite, require_non_negative
+from zoscope.theory.validate import require_count, require_finite, require_non_negative
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,65 @@ def forward_only_bounds(
     g = Gains.of(rule, moments)
     extra = min(g.own * frobenius_sq / trace, min(g.own, g.noise) * norm)
     return Interval(lower, _ratio(g.damping, g.noise * trace + extra))
+
+
+def forward_only_batches(
+    trace: float, frobenius_sq: float, spread_sq: float, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
+) -> float:
+    """Upper bound on the infinite-time threshold with mini-batches: ``A/(p₁ + s₂/√p₂)``, or that of all examples.
+
+    Noise feeds itself through ``Tr(C H⁻¹)/2`` at least, ``C = E H_B² = H² + E(H_B - H)²``, and
+    ``Tr(E(H_B - H)² H⁻¹) ≥ s₂/λ_max`` on the range of H; beyond it noise adds up for ever. ``λ_max ≤ √p₂``.
+
+    Args:
+        trace: ``p₁ = Tr H``, signed.
+        frobenius_sq: ``p₂ = ‖H‖_F²``.
+        spread_sq: ``s₂ = E‖H_B - H‖_F²``.
+        rule: Update rule.
+        moments: Constants of the estimator.
+
+    Returns:
+        Threshold in param²/loss; ``inf`` when ``trace <= 0``.
+
+    Raises:
+        ValueError: If an argument is not finite, or ``frobenius_sq`` or ``spread_sq`` is negative.
+
+    Source: derived in the README's theory section.
+    """
+    require_non_negative("spread_sq", spread_sq)
+    whole = forward_only_bounds(trace, frobenius_sq, rule=rule, moments=moments).upper
+    if trace <= 0 or frobenius_sq == 0:
+        return whole
+    g = Gains.of(rule, moments)
+    return min(whole, _ratio(g.damping, g.noise * (trace + spread_sq / math.sqrt(frobenius_sq))))
+
+
+def forward_only_horizon(
+    squares: float, steps: int, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
+) -> float:
+    """Lower bound on η*(N), positive ones, with mini-batches: ``(1-β)/√(b N E‖H_B‖_F²)``.
+
+    Noise that is fed in at one step is there for N steps at most, and moves no mode further than a flat one, by
+    ``η/(1-β)``. The feedback of N steps is then ``b N Tr(C) η²/(1-β)²`` at most, ``Tr C = E‖H_B‖_F²``. No spectrum is
+    needed; modes near ``η λ = 1``, whose own noise makes them grow, are left out.
+
+    Args:
+        squares: ``E‖H_B‖_F²``.
+        steps: N.
+        rule: Update rule.
+        moments: Constants of the estimator.
+
+    Returns:
+        Threshold in param²/loss; ``inf`` without curvature.
+
+    Raises:
+        ValueError: If ``squares`` is not finite or negative, or ``steps`` no positive integer.
+
+    Source: derived in the README's theory section.
+    """
+    require_non_negative("squares", squares)
+    require_count("steps", steps)
+    return _ratio((1 - rule.momentum) / rule.lr_scale, math.sqrt(moments.b * steps * squares))
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -107,10 +107,9 @@ def _measuring(config: CheckConfig) -> dict[str, Any]:
 def batch_size_of(config: CheckConfig) -> int | None:
     """Examples per step, where the threshold depends on it.
 
-    Forward passes know no spectrum, and a first-order optimizer is held against the threshold of all examples.
+    A first-order optimizer is held against the threshold of all examples.
     """
-    known = config.optimizer.zeroth_order and config.curvature.kind != "forward"
-    return config.estimator.batch_size if known else None
+    return config.estimator.batch_size if config.optimizer.zeroth_order else None
 
 
 def problem_key(config: CheckConfig) -> str:

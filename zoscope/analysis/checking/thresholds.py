@@ -46,7 +46,7 @@ class OptimizerThresholds:
         known = self._of(steps)
         name = "fo" if not zeroth_order else self._binding(known) if policy == "binding" else policy
         if name in known:
-            widened = self.minibatch and policy == "binding" and name == "horizon" and "descent" in known
+            widened = self.minibatch and policy == "binding" and name in ("horizon", "forward") and "descent" in known
             low = min(known[name].low, known["descent"].low) if widened else known[name].low
             return replace(known[name], low=low)
         available = ", ".join(other for other in known if (other == "fo") != zeroth_order) or "none"
@@ -155,17 +155,18 @@ def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[i
     if bounds.minibatch is not None:
         return _minibatch(_first_order(result, bounds), bounds.minibatch, steps)
     rows: list[Threshold | None] = [_first_order(result, bounds), _forward(bounds)]
+    of_batches = bounds.forward is not None and bounds.forward.minibatch is not None
     if bounds.exact is not None and bounds.exact_ci95 is not None:
         rows.append(Threshold("exact", bounds.exact.value, *bounds.exact_ci95, bounds.exact.half_width))
     if bounds.forward is not None:
-        descent = bounds.forward.descent
+        _, _, descent = bounds.forward.met
         rows.append(Threshold("descent", descent.value, *ci95(descent), descent.half_width))
     elif bounds.descent is not None:
         low, high = bounds.descent_ci95 or (bounds.descent, bounds.descent)
         error = high - bounds.descent if math.isfinite(bounds.descent) else 0.0
         rows.append(Threshold("descent", bounds.descent, low, high, error))
     known = {row.name: row for row in rows if row is not None}
-    return OptimizerThresholds(known, _horizons(result, bounds, steps))
+    return OptimizerThresholds(known, _horizons(result, bounds, steps), minibatch=of_batches)
 
 
 def _horizons(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[int]) -> dict[int, Threshold]:
@@ -205,5 +206,5 @@ def _forward(bounds: OptimizerBounds) -> Threshold | None:
     """From two moments alone, where the spectrum is not known: the interval is the pair of bounds."""
     if bounds.forward is None:
         return None
-    lower, upper = bounds.forward.lower, bounds.forward.upper
+    lower, upper, _ = bounds.forward.met
     return Threshold("forward", upper.value, ci95(lower)[0], ci95(upper)[1], upper.half_width)

@@ -182,7 +182,7 @@ class Session:
         assert self.measurement is not None
         measured = self.measurement.operators[self.request.family]
         if not self.request.first_order:
-            yield from notices.curvature_notices(measured.curvature, expected.row)
+            yield from notices.curvature_notices(measured.curvature, expected.row, jump=self.measurement.jump)
         if self.measurement.preconditioner is not None and measured.commutator is not None:
             yield from notices.preconditioner_notices(self.measurement.preconditioner, measured.commutator)
         if expected.steps < expected.wanted_steps:
