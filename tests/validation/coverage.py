@@ -175,7 +175,7 @@ def score(records: Sequence[Record], name: str, truth: Truth) -> Score:
     value, slack = truth.values[key], truth.slack[key]
     found = [record.found.get(name) for record in records]
     judged = [(False, math.inf) if one is None else judge(one, value, slack) for one in found]
-    size = abs(value) or 1.0
+    size = abs(value) if value and math.isfinite(value) else 1.0
     errors = [abs(one[0] - value) / size if one and one[0] != value else 0.0 for one in found]
     widths = [(one[2] - one[1]) / 2 / size if one else math.inf for one in found if one is None or one[1] != one[2]]
     return Score(
