@@ -7,9 +7,7 @@ from torch import nn
 
 import zoscope
 from tests.theory.minibatch_oracle import Examples, explicit_threshold
-from zoscope.analysis.optimizer_bounds import Binding
 from zoscope.errors import UsageError
-from zoscope.report.style import step_size
 from zoscope.theory.moments import GAUSSIAN
 from zoscope.theory.rules import update_rule
 
@@ -135,18 +133,6 @@ def test_the_report_has_a_table_of_its_own():
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(zoscope.bounds(least_squares()[0], optimizers=("gd",), batch_size=3, **RATES))
     assert "With mini-batches of 3 of 12 examples" in console.export_text()
-
-
-def test_advice_names_the_lower_end_of_the_mini_batches():
-    from dataclasses import replace
-
-    from zoscope.report.bounds import advice
-
-    result = zoscope.bounds(least_squares()[0], optimizers=("gd",), batch_size=3, **RATES)
-    row = result.optimizers["gd"]
-    row = replace(row, binding=Binding("horizon", 1.0), recommended=1e9, recommended_reason="so")
-    said = str(next(iter(advice(replace(result, optimizers={"gd": row})).columns[1].cells)))
-    assert f"only below {step_size(row.minibatch.horizon.lower.value)} also" in said
 
 
 def test_check_holds_a_step_size_against_the_mini_batches():

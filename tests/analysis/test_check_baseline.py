@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from zoscope.analysis.checking.baseline import Baseline, baseline_document, compare, load_baseline
-from zoscope.analysis.checking.results import CheckReport, CheckResult, Threshold
+from zoscope.analysis.checking.results import CheckReport, CheckResult
+from zoscope.analysis.recommend import Limit
 from zoscope.errors import UsageError
 
 
@@ -22,7 +23,7 @@ def result(
         message="Fine.",
         exit_code=0,
         settings={"steps": steps, "betas": (0.9, 0.999)},
-        threshold=Threshold("exact", value, value - error, value + error, error),
+        threshold=Limit("exact", value, value - error, value + error, error),
     )
 
 
@@ -78,7 +79,7 @@ def test_what_cannot_be_compared_warns(tmp_path: Path, now: CheckResult) -> None
 
 def test_a_limit_that_was_not_there_before_fails(tmp_path: Path) -> None:
     unlimited = result(1.0)
-    unlimited = replace(unlimited, threshold=Threshold("exact", math.inf, math.inf, math.inf))
+    unlimited = replace(unlimited, threshold=Limit("exact", math.inf, math.inf, math.inf))
     baseline = written(tmp_path, unlimited)
     assert compared(result(1.0), baseline).status == "fail"
     assert compared(unlimited, baseline).status == "pass"

@@ -1,17 +1,19 @@
+import json
 import math
 
 import numpy as np
 import pytest
 
 from zoscope.analysis.checking.gate import decide, round_down
-from zoscope.analysis.checking.results import EXIT_ORDER, CheckReport, CheckResult, Threshold
-from zoscope.analysis.checking.thresholds import OptimizerThresholds
+from zoscope.analysis.checking.results import EXIT_ORDER, CheckReport, CheckResult
+from zoscope.analysis.checking.thresholds import Held, OptimizerThresholds
+from zoscope.analysis.recommend import Limit
 from zoscope.errors import UsageError
 
-EXACT = Threshold("exact", 1.0, 0.9, 1.1, 0.1)
+EXACT = Limit("exact", 1.0, 0.9, 1.1, 0.1)
 
 
-def status(lr: float, *, margin: float = 0.8, on_warn: str = "pass", threshold: Threshold = EXACT) -> str:
+def status(lr: float, *, margin: float = 0.8, on_warn: str = "pass", threshold: Limit = EXACT) -> str:
     return decide(lr, threshold, margin=margin, on_warn=on_warn, steps=1000).status
 
 
@@ -31,13 +33,13 @@ def test_a_warning_fails_where_the_policy_says_so() -> None:
 
 
 def test_every_lr_passes_where_no_curvature_limits_it() -> None:
-    flat = Threshold("exact", math.inf, math.inf, math.inf)
+    flat = Limit("exact", math.inf, math.inf, math.inf)
     decision = decide(1e9, flat, margin=0.8, on_warn="fail", steps=1)
     assert (decision.status, decision.largest_lr) == ("pass", None)
 
 
 def test_an_interval_down_to_zero_passes_nothing_and_says_so() -> None:
-    vague = Threshold("exact", 1.0, 0.0, 5.0, 3.0)
+    vague = Limit("exact", 1.0, 0.0, 5.0, 3.0)
     decision = decide(1e-9, vague, margin=0.8, on_warn="pass", steps=1)
     assert (decision.status, decision.largest_lr) == ("warn", None)
     assert "No lr passes" in decision.message
@@ -46,7 +48,7 @@ def test_an_interval_down_to_zero_passes_nothing_and_says_so() -> None:
 def test_the_advice_passes_and_the_next_two_digit_number_does_not() -> None:
     rng = np.random.default_rng(0)
     for low in 10.0 ** rng.uniform(-9, 3, size=500):
-        threshold = Threshold("exact", low * 1.05, low, low * 1.1)
+        threshold = Limit("exact", low * 1.05, low, low * 1.1)
         decision = decide(1.0, threshold, margin=0.8, on_warn="pass", steps=1)
         assert decision.largest_lr is not None
         assert status(decision.largest_lr, threshold=threshold) == "pass"
@@ -67,17 +69,32 @@ def test_there_is_no_rounded_value_of_what_is_no_step_size(value: float) -> None
 
 
 def test_a_first_order_optimizer_is_held_against_the_first_order_threshold() -> None:
-    fo = Threshold("fo", 2.0, 1.9, 2.0)
-    known = OptimizerThresholds({"fo": fo, "exact": EXACT}, {})
-    assert known.choose("exact", zeroth_order=False, steps=9, curvature="hessian") == fo
-    assert known.choose("binding", zeroth_order=True, steps=9, curvature="hessian") == EXACT
+    fo = Limit("fo", 2.0, 1.9, 2.0)
+    known = OptimizerThresholds(fo, {9: {"binding": Held(EXACT, ("kinks",))}})
+    assert known.choose("exact", zeroth_order=False, steps=9, curvature="hessian") == Held(fo)
+    assert known.choose("binding", zeroth_order=True, steps=9, curvature="hessian") == Held(EXACT, ("kinks",))
 
 
 def test_a_threshold_that_is_not_known_is_a_usage_error_that_names_the_known_ones() -> None:
-    known = OptimizerThresholds({"fo": EXACT, "forward": EXACT}, {})
-    with pytest.raises(UsageError, match=r"the horizon threshold is not known .*\(known: forward\)"):
+    known = OptimizerThresholds(EXACT, {9: {"binding": Held(EXACT)}})
+    with pytest.raises(UsageError, match=r"the horizon threshold is not known .*\(known: binding\)"):
         known.choose("horizon", zeroth_order=True, steps=9, curvature="forward")
-    assert known.choose("binding", zeroth_order=True, steps=9, curvature="forward") == EXACT
+    with pytest.raises(UsageError, match=r"the fo threshold is not known"):
+        OptimizerThresholds(None).choose("binding", zeroth_order=False, steps=9, curvature="forward")
+
+
+def test_what_is_kept_in_a_cache_comes_back_the_same() -> None:
+    vague = Limit("short-horizon", 1.0, 0.5, math.inf, 0.1, edge=2.0)
+    known = OptimizerThresholds(EXACT, {9: {"binding": Held(vague, ("kinks",))}}, minibatch=True)
+    assert OptimizerThresholds.from_dict(json.loads(json.dumps(known.to_dict(), allow_nan=False))) == known
+
+
+def test_a_provisional_threshold_is_said_to_be_one() -> None:
+    short = Limit("short-horizon", 1.0, 0.9, 1.3, 0.1)
+    decision = decide(0.5, short, margin=0.8, on_warn="pass", steps=1000, doubts=("kinks",))
+    assert "for 300 steps" in decision.message
+    assert "provisional" in decision.message
+    assert "zoscope probe" in decision.message
 
 
 def result(status: str, code: int) -> CheckResult:

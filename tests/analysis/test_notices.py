@@ -1,17 +1,14 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from zoscope.analysis import notices
-from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds
 from zoscope.curvature.precondition import Preconditioner
 from zoscope.curvature.results import Curvature, Eigenvalue
 from zoscope.problem import Notice
-from zoscope.theory.curve import GradientMeasure
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum
 
@@ -73,25 +70,16 @@ def test_an_interval_that_misses_the_threshold_is_named() -> None:
     assert "50 %" in notice.message
 
 
-@pytest.mark.parametrize(
-    ("node", "gain"),
-    [
-        (0.5, (1 - (1 - 0.07 * 0.5) ** 2000) / 1.0),
-        (0.0, 70.0),
-        (1e-15, 70.0),
-        (-1e-3, (1 - (1 + 0.07e-3) ** 2000) / -2e-3),
-    ],
-)
-def test_a_run_that_leaves_the_neighbourhood_is_announced(node: float, gain: float) -> None:
-    for share, expected in ((0.9, []), (1.2, ["gradient-not-small"])):
-        gradient = GradientMeasure(np.array([node]), np.array([share / gain]))
-        info = ProblemInfo(1, 1, loss=1.0, grad_norm=1.0)
-        assert codes(notices.gradient_notices(info, BOUNDS, gradient)) == expected
+def test_a_run_that_leaves_the_neighbourhood_is_announced_once() -> None:
+    steep = dataclasses.replace(BOUNDS, doubts=("gradient-not-small",))
+    assert codes(notices.gradient_notices([BOUNDS])) == []
+    assert codes(notices.gradient_notices([BOUNDS, steep, steep])) == ["gradient-not-small"]
 
 
-def test_a_gain_without_bound_counts_as_a_long_way() -> None:
-    gradient = GradientMeasure(np.array([-50.0, 14.0]), np.array([1.0, 1.0]))
-    assert codes(notices.gradient_notices(ProblemInfo(1, 1, 1.0, 1.4), BOUNDS, gradient)) == ["gradient-not-small"]
+def test_a_provisional_recommendation_is_announced_once() -> None:
+    doubted = dataclasses.replace(BOUNDS, doubts=("kinks", "ends-apart"))
+    assert codes(notices.provisional_notices([BOUNDS])) == []
+    assert codes(notices.provisional_notices([doubted, doubted])) == [notices.PROVISIONAL]
 
 
 @pytest.mark.parametrize(

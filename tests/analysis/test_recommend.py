@@ -1,83 +1,124 @@
 import math
 
-import numpy as np
 import pytest
 
 from zoscope.analysis.optimizer_bounds import Binding
-from zoscope.analysis.recommend import MARGIN, choose_binding, doubling_steps, judge, recommend
-from zoscope.theory.curve import GradientMeasure
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
-from zoscope.theory.spectrum import Spectrum
+from zoscope.analysis.recommend import (
+    APART,
+    DOUBTS,
+    GATE,
+    MARGIN,
+    Limit,
+    Thresholds,
+    advise,
+    choose_binding,
+    stand,
+)
+from zoscope.theory.horizons import HorizonPoint
+from zoscope.theory.spectrum import Estimate
 
-GD = update_rule("gd")
-SPECTRUM = Spectrum.of(np.geomspace(1e-3, 10, 40))
+
+def thresholds(
+    *,
+    horizon: float = 1.0,
+    full: float | None = None,
+    short: float | None = None,
+    descent: float | None = None,
+    error: float = 0.0,
+    minibatch: bool = False,
+) -> Thresholds:
+    def known(value: float) -> Estimate:
+        return Estimate(value, quadrature=error * value)
+
+    point = HorizonPoint(1000, known(horizon if full is None else full), known(horizon))
+    falling = None if descent is None else known(descent)
+    return Thresholds(point, falling, known(0.5), None if short is None else known(short), minibatch)
 
 
 @pytest.mark.parametrize(
     ("horizon", "descent", "name"), [(1.0, 2.0, "horizon"), (2.0, 1.0, "descent"), (2.0, None, "horizon")]
 )
 def test_the_smaller_of_horizon_and_descent_binds(horizon: float, descent: float | None, name: str) -> None:
-    assert choose_binding("binding", horizon=horizon, descent=descent, exact=0.1).name == name
+    found = choose_binding("binding", thresholds(horizon=horizon, descent=descent))
+    assert found is not None
+    assert found.name == name
 
 
 def test_a_threshold_that_was_chosen_binds() -> None:
-    values = {"horizon": 1.0, "descent": 2.0, "exact": 3.0}
-    for name, value in values.items():
-        assert choose_binding(name, **values) == Binding(name, value)
+    known = thresholds(horizon=1.0, descent=2.0)
+    assert choose_binding("horizon", known) == Binding("horizon", 1.0)
+    assert choose_binding("descent", known) == Binding("descent", 2.0)
+    assert choose_binding("exact", known) == Binding("exact", 0.5)
 
 
 def test_nothing_binds_where_nothing_is_known() -> None:
-    assert choose_binding("descent", horizon=1.0, descent=None, exact=1.0) is None
-    assert choose_binding("binding", horizon=None, descent=None, exact=1.0) == Binding("exact", 1.0)
+    found = advise("descent", thresholds(descent=None))
+    assert (found.binding, found.limit, found.recommended) == (None, None, None)
 
 
 def test_the_recommendation_keeps_its_margin() -> None:
-    value, reason = recommend(Binding("horizon", 2.0))
-    assert value == MARGIN * 2.0
-    assert reason
+    found = advise("binding", thresholds(horizon=2.0))
+    assert found.recommended == MARGIN * 2.0
+    assert not found.doubts
+    assert "provisional" not in found.reason
 
 
-@pytest.mark.parametrize("binding", [None, Binding("horizon", math.inf)])
-def test_nothing_is_recommended_where_nothing_limits(binding: Binding | None) -> None:
-    assert recommend(binding)[0] is None
+@pytest.mark.parametrize("code", DOUBTS)
+def test_in_doubt_eta_300_of_all_eigenvalues_counts_too_and_the_reason_is_said(code: str) -> None:
+    found = advise("binding", thresholds(horizon=2.0, descent=1.5, short=1.2), (code,))
+    assert found.recommended == pytest.approx(MARGIN * 1.2)
+    assert found.binding == Binding("descent", 1.5)
+    assert found.limit is not None
+    assert (found.limit.name, found.limit.high) == ("short-horizon", 2.0)
+    assert found.reason.endswith(f"provisional, because {DOUBTS[code]}")
 
 
-@pytest.mark.parametrize(("factor", "outlook"), [(0.99, "stable"), (1.01, "unstable")])
-def test_the_verdict_turns_at_the_horizon_threshold(factor: float, outlook: str) -> None:
-    edge = StabilityCondition(GD, steps=200).threshold(SPECTRUM)
-    verdict = judge(
-        factor * edge,
-        steps=200,
-        spectrum=SPECTRUM,
-        rule=GD,
-        moments=GAUSSIAN,
-        binding=Binding("horizon", edge),
-        descent=edge,
-    )
-    assert verdict.outlook == outlook
-    assert verdict.ratio == pytest.approx(factor)
-    assert verdict.descends == (factor < 1)
+def test_the_lower_end_at_a_long_horizon_never_counts() -> None:
+    found = advise("binding", thresholds(horizon=1.0, full=0.1, short=1.5), ("ends-apart",))
+    assert found.recommended == pytest.approx(MARGIN)
+    assert found.limit is not None
+    assert found.limit.low == 1.0
 
 
-def test_the_outlook_is_uncertain_between_the_full_and_the_positive_horizon() -> None:
-    spectrum = Spectrum.of([*np.geomspace(1e-3, 10, 40), -2.0])
-    ends = [StabilityCondition(GD, steps=200, version=version).threshold(spectrum) for version in ("full", "positive")]
-    verdict = judge(sum(ends) / 2, steps=200, spectrum=spectrum, rule=GD, moments=GAUSSIAN, binding=None, descent=None)
-    assert verdict.outlook == "uncertain"
-    assert verdict.blow_up[0] <= 200 < verdict.blow_up[1]
-    assert verdict.ratio is None
+@pytest.mark.parametrize(("full", "apart"), [(1.01 * APART, False), (0.99 * APART, True)])
+def test_the_ends_are_apart_below_four_fifths(full: float, apart: bool) -> None:
+    assert thresholds(full=full).ends_are_apart is apart
 
 
-def test_the_predicted_loss_doubles_sooner_at_larger_steps_and_never_at_small_ones() -> None:
-    gradient = GradientMeasure(np.array([1.0]), np.array([0.01]))
-    edge = StabilityCondition(GD).threshold(SPECTRUM)
-    first = [
-        doubling_steps(
-            factor * edge, steps=2000, spectrum=SPECTRUM, gradient=gradient, loss=0.5, rule=GD, moments=GAUSSIAN
-        )[0]
-        for factor in (0.9, 1.2, 1.5, 2.0)
-    ]
-    assert math.isinf(first[0])
-    assert first[1] > first[2] > first[3] > 1
+def test_nothing_is_recommended_where_nothing_limits() -> None:
+    found = advise("binding", thresholds(horizon=math.inf))
+    assert found.recommended is None
+    assert "nothing limits" in found.reason
+
+
+def test_without_positive_curvature_the_lower_end_is_all_there_is() -> None:
+    known = thresholds(horizon=math.inf, full=0.2, short=0.4)
+    assert known.ends_are_apart
+    assert advise("binding", known, ("ends-apart",)).recommended == pytest.approx(MARGIN * 0.4)
+
+
+def test_a_threshold_that_is_poorly_known_is_kept_clear_of() -> None:
+    known = advise("horizon", thresholds(error=0.4))
+    assert known.recommended == pytest.approx(GATE * 0.6)
+    assert "95 %" in known.reason
+    unknown = advise("horizon", thresholds(error=1.2))
+    assert unknown.recommended is None
+    assert "reaches down to 0" in unknown.reason
+
+
+def test_between_descent_and_horizon_a_step_size_is_uncertain() -> None:
+    limit = advise("binding", thresholds(horizon=2.0, descent=1.0)).limit
+    assert limit is not None
+    assert [stand(lr, limit) for lr in (GATE, 0.9, 1.5, 2.0, 2.1)] == ["stable", *["uncertain"] * 3, "unstable"]
+
+
+@pytest.mark.parametrize(("minibatch", "edge"), [(False, 1.0), (True, 2.0)])
+def test_runs_leave_where_something_binds_and_with_mini_batches_at_the_horizon(minibatch: bool, edge: float) -> None:
+    limit = advise("binding", thresholds(horizon=2.0, descent=1.0, short=0.5, minibatch=minibatch), ("kinks",)).limit
+    assert limit is not None
+    assert limit.edge == edge
+
+
+@pytest.mark.parametrize(("error", "wide"), [(0.0, False), (0.49, False), (0.51, True), (2.0, True)])
+def test_an_interval_is_wide_where_its_ends_are_more_than_three_apart(error: float, wide: bool) -> None:
+    assert Limit("exact", 1.0, 1 - error, 1 + error, error).is_wide is wide

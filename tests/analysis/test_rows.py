@@ -71,7 +71,7 @@ def test_a_low_descent_threshold_binds() -> None:
 
 def test_the_predicted_step_size_beats_its_neighbours() -> None:
     gradient = GradientMeasure(np.array([0.5]), np.array([0.3]))
-    found = row(INDEFINITE, gradient=gradient)
+    found = row(np.concatenate([POSITIVE, [-1e-2]]), gradient=gradient)
 
     def final(lr: float) -> float:
         spectrum = exact_curvature(POSITIVE).spectrum.fine
@@ -79,6 +79,29 @@ def test_the_predicted_step_size_beats_its_neighbours() -> None:
 
     best = final(found.predicted_lr)
     assert best <= min(final(0.9 * found.predicted_lr), final(1.1 * found.predicted_lr))
+
+
+def test_in_doubt_no_step_size_is_said_to_be_the_best() -> None:
+    found = row(INDEFINITE, gradient=GradientMeasure(np.array([0.5]), np.array([0.3])))
+    assert found.doubts == ("ends-apart",)
+    assert found.predicted_lr is None
+    assert found.to_dict()["zo"]["provisional"] is True
+
+
+def test_a_steep_start_is_doubted() -> None:
+    gradient = GradientMeasure(np.array([0.01]), np.array([2.0]))
+    found = row(POSITIVE, gradient=gradient, steps=1000)
+    assert found.doubts == ("gradient-not-small",)
+    assert found.recommended == pytest.approx(0.7 * found.horizon.upper)  # the lower end at 300 steps is above it
+
+
+def test_ends_far_apart_make_a_range() -> None:
+    found = row(INDEFINITE, steps=30_000)
+    assert found.horizon.upper > 3 * found.horizon.lower
+    low, high = found.recommended_range
+    assert high == found.recommended
+    assert low < 0.7 * 1.01 * found.horizon.lower
+    assert row(POSITIVE).recommended_range is None
 
 
 def test_without_a_gradient_neither_descent_nor_prediction_is_defined() -> None:

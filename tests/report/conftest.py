@@ -2,7 +2,8 @@
 
 import pytest
 
-from zoscope.analysis.checking.results import BaselineComparison, CheckReport, CheckResult, Threshold
+from zoscope.analysis.checking.results import BaselineComparison, CheckReport, CheckResult
+from zoscope.analysis.recommend import Limit
 
 HOSTILE = (
     "100%", "a\nb", "::error::x", "a,b", "c:d", "%0A%25", "pipe|pipe", "<b>&\"'", "\x00\x07\x1b[31m", "]]>",
@@ -20,7 +21,7 @@ def check(name: str, status: str = "fail", **changes: object) -> CheckResult:
         "status": status,
         "message": f"Message of {name}.",
         "exit_code": {"pass": 0, "warn": 0, "fail": 1, "error": 3}[status],
-        "threshold": None if status == "error" else Threshold("exact", 0.016, 0.0155, 0.0165, 0.0005),
+        "threshold": None if status == "error" else Limit("exact", 0.016, 0.0155, 0.0165, 0.0005),
         "largest_lr": None if status == "error" else 0.012,
         "file": "ci/zoscope.yaml",
         "line": 7,

@@ -47,7 +47,8 @@ def test_a_quantity_has_four_digits_in_the_shorter_notation(value: float, shown:
         (0.008 * 0.01629, "1.629e-2 ± 0.8 %"),
         (0.02 * 0.01629, "1.63e-2 ± 2.0 %"),
         (0.30 * 0.01629, "1.6e-2 ± 30 %"),
-        (math.inf, "1.6e-2 ± ∞"),
+        (0.51 * 0.01629, "2e-2 ± 51 %"),
+        (math.inf, "2e-2 ± ∞"),
     ],
 )
 def test_digits_end_where_the_error_begins(half_width: float, shown: str) -> None:
@@ -61,7 +62,7 @@ def test_an_error_is_never_rounded_down() -> None:
 
 
 def test_a_value_that_may_be_zero_carries_an_absolute_error() -> None:
-    assert style.quantity_with_error(1e-9, 3e-9) == "1.0e-9 ± 3.0e-9"
+    assert style.quantity_with_error(1e-9, 3e-9) == "1e-9 ± 3.0e-9"
     assert style.quantity_with_error(0.0, 2e-3) == "0 ± 0.0020"
 
 
@@ -79,3 +80,8 @@ def test_durations_are_short(seconds: float, shown: str) -> None:
 
 def test_rough_counts_have_two_digits() -> None:
     assert [style.rough_count(x) for x in (7, 214, 12_345, math.inf)] == ["7", "210", "12,000", "∞"]
+
+
+@pytest.mark.parametrize(("digits", "shown"), [(1, "1e-2"), (2, "1.1e-2"), (3, "1.15e-2")])
+def test_a_step_size_to_stay_below_is_rounded_down(digits: int, shown: str) -> None:
+    assert style.step_size_at_most(0.0115999, digits=digits) == shown

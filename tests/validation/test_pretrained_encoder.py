@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from zoscope.analysis.measuring import measure_problem
-from zoscope.analysis.recommend import doubling_steps
 from zoscope.analysis.request import Request
+from zoscope.analysis.verdicts import doubling_steps
 from zoscope.optim.replicas import Estimator, Limits, Plan, run
 from zoscope.optim.rules import GD
 from zoscope.optim.surface import SequentialSurface

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from zoscope.analysis import notices
+from zoscope.analysis.growth import Growth, growth_notices, measure_growth
 from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.measuring import Measurement, measure_problem
 from zoscope.analysis.request import Progress, Request, rule_names, subject_of
@@ -15,6 +17,7 @@ from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds
 from zoscope.analysis.rows import Question, optimizer_row
 from zoscope.errors import NumericalError
 from zoscope.problem import OWN_DTYPE, Notice
+from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
     from zoscope.analysis.recommend import Threshold
@@ -139,21 +142,22 @@ def _result(
     objective: Objective, request: Request, measurement: Measurement, *, spec: str | None, started: float
 ) -> BoundsResult:
     info = ProblemInfo(objective.num_params, objective.num_examples, measurement.loss, measurement.grad_norm)
+    seen = tuple(_missed_notices(measurement))
     question = Question(
-        request.steps, request.threshold, request.lr, info.loss, request.moments(dimension=info.num_params)
+        request.steps,
+        request.threshold,
+        request.lr,
+        info.loss,
+        request.moments(dimension=info.num_params),
+        tuple(dict.fromkeys(notice.code for notice in seen)),
     )
-    rows = {
-        name: optimizer_row(
-            measurement.operators[name],
-            question,
-            rule=rule,
-            settings=request.settings(name),
-            descent=measurement.descent[name],
-        )
-        for name, rule in request.rules.items()
-    }
+    rows = _rows(request, measurement, question)
+    growth = _growth(objective, request, measurement, rows)
+    if growth is not None and growth.significant:
+        seen = (*seen, *growth_notices(growth))
+        rows = _rows(request, measurement, replace(question, doubts=(*question.doubts, "little-curvature")))
     dtype = str(objective.dtype).removeprefix("torch.")
-    warnings = notices.without_repeats(_notices(objective, request, measurement, rows, info=info))
+    warnings = notices.without_repeats(_notices(objective, request, measurement, rows, seen, info))
     return BoundsResult(
         spec=spec,
         device=str(objective.device),
@@ -165,9 +169,57 @@ def _result(
         curvature={entry.operator: entry.curvature for entry in measurement.operators.values()},
         optimizers=rows,
         estimator=Estimator(request.directions, request.queries),
-        num_hvps=measurement.num_hvps,
+        num_hvps=measurement.num_hvps + (0 if growth is None else growth.num_hvps),
         seconds=time.perf_counter() - started,
         warnings=warnings,
+    )
+
+
+def _rows(request: Request, measurement: Measurement, question: Question) -> dict[str, OptimizerBounds]:
+    return {
+        name: optimizer_row(
+            measurement.operators[name],
+            question,
+            rule=rule,
+            settings=request.settings(name),
+            descent=measurement.descent[name],
+        )
+        for name, rule in request.rules.items()
+    }
+
+
+def _missed_notices(measurement: Measurement) -> Iterable[Notice]:
+    """On curvature that second derivatives do not see; a loss that only jumps has a notice of its own."""
+    if measurement.jump is not None:
+        return
+    entry, missed = next(iter(measurement.operators.values())), measurement.missed
+    if entry.operator.startswith("preconditioned"):  # it has other units, in which only their ratio is known
+        missed = replace(missed, trace=Estimate(0.0))
+    yield from notices.missed_notices(entry.curvature, missed)
+
+
+def _growth(
+    objective: Objective, request: Request, measurement: Measurement, rows: dict[str, OptimizerBounds]
+) -> Growth | None:
+    """What the first steps of descent do to the trace, as far as the longest run among those planned goes."""
+    shares = [
+        math.inf if row.recommended is None else row.advisor.share(row.recommended, request.steps)
+        for row in rows.values()
+        if row.advisor is not None
+    ]
+    entry = next(iter(measurement.operators.values()))
+    found, weights = entry.curvature.trace.interval[1], None
+    if entry.operator.startswith("preconditioned") and measurement.preconditioner is not None:
+        weights = measurement.preconditioner.diagonal.double().rsqrt()
+        scale = float(weights.square().mean())
+        weights, found = (weights / math.sqrt(scale)).to(objective.dtype), found / scale
+    return measure_growth(
+        objective,
+        loss=measurement.loss,
+        before=found + max(measurement.missed.significant, 0.0),
+        share=max(shares),
+        seed=request.seed,
+        weights=weights,
     )
 
 
@@ -176,16 +228,15 @@ def _notices(
     request: Request,
     measurement: Measurement,
     rows: dict[str, OptimizerBounds],
-    *,
+    seen: Iterable[Notice],
     info: ProblemInfo,
 ) -> Iterable[Notice]:
     first = next(iter(rows.values()))
     # The preconditioned operator has the signs of the Hessian: one account of them is enough.
     yield from notices.curvature_notices(measurement.operators[first.name].curvature, first, jump=measurement.jump)
-    for entry in list(measurement.operators.values())[:1]:
-        if entry.operator == "hessian" and measurement.jump is None:  # the preconditioned one has other units
-            yield from notices.missed_notices(entry.curvature, measurement.missed)
-    yield from notices.gradient_notices(info, first, measurement.operators[first.name].gradient)
+    yield from seen
+    yield from notices.gradient_notices(rows.values())
+    yield from notices.provisional_notices(rows.values())
     yield from _reach_notices(objective, request, rows, info)
     commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)
     if measurement.preconditioner is not None and commutator is not None:

@@ -52,7 +52,8 @@ def check(
     """Hold configured step sizes against the thresholds of their problems.
 
     A check passes when ``lr <= margin * low`` and fails when ``lr > high``, with ``[low, high]`` the 95 % interval of
-    the threshold that its policy names; between the two it warns. Every check runs even when an earlier one errors.
+    what ``bounds`` goes by too: the threshold that its policy names, in doubt with η*(300) of all eigenvalues. Between
+    the two it warns. Every check runs even when an earlier one errors.
 
     Args:
         target: A configuration file, or a problem to check one optimizer of. Left out: the file of the working folder,
@@ -149,19 +150,27 @@ def _run(
 
 def _judged(config: CheckConfig, measurement: Measurement) -> CheckResult:
     optimizer, policy = config.optimizer, config.policy
-    threshold = measurement.optimizers[optimizer.rule].choose(
+    held = measurement.optimizers[optimizer.rule].choose(
         policy.threshold,
         zeroth_order=optimizer.zeroth_order,
         steps=config.steps,
         curvature=config.curvature.kind,
     )
-    decision = decide(optimizer.lr, threshold, margin=policy.margin, on_warn=policy.on_warn, steps=config.steps)
+    decision = decide(
+        optimizer.lr,
+        held.limit,
+        margin=policy.margin,
+        on_warn=policy.on_warn,
+        steps=config.steps,
+        doubts=held.doubts,
+    )
     return CheckResult(
         **_identity(config),
         status=decision.status,
         message=decision.message,
         exit_code=1 if decision.status == "fail" else 0,
-        threshold=threshold,
+        threshold=held.limit,
+        doubts=held.doubts,
         largest_lr=decision.largest_lr,
         notices=(*config.notices, *_own_notices(config, measurement), *measurement.notices),
         seconds=measurement.seconds,
@@ -217,10 +226,10 @@ def _own_notices(config: CheckConfig, measurement: Measurement) -> list[str]:
     size, examples = config.estimator.batch_size, measurement.num_examples
     if size is not None and size < examples and measurement.optimizers[config.optimizer.rule].minibatch:
         notices.append(f"The threshold is that of mini-batches of {size} of {examples} examples.")
-        descent = measurement.optimizers[config.optimizer.rule].known.get("descent")
-        if descent is not None and config.optimizer.lr > descent.high:
+        held = measurement.optimizers[config.optimizer.rule].zeroth_order[config.steps].get("descent")
+        if held is not None and held.limit.name == "descent" and config.optimizer.lr > held.limit.high:
             notices.append(
-                f"Above {descent.value:.3g} the noise of such mini-batches raises the expected loss, to a floor "
+                f"Above {held.limit.value:.3g} the noise of such mini-batches raises the expected loss, to a floor "
                 "or out of the valley. Larger batches or a smaller lr lower it."
             )
     elif size is not None and size < examples:

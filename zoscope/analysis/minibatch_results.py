@@ -40,10 +40,15 @@ class MiniBatchModel:
 
     def at(self, steps: int) -> HorizonPoint:
         """η*(T), full and positive."""
-        lower, upper = self._threshold(steps, "full"), self._threshold(steps, "positive")
-        assert lower is not None
+        upper = self._threshold(steps, "positive")
         assert upper is not None
-        return HorizonPoint(steps, lower, upper)
+        return HorizonPoint(steps, self.of_all(steps), upper)
+
+    def of_all(self, steps: int) -> Estimate:
+        """η*(T) of all eigenvalues."""
+        lower = self._threshold(steps, "full")
+        assert lower is not None
+        return lower
 
     def for_ever(self) -> Estimate | None:
         """The infinite-time threshold; ``None`` where noise accumulates along flat or negative curvature."""

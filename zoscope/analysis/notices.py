@@ -6,19 +6,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from zoscope.curvature.measure import DENSE_LIMIT
 from zoscope.problem import Notice
 
 if TYPE_CHECKING:
-    from zoscope.analysis.measured import ProblemInfo
     from zoscope.analysis.optimizer_bounds import OptimizerBounds
     from zoscope.curvature.jumps import Jump
     from zoscope.curvature.kinks import Missed
     from zoscope.curvature.precondition import Preconditioner
     from zoscope.curvature.results import Curvature
-    from zoscope.theory.curve import GradientMeasure
     from zoscope.theory.spectrum import Estimate
 
 INDEFINITE = 0.01
@@ -35,8 +31,8 @@ _MISSED = (
 FEW_MODES = 5.0
 """Effective rank below which typical runs and the mean square part ways."""
 
-LONG_WAY = 1.1
-"""Decrease of the loss over the planned run, relative to the loss, that no quadratic model with a minimum can mean."""
+PROVISIONAL = "provisional"
+"""Code of the notice that reports show beside the step size itself."""
 
 LARGE_COMMUTATOR = 0.05
 """Relative commutator up to which P and H count as commuting: the largest seen in the paper's training runs."""
@@ -118,31 +114,27 @@ def _indefinite(curvature: Curvature, bounds: OptimizerBounds) -> str:
     return text + ". η*(N) brackets what escape along negative curvature does: [all eigenvalues, positive ones]."
 
 
-def gradient_notices(
-    problem: ProblemInfo, bounds: OptimizerBounds, gradient: GradientMeasure | None
-) -> Iterable[Notice]:
-    """Whether a run of the planned length stays where the curvature was measured."""
-    if gradient is None or bounds.recommended is None or bounds.horizon is None or problem.loss == 0:
-        return
-    steps = bounds.horizon.steps
-    step = bounds.recommended * bounds.rule.lr_scale / (1 - bounds.rule.momentum)
-    share = _decrease(gradient, step=step, steps=steps) / abs(problem.loss)
-    if share > LONG_WAY:
+def gradient_notices(rows: Iterable[OptimizerBounds]) -> Iterable[Notice]:
+    """Whether a run of the planned length stays where the curvature was measured; one of an optimizer is enough."""
+    for bounds in rows:
+        if "gradient-not-small" in bounds.doubts and bounds.horizon is not None:
+            yield Notice(
+                "gradient-not-small",
+                f"The gradient is not small. On the quadratic model {bounds.horizon.steps:,} steps below the binding "
+                "threshold would lower the loss by more than all of its value. The run leaves the neighbourhood where "
+                "this curvature holds. Measure again as it goes on.",
+            )
+            return
+
+
+def provisional_notices(rows: Iterable[OptimizerBounds]) -> Iterable[Notice]:
+    """On recommendations that are less sure than their numbers look; each row's reason says why."""
+    if any(bounds.doubts for bounds in rows):
         yield Notice(
-            "gradient-not-small",
-            f"The gradient is not small: {steps:,} steps of {_number(bounds.recommended)} along it would lower the "
-            "loss by more than all of its value. The run leaves the neighbourhood where this curvature holds, so the "
-            "bounds are about its beginning; measure again as it goes on.",
+            PROVISIONAL,
+            "The recommended step size is provisional. Confirm it with `zoscope probe`, and measure again as training "
+            "goes on.",
         )
-
-
-def _decrease(gradient: GradientMeasure, *, step: float, steps: int) -> float:
-    """What gradient descent gains on the quadratic model: ``Σ c (1 − (1 − ηθ)^2N) / 2θ``."""
-    theta = np.where(gradient.nodes == 0, np.finfo(float).tiny, gradient.nodes)
-    with np.errstate(over="ignore", divide="ignore"):  # along negative curvature the gain has no bound
-        gains = -np.expm1(2 * steps * np.log(np.abs(1 - step * theta))) / (2 * theta)
-        gains = np.where(np.abs(step * theta) < 1e-12, step * steps, gains)
-    return float(gradient.weights @ gains)
 
 
 def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate) -> Iterable[Notice]:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
+    from zoscope.analysis.advisor import Advisor
     from zoscope.analysis.minibatch_results import ForwardMiniBatch, MiniBatchBounds
+    from zoscope.analysis.recommend import Limit
     from zoscope.theory.horizons import HorizonPoint
     from zoscope.theory.rules import UpdateRule
 
-ThresholdName = Literal["horizon", "descent", "exact", "forward"]
+ThresholdName = Literal["horizon", "descent", "exact", "forward", "short-horizon", "fo"]
 Outlook = Literal["stable", "uncertain", "unstable"]
 Pair = tuple[float, float]
+
+FAR_APART = 3.0
+"""Ratio of the ends of a threshold from which it is shown as a range: no number between them is known."""
 
 
 def number(value: float | None) -> float | None:
@@ -109,11 +114,12 @@ class Verdict:
     Args:
         lr: The step size asked about.
         steps: The planned number of steps N.
-        ratio: ``lr`` over the binding threshold; 0 where nothing limits the step size, ``None`` without a threshold.
-        outlook: ``stable`` when neither version of the horizon blows up within N steps, ``unstable`` when both do,
-            ``uncertain`` when only the full one does.
-        blow_up: Steps from which the noise feeds itself, ``(T_full, T_positive)``; ``inf`` for never, ``None`` where
-            the spectrum is not known and the outlook is about infinite time.
+        ratio: ``lr`` over the limit; 0 where nothing limits the step size, ``None`` without a threshold.
+        outlook: Where ``lr`` stands to the limit: ``stable`` up to 0.8 of its lower end, ``unstable`` above its upper
+            end, ``uncertain`` between them.
+        blow_up: Steps from which the noise feeds itself, the earlier one of all eigenvalues and of the positive ones
+            first; ``inf`` for never, ``None`` where the spectrum is not known and the outlook is about infinite time.
+            Beyond a few hundred steps negative curvature is not the source of noise that the first one takes it for.
         doubling: Steps after which the loss has doubled, in the mean over runs and in a typical run; ``inf`` for not
             within N; ``None`` where it is not predicted.
         descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold or with
@@ -191,9 +197,9 @@ class OptimizerBounds:
         horizon: η*(N) and its curve; ``None`` where the spectrum is not known (forward passes only).
         descent: Largest step size with a falling expected loss; ``None`` at a stationary point.
         binding: The threshold that binds for the planned steps; ``None`` where neither is known.
-        recommended: Suggested step size; ``None`` when nothing limits it.
+        recommended: Suggested step size; ``None`` when nothing limits it, or its limit is not known.
         recommended_reason: One sentence on where it comes from.
-        predicted_lr: Step size with the lowest predicted loss after the planned steps.
+        predicted_lr: Step size with the lowest predicted loss after the planned steps; ``None`` in doubt.
         commutator: ``‖PH−HP‖_F/‖PH‖_F`` of a preconditioned rule.
         verdict: On the step size asked about, if any.
         forward: Where only forward passes were made: ``zo_lower``, ``zo_upper`` and ``descent`` with their errors. The
@@ -203,6 +209,9 @@ class OptimizerBounds:
         zo_ci95: From the lower 95 % end of ``zo_lower`` to the upper one of ``zo_upper``.
         tight_ci95: The same of ``lower_tight`` and ``upper_tight``.
         descent_ci95: 95 % interval of ``descent``.
+        limit: What ``recommended`` keeps below and ``verdict`` compares with.
+        doubts: Codes of why the recommendation is provisional; empty where it is not.
+        advisor: Advice for other numbers of steps and other thresholds; ``None`` where only forward passes were made.
     """
 
     name: str
@@ -228,11 +237,31 @@ class OptimizerBounds:
     zo_ci95: Pair | None = None
     tight_ci95: Pair | None = None
     descent_ci95: Pair | None = None
+    limit: Limit | None = None
+    doubts: tuple[str, ...] = ()
+    advisor: Advisor | None = field(default=None, repr=False, compare=False)
 
     @property
     def exact_ci95(self) -> Pair | None:
         """95 % interval of the infinite-time threshold."""
         return None if self.exact is None else ci95(self.exact)
+
+    @property
+    def recommended_range(self) -> Pair | None:
+        """What to print in place of ``recommended`` where the ends of its threshold are too far apart for one number.
+
+        The ends are those of the 95 % interval, or those of η*(N).
+        """
+        point = self.minibatch.horizon if self.minibatch else self.horizon.planned if self.horizon else None
+        if self.recommended is None or self.limit is None or point is None:
+            return None
+        lowest = self.limit.value
+        if FAR_APART * point.lower.value < point.upper.value:
+            lowest = min(lowest, point.lower.value)
+        if self.limit.is_wide:
+            lowest = min(lowest, max(self.limit.value - self.limit.error, 0.0))
+        low = self.recommended * lowest / self.limit.value
+        return (low, self.recommended) if low < self.recommended else None
 
     @property
     def times_below_fo(self) -> float | None:
@@ -272,7 +301,11 @@ class OptimizerBounds:
             "descent": number(self.descent),
             "descent_ci95": pair(self.descent_ci95),
             "binding": None if self.binding is None else self.binding.to_dict(),
+            "limit": None if self.limit is None else self.limit.to_dict(),
             "recommended": number(self.recommended),
+            "recommended_range": pair(self.recommended_range),
+            "provisional": bool(self.doubts),
+            "doubts": list(self.doubts),
             "recommended_reason": self.recommended_reason,
             "predicted_lr": number(self.predicted_lr),
         } | ({} if minibatch is None else {"minibatch": minibatch.to_dict()})

@@ -1,170 +1,252 @@
-"""From thresholds to advice: what binds, which step size to use, what a given one would do."""
+"""From thresholds to advice: what binds, what a step size is compared with, and which one to use.
+
+``bounds`` and ``check`` both take their numbers from here, so that neither says what the other denies.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from zoscope.analysis.optimizer_bounds import Binding, Outlook, ThresholdName, Verdict
-from zoscope.theory.curve import GradientMeasure, predicted_loss
-from zoscope.theory.horizons import time_to_blow_up
-from zoscope.theory.mean_square import Version
-from zoscope.theory.typical import typical_doubling_time
+from zoscope.analysis.optimizer_bounds import FAR_APART, Binding, Outlook, ThresholdName, ci95, number, pair
 
 if TYPE_CHECKING:
-    from zoscope.analysis.minibatch_results import MiniBatchBounds
-    from zoscope.theory.moments import EstimatorMoments
-    from zoscope.theory.rules import UpdateRule
-    from zoscope.theory.spectrum import Spectrum
+    from collections.abc import Sequence
+
+    from zoscope.analysis.optimizer_bounds import ForwardBounds
+    from zoscope.theory.horizons import HorizonPoint
+    from zoscope.theory.spectrum import Estimate
 
 Threshold = Literal["exact", "descent", "horizon", "binding"]
 
-VERSIONS: tuple[Version, ...] = ("full", "positive")
-
 MARGIN = 0.7
-"""Share of the binding threshold that is recommended. Runs at 0.8 of it have been seen to sharpen their way past it."""
+"""Share of the limit that is recommended. Runs at 0.8 of it have been seen to sharpen their way past it."""
+
+GATE = 0.8
+"""Share of the lower end of the limit up to which a step size passes: what ``check`` has by default."""
+
+SHORT = 300
+"""Steps up to which η* of all eigenvalues says anything.
+
+Further on negative curvature would have to feed the noise for longer than a run stays where it was measured.
+"""
+
+APART = 0.8
+"""η*(N) of all eigenvalues over that of the positive ones, below which the former is a reason for doubt."""
 
 
-def choose_binding(
-    wanted: Threshold, *, horizon: float | None, descent: float | None, exact: float | None
-) -> Binding | None:
-    """The threshold that counts.
+@dataclass(frozen=True)
+class Limit:
+    """What a step size is compared with, param²/loss, and its 95 % interval; ``inf`` for "stable at every step size".
 
     Args:
-        wanted: ``"binding"`` takes the smaller one of horizon and descent (the infinite-time threshold where neither is
-            known); any other name takes that one.
-        horizon: η*(N) of the positive part.
-        descent: Descent threshold.
-        exact: Infinite-time threshold.
+        name: The threshold: ``short-horizon`` is η*(min(N, 300)) of all eigenvalues.
+        value: The threshold.
+        low: Lower end of the interval; ``value`` where no error is known.
+        high: Upper end. Above it the model is sure that a run of the planned length leaves.
+        error: 95 % half-width of ``value`` itself. An interval may be wider: it spans every threshold that counts.
+        edge: Where runs are expected to leave, without the caution of a provisional limit; ``value`` by default.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    error: float = 0.0
+    edge: float | None = None
+
+    def ratio(self, lr: float) -> float:
+        """A step size over it; 0 where nothing limits the step size."""
+        return lr / self.value if self.value else math.inf
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the ends of the 95 % interval of the threshold itself are far apart."""
+        return math.isfinite(self.value) and self.value + self.error > FAR_APART * (self.value - self.error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"name": self.name, "value": number(self.value), "ci95": pair((self.low, self.high))}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a number of planned steps: the one account that ``bounds`` and ``check`` both go by.
+
+    Args:
+        binding: The threshold that the model meets first; ``None`` where none is known.
+        limit: What a step size is compared with: ``binding``, or something lower where that is in doubt.
+        recommended: Suggested step size; ``None`` when nothing limits it, or nothing is known.
+        reason: Where it comes from, one sentence without a full stop.
+        doubts: Codes of why it is provisional; empty where it is not.
+    """
+
+    binding: Binding | None
+    limit: Limit | None
+    recommended: float | None
+    reason: str
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What is known of an optimizer for a planned number of steps, param²/loss.
+
+    Args:
+        horizon: η*(N), all eigenvalues and positive ones.
+        short: η*(min(N, 300)) of all eigenvalues; ``None`` where it is not asked for, which only doubts do.
+        descent: Descent threshold; ``None`` at a stationary point.
+        exact: Infinite-time threshold; ``None`` where there is none.
+        minibatch: Whether they are those of mini-batches.
+    """
+
+    horizon: HorizonPoint
+    descent: Estimate | None
+    exact: Estimate | None
+    short: Estimate | None = None
+    minibatch: bool = False
+
+    @property
+    def ends_are_apart(self) -> bool:
+        """Whether negative curvature leaves η*(N) open."""
+        return self.horizon.lower.value < APART * self.horizon.upper.value
+
+    def asked(self, wanted: Threshold) -> list[tuple[ThresholdName, Estimate]]:
+        """Those that a name stands for, by name."""
+        known: dict[ThresholdName, Estimate | None] = {
+            "horizon": self.horizon.upper,
+            "descent": self.descent,
+            "exact": self.exact,
+        }
+        names: tuple[ThresholdName, ...] = ("horizon", "descent") if wanted == "binding" else (wanted,)
+        return [(name, value) for name in names if (value := known[name]) is not None]
+
+
+def choose_binding(wanted: Threshold, thresholds: Thresholds) -> Binding | None:
+    """The threshold that the model meets first.
+
+    Args:
+        wanted: ``"binding"`` takes the smaller one of horizon and descent; any other name takes that one.
+        thresholds: What is known.
 
     Returns:
         ``None`` where the threshold is not defined.
     """
-    values: dict[ThresholdName, float | None] = {"horizon": horizon, "descent": descent, "exact": exact}
-    candidates: tuple[ThresholdName, ...] = ("horizon", "descent") if wanted == "binding" else (wanted,)
-    known = [(value, name) for name in candidates if (value := values[name]) is not None]
-    if not known and wanted == "binding" and exact is not None:
-        known = [(exact, "exact")]
-    if not known:
+    asked = thresholds.asked(wanted)
+    if not asked:
         return None
-    value, name = min(known, key=lambda pair: pair[0])
-    return Binding(name, value)
+    name, estimate = min(asked, key=lambda pair: pair[1].value)
+    return Binding(name, estimate.value)
 
 
-def recommend(binding: Binding | None, *, full: float = math.inf) -> tuple[float | None, str]:
-    """A step size with a margin below the binding threshold, and the reason for it.
+def find_limit(wanted: Threshold, thresholds: Thresholds) -> Limit | None:
+    """What a step size is compared with: the smallest of what was asked for, in doubt with η*(300) of all eigenvalues.
 
-    Args:
-        binding: What limits the step size; ``None`` where no threshold is known.
-        full: η*(N) of all eigenvalues, the only limit where none is positive.
+    Its interval goes from the lowest lower end of all of these to the upper end of η*(N), from which on the model is
+    sure, or of the one that was asked for.
     """
-    if binding is None:
-        return None, "no threshold is known here"
-    if math.isfinite(binding.value):
-        return MARGIN * binding.value, (
-            f"{MARGIN:g} × the binding threshold, because curvature usually rises while a network trains"
-        )
-    if math.isfinite(full):
-        return MARGIN * full, (
-            f"no eigenvalue is positive; {MARGIN:g} × η*(N) of all eigenvalues, because noise grows along negative "
-            "curvature too"
-        )
-    return None, "nothing limits the step size on this quadratic model"
-
-
-def judge(
-    lr: float,
-    *,
-    steps: int,
-    spectrum: Spectrum,
-    rule: UpdateRule,
-    moments: EstimatorMoments,
-    binding: Binding | None,
-    descent: float | None,
-    doubling: tuple[float, float] | None = None,
-) -> Verdict:
-    """What a step size does within the planned steps.
-
-    Args:
-        lr: Step size asked about, param²/loss.
-        steps: Planned number of steps N.
-        spectrum: All of the operator's spectrum.
-        rule: Update rule.
-        moments: Constants of the estimator.
-        binding: The threshold to compare with.
-        descent: Descent threshold.
-        doubling: What ``doubling_steps`` says.
-    """
-    ends = [time_to_blow_up(spectrum, lr, rule=rule, moments=moments, version=version) for version in VERSIONS]
-    first, last = min(ends), max(ends)
-    outlook: Outlook = "unstable" if last <= steps else "uncertain" if first <= steps else "stable"
-    return Verdict(
-        lr=lr,
-        steps=steps,
-        ratio=None if binding is None else lr / binding.value,
-        outlook=outlook,
-        blow_up=(first, last),
-        doubling=doubling,
-        descends=None if descent is None or rule.momentum > 0 else lr < descent,  # with momentum not about one step
+    asked = thresholds.asked(wanted)
+    if not asked:
+        return None
+    counted = asked if thresholds.short is None else [*asked, ("short-horizon", thresholds.short)]
+    name, smallest = min(counted, key=lambda pair: pair[1].value)
+    edge = asked[0][1] if thresholds.minibatch else min((e for _, e in asked), key=lambda e: e.value)
+    return Limit(
+        name=name,
+        value=smallest.value,
+        low=min(ci95(estimate)[0] for _, estimate in counted),
+        high=ci95(asked[0][1])[1],
+        error=smallest.half_width,
+        edge=edge.value,  # above its descent threshold a run with mini-batches only gets noisy
     )
 
 
-def judge_batches(lr: float, minibatch: MiniBatchBounds, *, binding: Binding | None, descent: float | None) -> Verdict:
-    """What a step size does within the planned steps when every step sees a mini-batch.
-
-    Args:
-        lr: Step size asked about, param²/loss.
-        minibatch: Thresholds with mini-batches.
-        binding: The threshold to compare with.
-        descent: Descent threshold.
-    """
-    model, steps = minibatch.model, minibatch.horizon.steps
-    ends = [model.blow_up(lr, version=version) for version in VERSIONS]
-    first, last = min(ends), max(ends)
-    return Verdict(
-        lr=lr,
-        steps=steps,
-        ratio=None if binding is None else lr / binding.value,
-        outlook="unstable" if last <= steps else "uncertain" if first <= steps else "stable",
-        blow_up=(first, last),
-        doubling=None,
-        descends=None if descent is None or model.rule.momentum > 0 else lr < descent,
-    )
+FORWARD: tuple[Threshold, ...] = ("binding", "descent")
+"""Names that forward passes know something of."""
 
 
-def doubling_steps(
-    lr: float,
-    *,
-    steps: int,
-    spectrum: Spectrum,
-    gradient: GradientMeasure,
-    loss: float,
-    rule: UpdateRule,
-    moments: EstimatorMoments,
-) -> tuple[float, float]:
-    """When the loss has risen by its own value: in the mean over runs, and in a typical run.
+def forward_limit(wanted: Threshold, bounds: ForwardBounds) -> Limit:
+    """What a step size is compared with where forward passes know no spectrum: the pair of bounds is its interval."""
+    lower, upper, descent = bounds.met
+    name, least = ("forward", upper)
+    if wanted == "descent" or descent.value <= upper.value:
+        name, least = "descent", descent
+    low = min(ci95(lower)[0], ci95(descent)[0])
+    return Limit(name, least.value, low, max(ci95(upper)[1], low), least.half_width, upper.value)
 
-    This is when a blow-up shows. Feedback passes 1 long before where the gradient, which starts the noise, is small.
-    The mean counts all eigenvalues and is led by the unluckiest runs; the typical run counts the positive ones only.
+
+def recommended_by_forward(limit: Limit, bounds: ForwardBounds) -> float | None:
+    """A step size below both bounds; ``None`` where nothing limits it, or nothing is known."""
+    if not math.isfinite(limit.value):
+        return None
+    lr = min(MARGIN * min(limit.value, bounds.met[0].value), GATE * limit.low)
+    return lr if lr > 0 else None
+
+
+def stand(lr: float, limit: Limit, *, margin: float = GATE) -> Outlook:
+    """How a step size stands to its limit; of ``check`` this is pass, warn or fail.
 
     Args:
         lr: Step size, param²/loss.
-        steps: Steps to look ahead.
-        spectrum: All of the operator's spectrum.
-        gradient: Spectral measure of the gradient.
-        loss: Loss at the start, not 0.
-        rule: Update rule.
-        moments: Constants of the estimator.
-
-    Returns:
-        The earlier and the later one; ``inf`` for not within ``steps``.
+        limit: What it is compared with.
+        margin: Share of the lower end that is left to it, in (0, 1].
     """
-    curve = predicted_loss(spectrum, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments)
-    risen = np.flatnonzero(curve - loss >= abs(loss))
-    mean = float(risen[0]) if risen.size else math.inf
-    typical = typical_doubling_time(
-        spectrum.positive, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments
-    )
-    return min(mean, typical), max(mean, typical)
+    if lr <= margin * limit.low:
+        return "stable"
+    return "unstable" if lr > limit.high else "uncertain"
+
+
+def advise(wanted: Threshold, thresholds: Thresholds, doubts: Sequence[str] = ()) -> Advice:
+    """What binds, what a step size is compared with, and the step size to use.
+
+    Args:
+        wanted: Which threshold counts.
+        thresholds: What is known, with ``short`` where there are doubts.
+        doubts: Codes of why the binding threshold may be too high: keys of ``DOUBTS``.
+    """
+    binding = choose_binding(wanted, thresholds)
+    limit = find_limit(wanted, thresholds)
+    if limit is None:
+        return Advice(binding, None, None, "no threshold is known here", tuple(doubts))
+    if math.isinf(limit.value):
+        return Advice(binding, limit, None, "nothing limits the step size on this quadratic model", tuple(doubts))
+    lr = MARGIN * limit.value
+    cautious = GATE * limit.low < lr
+    lr = min(lr, GATE * limit.low)
+    if lr <= 0:
+        reason = "the 95 % interval of the threshold reaches down to 0: raise --max-hvps, or measure at another point"
+        return Advice(binding, limit, None, reason, tuple(doubts))
+    return Advice(binding, limit, lr, _reason(wanted, thresholds, doubts, cautious=cautious), tuple(doubts))
+
+
+DOUBTS = {
+    "gradient-not-small": "the gradient is not small",
+    "kinks": "the loss bends where the Hessian does not see it",
+    "ends-apart": "negative curvature leaves η*(N) open",
+    "little-curvature": "the curvature rises within the first steps",
+}
+"""Why a recommendation is provisional, by the code of its notice or of the doubt."""
+
+NAMES: dict[str, str] = {
+    "horizon": "η*(N)",
+    "descent": "the descent threshold",
+    "exact": "the infinite-time threshold",
+}
+
+
+def _reason(wanted: Threshold, thresholds: Thresholds, doubts: Sequence[str], *, cautious: bool) -> str:
+    if not doubts:
+        if cautious:
+            return f"{GATE:g} × the lower end of the binding threshold's 95 % interval, because it is not known better"
+        return f"{MARGIN:g} × the binding threshold, because curvature usually rises while a network trains"
+    names = [NAMES[name] for name, _ in thresholds.asked(wanted)]
+    steps = min(thresholds.horizon.steps, SHORT)
+    names.append(f"η*({steps}) of all eigenvalues")
+    share = f"{GATE:g} × the smallest lower 95 % end" if cautious else f"{MARGIN:g} × the smallest"
+    return f"{share} of {joined(names)}; provisional, because {joined([DOUBTS[code] for code in doubts])}"
+
+
+def joined(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

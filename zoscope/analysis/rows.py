@@ -7,15 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds, Pair, Verdict, ci95
-from zoscope.analysis.recommend import (
-    Threshold,
-    choose_binding,
-    doubling_steps,
-    judge,
-    judge_batches,
-    recommend,
-)
+from zoscope.analysis.advisor import Advisor
+from zoscope.analysis.optimizer_bounds import Horizon, OptimizerBounds, Pair, Verdict, ci95
+from zoscope.analysis.verdicts import doubling_steps, judge, judge_batches
 from zoscope.theory.curve import GradientMeasure, best_lr
 from zoscope.theory.horizons import horizon_curve
 from zoscope.theory.intervals import OfMoments, interval_ci95
@@ -25,6 +19,7 @@ from zoscope.theory.thresholds import fo_threshold, paper_bounds, tight_bounds
 if TYPE_CHECKING:
     from zoscope.analysis.minibatch import BatchSpread
     from zoscope.analysis.minibatch_results import MiniBatchBounds
+    from zoscope.analysis.recommend import Limit, Threshold
     from zoscope.curvature.results import Curvature
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
@@ -66,6 +61,7 @@ class Question:
         lr: Step size to judge.
         loss: Loss where the curvature was measured.
         moments: Constants of the estimator.
+        doubts: Codes of what speaks against the point, whatever the optimizer: ``kinks``, ``little-curvature``.
     """
 
     steps: int
@@ -73,6 +69,7 @@ class Question:
     lr: float | None
     loss: float
     moments: EstimatorMoments
+    doubts: tuple[str, ...] = ()
 
 
 def optimizer_row(
@@ -94,13 +91,23 @@ def optimizer_row(
     falling = None if descent is None else descent.value
     exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
     horizon = _horizon(curvature, question, rule=rule)
-    met = Met(horizon.lower, horizon.upper, falling, exact.value)
     minibatch = None
     if measured.batches is not None:
         minibatch = measured.batches.bounds(curvature.spectrum, steps=question.steps, rule=rule, moments=moments)
-        met = Met.of(minibatch)
-    binding = choose_binding(question.threshold, horizon=met.upper, descent=met.descent, exact=met.exact)
-    recommended, reason = recommend(binding, full=met.lower)
+    advisor = Advisor(
+        rule=rule,
+        moments=moments,
+        spectrum=curvature.spectrum,
+        gradient=measured.gradient,
+        loss=question.loss,
+        # Training meets the thresholds of mini-batches where it uses them.
+        descent=descent if minibatch is None else minibatch.descent,
+        exact=exact if minibatch is None else minibatch.exact,
+        batches=None if minibatch is None else minibatch.model,
+        doubts=question.doubts,
+        points=horizon.curve if minibatch is None else (minibatch.horizon,),
+    )
+    advice = advisor.at(question.steps, question.threshold)
     return OptimizerBounds(
         name=rule.name,
         rule=rule,
@@ -114,18 +121,21 @@ def optimizer_row(
         exact=exact,
         horizon=horizon,
         descent=falling,
-        binding=binding,
-        recommended=recommended,
-        recommended_reason=reason,
-        predicted_lr=_predicted_lr(measured, question, rule=rule, upper=horizon.upper),
+        binding=advice.binding,
+        recommended=advice.recommended,
+        recommended_reason=advice.reason,
+        predicted_lr=None if advice.doubts else _predicted_lr(measured, question, rule=rule, upper=horizon.upper),
         commutator=measured.commutator,
-        verdict=_verdict(measured, question, rule=rule, binding=binding, met=met, minibatch=minibatch),
+        verdict=_verdict(measured, question, advisor, limit=advice.limit, minibatch=minibatch),
         minibatch=minibatch,
         zo_ci95=_interval_ci95(curvature, lambda p1, _, top: paper_bounds(p1, top, rule=rule, moments=moments)),
         tight_ci95=_interval_ci95(
             curvature, lambda p1, p2, top: tight_bounds(p1, p2, top, rule=rule, moments=moments), positive=True
         ),
         descent_ci95=None if descent is None else ci95(descent),
+        limit=advice.limit,
+        doubts=advice.doubts,
+        advisor=advisor,
     )
 
 
@@ -135,41 +145,15 @@ def _interval_ci95(curvature: Curvature, bounds: OfMoments, *, positive: bool = 
     return interval_ci95(bounds, curvature.spectrum, largest=top, residual=largest.residual, positive=positive)
 
 
-@dataclass(frozen=True)
-class Met:
-    """The thresholds that training meets: those of mini-batches where it uses them."""
-
-    lower: float
-    upper: float
-    descent: float | None
-    exact: float | None
-
-    @classmethod
-    def of(cls, minibatch: MiniBatchBounds) -> Met:
-        """With mini-batches."""
-        point, descent, exact = minibatch.horizon, minibatch.descent, minibatch.exact
-        return cls(
-            point.lower.value,
-            point.upper.value,
-            None if descent is None else descent.value,
-            None if exact is None else exact.value,
-        )
-
-
 def _verdict(
-    measured: Measured,
-    question: Question,
-    *,
-    rule: UpdateRule,
-    binding: Binding | None,
-    met: Met,
-    minibatch: MiniBatchBounds | None,
+    measured: Measured, question: Question, advisor: Advisor, *, limit: Limit | None, minibatch: MiniBatchBounds | None
 ) -> Verdict | None:
     if question.lr is None:
         return None
-    spectrum, doubling = measured.curvature.spectrum.fine, None
+    spectrum, rule, doubling = measured.curvature.spectrum.fine, advisor.rule, None
+    descent = None if advisor.descent is None else advisor.descent.value
     if minibatch is not None:
-        return judge_batches(question.lr, minibatch, binding=binding, descent=met.descent)
+        return judge_batches(question.lr, minibatch, limit=limit, descent=descent)
     if measured.gradient is not None and question.loss != 0:
         doubling = doubling_steps(
             question.lr,
@@ -188,8 +172,8 @@ def _verdict(
         spectrum=spectrum,
         rule=rule,
         moments=question.moments,
-        binding=binding,
-        descent=met.descent,
+        limit=limit,
+        descent=descent,
         doubling=doubling,
     )
 

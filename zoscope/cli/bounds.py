@@ -90,11 +90,14 @@ def command(
             **optimizer.kwargs(),
             **measure.kwargs(),
         )
-    from zoscope.report.bounds import render  # late, for a fast --help
+    from zoscope.analysis.notices import PROVISIONAL  # late, for a fast --help
+    from zoscope.report.bounds import render
 
     emit(result, output, shown=render(result, warnings=False))
     missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
-    warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
+    elsewhere = (PROVISIONAL,) if not output.json else ()  # the report shows it beside the step size
+    told = [notice for notice in result.warnings if notice not in missed and notice.code not in elsewhere]
+    warn(told, quiet=output.quiet)
     if missed:  # after the result, which is honest all the same
         raise NumericalError(missed[0].message)
 

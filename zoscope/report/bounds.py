@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from zoscope.analysis.notices import PROVISIONAL
+from zoscope.analysis.recommend import SHORT
 from zoscope.report.bounds_tables import (
     bounds_table,
     curvature_table,
@@ -17,7 +19,15 @@ from zoscope.report.bounds_tables import (
     planned_table,
     settings_line,
 )
-from zoscope.report.style import OPTIMIZER_NAMES, count, quantity, rough_count, step_size
+from zoscope.report.style import (
+    OPTIMIZER_NAMES,
+    count,
+    digits_for,
+    quantity,
+    rough_count,
+    step_size,
+    step_size_at_most,
+)
 from zoscope.report.tables import grid, header, heading
 
 if TYPE_CHECKING:
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
 
 ROOMY = 1000
 """Columns in which every table has its natural width."""
+
+LITTLE_CURVATURE = "little-curvature"
 
 PAPER = "the paper's interval assumes H ⪰ 0"
 
@@ -73,9 +85,10 @@ class BoundsReport:
         yield advice(result)
         if any(row.verdict for row in result.optimizers.values()):
             yield from verdicts(result)
-        if self.warnings and result.warnings:
+        told = [notice.message for notice in result.warnings if notice.code != PROVISIONAL]  # that is above
+        if self.warnings and told:
             yield heading("Warnings")
-            yield grid(("•", notice.message) for notice in result.warnings)
+            yield grid(("•", message) for message in told)
 
 
 def _bounds(result: BoundsResult, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -112,31 +125,43 @@ def advice(result: BoundsResult) -> RenderableType:
     table = grid(rows)
     for reason in reasons:
         table.add_row("", Text(f"Recommended: {reason}.", style="dim"))
+    for notice in result.warnings:
+        if notice.code == PROVISIONAL:
+            table.add_row("", Text(notice.message, style="yellow"))
     return table
 
 
 def _advice(row: OptimizerBounds, steps: int) -> Text:
     if row.binding is None or row.recommended is None:
         return Text(f"{row.recommended_reason[0].upper()}{row.recommended_reason[1:]}.")
-    name = _threshold_name(row, steps)
-    name = name if row.binding.name == "horizon" else name.capitalize()
-    known = math.isfinite(row.binding.value)
-    binds = f"{name} binds at {step_size(row.binding.value)}" if known else "Negative curvature"
-    text = Text.assemble(f"{binds}: use lr ≤ ", (step_size(row.recommended), "bold green"))
-    lower = None if row.horizon is None else row.horizon.lower
-    if row.minibatch is not None:
-        lower = row.minibatch.horizon.lower.value
-    if lower is not None and lower < row.recommended and known:
-        text.append(f"; only below {step_size(lower)} also if all negative curvature feeds the noise")
+    name, value, digits = _threshold_name(row, steps), row.binding.value, 3
+    if row.limit is not None:
+        value, digits = row.limit.value, min(digits_for(row.limit.value, row.limit.error), 3)
+    name = name if name.startswith("η") else f"{name[0].upper()}{name[1:]}"
+    text = Text(f"{name} binds at {step_size(value, digits=digits)}: ")
+    shown = 1 if digits == 1 or LITTLE_CURVATURE in row.doubts else 2
+    if row.recommended_range is not None:
+        low, high = row.recommended_range
+        span = f"{step_size_at_most(low, digits=shown)} to {step_size_at_most(high, digits=shown)}"
+        text.append("use lr from ").append(span, style="bold yellow")
+        text.append(". The ends of the threshold are too far apart for one number: start low, and probe higher ones")
+    elif row.doubts:
+        at_most = step_size_at_most(row.recommended, digits=shown)
+        text.append("use lr ≤ ").append(at_most, style="bold yellow").append(" for now")
+    else:
+        text.append("use lr ≤ ").append(step_size_at_most(row.recommended), style="bold green")
+    if LITTLE_CURVATURE in row.doubts:
+        text.append(", and measure again after warm-up")
     if row.predicted_lr is not None:
         text.append(f"; the predicted loss is lowest at {step_size(row.predicted_lr, digits=2)}")
     return text.append(".")
 
 
 def _threshold_name(row: OptimizerBounds, steps: int) -> str:
-    name = "" if row.binding is None else row.binding.name
+    name = row.limit.name if row.limit is not None else "" if row.binding is None else row.binding.name
     return {
         "horizon": f"η*({count(steps)})",
+        "short-horizon": f"η*({count(min(steps, SHORT))}) of all eigenvalues",
         "descent": "the descent threshold",
         "exact": "the infinite-time threshold",
         "forward": "the upper bound for infinite time",
@@ -147,18 +172,24 @@ def verdicts(result: BoundsResult) -> Iterator[RenderableType]:
     """What the step size asked about does."""
     judged = [(row, row.verdict) for row in result.optimizers.values() if row.verdict is not None]
     yield heading(f"lr = {judged[0][1].lr:g}")
-    yield grid((OPTIMIZER_NAMES[row.name], _verdict(verdict)) for row, verdict in judged)
+    yield grid((OPTIMIZER_NAMES[row.name], _verdict(verdict, row)) for row, verdict in judged)
 
 
-def _verdict(verdict: Verdict) -> Text:
+def _verdict(verdict: Verdict, row: OptimizerBounds) -> Text:
     colour = {"stable": "green", "uncertain": "yellow", "unstable": "red"}[verdict.outlook]
-    if verdict.descends is False and verdict.outlook == "stable":
+    if verdict.outlook == "stable" and (row.doubts or _passes_horizon(verdict)):
         colour = "yellow"
-    times = "" if verdict.ratio is None else f"{quantity(verdict.ratio, digits=3)} × the binding threshold: "
+    which = "provisional" if row.doubts else "binding"
+    times = "" if verdict.ratio is None else f"{quantity(verdict.ratio, digits=3)} × the {which} threshold: "
     text = Text.assemble(times, (_outlook(verdict), colour))
     if verdict.descends is False:
         text.append("; the expected loss rises at first, since this is above the descent threshold")
     return text.append(".")
+
+
+def _passes_horizon(verdict: Verdict) -> bool:
+    """Whether a run blows up by η*(N) of the positive part, whichever threshold was asked for."""
+    return verdict.blow_up is not None and verdict.blow_up[1] <= verdict.steps
 
 
 def _outlook(verdict: Verdict) -> str:
@@ -167,13 +198,21 @@ def _outlook(verdict: Verdict) -> str:
         from zoscope.report.forward import forward_outlook
 
         return forward_outlook(verdict)
-    if verdict.outlook == "stable":
-        return f"does not blow up within {planned} steps"
+    first, last = verdict.blow_up
+    if not _passes_horizon(verdict):
+        if verdict.outlook == "unstable":
+            return f"above it, though it does not blow up within {planned} steps"
+        if verdict.outlook == "stable":
+            return f"does not blow up within {planned} steps"
+        if first <= verdict.steps <= SHORT:
+            return f"may blow up after about {rough_count(first)} steps, or not within {planned}"
+        where = "close to it" if verdict.ratio is None or verdict.ratio <= 1 else "above it"
+        return f"{where}, may blow up within {planned} steps, as curvature usually rises"
     first, last = verdict.blow_up if verdict.doubling is None else verdict.doubling
     if math.isinf(first):
-        whose = "" if verdict.outlook == "unstable" else " of all eigenvalues"
-        return f"above η*({planned}){whose}, but the loss is not predicted to double within {planned} steps"
+        return f"above η*({planned}), but the loss is not predicted to double within {planned} steps"
     if verdict.outlook == "uncertain" or math.isinf(last):
         return f"may blow up after about {rough_count(first)} steps, or not within {planned}"
     span = dict.fromkeys((rough_count(first), rough_count(last)))
-    return f"blows up after about {'–'.join(span)} {'step' if last == 1 else 'steps'}"
+    below = "below it, but " if verdict.outlook == "stable" else ""
+    return f"{below}blows up after about {'–'.join(span)} {'step' if last == 1 else 'steps'}"

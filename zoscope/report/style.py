@@ -1,12 +1,13 @@
 """How numbers look, the same in every table.
 
 An error is a relative 95 % half-width: ``1.629e-2 ± 0.8 %``. The digits shown go one beyond the first of the error, at
-most four in all.
+most four in all; of a number that is known to less than a half there is one.
 """
 
 from __future__ import annotations
 
 import math
+from decimal import ROUND_DOWN, Context
 
 MISSING = "–"
 INFINITE = "∞"
@@ -14,16 +15,19 @@ MOST_DIGITS = 4
 NEGLIGIBLE = 5e-5
 """Relative error that does not reach the last of four digits: not worth a ±."""
 
+POOR = 0.5
+"""Relative error from which a number has one digit."""
+
 OPTIMIZER_NAMES = {"gd": "GD", "gdm": "GDM", "adam": "Adam"}
 
 
 def digits_for(value: float, half_width: float) -> int:
-    """Significant digits that a value with this error deserves, 2 to 4."""
+    """Significant digits that a value with this error deserves, 1 to 4."""
     relative = _relative(value, half_width)
     if relative < NEGLIGIBLE:
         return MOST_DIGITS
-    if not math.isfinite(relative):
-        return 2
+    if relative > POOR:
+        return 1
     return min(max(math.ceil(-math.log10(relative)) + 1, 2), MOST_DIGITS)
 
 
@@ -47,6 +51,13 @@ def step_size(value: float | None, *, digits: int = 3) -> str:
     if value is not None and math.isfinite(value) and 0 < value < 0.1:
         return _scientific(value, digits)
     return quantity(value, digits=digits)
+
+
+def step_size_at_most(value: float, *, digits: int = 3) -> str:
+    """A step size rounded down: whoever pastes it stays below it."""
+    if not (math.isfinite(value) and value > 0):
+        return step_size(value, digits=digits)
+    return step_size(float(Context(prec=digits, rounding=ROUND_DOWN).create_decimal(value)), digits=digits)
 
 
 def error(value: float, half_width: float) -> str:

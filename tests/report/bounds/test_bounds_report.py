@@ -1,12 +1,17 @@
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
+from zoscope.analysis.notices import PROVISIONAL
 from zoscope.analysis.results import BoundsResult
-from zoscope.report.bounds import render
+from zoscope.problem import Notice
+from zoscope.report.bounds import advice, render
+from zoscope.report.style import step_size_at_most
 
 Make = Callable[..., BoundsResult]
 WIDTHS = (80, 120, 200)
@@ -16,6 +21,11 @@ def shown(result: object, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), record=True, color_system=None)
     console.print(result)
     return console.export_text(styles=False)
+
+
+def advised(result: BoundsResult) -> Text:
+    (text, *_) = advice(result).columns[1].cells
+    return text
 
 
 def numbers(text: str) -> list[str]:
@@ -93,12 +103,49 @@ def test_warnings_come_last_and_can_be_left_to_another_stream(make_result: Make)
     ("lr", "words"),
     [
         (1e-6, "does not blow up within"),
-        (7e-3, "above η*(1,000) of all eigenvalues, but"),
+        (1e-2, "close to it, may blow up within 1,000 steps"),
         (0.02, "blows up after about"),
     ],
 )
 def test_a_verdict_says_what_a_step_size_does(make_result: Make, lr: float, words: str) -> None:
     assert words in shown(make_result(lr=lr, optimizers=("gd",)), 120)
+
+
+def test_a_firm_step_size_is_one_green_number(make_result: Make) -> None:
+    text = advised(make_result(steps=30, noise=0.0, optimizers=("gd",)))
+    assert "use lr ≤ " in text.plain
+    assert [str(span.style) for span in text.spans] == ["bold green"]
+
+
+def test_a_provisional_step_size_is_shown_with_two_digits_and_not_in_green(make_result: Make) -> None:
+    result = make_result(optimizers=("gd",))
+    row = replace(result.optimizers["gd"], doubts=("kinks",))
+    row = replace(row, horizon=None)  # and with it the ends that make a range of it
+    text = advised(replace(result, optimizers={"gd": row}))
+    assert f"use lr ≤ {step_size_at_most(row.recommended, digits=2)} for now" in text.plain
+    assert [str(span.style) for span in text.spans] == ["bold yellow"]
+
+
+def test_behind_a_new_head_one_digit_is_shown_and_another_measurement_asked_for(make_result: Make) -> None:
+    result = make_result(optimizers=("gd",))
+    row = replace(result.optimizers["gd"], doubts=("little-curvature",), horizon=None)
+    text = advised(replace(result, optimizers={"gd": row})).plain
+    assert f"use lr ≤ {step_size_at_most(row.recommended, digits=1)} for now, and measure again after warm-up" in text
+
+
+def test_ends_that_are_far_apart_are_printed_as_a_range(make_result: Make) -> None:
+    result = make_result(steps=50_000, optimizers=("gd",))
+    low, high = result.optimizers["gd"].recommended_range
+    text = advised(result)
+    assert f"use lr from {step_size_at_most(low, digits=2)} to {step_size_at_most(high, digits=2)}" in text.plain
+    assert [str(span.style) for span in text.spans] == ["bold yellow"]
+
+
+def test_a_provisional_notice_stands_beside_the_step_size_and_not_among_the_warnings(make_result: Make) -> None:
+    result = make_result()
+    text = shown(replace(result, warnings=(*result.warnings, Notice(PROVISIONAL, "Sure of nothing."))), 120)
+    assert text.count("Sure of nothing.") == 1
+    assert text.index("Sure of nothing.") < text.index("Warnings")
 
 
 def test_a_verdict_mentions_a_rising_loss(make_result: Make) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zoscope.analysis.checking.results import SCHEMA, BaselineComparison, CheckReport, CheckResult, Threshold
+from zoscope.analysis.checking.results import SCHEMA, BaselineComparison, CheckReport, CheckResult
+from zoscope.analysis.recommend import Limit
 from zoscope.errors import UsageError
 
 _KEPT = ("name", "optimizer", "threshold", "threshold_name", "ci95", "error", "status", "settings")
@@ -98,7 +99,7 @@ def compare(result: CheckResult, baseline: Baseline, *, max_drop: float, on_warn
 
 
 def _comparison(
-    result: CheckResult, now: Threshold, entry: Mapping[str, Any] | None, max_drop: float
+    result: CheckResult, now: Limit, entry: Mapping[str, Any] | None, max_drop: float
 ) -> BaselineComparison:
     if entry is None:
         return _incomparable("The baseline has no check of this name")
@@ -115,7 +116,7 @@ def _comparison(
     return _drop(now, before, entry["error"] or 0.0, max_drop)
 
 
-def _drop(now: Threshold, before: float, before_error: float, max_drop: float) -> BaselineComparison:
+def _drop(now: Limit, before: float, before_error: float, max_drop: float) -> BaselineComparison:
     """Fail when ``now < (1 - max_drop) before`` by more than the error of the difference."""
     allowed = (1.0 - max_drop) * before
     error = math.hypot(now.error, (1.0 - max_drop) * before_error)

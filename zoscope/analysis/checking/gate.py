@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Context
 
-from zoscope.analysis.checking.results import CheckStatus, Threshold
+from zoscope.analysis.checking.results import CheckStatus
+from zoscope.analysis.recommend import DOUBTS, GATE, SHORT, Limit, joined, stand
 
 PHRASES = {
     "fo": "first-order threshold",
@@ -14,6 +16,7 @@ PHRASES = {
     "horizon": "horizon threshold",
     "descent": "descent threshold",
     "forward": "threshold from forward passes",
+    "short-horizon": "threshold of all eigenvalues",
 }
 
 
@@ -32,29 +35,34 @@ class Decision:
     largest_lr: float | None
 
 
-def decide(lr: float, threshold: Threshold, *, margin: float, on_warn: str, steps: int) -> Decision:
-    """Hold a step size against the 95 % interval of a threshold.
+def decide(
+    lr: float, limit: Limit, *, margin: float = GATE, on_warn: str, steps: int, doubts: Sequence[str] = ()
+) -> Decision:
+    """Hold a step size against the 95 % interval of a limit.
 
     Pass: ``lr <= margin * low``. Fail: ``lr > high``. Between them: warn, which ``on_warn="fail"`` turns into a fail.
 
     Args:
         lr: Step size, param²/loss.
-        threshold: The threshold.
+        limit: The limit.
         margin: In (0, 1].
         on_warn: ``pass`` or ``fail``.
         steps: Planned steps, for the message.
+        doubts: Why the threshold is provisional.
     """
-    largest = round_down(margin * threshold.low)
-    what = f"{PHRASES[threshold.name]} {_interval(threshold)}"
-    if threshold.name == "horizon":
-        what += f" for {steps} steps"
-    if math.isinf(threshold.low):
+    largest = round_down(margin * limit.low)
+    what = f"{PHRASES[limit.name]} {_interval(limit)}"
+    if limit.name in ("horizon", "short-horizon"):
+        what += f" for {steps if limit.name == 'horizon' else min(steps, SHORT)} steps"
+    if math.isinf(limit.low):
         return Decision("pass", f"no positive curvature limits the step size: every lr is below the {what}.", None)
     advice = f"The largest lr that passes is {largest:g}." if largest else "No lr passes: the lower end is 0."
-    if lr <= margin * threshold.low:
-        message = f"lr {lr:g} is {lr / threshold.value:.2g} times the {what}. {advice}"
-        return Decision("pass", message, largest)
-    if lr > threshold.high:
+    if doubts:
+        advice += f" That is provisional: {joined([DOUBTS[code] for code in doubts])}. Confirm it with zoscope probe."
+    outlook = stand(lr, limit, margin=margin)
+    if outlook == "stable":
+        return Decision("pass", f"lr {lr:g} is {limit.ratio(lr):.2g} times the {what}. {advice}", largest)
+    if outlook == "unstable":
         message = f"lr {lr:g} is above the {what}: training is expected to become unstable. {advice}"
         return Decision("fail", message, largest)
     message = f"lr {lr:g} is above {margin:g} of the lower end of the {what}, but not above its upper end. {advice}"
@@ -70,8 +78,8 @@ def round_down(value: float) -> float | None:
     return float(Context(prec=2, rounding=ROUND_DOWN).create_decimal(value))
 
 
-def _interval(threshold: Threshold) -> str:
-    if threshold.low == threshold.high:
-        return f"{threshold.value:.3g}"
-    high = "∞" if math.isinf(threshold.high) else f"{threshold.high:.3g}"
-    return f"{threshold.value:.3g} [{threshold.low:.3g}, {high}]"
+def _interval(limit: Limit) -> str:
+    if limit.low == limit.high:
+        return f"{limit.value:.3g}"
+    high = "∞" if math.isinf(limit.high) else f"{limit.high:.3g}"
+    return f"{limit.value:.3g} [{limit.low:.3g}, {high}]"

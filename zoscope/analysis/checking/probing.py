@@ -33,9 +33,11 @@ def with_probe(result: CheckResult, config: CheckConfig, bench: Workbench) -> Ch
         config: The check.
         bench: Where its problem is, and the cache.
     """
-    if result.threshold is None or math.isinf(result.threshold.value):
+    if result.threshold is None:
+        return result
+    value = result.threshold.value if result.threshold.edge is None else result.threshold.edge
+    if math.isinf(value):
         return result  # nothing limits the step size, so there is nothing to see
-    value = result.threshold.value
     run = bench.recall(config, probe_options(config, value), _run)
     verdict = str(run["verdict"])
     left = f"{run['diverged']} of {run['replicas']} replicas left"

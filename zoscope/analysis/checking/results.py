@@ -13,6 +13,8 @@ from zoscope.analysis.shown import Shown
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from zoscope.analysis.recommend import Limit
+
 SCHEMA = "zoscope.check/1"
 
 CheckStatus = Literal["pass", "warn", "fail", "error"]
@@ -23,26 +25,6 @@ EXIT_ORDER = (0, 1, 3, 2)
 
 def _number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A step-size threshold, param²/loss, and its 95 % interval; ``inf`` for "stable at every step size".
-
-    Args:
-        name: ``fo``, ``exact``, ``horizon``, ``descent`` or ``forward``.
-        value: The threshold.
-        low: Lower end of the interval; ``value`` where no error is known.
-        high: Upper end of the interval.
-        error: 95 % half-width of ``value`` itself. An interval may be wider: that of a horizon also spans the two
-            versions of the model, which move together when the problem drifts.
-    """
-
-    name: str
-    value: float
-    low: float
-    high: float
-    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +61,8 @@ class CheckResult:
         message: One paragraph.
         exit_code: What this check alone would exit with.
         settings: What identifies the threshold: steps, estimator, optimizer constants, policy.
-        threshold: The threshold; ``None`` on an error.
+        threshold: What the step size is held against; ``None`` on an error.
+        doubts: Why the threshold is provisional; empty where it is not.
         largest_lr: Largest step size that passes, rounded down to two digits; ``None`` when there is no limit or none.
         file: Configuration file; ``None`` without one.
         line: Its line.
@@ -99,7 +82,8 @@ class CheckResult:
     message: str
     exit_code: int
     settings: Mapping[str, Any] = field(default_factory=dict)
-    threshold: Threshold | None = None
+    threshold: Limit | None = None
+    doubts: tuple[str, ...] = ()
     largest_lr: float | None = None
     file: str | None = None
     line: int | None = None
@@ -113,7 +97,7 @@ class CheckResult:
     @property
     def ratio(self) -> float | None:
         """``lr`` over the threshold; 0 where nothing limits the step size."""
-        return None if self.threshold is None else self.lr / self.threshold.value if self.threshold.value else math.inf
+        return None if self.threshold is None else self.threshold.ratio(self.lr)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
@@ -128,6 +112,7 @@ class CheckResult:
             "ci95": None if threshold is None else [_number(threshold.low), _number(threshold.high)],
             "error": None if threshold is None else _number(threshold.error),
             "ratio": _number(self.ratio),
+            "provisional": bool(self.doubts),
             "status": self.status,
             "message": self.message,
             "largest_lr": _number(self.largest_lr),

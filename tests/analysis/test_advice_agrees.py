@@ -1,0 +1,216 @@
+"""``bounds`` and ``check`` on the same inputs: neither may say what the other denies."""
+
+import math
+from collections.abc import Iterator
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import zoscope
+from zoscope.analysis import rows
+from zoscope.analysis.check import _judged
+from zoscope.analysis.checking.thresholds import Measurement
+from zoscope.analysis.measured import ProblemInfo
+from zoscope.analysis.minibatch import BatchSpread
+from zoscope.analysis.minibatch_results import MiniBatchModel
+from zoscope.analysis.optimizer_bounds import OptimizerBounds, Verdict
+from zoscope.analysis.recommend import GATE, Threshold
+from zoscope.analysis.results import BoundsResult, Estimator
+from zoscope.analysis.rows import Measured, Question, optimizer_row
+from zoscope.analysis.slope import Slope
+from zoscope.config.load import EMPTY, build_checks, override_tree
+from zoscope.curvature.results import Curvature, Eigenvalue
+from zoscope.errors import UsageError
+from zoscope.theory.curve import GradientMeasure
+from zoscope.theory.minibatch import HessianNoise
+from zoscope.theory.moments import GAUSSIAN
+from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope.theory.spectrum import SampledSpectrum, Spectrum
+
+FACTORS = (0.3, 1.0, 1.1, 1.25, 1.5, 10.0)
+STEPS = (30, 300, 20_000)
+STATUS = {"stable": "pass", "uncertain": "warn", "unstable": "fail"}
+
+POSITIVE = np.geomspace(1e-3, 10, 20)
+SPECTRA = {
+    "positive": POSITIVE,
+    "slightly negative": np.concatenate([POSITIVE, [-1e-3]]),
+    "indefinite": np.concatenate([POSITIVE, -np.geomspace(1e-3, 3, 8)]),
+    "concave": -POSITIVE,
+    "flat": np.zeros(4),
+}
+GRADIENTS = {"none": None, "small": (0.5, 0.01), "large": (0.01, 5.0)}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes longer than all else together, and decides nothing here."""
+    monkeypatch.setattr(MiniBatchModel, "blow_up", lambda *_, **__: math.inf)
+    monkeypatch.setattr(rows, "doubling_steps", lambda *_, **__: (math.inf, math.inf))
+    monkeypatch.setattr(rows, "best_lr", lambda *_, **__: None)
+
+
+def curvature_of(eigenvalues: np.ndarray, *, noise: float) -> Curvature:
+    spectrum = SampledSpectrum.exact(eigenvalues)
+    if noise:
+        fine = spectrum.fine
+        error = (Spectrum(fine.nodes, noise * fine.weights),)
+        spectrum = SampledSpectrum(fine, fine, 8, len(eigenvalues), errors=(error,))
+    return Curvature(
+        trace=spectrum.trace_of(lambda x: x),
+        frobenius_sq=spectrum.trace_of(np.square),
+        lambda_max=Eigenvalue(float(eigenvalues.max()), 0.0, True),
+        lambda_min=Eigenvalue(float(eigenvalues.min()), 0.0, True),
+        trace_positive=spectrum.trace_of(lambda x: np.maximum(x, 0)),
+        negative_mass=float(-eigenvalues[eigenvalues < 0].sum()),
+        effective_rank=5.0,
+        method="dense",
+        num_hvps=0,
+        seconds=0.0,
+        spectrum=spectrum,
+    )
+
+
+def spread_of(eigenvalues: np.ndarray, slope: Slope | None) -> BatchSpread:
+    rng = np.random.default_rng(0)
+    count = len(eigenvalues)
+    coupling = 0.1 * rng.uniform(0.5, 1.5, size=(4, count, count)) * np.abs(eigenvalues).mean() ** 2 / count
+    noise = HessianNoise(eigenvalues, coupling, coupling.sum(axis=2), (), (), complete=False)
+    squares = rng.uniform(0.5, 1.5, size=4)
+    return BatchSpread(4, 64, 0.2, noise, slope, squares, squares, 1.0, 0, 0)
+
+
+class Case:
+    """A measured point; rows of it for any question, without measuring again."""
+
+    def __init__(self, spectrum: str, gradient: str, *, noise: float, batches: bool, doubts: tuple[str, ...]) -> None:
+        eigenvalues = SPECTRA[spectrum]
+        self.curvature, self.doubts, slope = curvature_of(eigenvalues, noise=noise), doubts, None
+        self.measure = None
+        if GRADIENTS[gradient] is not None:
+            node, square = GRADIENTS[gradient]
+            self.measure = GradientMeasure(np.array([node]), np.array([square]))
+            trace = self.curvature.trace
+            slope = Slope(square, node * square, trace.value, square, trace.half_width)
+        self.slope = slope
+        spread = spread_of(eigenvalues, slope) if batches else None
+        self.measured = Measured("hessian", self.curvature, self.measure, batches=spread)
+
+    def row(self, name: str, threshold: str, steps: int) -> OptimizerBounds:
+        rule = update_rule(name)
+        descent = None if self.slope is None else self.slope.estimate(rule, GAUSSIAN)
+        question = Question(steps, threshold, None, 1.0, GAUSSIAN, self.doubts)
+        return optimizer_row(self.measured, question, rule=rule, settings={}, descent=descent)
+
+    def verdict(self, row: OptimizerBounds, threshold: str, steps: int, lr: float) -> Verdict:
+        """That of the row, with the step size asked about."""
+        question = Question(steps, threshold, lr, 1.0, GAUSSIAN, self.doubts)
+        assert row.advisor is not None
+        found = rows._verdict(self.measured, question, row.advisor, limit=row.limit, minibatch=row.minibatch)
+        assert found is not None
+        return found
+
+    def measurement(self, name: str) -> Measurement:
+        """As ``check`` has it: steered by the longest horizon, and by whatever another check asked for."""
+        result = BoundsResult(
+            spec=None,
+            device="cpu",
+            dtype="float64",
+            seed=0,
+            steps=STEPS[-1],
+            rtol=0.02,
+            problem=ProblemInfo(len(self.curvature.spectrum.fine.nodes), 64, 1.0, 1.0),
+            curvature={"hessian": self.curvature},
+            optimizers={name: self.row(name, "binding", STEPS[-1])},
+            estimator=Estimator(),
+            num_hvps=0,
+            seconds=0.0,
+        )
+        return Measurement.of(result, steps=STEPS, seconds=0.0)
+
+
+def checked(measurement: Measurement, name: str, threshold: str, steps: int, lr: float):
+    options = {"optimizer": f"zo-{name}", "lr": lr, "steps": steps, "threshold": threshold}
+    tree = ("the command line", override_tree(options))
+    (config,) = build_checks(EMPTY, overrides=[tree], only=(), needs_spec=False, notices=())
+    return _judged(config, measurement)
+
+
+def cases() -> Iterator[Case]:
+    for spectrum in SPECTRA:
+        for gradient in GRADIENTS:
+            yield Case(spectrum, gradient, noise=0.0, batches=False, doubts=())
+            yield Case(spectrum, gradient, noise=0.3, batches=False, doubts=("kinks",))
+    yield Case("indefinite", "large", noise=0.02, batches=True, doubts=())
+    yield Case("slightly negative", "small", noise=0.02, batches=True, doubts=())
+
+
+@pytest.mark.parametrize("threshold", get_args(Threshold))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bounds_and_check_agree(name: str, threshold: str) -> None:
+    doubted = compared = 0
+    for case in cases():
+        measurement = case.measurement(name)
+        for steps in STEPS:
+            plain = case.row(name, threshold, steps)
+            if plain.limit is None:
+                with pytest.raises(UsageError, match=f"the {threshold} threshold is not known"):
+                    checked(measurement, name, threshold, steps, 1.0)
+                continue
+            doubted += bool(plain.doubts)
+            if plain.recommended is not None:
+                assert checked(measurement, name, threshold, steps, plain.recommended).status == "pass"
+            for factor in FACTORS:
+                lr = factor * (plain.recommended or 1.0)
+                verdict = case.verdict(plain, threshold, steps, lr)
+                check = checked(measurement, name, threshold, steps, lr)
+                assert STATUS[verdict.outlook] == check.status
+                assert verdict.ratio == check.ratio
+                assert check.threshold == plain.limit
+                assert check.to_dict()["provisional"] == bool(plain.doubts)
+                if factor <= 1 and plain.recommended is not None:
+                    assert verdict.outlook == "stable"
+                compared += 1
+    assert doubted
+    assert compared > 300
+
+
+def test_the_lower_end_at_a_long_horizon_gates_nothing() -> None:
+    case = Case("indefinite", "none", noise=0.0, batches=False, doubts=())
+    row = case.row("gd", "binding", 20_000)
+    assert row.horizon is not None
+    assert row.horizon.lower < 0.2 * row.horizon.upper
+    assert checked(case.measurement("gd"), "gd", "binding", 20_000, 0.75 * row.horizon.upper).status == "pass"
+
+
+def test_the_gate_of_a_configuration_is_that_of_the_verdict() -> None:
+    tree = ("the command line", override_tree({"optimizer": "zo-gd", "lr": 0.1}))
+    (config,) = build_checks(EMPTY, overrides=[tree], only=(), needs_spec=False, notices=())
+    assert config.policy.margin == GATE
+
+
+def network(*, examples: int = 24) -> zoscope.Problem:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(examples, 5, generator=generator, dtype=torch.float64)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 2)).double()
+    return zoscope.Problem.from_criterion(model, (x, y), nn.CrossEntropyLoss(), batch_size=examples)
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_they_agree_on_a_network_that_is_measured(name: str, batch_size: int | None) -> None:
+    problem, shared = network(), {"steps": 400, "batch_size": batch_size, "device": "cpu", "method": "dense"}
+    advised = zoscope.bounds(problem, optimizers=(name,), **shared).optimizers[name].recommended
+    assert advised is not None
+    for factor in (1.0, 1.3) if batch_size is None else (1.0,):
+        lr = factor * advised
+        verdict = zoscope.bounds(problem, optimizers=(name,), lr=lr, **shared).optimizers[name].verdict
+        (check,) = zoscope.check(problem, optimizer=f"zo-{name}", lr=lr, **shared).checks
+        assert verdict is not None
+        assert (STATUS[verdict.outlook], verdict.ratio) == (check.status, pytest.approx(check.ratio))
