@@ -93,7 +93,8 @@ def main() -> None:
         f"{options.model}, {options.tuning}: {result.problem.num_params:,} parameters, loss {result.problem.loss:.3g}"
     )
     if row.binding is not None and row.recommended is not None:
-        print(f"lr   {row.binding.name} binds at {row.binding.value:.2g}: use lr ≤ {row.recommended:.2g}")
+        limit, for_now = row.limit or row.binding, " for now" if row.doubts else ""
+        print(f"lr   {limit.name} binds at {limit.value:.2g}: use lr ≤ {row.recommended:.2g}{for_now}")
     errors, rises = slope_errors(problem, dtype="own" if options.curvature == "forward" else "auto")
     span = usable(errors)
     said = "none of the grid is usable" if span is None else f"usable from {span[0]:.1g} to {span[1]:.1g}"

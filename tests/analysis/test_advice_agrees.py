@@ -30,14 +30,14 @@ from zoscope.theory.moments import GAUSSIAN
 from zoscope.theory.rules import OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
-FACTORS = (0.3, 1.0, 1.1, 1.25, 1.5, 10.0)
-STEPS = (30, 300, 20_000)
+FACTORS = (0.3, 1.0, 1.1, 1.5, 10.0)
+STEPS = (100, 20_000)
 STATUS = {"stable": "pass", "uncertain": "warn", "unstable": "fail"}
 
 POSITIVE = np.geomspace(1e-3, 10, 20)
 SPECTRA = {
     "positive": POSITIVE,
-    "slightly negative": np.concatenate([POSITIVE, [-1e-3]]),
+    "slightly negative": np.concatenate([POSITIVE, [-1e-2]]),
     "indefinite": np.concatenate([POSITIVE, -np.geomspace(1e-3, 3, 8)]),
     "concave": -POSITIVE,
     "flat": np.zeros(4),
@@ -142,8 +142,10 @@ def checked(measurement: Measurement, name: str, threshold: str, steps: int, lr:
 def cases() -> Iterator[Case]:
     for spectrum in SPECTRA:
         for gradient in GRADIENTS:
-            yield Case(spectrum, gradient, noise=0.0, batches=False, doubts=())
-            yield Case(spectrum, gradient, noise=0.3, batches=False, doubts=("kinks",))
+            plain = gradient != "small"
+            yield Case(
+                spectrum, gradient, noise=0.0 if plain else 0.3, batches=False, doubts=() if plain else ("kinks",)
+            )
     yield Case("indefinite", "large", noise=0.02, batches=True, doubts=())
     yield Case("slightly negative", "small", noise=0.02, batches=True, doubts=())
 
@@ -175,14 +177,14 @@ def test_bounds_and_check_agree(name: str, threshold: str) -> None:
                     assert verdict.outlook == "stable"
                 compared += 1
     assert doubted
-    assert compared > 300
+    assert compared > 80
 
 
 def test_the_lower_end_at_a_long_horizon_gates_nothing() -> None:
-    case = Case("indefinite", "none", noise=0.0, batches=False, doubts=())
+    case = Case("slightly negative", "none", noise=0.0, batches=False, doubts=())
     row = case.row("gd", "binding", 20_000)
     assert row.horizon is not None
-    assert row.horizon.lower < 0.2 * row.horizon.upper
+    assert row.horizon.lower < 0.5 * row.horizon.upper
     assert checked(case.measurement("gd"), "gd", "binding", 20_000, 0.75 * row.horizon.upper).status == "pass"
 
 

@@ -247,20 +247,27 @@ class OptimizerBounds:
         return None if self.exact is None else ci95(self.exact)
 
     @property
-    def recommended_range(self) -> Pair | None:
-        """What to print in place of ``recommended`` where the ends of its threshold are too far apart for one number.
+    def ends(self) -> Pair | None:
+        """The ends of what limits the step size, where they are too far apart for one number; else ``None``.
 
-        The ends are those of the 95 % interval, or those of η*(N).
+        They are those of its 95 % interval, or those of η*(N).
         """
         point = self.minibatch.horizon if self.minibatch else self.horizon.planned if self.horizon else None
-        if self.recommended is None or self.limit is None or point is None:
+        if self.limit is None or point is None or not math.isfinite(self.limit.value):
             return None
-        lowest = self.limit.value
-        if FAR_APART * point.lower.value < point.upper.value:
-            lowest = min(lowest, point.lower.value)
+        low = high = self.limit.value
         if self.limit.is_wide:
-            lowest = min(lowest, max(self.limit.value - self.limit.error, 0.0))
-        low = self.recommended * lowest / self.limit.value
+            low, high = max(low - self.limit.error, 0.0), high + self.limit.error
+        if FAR_APART * point.lower.value < point.upper.value:
+            low, high = min(low, point.lower.value), max(high, point.upper.value)
+        return (low, high) if FAR_APART * low < high else None
+
+    @property
+    def recommended_range(self) -> Pair | None:
+        """Step sizes by both ends of what limits them, up to the recommended one; ``None`` for a single number."""
+        if self.recommended is None or self.limit is None or self.ends is None:
+            return None
+        low = self.recommended * self.ends[0] / self.limit.value
         return (low, self.recommended) if low < self.recommended else None
 
     @property

@@ -25,6 +25,7 @@ from zoscope.report.style import (
     digits_for,
     quantity,
     rough_count,
+    step_range,
     step_size,
     step_size_at_most,
 )
@@ -138,13 +139,16 @@ def _advice(row: OptimizerBounds, steps: int) -> Text:
     if row.limit is not None:
         value, digits = row.limit.value, min(digits_for(row.limit.value, row.limit.error), 3)
     name = name if name.startswith("η") else f"{name[0].upper()}{name[1:]}"
-    text = Text(f"{name} binds at {step_size(value, digits=digits)}: ")
+    text = Text(f"{name} binds at {step_size(value, digits=digits)}")
+    if row.ends is not None:  # no single number: both ends
+        text.append(f", and what limits lr is only known to lie in {step_range(*row.ends, digits=min(digits, 2))}")
+    text.append(": ")
     shown = 1 if digits == 1 or LITTLE_CURVATURE in row.doubts else 2
     if row.recommended_range is not None:
         low, high = row.recommended_range
         span = f"{step_size_at_most(low, digits=shown)} to {step_size_at_most(high, digits=shown)}"
         text.append("use lr from ").append(span, style="bold yellow")
-        text.append(". The ends of the threshold are too far apart for one number: start low, and probe higher ones")
+        text.append(". Start low, and probe higher ones")
     elif row.doubts:
         at_most = step_size_at_most(row.recommended, digits=shown)
         text.append("use lr ≤ ").append(at_most, style="bold yellow").append(" for now")

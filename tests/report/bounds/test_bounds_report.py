@@ -103,7 +103,7 @@ def test_warnings_come_last_and_can_be_left_to_another_stream(make_result: Make)
     ("lr", "words"),
     [
         (1e-6, "does not blow up within"),
-        (1.4e-2, "close to it, may blow up within 1,000 steps"),
+        (7e-3, "close to it, may blow up within 1,000 steps"),
         (0.02, "blows up after about"),
     ],
 )
