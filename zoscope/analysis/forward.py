@@ -11,10 +11,10 @@ from zoscope.analysis import forward_notices, notices
 from zoscope.analysis.forward_batches import ForwardBatches, noisy_square
 from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.measuring import batch_size_of
-from zoscope.analysis.optimizer_bounds import Binding, ForwardBounds, OptimizerBounds, Outlook, Verdict
+from zoscope.analysis.optimizer_bounds import Binding, ForwardBounds, OptimizerBounds, Verdict
 from zoscope.analysis.precision import relative_half_width
 from zoscope.analysis.propagation import propagated
-from zoscope.analysis.recommend import MARGIN
+from zoscope.analysis.recommend import MARGIN, forward_limit, recommended_by_forward, stand
 from zoscope.analysis.results import BoundsResult, Estimator
 from zoscope.curvature.forward import measure_forward
 from zoscope.errors import NumericalError, UsageError
@@ -24,6 +24,7 @@ from zoscope.theory.spectrum import Estimate
 from zoscope.theory.thresholds import forward_only_bounds
 
 if TYPE_CHECKING:
+    from zoscope.analysis.recommend import Limit
     from zoscope.analysis.request import Request
     from zoscope.curvature.results import ForwardCurvature
     from zoscope.problem import Objective
@@ -137,8 +138,13 @@ def _row(
         descent=propagated(descent, found.trace, found.rayleigh or Estimate(0.0), independent=True),
         minibatch=minibatch,
     )
-    binding = _binding(bounds, request)
-    finite = math.isfinite(binding.value)
+    limit = forward_limit(request.threshold, bounds)
+    recommended = recommended_by_forward(limit, bounds)
+    reason = _reason(bounds)
+    if recommended is None:
+        reason = "forward passes found nothing that limits the step size"
+        if math.isfinite(limit.value):
+            reason = "the interval of the threshold reaches down to 0, which forward passes cannot narrow"
     return OptimizerBounds(
         name=rule.name,
         rule=rule,
@@ -152,11 +158,12 @@ def _row(
         exact=None,
         horizon=None,
         descent=bounds.descent.value if found.rayleigh is not None else None,
-        binding=binding,
-        recommended=MARGIN * min(binding.value, bounds.met[0].value) if finite else None,
-        recommended_reason=_reason(bounds) if finite else "forward passes found nothing that limits the step size",
-        verdict=None if request.lr is None else _verdict(request.lr, request.steps, bounds, binding),
+        binding=Binding("descent" if limit.name == "descent" else "forward", limit.value),
+        recommended=recommended,
+        recommended_reason=reason,
+        verdict=None if request.lr is None else _verdict(request.lr, request.steps, bounds, limit),
         forward=bounds,
+        limit=limit,
     )
 
 
@@ -207,27 +214,13 @@ def _descent_curvature(found: ForwardCurvature, moments: EstimatorMoments) -> Es
     return propagated(lambda p1, r: moments.b * p1 + moments.a * r, found.trace, rayleigh, independent=True)
 
 
-def _binding(bounds: ForwardBounds, request: Request) -> Binding:
-    """The smaller one of the descent threshold and the upper bound of the infinite-time one."""
-    _, upper, descent = bounds.met
-    if request.threshold == "descent" or descent.value <= upper.value:
-        return Binding("descent", descent.value)
-    return Binding("forward", upper.value)
-
-
-def _verdict(lr: float, steps: int, bounds: ForwardBounds, binding: Binding) -> Verdict:
-    outlook: Outlook = "uncertain"
-    lower, upper, descent = bounds.met
-    if lr > upper.value:
-        outlook = "unstable"
-    elif lr <= lower.value:
-        outlook = "stable"
+def _verdict(lr: float, steps: int, bounds: ForwardBounds, limit: Limit) -> Verdict:
     return Verdict(
         lr=lr,
         steps=steps,
-        ratio=lr / binding.value,
-        outlook=outlook,
+        ratio=limit.ratio(lr),
+        outlook=stand(lr, limit),
         blow_up=None,
         doubling=None,
-        descends=lr < descent.value,
+        descends=lr < bounds.met[2].value,
     )

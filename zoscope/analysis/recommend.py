@@ -173,7 +173,8 @@ def forward_limit(wanted: Threshold, bounds: ForwardBounds) -> Limit:
     if wanted == "descent" or descent.value <= upper.value:
         name, least = "descent", descent
     low = min(ci95(lower)[0], ci95(descent)[0])
-    return Limit(name, least.value, low, max(ci95(upper)[1], low), least.half_width, upper.value)
+    edge = least if bounds.minibatch is None else upper
+    return Limit(name, least.value, low, max(ci95(upper)[1], low), least.half_width, edge.value)
 
 
 def recommended_by_forward(limit: Limit, bounds: ForwardBounds) -> float | None:

@@ -119,4 +119,6 @@ def problem_key(config: CheckConfig) -> str:
 
 
 def _key(config: CheckConfig) -> str:
-    return problem_key(config) + json.dumps(_measuring(config), sort_keys=True)
+    # What forward passes know of mini-batches is for one number of steps: there is no spectrum to ask again.
+    steps = config.steps if config.curvature.kind == "forward" and batch_size_of(config) is not None else None
+    return problem_key(config) + json.dumps([_measuring(config), steps], sort_keys=True)

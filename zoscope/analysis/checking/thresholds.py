@@ -154,7 +154,7 @@ class Measurement:
 def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[int]) -> OptimizerThresholds:
     first = _first_order(result, bounds)
     if bounds.forward is not None:
-        held = {wanted: Held(forward_limit(wanted, bounds.forward)) for wanted in FORWARD}
+        held: dict[str, Held] = {wanted: Held(forward_limit(wanted, bounds.forward)) for wanted in FORWARD}
         return OptimizerThresholds(first, dict.fromkeys(steps, held), minibatch=bounds.forward.minibatch is not None)
     assert bounds.advisor is not None
     known: dict[int, dict[str, Held]] = {}
