@@ -1,5 +1,10 @@
-"""One thread for every test and for the programs that tests start: the kernels are small."""
+"""One thread for every test and for the programs that tests start: the kernels are small. And no wishes of the user."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in (
+    *("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),  # of terminals
+    *("GITHUB_WORKSPACE", "GITHUB_STEP_SUMMARY"),  # where a workflow that runs the tests has its own files
+):
+    os.environ.pop(name, None)

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from torch import nn
 
 import zoscope
@@ -12,7 +13,7 @@ from zoscope.analysis.density_results import SpectrumResult
 from zoscope.theory.density import density
 from zoscope.theory.spectrum import SampledSpectrum
 
-SEEDS = 20
+SEEDS = 10
 
 
 def bulk_and_outliers(size: int = 600) -> torch.Tensor:
@@ -65,7 +66,7 @@ def sampled() -> list[SpectrumResult]:
 @pytest.mark.parametrize("method", ["dense", "deflated-slq"])
 def test_the_density_integrates_to_the_number_of_parameters(method: str) -> None:
     found = zoscope.spectrum(quadratic(VALUES), method=method, device="cpu").density
-    assert np.trapezoid(found.values, found.positions) == pytest.approx(len(VALUES), rel=1e-5)
+    assert trapezoid(found.values, found.positions) == pytest.approx(len(VALUES), rel=1e-5)
 
 
 def test_a_dense_spectrum_has_no_band() -> None:
@@ -154,7 +155,7 @@ def test_traces_by_layer_are_those_of_the_diagonal_blocks(curvature: str) -> Non
             abs(layer.trace.value - truth.trace.value) <= layer.trace.half_width + 1e-9
             for layer, truth in zip(found.layers, exact.layers, strict=True)
         ]
-    assert np.mean(covered) >= 0.9
+    assert np.sum(covered) >= 26  # P(fewer of 30) < 2 % at a true coverage of 95 %
 
 
 def test_traces_by_layer_take_no_further_product() -> None:

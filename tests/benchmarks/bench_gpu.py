@@ -80,7 +80,7 @@ class Shape:
 
 GPT2 = Shape("GPT-2 small", 50257, 768, 12, 12, 1024, 2)
 BILLION = Shape("1.3 billion", 50257, 2048, 24, 16, 1024, 2)
-TINY = Shape("tiny", 50, 16, 2, 2, 16, 2)
+TINY = Shape("tiny", 50, 16, 1, 2, 16, 2)
 
 
 def median_seconds(run: Callable[[], object], *, rounds: int) -> float:
@@ -99,7 +99,10 @@ def products(shape: Shape, *, device: str, rounds: int) -> tuple[list[Row], Row]
     with shape.problem(device).prepare(device=device, check=False) as objective:
         fresh = peak_bytes(lambda: _fresh_product(objective), objective.device)
         unit = median_seconds(objective.gradient, rounds=rounds)
-        rows: list[Row] = [_method(objective, method, unit=unit, fresh=fresh, rounds=rounds) for method in METHODS]
+        sizes = (1,) if shape is TINY else (1, 4)
+        rows: list[Row] = [
+            _method(objective, method, unit=unit, fresh=fresh, rounds=rounds, sizes=sizes) for method in METHODS
+        ]
         return rows, _whole(objective, unit=unit, fresh=fresh)
 
 
@@ -109,10 +112,10 @@ def _fresh_product(objective: Objective) -> None:
     torch.autograd.grad(grads, objective.params, objective.unflatten(vector))
 
 
-def _method(objective: Objective, method: str, *, unit: float, fresh: int, rounds: int) -> Row:
-    """Seconds per vector of blocks of one and of four, and memory, of one way to compute products."""
+def _method(objective: Objective, method: str, *, unit: float, fresh: int, rounds: int, sizes: Sequence[int]) -> Row:
+    """Seconds per vector of blocks of some sizes, and memory, of one way to compute products."""
     row: Row = {"method": method, "gradient_seconds": unit}
-    for size in (1, 4):
+    for size in sizes:
         block = torch.randn(size, objective.num_params, device=objective.device, dtype=objective.dtype)
         try:
             seconds, peak = _block(objective, method, block, rounds=rounds)

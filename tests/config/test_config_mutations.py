@@ -129,9 +129,9 @@ def test_a_broken_configuration_is_one_paragraph_in_bounded_time_and_memory(
         file = tmp_path / "zoscope.yaml"
         text = "\n".join(mutation(lines, rng))
         file.write_text(text, encoding="utf-8")
-        started = time.perf_counter()
+        started = time.process_time()
         message = outcome(file)
-        assert time.perf_counter() - started < SECONDS
+        assert time.process_time() - started < SECONDS
         if message is None:
             accepted.append(text)
             continue

@@ -78,10 +78,10 @@ def test_what_cannot_be_used_is_reported_with_its_line(text: str, line: int | No
 def test_an_alias_bomb_is_refused_in_bounded_time() -> None:
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20)]
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InvalidError, match="aliases are expanded"):
         read_yaml("\n".join(rows))
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("text", ["[" * 50_000, "{a: " * 20_000, "- " * 50_000, "a: " + "[" * 30 + "]" * 30])

@@ -62,7 +62,7 @@ def test_they_take_fewer_products_than_a_spectrum_and_are_covered():
 def test_pieces_of_the_data_take_fewer_products_and_are_covered(small_pieces, monkeypatch):
     with network().prepare(dtype="float32") as objective:
         matrix = HessianOperator(objective).dense().double()
-        own = [measure_moments(HessianOperator(objective), rtol=0.02, seed=seed) for seed in range(40)]
+        own = [measure_moments(HessianOperator(objective), rtol=0.02, seed=seed) for seed in range(20)]
         monkeypatch.setattr(moments, "PAYS", 0.0)
         shared = [measure_moments(HessianOperator(objective), rtol=0.02, seed=seed) for seed in range(5)]
     assert np.median([m.pieces for m in own]) >= 4
@@ -70,9 +70,9 @@ def test_pieces_of_the_data_take_fewer_products_and_are_covered(small_pieces, mo
     assert 1.2 * np.median([m.num_hvps for m in own]) < np.median([m.num_hvps for m in shared])
     for name, truth in (("trace", matrix.trace()), ("frobenius_sq", matrix.square().sum())):
         inside = sum(lo <= float(truth) <= hi for lo, hi in (getattr(m, name).interval for m in own))
-        assert inside >= 34
+        assert inside >= 16  # P(fewer of 20) < 0.3 % at a true coverage of 95 %
     scatter = [(m.trace.value - float(matrix.trace())) / m.trace.stderr for m in own]
-    assert abs(np.mean(scatter)) < 3 / np.sqrt(40)
+    assert abs(np.mean(scatter)) < 3 / np.sqrt(20)
 
 
 def test_products_of_pieces_add_up_to_those_of_the_whole(small_pieces):

@@ -35,7 +35,7 @@ def moments_for(estimator, dimension):
     return estimator_moments(directions, queries=queries, dimension=max(dimension, 2))
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(eigenvalues=positive_eigenvalues, rule=rules, estimator=estimators)
 def test_bounds_are_ordered_around_the_exact_threshold(eigenvalues, rule, estimator):
     s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
@@ -46,7 +46,7 @@ def test_bounds_are_ordered_around_the_exact_threshold(eigenvalues, rule, estima
     assert all(left <= right * (1 + ROUNDING) for left, right in itertools.pairwise(chain)), chain
 
 
-@settings(max_examples=700, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(eigenvalues=positive_eigenvalues, rule=rules, estimator=estimators)
 def test_forward_passes_alone_bracket_the_threshold_of_a_positive_spectrum(eigenvalues, rule, estimator):
     s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
@@ -56,7 +56,7 @@ def test_forward_passes_alone_bracket_the_threshold_of_a_positive_spectrum(eigen
     assert exact <= bounds.upper * (1 + ROUNDING)
 
 
-@settings(max_examples=700, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(eigenvalues=signed_eigenvalues, rule=rules, estimator=estimators)
 def test_the_forward_only_upper_bound_needs_no_positivity(eigenvalues, rule, estimator):
     s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
