@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature.lanczos import Chain, Jacobi, project_out, short_chains
+from zoscope.curvature.lanczos import Chain, Jacobi, Recurrences, project_out
 from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
+from zoscope.curvature.results import ritz_values
 from zoscope.errors import NumericalError
 
 from .matrices import rotated
@@ -70,12 +71,12 @@ def test_combinations_of_the_basis_are_ritz_vectors():
     torch.testing.assert_close(top @ matrix, torch.tensor(values[-2:])[:, None] * top, atol=1e-6, rtol=0)
 
 
-def test_short_chains_are_chains_on_the_deflated_operator():
+def test_recurrences_are_chains_on_the_deflated_operator():
     matrix = rotated(SPECTRUM, seed=7)
     deflated = torch.linalg.eigh(matrix)[1][:, -2:].T.contiguous()
     starts = project_out(normal(3, 60, seed=1), deflated)
     projector = torch.eye(60).double() - deflated.T @ deflated
-    found = short_chains(DenseOperator(matrix), starts, steps=6, deflated=deflated)
+    found = Recurrences(DenseOperator(matrix), starts, deflated=deflated).extend(4).extend(2).jacobis()
     for start, jacobi in zip(starts, found, strict=True):
         expected = Chain(DenseOperator(projector @ matrix @ projector), start, capacity=6)
         expected.extend(6)
@@ -83,10 +84,11 @@ def test_short_chains_are_chains_on_the_deflated_operator():
         np.testing.assert_allclose(jacobi.betas, expected.jacobi.betas, atol=1e-9)
 
 
-def test_each_short_chain_ends_by_itself():
+def test_each_recurrence_ends_by_itself():
     matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0, 4.0])).double()
     starts = torch.eye(6).double()[[0, 3]] + torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]).double()
-    first, second = short_chains(DenseOperator(matrix), starts, steps=5, deflated=torch.empty(0, 6).double())
+    deflated = torch.empty(0, 6).double()
+    first, second = Recurrences(DenseOperator(matrix), starts, deflated=deflated).extend(5).jacobis()
     assert (first.size, second.size) == (1, 3)
     np.testing.assert_allclose(second.eigh()[0], [2, 3, 4], atol=1e-12)
 
@@ -113,3 +115,23 @@ def test_curvature_whose_square_does_not_fit_into_float32(scale):
     )
     assert scaled.trace.value == pytest.approx(scale * one.trace.value, rel=1e-4)
     assert scaled.lambda_max.value == pytest.approx(scale * one.lambda_max.value, rel=1e-4)
+
+
+def test_a_float32_chain_of_millions_of_entries_stays_orthogonal_and_finds_no_negative_eigenvalue():
+    size = 2_000_000
+    values = torch.rand(size, generator=torch.Generator().manual_seed(1)) * 1e-3
+    values[:20] = torch.linspace(100, 1000, 20)
+
+    class Diagonal(DenseOperator):
+        def matmat(self, vectors):
+            return vectors * values
+
+    operator = Diagonal(torch.eye(2))
+    operator.dim = size
+    chain = Chain(operator, torch.randn(size, generator=torch.Generator().manual_seed(0)), capacity=20)
+    chain.extend(18)
+    basis = chain.combine(np.eye(18)).double()
+    assert (basis @ basis.T - torch.eye(18)).abs().max() < 1e-4  # 1e-3 where sums are in float32
+    smallest = ritz_values(chain.jacobi, dtype=torch.float32)[0]
+    assert smallest.value > -smallest.residual
+    assert not smallest.converged

@@ -4,19 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature.complement import SHORT_LENGTHS, Deflated, plan
-from zoscope.curvature.lanczos import Chain
+from zoscope.curvature.complement import Complement, plan
+from zoscope.curvature.lanczos import Chain, Recurrences
 from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
-from zoscope.curvature.slq import (
-    averaged_rule,
-    gauss_rule,
-    jacobi_of,
-    joined,
-    probe_block,
-    reshaped,
-    split,
-)
+from zoscope.curvature.slq import Deflated, Deflation, averaged_rule, gauss_rule, joined, tilted
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 from .matrices import network_like, rotated
@@ -66,35 +58,39 @@ def test_averaged_rules_are_better_than_gauss_rules_at_a_kink():
     assert averaged < 0.7 * gauss
 
 
-def test_the_jacobi_matrix_of_a_rule_gives_the_rule_back():
-    rule = Spectrum([-1.0, 0.5, 2.0, 7.0], [0.1, 0.4, 0.3, 0.2])
-    back = gauss_rule(jacobi_of(rule))
-    np.testing.assert_allclose(back.nodes, rule.nodes, atol=1e-12)
-    np.testing.assert_allclose(back.weights, rule.weights, atol=1e-12)
-
-
-def test_a_split_keeps_the_measure_of_the_start_vector():
-    chain, start = chain_of(EIGENVALUES, steps=30)
-    parts = split(chain.jacobi, dim=len(EIGENVALUES))
-    assert 5 <= len(parts.values) < 30
-    deflated = chain.combine(parts.vectors)
-    rest = start - deflated.T @ (deflated @ start)
+def test_deflated_pairs_are_invariant_up_to_what_couples_them():
+    chain, _ = chain_of(EIGENVALUES, steps=30)
+    deflated = Deflated.of(chain.jacobi)
+    assert 5 <= len(deflated.values) < 30
     matrix = rotated(EIGENVALUES, seed=1)
-    rule = gauss_rule(parts.rest)
-    mean = float(rest @ matrix @ rest / (rest @ rest))
-    assert rule.trace_of(lambda x: x) == pytest.approx(mean, rel=1e-6)
+    deflation = Deflation(chain, deflated)
+    vectors = torch.randn(3, len(EIGENVALUES), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    projector = torch.eye(len(EIGENVALUES)).double() - deflation.vectors.T @ deflation.vectors
+    inside, products = deflation.beyond(vectors, vectors @ matrix)
+    torch.testing.assert_close(inside, vectors @ projector, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(products, vectors @ projector @ matrix @ projector, rtol=1e-8, atol=1e-8)
 
 
-def estimate(seed, *, steps=30, length=8, blocks=2):
+def fresh(deflation, count, *, generator):
+    normal = torch.randn(count, len(EIGENVALUES), generator=generator, dtype=torch.float64)
+    return deflation.project(normal)
+
+
+def estimate(seed, *, steps=30, length=8, shorts=8, firsts=0):
     chain, _ = chain_of(EIGENVALUES, steps=steps, seed=seed)
-    parts = split(chain.jacobi, dim=len(EIGENVALUES))
-    state = Deflated.of(parts, dim=len(EIGENVALUES))
-    state.length = length
-    basis = chain.combine(parts.vectors)
+    deflated = Deflated.of(chain.jacobi)
+    deflation = Deflation(chain, deflated)
+    state = Complement.of(deflated, dim=len(EIGENVALUES), rounding=1e-12, precision=1e-14)
     generator = torch.Generator().manual_seed(1000 + seed)
-    for _ in range(blocks):
-        operator = DenseOperator(rotated(EIGENVALUES, seed=1))
-        state.shorts += probe_block(operator, basis, probes=4, length=length, generator=generator)
+    operator = DenseOperator(rotated(EIGENVALUES, seed=1))
+
+    def recurrences(count, length):
+        starts = fresh(deflation, count, generator=generator)
+        return Recurrences(operator, starts, deflated=deflation.vectors).extend(length).jacobis()
+
+    (state.fine,) = recurrences(1, 30)
+    state.length, state.shorts = length, recurrences(shorts, length)
+    state.firsts = recurrences(firsts, 1) if firsts else []
     return state.spectrum()
 
 
@@ -143,7 +139,7 @@ def test_the_correction_removes_the_bias_of_short_chains():
     truth = f(EIGENVALUES.numpy()).sum()
     corrected, plain = [], []
     for seed in range(12):
-        spectrum = estimate(seed, length=5, blocks=2)
+        spectrum = estimate(seed, length=5)
         corrected.append(spectrum.trace_of(f).value)
         exact = spectrum.fine.weights == 1.0
         plain.append(f(spectrum.fine.nodes[exact]).sum() + spectrum.sampled.trace_of(f))
@@ -151,27 +147,95 @@ def test_the_correction_removes_the_bias_of_short_chains():
 
 
 def test_everything_is_exact_when_nothing_is_left_to_sample():
-    eigenvalues = torch.tensor([1.0, 2.0, 3.0]).double()
-    chain, _ = chain_of(eigenvalues, steps=3)
-    spectrum = Deflated.of(split(chain.jacobi, dim=3), dim=3).spectrum()
+    chain, _ = chain_of(torch.tensor([1.0, 2.0, 3.0]).double(), steps=3)
+    spectrum = Complement.of(Deflated.of(chain.jacobi), dim=3, rounding=0.0, precision=0.0).spectrum()
     assert spectrum.is_exact
     assert spectrum.fine.trace == pytest.approx(6.0)
 
 
-def test_chains_are_short_where_the_function_is_smooth_and_long_where_it_has_a_kink():
-    chain, _ = chain_of(EIGENVALUES, steps=40)
-    state = Deflated.of(split(chain.jacobi, dim=len(EIGENVALUES)), dim=len(EIGENVALUES))
+@pytest.mark.parametrize("power", [1, 2])
+def test_single_products_are_counted_in_the_first_two_moments(power):
+    def value(firsts):
+        return [estimate(seed, firsts=firsts).trace_of(lambda x: x**power) for seed in range(12)]
+
+    few, many = value(0), value(60)
+    truth = float((EIGENVALUES**power).sum())
+    assert np.mean([e.stderr for e in many]) < 0.5 * np.mean([e.stderr for e in few])
+    assert np.std([e.value for e in many]) < 0.7 * np.std([e.value for e in few])
+    assert sum(lo <= truth <= hi for lo, hi in (e.interval for e in many)) >= 9  # P(fewer of 12) < 1 % at 95 %
+
+
+@pytest.mark.parametrize("multiplicity", [2, 5, 30])
+@pytest.mark.parametrize("spread", [0.0, 1e-6])
+def test_eigenvalues_that_a_chain_cannot_tell_apart_are_all_counted(multiplicity, spread):
+    outliers = 100 + spread * torch.arange(multiplicity)
+    bulk = torch.randn(800, generator=torch.Generator().manual_seed(2), dtype=torch.float64).exp()
+    eigenvalues = torch.cat([outliers.double(), bulk])
+    op = DenseOperator(torch.diag(eigenvalues))
+    found = [measure(op, method="deflated-slq", max_hvps=200, seed=seed) for seed in range(12)]
+    for name, power in (("trace", 1), ("frobenius_sq", 2)):
+        truth = float((eigenvalues**power).sum())
+        errors = [abs(getattr(f, name).value - truth) / getattr(f, name).half_width for f in found]
+        assert sum(error <= 1 for error in errors) >= 9  # P(fewer of 12) < 1 % at 95 %
+        assert max(errors) < 3
+
+
+@pytest.mark.parametrize("rank", [20, 200])
+def test_fewer_examples_than_parameters_leave_no_confident_error(rank):
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(rank, 2000, generator=generator, dtype=torch.float64)
+    op = DenseOperator(2 / rank * features.T @ features)
+    truth = float(op.dense().trace())
+    found = [measure(op, method="deflated-slq", seed=seed) for seed in range(12)]
+    errors = [abs(f.trace.value - truth) / f.trace.half_width for f in found]
+    assert sum(error <= 1 for error in errors) >= 9  # P(fewer of 12) < 1 % at 95 %
+    assert max(errors) < 3
+    assert all(f.trace.half_width <= 0.05 * truth for f in found)
+
+
+def tilt_of(mean, square):
+    rule = averaged_rule(chain_of(EIGENVALUES, steps=12)[0].jacobi)
+    own = rule.trace, rule.frobenius_sq
+    return rule, tilted(rule, own[0] * mean, own[1] * square, end=30.0)
+
+
+def test_a_tilted_rule_has_the_moments_wanted():
+    rule, (found, missing) = tilt_of(1.1, 1.05)
+    assert found.trace_of(np.ones_like) == pytest.approx(1.0)
+    assert found.trace == pytest.approx(1.1 * rule.trace, rel=1e-9)
+    assert found.frobenius_sq == pytest.approx(1.05 * rule.frobenius_sq, rel=1e-9)
+    assert np.abs(missing.weights).max() < 1e-9
+
+
+@pytest.mark.parametrize(("mean", "square"), [(50.0, 1.0), (1.0, 400.0), (-30.0, 2.0), (1e6, 1e12)])
+def test_a_tilt_keeps_weights_positive_and_bounded_and_says_what_it_leaves_out(mean, square):
+    rule, (found, missing) = tilt_of(mean, square)
+    assert found.weights.min() >= -1e-15
+    assert (found.weights <= 5.001 * rule.weights + 1e-15).all()
+    total = found.trace + missing.trace
+    assert total == pytest.approx(mean * rule.trace, rel=1e-6)
+
+
+def test_the_plan_takes_single_products_for_moments_and_rules_for_a_kink():
+    chain, _ = chain_of(EIGENVALUES, steps=20)
+    deflated = Deflated.of(chain.jacobi)
+    state = Complement.of(deflated, dim=len(EIGENVALUES), rounding=0.0, precision=0.0)
+    start = torch.randn(1, len(EIGENVALUES), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    deflation, operator = Deflation(chain, deflated), DenseOperator(rotated(EIGENVALUES, seed=1))
+    recurrence = Recurrences(operator, deflation.project(start), deflated=deflation.vectors)
+    (state.fine,) = recurrence.extend(40).jacobis()
 
     def precision_of(f):
         def precision(spectrum):
             found = spectrum.trace_of(f)
-            return found.quadrature / found.value
+            return found.half_width / found.value
 
         return precision
 
-    smooth = plan(state, precision_of(np.square), rtol=0.0015, budget=5000)
-    kinked = plan(state, precision_of(lambda x: np.maximum(x, 0.0)), rtol=0.0015, budget=5000)
-    assert smooth.length == SHORT_LENGTHS[0] < kinked.length
+    smooth = plan(state, precision_of(lambda x: x), rtol=0.01, budget=5000)
+    kinked = plan(state, precision_of(lambda x: np.maximum(x, 0.0)), rtol=0.01, budget=5000)
+    assert smooth.shorts == 1 < smooth.vectors
+    assert kinked.shorts > 1
 
 
 @pytest.mark.parametrize(
@@ -182,14 +246,6 @@ def test_spectra_without_outliers_are_covered_too(eigenvalues):
     truth = float(eigenvalues.double().clamp_min(0).sum())
     found = [measure(op, method="deflated-slq", max_hvps=400, seed=seed).trace_positive.interval for seed in range(20)]
     assert sum(lo <= truth <= hi for lo, hi in found) >= 16  # P(fewer of 20) < 0.3 % at a true coverage of 95 %
-
-
-def test_two_moments_are_exact_in_a_rule_of_one_step():
-    chain, start = chain_of(EIGENVALUES, steps=12)
-    _, start = chain_of(EIGENVALUES, steps=1, seed=5)
-    rule = reshaped(averaged_rule(chain.jacobi), *(moment(EIGENVALUES, start, power) for power in (1, 2)))
-    for power in range(3):
-        assert rule.trace_of(lambda x, p=power: x**p) == pytest.approx(moment(EIGENVALUES, start, power), rel=1e-9)
 
 
 def zero_heavy(size: int = 1500) -> torch.Tensor:

@@ -16,7 +16,7 @@ from zoscope.analysis.measured import ProblemInfo
 from zoscope.analysis.measuring import curvature_operator, find_jump, finite_gradient
 from zoscope.analysis.request import Progress, Request, subject_of
 from zoscope.curvature.measure import measure
-from zoscope.curvature.slq import DEFLATION_TOLERANCES
+from zoscope.curvature.slq import DEFLATION_TOLERANCE
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice
 from zoscope.theory.density import Known, decades, density, finest_density
@@ -220,7 +220,7 @@ def known_eigenvalues(curvature: Curvature) -> Known:
     """Eigenvalues that a measurement found one by one: all when dense, else those that it deflated."""
     found: Iterable[Eigenvalue] = curvature.ritz
     if curvature.method != "dense":
-        found = [ritz for ritz in curvature.ritz if ritz.residual <= DEFLATION_TOLERANCES[0] * abs(ritz.value)]
+        found = [ritz for ritz in curvature.ritz if ritz.residual <= DEFLATION_TOLERANCE * abs(ritz.value)]
     pairs = [(ritz.value, ritz.residual) for ritz in found]
     values, residuals = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     return Known(values, residuals)

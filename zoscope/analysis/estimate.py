@@ -16,8 +16,9 @@ from zoscope.analysis.request import subject_of
 from zoscope.curvature.forward import CHECKS, GROUP, LEAST_DIRECTIONS, LEAST_GROUPS, PILOTS
 from zoscope.curvature.ggn import GGNOperator
 from zoscope.curvature.graphs import room_for_graphs
-from zoscope.curvature.measure import BLOCK, DENSE_LIMIT, MOST_STEPS
+from zoscope.curvature.measure import DENSE_LIMIT
 from zoscope.curvature.operators import HessianOperator, LinearOperator, ShardOperator
+from zoscope.curvature.sampling import BLOCK, MANY_STEPS
 from zoscope.curvature.stencil import Stencil
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import OWN_DTYPE, Objective
@@ -210,7 +211,7 @@ def _second_order(
         kept = _seconds(lambda: _afresh(operator, vector))
     dense = d <= min(DENSE_LIMIT, max_hvps)
     products = d if dense else min(max_hvps, SAMPLED_PRODUCTS) * operators
-    rows = d if dense else min(MOST_STEPS, max(2, max_hvps // 3)) + 4 * BLOCK + 1
+    rows = d if dense else min(MANY_STEPS, max(2, max_hvps // 3)) + 4 * BLOCK + 1
     each = kept * scale.data
     return KindCost(
         kind=kind,

@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zoscope.analysis.notices import NOTICEABLE
 from zoscope.analysis.rows import Measured
 from zoscope.analysis.slope import Slope
 from zoscope.curvature.jumps import Jump, jump_of
-from zoscope.curvature.kinks import NOTHING, Missed, missed_curvature
-from zoscope.curvature.measure import OnProgress, measure
+from zoscope.curvature.kinks import NOTHING, PROBES, Missed, missed_curvature
+from zoscope.curvature.lanczos import rounding
+from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
 from zoscope.curvature.precondition import (
     Preconditioner,
     expected_preconditioner,
     probe_preconditioner,
 )
+from zoscope.curvature.sampling import OnProgress
 from zoscope.curvature.scaled import divided, nearly_scalar
 from zoscope.errors import NumericalError, UsageError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.curve import GradientMeasure
+from zoscope.theory.spectrum import Estimate
+from zoscope.theory.student import widening
 
 if TYPE_CHECKING:
     from zoscope.analysis.minibatch import Batches
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
     from zoscope.problem import Objective
     from zoscope.theory.moments import EstimatorMoments
     from zoscope.theory.rules import UpdateRule
-    from zoscope.theory.spectrum import Estimate
 
 
 SCALAR = 0.25
@@ -83,7 +87,6 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     descent: dict[str, Estimate | None] = {}
     preconditioner = None
     missed = _missed(objective, base, request)
-    kinks = missed.significant
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
     if adam:
@@ -93,7 +96,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     if plain:
         # Of a spectrum that serves Adam too the same precision is wanted for Adam.
         rules = [*plain, *adam] if scalar else plain
-        found, slope = _plain(base, g, rules, kinks=kinks, batches=batches, request=request, moments=moments)
+        found, slope = _plain(base, g, rules, missed=missed, batches=batches, request=request, moments=moments)
         operators |= dict.fromkeys((rule.name for rule in plain), found)
         descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in plain}
     if preconditioner is not None:
@@ -101,7 +104,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
             found, slope = _adam_of(found, slope, preconditioner, request=request)
         else:
             found, slope = _adam(
-                base, g, preconditioner, adam, kinks=kinks, batches=batches, request=request, moments=moments
+                base, g, preconditioner, adam, missed=missed, batches=batches, request=request, moments=moments
             )
         operators |= dict.fromkeys((rule.name for rule in adam), found)
         descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in adam}
@@ -148,6 +151,20 @@ def _missed(objective: Objective, base: LinearOperator, request: Request) -> Mis
     return missed_curvature(objective, base, generator=generator)
 
 
+def _counted(missed: Missed, trace: float) -> Estimate:
+    """What kinks add to the trace of the descent threshold: counted where they are noticed, else part of its error.
+
+    Args:
+        missed: From a few directions.
+        trace: That of second derivatives, of the positive part.
+    """
+    found = missed.trace
+    stderr = found.stderr * widening(PROBES - 1)
+    if abs(missed.significant) > NOTICEABLE * trace:
+        return replace(found, stderr=stderr)
+    return Estimate(0.0, stderr, quadrature=abs(found.value))
+
+
 def curvature_operator(objective: Objective, request: Request) -> LinearOperator:
     """The curvature matrix asked for; the one place that knows which there are.
 
@@ -173,7 +190,7 @@ def _plain(
     g: Tensor,
     rules: list[UpdateRule],
     *,
-    kinks: float,
+    missed: Missed,
     batches: Batches | None,
     request: Request,
     moments: EstimatorMoments,
@@ -182,9 +199,11 @@ def _plain(
     curvature = _measured(base, g, rules, name=name, batches=batches, request=request, moments=moments)
     measure, slope = gradient_measure(curvature), None
     if measure is not None:
-        square = float(measure.weights.sum())
+        square, curved = float(measure.weights.sum()), float(measure.weights @ measure.nodes)
         trace = curvature.trace
-        slope = Slope(square, float(measure.weights @ measure.nodes), trace.value + kinks, square, trace.half_width)
+        kinks = _counted(missed, curvature.trace_positive.value)
+        error = trace.half_width + kinks.half_width + rounding(g.dtype, abs(trace.value) + 2 * abs(curved) / square)
+        slope = Slope(square, curved, trace.value + kinks.value, square, error)
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=None)
     return Measured(name, curvature, measure, batches=spread), slope
 
@@ -195,7 +214,7 @@ def _adam(
     preconditioner: Preconditioner,
     rules: list[UpdateRule],
     *,
-    kinks: float,
+    missed: Missed,
     batches: Batches | None,
     request: Request,
     moments: EstimatorMoments,
@@ -208,15 +227,18 @@ def _adam(
     curvature = _measured(scaled, scaled_g, rules, name=name, batches=batches, request=request, moments=moments)
     (generator,) = spawn_generators(request.seed, 1, base.device)
     probes = probe_preconditioner(base.known(), p, generator=generator)
-    kinks *= float(p.double().reciprocal().square().mean())  # spread over all directions alike
+    alike = float(p.double().reciprocal().square().mean())  # kinks bend the loss in all directions alike
+    kinks = _counted(missed, abs(probes.shift) * curvature.trace_positive.value / alike)
     measure, slope = gradient_measure(curvature), None
     if measure is not None:
         slope = Slope(
             gPg=float(measure.weights.sum()),
             gPHPg=float(measure.weights @ measure.nodes),
-            trace=probes.shift * curvature.trace.value + probes.trace_correction.value + kinks,
+            trace=probes.shift * curvature.trace.value + probes.trace_correction.value + alike * kinks.value,
             grad_sq=float(g.double().square().sum()),
-            trace_error=abs(probes.shift) * curvature.trace.half_width + probes.trace_correction.half_width,
+            trace_error=abs(probes.shift) * curvature.trace.half_width
+            + probes.trace_correction.half_width
+            + alike * kinks.half_width,
         )
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
     return Measured(name, curvature, measure, probes.commutator, spread), slope

@@ -34,9 +34,13 @@ class Slope:
 
     def estimate(self, rule: UpdateRule, moments: EstimatorMoments) -> Estimate:
         """The descent threshold with its error bar; it falls as the trace rises."""
-        value = self.threshold(rule, moments)
-        low = replace(self, trace=self.trace + self.trace_error).threshold(rule, moments)
-        return Estimate(value, quadrature=value - low if math.isfinite(value) else 0.0)
+        value, low, high = (
+            replace(self, trace=self.trace + sign * self.trace_error).threshold(rule, moments) for sign in (0, 1, -1)
+        )
+        if not math.isfinite(value):
+            return Estimate(value)
+        # Symmetric to first order; where the trace may be too small to limit anything, the upper end is infinite.
+        return Estimate(value, quadrature=value - low if math.isfinite(high) else math.inf)
 
     def threshold(
         self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0

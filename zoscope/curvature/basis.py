@@ -26,6 +26,9 @@ ENOUGH = 0.7
 FEWEST_VECTORS = 24
 """Vectors that a sampled measurement holds at least."""
 
+CHUNK = 2**14
+"""Entries whose products are added up in the vectors' own type; the sums of chunks are added in float64."""
+
 _numbers = itertools.count()
 
 
@@ -43,9 +46,27 @@ def vectors_that_fit(share: float, row: int, *, free: float) -> int:
     return int(share * free / row)
 
 
+def inner(rows: Tensor, others: Tensor) -> Tensor:
+    """Inner products ``(m, n)`` of ``rows`` ``(m, d)`` with ``others`` ``(n, d)``, in float64.
+
+    A float32 sum over millions of entries loses four of its seven digits; over a chunk it loses hardly one.
+    """
+    if rows.dtype == torch.float64 or rows.shape[1] <= CHUNK:
+        return (rows @ others.T).double()
+    cuts = range(0, rows.shape[1], CHUNK)
+    products = [rows[:, begin : begin + CHUNK] @ others[:, begin : begin + CHUNK].T for begin in cuts]
+    return torch.stack(products).sum(dim=0, dtype=torch.float64)
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """Norms ``(b, 1)`` of vectors ``(b, d)``, accumulated in float64, in their own type."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64)
+    return norms.to(vectors.dtype)
+
+
 def new_basis(operator: LinearOperator, start: Tensor, *, capacity: int) -> LocalBasis | SharedBasis:
     """Room for ``capacity`` vectors like ``start``, which is the first one, normalised."""
-    unit = start / torch.linalg.vector_norm(start)
+    unit = start / lengths(start[None])[0]
     crew = operator.crew
     if crew is not None and crew.ranks.shard_basis:
         return SharedBasis(crew, unit, capacity=capacity)
@@ -79,16 +100,16 @@ class LocalBasis:
             Its coefficient along the last of them, and the length of what is left.
         """
         known = self._rows[:count]
-        along = known[-1] @ vector
+        along = inner(known[-1:], vector[None])[0, 0]
         for row in known[-2:].flip(0):  # Lanczos' own recurrence, which leaves little for the costly pass over all
-            vector.sub_((row @ vector) * row)
+            vector.sub_(inner(row[None], vector[None])[0].to(row) * row)
         before = torch.linalg.vector_norm(vector, dtype=torch.float64)  # float32 squares may overflow
-        vector.sub_((known @ vector) @ known)
+        vector.sub_(inner(vector[None], known)[0].to(known) @ known)
         self._next = vector
         left = torch.linalg.vector_norm(vector, dtype=torch.float64)
-        first, whole, rest = torch.stack([along.double(), before, left]).tolist()  # a device is waited for once
+        first, whole, rest = torch.stack([along, before, left]).tolist()  # a device is waited for once
         if rest < ENOUGH * whole:  # much of it was rounding: twice is enough (Kahan; Parlett 1980, §6.9)
-            vector.sub_((known @ vector) @ known)
+            vector.sub_(inner(vector[None], known)[0].to(known) @ known)
             rest = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
         return first, rest
 
@@ -99,7 +120,8 @@ class LocalBasis:
     def project_out(self, vectors: Tensor, mix: Tensor) -> Tensor:
         """``vectors`` ``(b, d)`` less their components along the orthonormal combinations ``mix`` ``(n, k)``."""
         known = self._rows[: mix.shape[1]]
-        return torch.addmm(vectors, (vectors @ known.T) @ mix.T @ mix, known, alpha=-1)
+        along = inner(vectors, known).to(mix)
+        return torch.addmm(vectors, along @ mix.T @ mix, known, alpha=-1)
 
     def combine(self, mix: Tensor) -> Tensor:
         """Put the combinations ``mix`` ``(n, k)`` of the first k vectors in their place; ``(n, d)``."""
@@ -212,7 +234,7 @@ class Slice:
         self._next = vector = self._dealt(1, None if whole is None else whole[None])[0]
         along = 0.0
         for turn in range(2):
-            products = self._ranks.total((known @ vector).double().cpu())
+            products = self._ranks.total(inner(known, vector[None])[:, 0].cpu())
             along = float(products[-1]) if turn == 0 else along
             vector -= products.to(vector) @ known
         square = self._ranks.total(vector.double().square().sum().cpu())
@@ -229,7 +251,7 @@ class Slice:
     def project_out(self, mix: Tensor, number: int, whole: Tensor | None = None) -> Tensor:
         """Vectors ``(number, d)`` less their components along combinations of the first rows, on rank 0."""
         basis, vectors = self._rows[: mix.shape[1]], self._dealt(number, whole)
-        products = self._ranks.total((vectors @ basis.T).double().cpu()) @ mix.double().T @ mix.double()
+        products = self._ranks.total(inner(vectors, basis).cpu()) @ mix.double().T @ mix.double()
         return self._joined(torch.addmm(vectors, products.to(vectors), basis, alpha=-1))
 
     def _dealt(self, number: int, whole: Tensor | None) -> Tensor:

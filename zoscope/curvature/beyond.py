@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoscope.curvature.basis import lengths
 from zoscope.curvature.lanczos import Jacobi, require_finite
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import NORMAL, widening
@@ -32,6 +33,13 @@ def exact_part(jacobi: Jacobi) -> tuple[float, float]:
     return float(jacobi.alphas.sum()), float(np.square(jacobi.alphas).sum() + 2 * np.square(jacobi.betas).sum())
 
 
+def first_moments(vectors: Tensor, products: Tensor) -> tuple[list[float], list[float]]:
+    """``zᵀMz`` and ``‖Mz‖²`` of the unit vectors along ``vectors`` ``(b, d)`` from their products ``(b, d)``."""
+    norms, sizes = (torch.linalg.vector_norm(v, dim=1, dtype=torch.float64) for v in (vectors, products))
+    along = (vectors * products).sum(dim=1, dtype=torch.float64) / norms.square()
+    return along.tolist(), (sizes / norms).square().tolist()
+
+
 @dataclass
 class Beyond:
     """What probe vectors tell of ``PMP``.
@@ -41,7 +49,7 @@ class Beyond:
         dimension: D, dimension of the space that is sampled.
         traces: ``D zᵀMz`` of unit vectors z.
         squares: ``D ‖PMz‖²``.
-        kept: Some of the products ``PMz``.
+        kept: Some of the products ``PMz``, as unit vectors, and their squared lengths.
         common: ``(PMz · PMz')²`` of their pairs.
     """
 
@@ -49,7 +57,7 @@ class Beyond:
     dimension: int
     traces: list[float] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
+    kept: list[tuple[Tensor, float]] = field(default_factory=list)
     common: list[float] = field(default_factory=list)
 
     def add(self, vectors: Tensor, products: Tensor) -> None:
@@ -58,16 +66,15 @@ class Beyond:
         Raises:
             NumericalError: If a product is not finite.
         """
-        lengths = vectors.square().sum(dim=1, dtype=torch.float64)
-        inner = (vectors * products).sum(dim=1, dtype=torch.float64)
-        squares = products.square().sum(dim=1, dtype=torch.float64)
-        require_finite(*inner.tolist(), *squares.tolist())
-        self.traces += (self.dimension * inner / lengths).tolist()
-        self.squares += (self.dimension * squares / lengths).tolist()
-        for product, length in zip(products, lengths.sqrt().tolist(), strict=True):
+        along, squares = first_moments(vectors, products)
+        require_finite(*along, *squares)
+        self.traces += [self.dimension * value for value in along]
+        self.squares += [self.dimension * value for value in squares]
+        for product, square in zip(products, squares, strict=True):
             if len(self.kept) < KEPT:
-                self.common += [float(product.dot(other)) ** 2 / length**2 for other in self.kept]
-                self.kept.append(product / length)
+                unit = product / lengths(product[None])[0].clamp_min(torch.finfo(product.dtype).tiny)
+                self.common += [square * other * float(unit.dot(theirs)) ** 2 for theirs, other in self.kept]
+                self.kept.append((unit, square))
 
     @property
     def count(self) -> int:

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.lanczos import Array, project_out
+from zoscope.curvature.lanczos import Array
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import widening
 
 if TYPE_CHECKING:
-    from zoscope.curvature.lanczos import Chain, Rows
-    from zoscope.curvature.slq import Split
+    from zoscope.curvature.slq import Deflation
     from zoscope.theory.spectrum import SampledSpectrum
 
 
@@ -25,7 +24,7 @@ class BlockTraces:
 
     With P onto the deflated Ritz vectors and Q = I - P, ``diag M = diag PMP + 2 diag PMQ + diag QMQ``. The chain knows
     the first two exactly. The last is ``D E z_i (QMz)_i`` for z uniform on the unit sphere of the complement, of
-    dimension D: every chain begins with such a product.
+    dimension D: every probe vector begins with such a product.
 
     Args:
         sizes: Lengths of the groups, which follow one another and add up to d.
@@ -37,31 +36,11 @@ class BlockTraces:
         self._sampled: list[Array] = []
         self._squares: list[Array] = []
 
-    def deflate(self, chain: Chain, parts: Split) -> Rows:
-        """Count the deflated Ritz pairs exactly; what is left of the chain's start is the first sample.
-
-        Args:
-            chain: Where they come from; it cannot be extended afterwards.
-            parts: The chain taken apart.
-
-        Returns:
-            ``(q, d)`` the deflated vectors.
-        """
-        residual = chain.residual()
-        start, product = chain.first_product()
-        product -= float(parts.vectors[0] @ parts.vectors[-1]) * residual  # QM(P start)
-        vectors = chain.combine(parts.vectors)
-        coupling = torch.zeros_like(start)
-        for weight, vector in zip(parts.vectors[-1].tolist(), vectors, strict=True):
-            coupling.add_(vector, alpha=weight)
-        self._exact += 2 * self._sums(coupling * residual)
-        for value, vector in zip(parts.values, vectors, strict=True):
+    def deflate(self, deflation: Deflation) -> None:
+        """Count the deflated Ritz pairs exactly, and what couples them to their complement."""
+        self._exact += 2 * self._sums(deflation.coupled * deflation.residual)
+        for value, vector in zip(deflation.values, deflation.vectors, strict=True):
             self._exact += value * self._sums(vector.square())
-        if parts.rest is not None:
-            pair = project_out(torch.stack([start, product]), vectors)
-            pair /= torch.linalg.vector_norm(pair[0])
-            self.add(pair[:1], pair[1:])
-        return vectors
 
     def add(self, vectors: Tensor, products: Tensor) -> None:
         """Sample with unit vectors of the complement ``(b, d)`` and their products ``QMz`` ``(b, d)``."""

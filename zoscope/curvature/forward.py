@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from zoscope.curvature.measure import OnProgress
 from zoscope.curvature.party import Group, Party, exploring
 from zoscope.curvature.results import ForwardCurvature, ForwardNoise
+from zoscope.curvature.sampling import OnProgress
 from zoscope.curvature.scatter import mean_of, ratio_of, variance_of
 from zoscope.curvature.steplength import choose_step
 from zoscope.errors import UsageError

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.basis import SharedBasis, new_basis
+from zoscope.curvature.basis import SharedBasis, inner, lengths, new_basis
 from zoscope.curvature.operators import LinearOperator
 from zoscope.errors import NumericalError
 
@@ -90,14 +90,6 @@ class Chain:
             if not self.exhausted:
                 self._basis.append(k + 1, beta)
 
-    def first_product(self) -> tuple[Tensor, Tensor]:
-        """The unit starting vector q and ``Mq``, each ``(d,)``; they take at least one step, and no product."""
-        start = self._basis.row(0)
-        product = self._alphas[0] * start
-        if self._betas[0]:
-            product += self._betas[0] * self._basis.row(1)
-        return start.clone(), product
-
     def residual(self) -> Tensor:
         """``(d,)`` r of ``M Q = Q T + r e_kᵀ``, orthogonal to the basis Q; zero for an invariant space."""
         if not self._betas[-1]:
@@ -111,7 +103,7 @@ class Chain:
     def beyond(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
         """``P V`` and ``P M P V`` for vectors ``(b, d)`` and their products; P projects on what is beyond the basis."""
         everything = np.eye(len(self._alphas))
-        last = vectors @ self._basis.row(len(self._alphas) - 1)
+        last = inner(vectors, self._basis.row(len(self._alphas) - 1)[None])[:, 0].to(vectors)
         inside = torch.outer(last, self.residual())  # P M Q = r e_kᵀ
         return self.project_out(vectors, everything), self.project_out(products, everything) - inside
 
@@ -128,66 +120,82 @@ class Chain:
         return torch.as_tensor(coefficients.T, dtype=self._dtype, device=self._operator.device)
 
 
-def short_chains(
-    operator: LinearOperator, starts: Tensor, *, steps: int, deflated: Rows, on_first: OnProducts | None = None
-) -> list[Jacobi]:
+class Recurrences:
     """Lanczos on ``(I - VVᵀ) M (I - VVᵀ)`` from several vectors at once, one block product per step.
 
-    Without reorthogonalisation within a chain: what escapes the deflation converges slowly over so few steps, and a
-    quadrature rule survives the loss of orthogonality (Greenbaum 1989).
+    Without reorthogonalisation within a recurrence: what escapes the deflation converges slowly, and a quadrature rule
+    survives the loss of orthogonality (Greenbaum 1989).
 
     Args:
         operator: Symmetric operator M of dimension d.
         starts: ``(b, d)`` vectors orthogonal to the rows of ``deflated``.
-        steps: Length of each chain.
         deflated: ``(q, d)`` orthonormal rows V.
         on_first: Called with the unit starting vectors and their products, each ``(b, d)``.
-
-    Returns:
-        One tridiagonal matrix per vector, shorter than ``steps`` where a Krylov space was exhausted.
-
-    Raises:
-        NumericalError: If a product is not finite.
     """
-    vectors = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True)
-    previous = torch.zeros_like(vectors)
-    beta = torch.zeros(len(starts), 1, dtype=starts.dtype, device=starts.device)
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-    for step in range(steps):
-        w = operator.matmat(vectors)
-        w = project_out(w, deflated)
-        if step == 0 and on_first is not None:
-            on_first(vectors, w)
-        alpha = (vectors * w).sum(dim=1, keepdim=True)
-        w -= alpha * vectors + beta * previous
-        beta = torch.linalg.vector_norm(w, dim=1, keepdim=True, dtype=torch.float64).to(w.dtype)
-        previous, vectors = vectors, w / beta.clamp_min(torch.finfo(w.dtype).tiny)
-        alphas.append(alpha)
-        betas.append(beta)
-    a = torch.cat(alphas, dim=1).double().cpu().numpy()
-    b = torch.cat(betas, dim=1).double().cpu().numpy()
-    require_finite(*a.ravel(), *b.ravel())
-    return [_cut(Jacobi(row_a, row_b), starts.dtype) for row_a, row_b in zip(a, b, strict=True)]
+
+    def __init__(
+        self, operator: LinearOperator, starts: Tensor, *, deflated: Rows, on_first: OnProducts | None = None
+    ) -> None:
+        self._operator, self._deflated, self._on_first = operator, deflated, on_first
+        self._vectors = starts / lengths(starts)
+        self._previous = torch.zeros_like(self._vectors)
+        self._beta = torch.zeros(len(starts), 1, dtype=starts.dtype, device=starts.device)
+        self._alphas: list[Tensor] = []
+        self._betas: list[Tensor] = []
+
+    def extend(self, steps: int) -> "Recurrences":
+        """Take more steps.
+
+        Raises:
+            NumericalError: If a product is not finite.
+        """
+        for _ in range(steps):
+            w = project_out(self._operator.matmat(self._vectors), self._deflated)
+            if not self._alphas and self._on_first is not None:
+                self._on_first(self._vectors, w)
+            alpha = (self._vectors * w).sum(dim=1, keepdim=True, dtype=torch.float64)
+            w -= alpha.to(w) * self._vectors + self._beta * self._previous
+            beta = torch.linalg.vector_norm(w, dim=1, keepdim=True, dtype=torch.float64)
+            self._alphas.append(alpha)
+            self._betas.append(beta)
+            self._beta = beta.to(w)
+            self._previous, self._vectors = self._vectors, w / self._beta.clamp_min(torch.finfo(w.dtype).tiny)
+        return self
+
+    def jacobis(self) -> list[Jacobi]:
+        """One tridiagonal matrix per vector, shorter where a Krylov space was exhausted."""
+        a = torch.cat(self._alphas, dim=1).cpu().numpy()
+        b = torch.cat(self._betas, dim=1).cpu().numpy()
+        require_finite(*a.ravel(), *b.ravel())
+        dtype = self._vectors.dtype
+        return [_cut(Jacobi(row_a, row_b), dtype) for row_a, row_b in zip(a, b, strict=True)]
 
 
 def project_out(vectors: Tensor, basis: Rows) -> Tensor:
     """``vectors`` ``(b, d)`` less their components along the orthonormal rows of ``basis`` ``(q, d)``."""
     if isinstance(basis, SharedBasis):
         return basis.project_out(vectors) if len(basis) else vectors
-    return torch.addmm(vectors, vectors @ basis.T, basis, alpha=-1) if len(basis) else vectors
+    return torch.addmm(vectors, inner(vectors, basis).to(basis), basis, alpha=-1) if len(basis) else vectors
+
+
+def rounding(dtype: torch.dtype, scale: float) -> float:
+    """Error of a computed eigenvalue of a matrix of norm about ``scale`` by rounding alone, loss/param²."""
+    return 10 * torch.finfo(dtype).eps * scale
 
 
 def breakdown(dtype: torch.dtype, scale: float) -> float:
     """Size of an off-diagonal that is rounding noise for a matrix of norm about ``scale``, loss/param²."""
-    return 100 * torch.finfo(dtype).eps * scale
+    return 10 * rounding(dtype, scale)
 
 
 def _cut(jacobi: Jacobi, dtype: torch.dtype) -> Jacobi:
-    """Drop what follows the first off-diagonal that is rounding noise."""
+    """Drop what follows the first off-diagonal that is rounding noise, and the noise: the Krylov space is invariant."""
     scale = max(np.abs(jacobi.alphas).max(), jacobi.betas.max())
     noise = np.flatnonzero(jacobi.betas <= breakdown(dtype, float(scale)))
-    return jacobi.head(int(noise[0]) + 1) if noise.size else jacobi
+    if not noise.size:
+        return jacobi
+    cut = jacobi.head(int(noise[0]) + 1)
+    return Jacobi(cut.alphas, np.append(cut.betas[:-1], 0.0))
 
 
 def require_finite(*numbers: float) -> None:

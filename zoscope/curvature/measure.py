@@ -6,44 +6,36 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.basis import SharedBasis, vectors_that_fit
-from zoscope.curvature.complement import Deflated, Plan, Precision, plan, probes_missing
+from zoscope.curvature.agreement import compared
+from zoscope.curvature.basis import SharedBasis, lengths
+from zoscope.curvature.beyond import Beyond
+from zoscope.curvature.complement import FUTILE, SHORT_LENGTHS, Complement, Noise, Plan, Precision, plan
 from zoscope.curvature.dense import dense_eigenpairs, dense_eigenvalues
 from zoscope.curvature.diagonal import BlockTraces
-from zoscope.curvature.lanczos import Chain, Jacobi
+from zoscope.curvature.lanczos import Chain, Jacobi, Recurrences, project_out, rounding
 from zoscope.curvature.operators import DenseOperator, LinearOperator
 from zoscope.curvature.results import Curvature, Eigenvalue, Method, ritz_values
-from zoscope.curvature.slq import measure_of, probe_block, split
+from zoscope.curvature.sampling import BLOCK, FEWEST_HVPS, FIRST_STEPS, MORE_STEPS, OnProgress, Sampling
+from zoscope.curvature.slq import Deflated, Deflation, first_steps, joined, measure_of
 from zoscope.errors import UsageError
-from zoscope.runtime import available_memory, spawn_generators
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
-
-FEWEST_HVPS = 20
-"""Products below which neither the outliers nor the error of the rest can be told."""
 
 DENSE_LIMIT = 4096
 """Largest dimension for which the dense path is chosen by itself."""
 
-FIRST_STEPS, MORE_STEPS, MANY_STEPS, MOST_STEPS = 12, 6, 80, 160
-"""Length of the long chain: at first, by how much it grows, what does as a rule, and at most, where the quadrature
-error alone would take more than half of the precision asked for: no number of probe vectors makes up for that."""
+MANY_FINE_STEPS, MOST_FINE_STEPS = 80, 160
+"""Steps of the fine rule that do as a rule, and at most, where the quadrature error alone would take more than half of
+the precision asked for: no number of probe vectors makes up for that."""
 
 VECTOR_STEPS = 8
 """Lanczos steps spent on the spectral measure of a vector; at most a tenth of the products allowed."""
 
-BLOCK = 4
-"""Probe vectors that advance together."""
+AT_ONCE, ENTRIES = 16, 2**26
+"""Most probe vectors that advance together, and most entries that they have beyond the usual block."""
 
-MEMORY_SHARE = 0.4
-"""Part of the free memory that a Lanczos basis may take."""
-
-
-OnProgress = Callable[[str, int, float | None], None]
-"""Called with the stage, the products spent in it and the relative half-width reached, if there is one."""
 
 OnPairs = Callable[[NDArray[np.float64], Tensor], None]
 """Called with eigenvalues ``(q,)`` and orthonormal eigenvectors ``(q, d)``, which are valid during the call."""
@@ -57,7 +49,7 @@ def measure(
     vector: Tensor | None = None,
     top: int = 1,
     bottom: int = 0,
-    most_steps: int = MOST_STEPS,
+    most_steps: int = MOST_FINE_STEPS,
     blocks: Sequence[int] | None = None,
     rtol: float = 0.02,
     max_hvps: int = 600,
@@ -76,7 +68,7 @@ def measure(
         vector: ``(d,)`` vector, such as the gradient, whose spectral measure is wanted too.
         top: How many of the largest eigenvalues should converge, where the budget allows.
         bottom: How many of the smallest ones.
-        most_steps: Most steps of the long chain, which keeps as many vectors: they resolve the bulk of the spectrum.
+        most_steps: Most steps of the fine rule, which resolve the bulk of the spectrum.
         blocks: Sizes of neighbouring groups of coordinates, d in all, whose traces are wanted too, at no further
             product.
         rtol: Half-width at which to stop.
@@ -128,7 +120,7 @@ def measure(
             on_pairs=on_pairs,
         ).run()
     cost = (operator.num_hvps - spent, time.perf_counter() - started)
-    return _curvature(result, cost=cost, vector_measure=vector_measure, hvp=operator.hvp)
+    return _curvature(result, dim=operator.dim, cost=cost, vector_measure=vector_measure, hvp=operator.hvp)
 
 
 @dataclass(frozen=True)
@@ -138,6 +130,7 @@ class _Result:
     method: Method
     block_traces: tuple[Estimate, ...] | None
     notes: tuple[str, ...] = ()
+    start: Jacobi | None = None
 
 
 def _dense(operator: LinearOperator, traces: BlockTraces | None) -> _Result:
@@ -147,8 +140,8 @@ def _dense(operator: LinearOperator, traces: BlockTraces | None) -> _Result:
     return _Result(SampledSpectrum.exact(eigenvalues), every, "dense", blocks)
 
 
-class _Sampling:
-    """The stochastic path: one long chain, then short chains until the error is small enough or the budget is spent."""
+class _Sampling(Sampling):
+    """The stochastic path: a chain for the outliers, then probe vectors of their complement."""
 
     def __init__(
         self,
@@ -164,139 +157,137 @@ class _Sampling:
         on_progress: OnProgress | None,
         on_pairs: OnPairs | None,
     ) -> None:
+        super().__init__(operator, ends=ends, max_hvps=max_hvps, seed=seed, on_progress=on_progress)
         self._on_pairs = on_pairs
-        self._operator = operator
         self._precision = precision
         self._traces = traces
-        self._ends = ends
         self._most_steps = most_steps
         self._rtol = rtol
-        self._max_hvps = max_hvps
-        self._first = operator.num_hvps
-        self._on_progress = on_progress
-        self._chain_generator, self._probe_generator = spawn_generators(seed, 2, operator.device)
-        self._notes: list[str] = []
 
     def run(self) -> _Result:
-        op, traces, chain = self._operator, self._traces, self._long_chain()
-        jacobi = chain.jacobi
-        parts = split(jacobi, dim=op.dim)
-        basis = chain.combine(parts.vectors) if traces is None else traces.deflate(chain, parts)
+        op, traces, chain = self._operator, self._traces, self._outliers()
+        start = chain.jacobi
+        ritz, deflated = ritz_values(start, dtype=op.dtype), Deflated.of(start)
+        deflation = Deflation(chain, deflated)
+        basis = deflation.vectors
+        if traces is not None:
+            traces.deflate(deflation)
         if self._on_pairs is not None:
-            self._on_pairs(parts.values, basis.whole() if isinstance(basis, SharedBasis) else basis)
-        state = Deflated.of(parts, dim=op.dim)
-        ahead = self._plan(state)
-        state.length, missing = ahead.length, ahead.probes
-        while state.dimension > 0:
-            probes = min(BLOCK, missing, self._left // state.length)
-            if state.is_known and probes == 0:
-                break
-            state.shorts += probe_block(
-                op,
-                basis,
-                probes=max(1, probes),
-                length=state.length,
-                generator=self._probe_generator,
-                on_first=None if traces is None else traces.add,
-            )
-            _, missing = probes_missing(state, self._precision, rtol=self._rtol)
-            _, reached = self._best(state)
-            self._report("bulk", reached)
-            if reached <= self._rtol or missing == 0:
-                break
-        spectrum, _ = self._best(state)
+            self._on_pairs(deflated.values, basis.whole() if isinstance(basis, SharedBasis) else basis)
+        noise = rounding(op.dtype, max(map(abs, deflated.ends)))
+        state = Complement.of(deflated, dim=op.dim, rounding=noise, precision=rounding(op.dtype, 1.0))
+        if state.dimension > 0:
+            self._sample(state, deflation)
+        spectrum = state.spectrum()
         blocks = None if traces is None else traces.estimates(spectrum)
-        return _Result(spectrum, ritz_values(jacobi), "deflated-slq", blocks, tuple(self._notes))
+        return _Result(spectrum, ritz, "deflated-slq", blocks, tuple(self._notes), start)
 
-    def _best(self, state: Deflated) -> tuple[SampledSpectrum, float]:
-        """Of the two ways to put the rules together the one that tells more of what is wanted, and how well.
+    def _ahead(self, chain: Chain, beyond: Beyond) -> float:
+        """Products of a plan for what is left of the chain's start, a stand-in for a probe vector that is free.
 
-        Short rules where they do: of what is not wanted, such as other horizons, they tell more.
+        In a flat group of eigenvalues nothing is left of it although most of the group is yet to come: it takes at
+        least as many products as the trace does.
         """
-        usual, shaped = state.spectrum(), state.shaped()
-        reached = self._precision(usual)
-        if shaped is None or reached <= self._rtol:
-            return usual, reached
-        return min((usual, reached), (shaped, self._precision(shaped)), key=lambda pair: pair[1])
+        deflated = Deflated.of(chain.jacobi)
+        size = max(abs(beyond.trace().value), float(np.abs(chain.jacobi.eigh()[0]).sum()), np.finfo(float).tiny)
+        least = 2 * float(np.mean(beyond.squares)) * (1.96 / (self._rtol * size)) ** 2
+        mass = float(deflated.rest.weights.sum())
+        if mass == 0:
+            return least
+        left = Spectrum(deflated.rest.nodes, beyond.dimension * deflated.rest.weights / mass)
+        whole = joined([(1.0, Spectrum.of(deflated.values)), (1.0, left)])
+        noise = Noise(SampledSpectrum(whole, left, 1, beyond.dimension), self._precision)
+        return max(least, noise.plan(0.5 * self._rtol, length=SHORT_LENGTHS[0], have=1).cost)
 
-    @property
-    def _left(self) -> int:
-        return self._max_hvps - (self._operator.num_hvps - self._first)
+    # --- probe vectors --------------------------------------------------------------------------------------------
 
-    def _long_chain(self) -> Chain:
-        """Extend the chain until its own quadrature error leaves room for sampling error, within budget and memory.
+    def _sample(self, state: Complement, deflation: Deflation) -> None:
+        """Draw probe vectors until the precision wanted is reached, the budget spent, or more would not help."""
+        if self._early:
+            inside, products = deflation.beyond(*self._early)
+            self._take_first_steps(state, inside, products)
+            self._early.clear()
+        self._draw_fine(state, deflation)
+        ahead = None
+        while True:
+            spectrum = state.spectrum()
+            reached, floor = self._precision(spectrum), self._precision(spectrum.with_endless_sampling())
+            self._report("bulk", reached)
+            if reached <= max(self._rtol, FUTILE * floor):
+                return
+            if ahead is None or not (missing := state.missing(ahead)):
+                ahead = self._plan(state)
+                state.length = ahead.length
+                missing = state.missing(ahead) or (0, max(BLOCK, state.num_vectors // 4))  # Student's share
+            if not self._draw(state, deflation, *missing):
+                return
 
-        Beyond that as long as sampling would take more products than the chain: what is deflated does not scatter.
-        """
-        most, notes = chain_steps(self._operator, most=self._most_steps, max_hvps=self._max_hvps)
-        self._notes += notes
-        start = torch.randn(
-            self._operator.dim,
-            generator=self._chain_generator,
-            dtype=self._operator.dtype,
-            device=self._operator.device,
-        )
-        chain = Chain(self._operator, start, capacity=most)
-        chain.extend(min(FIRST_STEPS, most))
-        self._report("outliers", None)
-        while not chain.exhausted and chain.jacobi.size < most and not self._suffices(chain.jacobi):
-            chain.extend(min(MORE_STEPS, most - chain.jacobi.size))
-            self._report("outliers", None)
-        return chain
+    def _draw(self, state: Complement, deflation: Deflation, shorts: int, vectors: int) -> bool:
+        """Draw about half of the probe vectors that are missing; whether the budget allowed for any."""
+        at_once = max(BLOCK, min(AT_ONCE, ENTRIES // self._operator.dim))
+        shorts = min(shorts, max(BLOCK, shorts // 2), self._left // state.length)
+        if shorts > 0:
+            for count in _blocks(shorts, at_once):
+                state.shorts += self._recurrences(count, deflation).extend(state.length).jacobis()
+            return True
+        vectors = min(max(vectors, 1), max(BLOCK, vectors // 2), self._left)
+        for count in _blocks(vectors, at_once):
+            starts = deflation.project(self._normal(count, self._probe_generator))
+            products = project_out(self._operator.matmat(starts), deflation.vectors)
+            self._take_first_steps(state, starts, products)
+        return vectors > 0
 
-    def _suffices(self, jacobi: Jacobi) -> bool:
-        state = Deflated.of(split(jacobi, dim=self._operator.dim), dim=self._operator.dim)
-        if not (state.is_known and self._ends_converged(jacobi)):
-            return False
-        quadrature = self._precision(state.spectrum().with_endless_sampling())
-        if jacobi.size >= MANY_STEPS:
-            return quadrature <= self._rtol / 2
-        return quadrature <= self._rtol / 4 and self._plan(state).cost <= jacobi.size
+    def _draw_fine(self, state: Complement, deflation: Deflation) -> None:
+        """Follow the first probe vector until its own quadrature error leaves room for sampling error."""
+        most = max(2, min(self._most_steps, self._left // 2, state.dimension))
+        chain = self._recurrences(1, deflation)
+        while True:
+            size = 0 if state.fine is None else state.fine.size
+            (state.fine,) = chain.extend(min(MORE_STEPS if size else FIRST_STEPS, most - size)).jacobis()
+            state.length = state.fine.size
+            quadrature = self._precision(state.spectrum().with_endless_sampling())
+            self._report("bulk", None)
+            if state.fine.size in (size, most) or quadrature <= self._rtol / 4:
+                return
+            many = state.fine.size >= MANY_FINE_STEPS
+            if quadrature <= self._rtol / 2 and (many or self._plan(state).cost <= state.fine.size):
+                return
 
-    def _plan(self, state: Deflated) -> Plan:
+    def _recurrences(self, count: int, deflation: Deflation) -> Recurrences:
+        starts = deflation.project(self._normal(count, self._probe_generator))
+        on_first = None if self._traces is None else self._traces.add
+        return Recurrences(self._operator, starts, deflated=deflation.vectors, on_first=on_first)
+
+    def _take_first_steps(self, state: Complement, vectors: Tensor, products: Tensor) -> None:
+        state.firsts += first_steps(vectors, products)
+        if self._traces is not None:
+            scale = lengths(vectors)
+            self._traces.add(vectors / scale, products / scale)
+
+    def _plan(self, state: Complement) -> Plan:
         return plan(state, self._precision, rtol=self._rtol, budget=self._left)
 
-    def _ends_converged(self, jacobi: Jacobi) -> bool:
-        found, (bottom, top) = ritz_values(jacobi), self._ends
-        return all(eigenvalue.converged for eigenvalue in (*found[:bottom], *found[len(found) - top :]))
 
-    def _report(self, stage: str, reached: float | None) -> None:
-        if self._on_progress is not None:
-            spent = self._operator.num_hvps - self._first
-            self._on_progress(stage, spent, reached)
-
-
-def chain_steps(operator: LinearOperator, *, most: int, max_hvps: int, beside: int = 0) -> tuple[int, list[str]]:
-    """Steps of a long chain: ``most``, a third of the products, or what memory less ``beside`` vectors holds.
-
-    Returns:
-        The steps, and what a user should know of them.
-    """
-    row = operator.dim * torch.empty((), dtype=operator.dtype).element_size()
-    crew = operator.crew
-    free = available_memory(operator.device) if crew is None else crew.memory_for_vectors()
-    fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1 - beside
-    most = min(most, max(min(max_hvps, 2), max_hvps // 3), operator.dim)
-    if fits >= most:
-        return most, []
-    most = max(2, fits)
-    return most, [
-        f"Memory for {most} Lanczos vectors of {row / 2**20:.0f} MiB only: fewer outliers are deflated, so the same "
-        "precision takes more probe vectors."
-    ]
+def _blocks(count: int, most: int) -> list[int]:
+    return [min(most, count - begin) for begin in range(0, count, most)]
 
 
 def _curvature(
-    result: _Result, *, cost: tuple[int, float], vector_measure: Spectrum | None, hvp: str | None
+    result: _Result, *, dim: int, cost: tuple[int, float], vector_measure: Spectrum | None, hvp: str | None
 ) -> Curvature:
-    spectrum = result.spectrum
-    trace, positive = spectrum.trace_of(lambda x: x), spectrum.trace_of(lambda x: np.maximum(x, 0.0))
+    spectrum, notes = result.spectrum, result.notes
+    positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
+    trace, norm = spectrum.trace_of(lambda x: x), spectrum.trace_of(np.square)
+    if result.start is not None:
+        trace, norm, disagreements = compared(trace, norm, result.start, dim=dim)
+        spectrum = _widened(spectrum, result.ritz, by=trace.quadrature - spectrum.trace_of(lambda x: x).quadrature)
+        notes = (*notes, *disagreements)
     # Few products leave the positive part open, of which this much is certain.
     positive = replace(positive, value=max(positive.value, trace.value, result.ritz[-1].value, 0.0))
     positive_sq = spectrum.fine.trace_of(lambda x: np.maximum(x, 0.0) ** 2)
     return Curvature(
         trace=trace,
-        frobenius_sq=spectrum.trace_of(np.square),
+        frobenius_sq=norm,
         lambda_max=result.ritz[-1],
         lambda_min=result.ritz[0],
         trace_positive=positive,
@@ -309,9 +300,17 @@ def _curvature(
         ritz=result.ritz,
         block_traces=result.block_traces,
         vector_measure=vector_measure,
-        notes=result.notes,
+        notes=notes,
         hvp=hvp,
     )
+
+
+def _widened(spectrum: SampledSpectrum, ritz: tuple[Eigenvalue, ...], *, by: float) -> SampledSpectrum:
+    """A spectrum whose thresholds know that so much of the trace is in doubt, at its outermost eigenvalue."""
+    end = max((eigenvalue.value for eigenvalue in ritz), key=abs)
+    if by <= 0 or end == 0:
+        return spectrum
+    return replace(spectrum, errors=(*spectrum.errors, (Spectrum(np.array([end]), np.array([by / abs(end)])),)))
 
 
 def _precision_of_positive_trace(spectrum: SampledSpectrum) -> float:

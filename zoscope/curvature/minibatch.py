@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.curvature.groups import ExampleMean, coupling_and_spread, gradient_sums, signed_sum
-from zoscope.curvature.lanczos import Jacobi, project_out, short_chains
+from zoscope.curvature.lanczos import Jacobi, Recurrences, project_out
 from zoscope.curvature.slq import averaged_rule
 from zoscope.problem import Objective
 from zoscope.problem.examples import Examples, Indices
@@ -139,7 +139,7 @@ def _rules(
 ) -> tuple[tuple[Spectrum, ...], tuple[Spectrum, ...]]:
     if not masses.any():
         return (), ()
-    chains = short_chains(operator, vectors, steps=length, deflated=pairs.vectors)
+    chains = Recurrences(operator, vectors, deflated=pairs.vectors).extend(length).jacobis()
     fine = tuple(_rule(chain, mass) for chain, mass in zip(chains, masses, strict=True))
     short = tuple(_rule(c.head(max(1, (3 * c.size) // 4)), mass) for c, mass in zip(chains, masses, strict=True))
     return fine, short

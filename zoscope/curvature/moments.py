@@ -5,36 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from zoscope.curvature.agreement import compared
 from zoscope.curvature.apart import Apart, Pieces, fewer_pieces, pieces_apart, variances
 from zoscope.curvature.beyond import KEPT, Beyond, exact_part
-from zoscope.curvature.lanczos import Chain, Rows, project_out
-from zoscope.curvature.measure import (
-    BLOCK,
-    FEWEST_HVPS,
-    FIRST_STEPS,
-    MANY_STEPS,
-    MORE_STEPS,
-    OnProgress,
-    chain_steps,
-    measure,
-)
+from zoscope.curvature.lanczos import Chain, Rows, project_out, rounding
+from zoscope.curvature.measure import AT_ONCE, ENTRIES, measure
 from zoscope.curvature.operators import LinearOperator, ShardOperator
 from zoscope.curvature.results import NORM, Eigenvalue, Moments, relative, ritz_values
+from zoscope.curvature.sampling import BLOCK, FEWEST_HVPS, OnProgress, Sampling
 from zoscope.errors import UsageError
-from zoscope.runtime import spawn_generators
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.student import NORMAL
 
 SMALL = 100
 """Dimension up to which all eigenvalues are computed: that takes no more products than sampling."""
-
-FAR = 3.0
-"""Products of sampling, in units of the chain, up to which a chain stops that no longer saves more than it takes."""
 
 PILOT_PIECES, PILOT_VECTORS = 4, 2
 """Least that tells how much pieces help, beside a quarter of them: about half a product each time."""
@@ -47,12 +37,6 @@ PAYS = 0.7
 
 UNREACHABLE, SMALLEST = 10**9, 1e-100
 """A number of vectors that nobody waits for, and a width that no number reaches."""
-
-FEWEST_SHARED = 3
-"""Shared vectors drawn before it is known how many will be needed."""
-
-AT_ONCE, ENTRIES = 16, 2**26
-"""Most vectors drawn together, and most entries that they have beyond the usual block."""
 
 
 def measure_moments(
@@ -87,7 +71,7 @@ def measure_moments(
     return _Measurement(operator, rtol=rtol, max_hvps=max_hvps, seed=seed, on_progress=on_progress).run()
 
 
-class _Measurement:
+class _Measurement(Sampling):
     def __init__(
         self,
         operator: LinearOperator,
@@ -97,78 +81,61 @@ class _Measurement:
         seed: int,
         on_progress: OnProgress | None,
     ) -> None:
-        self._operator = operator
+        super().__init__(operator, ends=(0, 1), max_hvps=max_hvps, seed=seed, kept=KEPT, on_progress=on_progress)
         self._rtol = rtol
-        self._max_hvps = max_hvps
-        self._on_progress = on_progress
-        self._begin, self._first = time.perf_counter(), operator.num_hvps
-        self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(seed, 3, operator.device)
+        self._begin = time.perf_counter()
         self._pieces = pieces_apart(operator.objective) if isinstance(operator, ShardOperator) else None
         self._count = 0  # of pieces, as many as help
         self._looked_at = 0  # steps of the chain when it was last measured how much pieces help
         self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
-        self._early: list[Tensor] = []  # vectors and their products
-        self._notes: list[str] = []
 
     def run(self) -> Moments:
         op = self._operator
         if op.dim <= min(SMALL, self._max_hvps):
             found = measure(op, method="dense")
             return self._result(found.trace, found.frobenius_sq, found.ritz, pieces=1)
-        chain = self._chain()
-        ritz, steps = ritz_values(chain.jacobi), chain.jacobi.size
-        if steps == op.dim:
-            trace, norm = (Estimate(value, 0.0) for value in exact_part(chain.jacobi))
-            return self._result(trace, norm, ritz, pieces=1)
+        chain = self._outliers()
+        start, pieces = chain.jacobi, 1
+        if start.size == op.dim:
+            trace, norm = (Estimate(value) for value in exact_part(start))
+        else:
+            trace, norm, pieces = self._sampled(chain)
+        noise = rounding(op.dtype, 1.0)
+        trace = replace(trace, quadrature=noise * abs(trace.value))
+        norm = replace(norm, quadrature=2 * noise * norm.value)
+        trace, norm, notes = compared(trace, norm, start, dim=op.dim)
+        self._notes += notes
+        return self._result(trace, norm, ritz_values(start, dtype=op.dtype), pieces=pieces)
+
+    def _sampled(self, chain: Chain) -> tuple[Estimate, Estimate, int]:
+        """Trace, norm and the number of pieces with vectors of their own."""
+        op = self._operator
         beyond = self._beyond(chain)
-        basis = chain.combine(np.eye(steps))
+        basis = chain.combine(np.eye(chain.jacobi.size))
         self._early.clear()
         self._share_vectors(beyond, basis)
         if self._pieces is None or self._ratio == 1:
-            return self._result(beyond.trace(), beyond.norm(), ritz, pieces=1)
+            return beyond.trace(), beyond.norm(), 1
         assert isinstance(op, ShardOperator)
         pieces = self._pieces if self._count == len(self._pieces) else fewer_pieces(op.objective, self._count)
-        return self._result(self._sample_apart(beyond, basis, pieces=pieces), beyond.norm(), ritz, pieces=len(pieces))
+        return self._sample_apart(beyond, basis, pieces=pieces), beyond.norm(), len(pieces)
 
     # --- the chain ------------------------------------------------------------------------------------------------
 
-    def _chain(self) -> Chain:
-        """Extend the chain until the largest eigenvalue is known and more steps take more products than they save."""
-        op = self._operator
-        most, note = chain_steps(op, most=MANY_STEPS, max_hvps=self._max_hvps, beside=KEPT)
-        self._notes += note
-        start = torch.randn(op.dim, generator=self._chain_generator, dtype=op.dtype, device=op.device)
-        chain = Chain(op, start, capacity=most)
-        chain.extend(min(FIRST_STEPS, most))
-        while not chain.exhausted and chain.jacobi.size < most and not self._suffices(chain):
-            self._report("outliers", None)
-            chain.extend(min(MORE_STEPS, most - chain.jacobi.size))
-        return chain
-
-    def _suffices(self, chain: Chain) -> bool:
-        steps = chain.jacobi.size
-        if not ritz_values(chain.jacobi)[-1].converged:
-            return False
-        beyond = self._beyond(chain)
+    def _enough(self, chain: Chain, beyond: Beyond) -> bool:
         if self._looked_at == 0:
             self._pilot(chain, beyond)
-        if self._looked_at < steps and self._saves_no_more(chain, beyond):
+        if self._looked_at < chain.jacobi.size and super()._enough(chain, beyond):
             self._pilot(chain, beyond)  # what was deflated since then helps shared vectors more than pieces
-        return self._saves_no_more(chain, beyond)
+        return super()._enough(chain, beyond)
 
-    def _saves_no_more(self, chain: Chain, beyond: Beyond) -> bool:
-        """Whether more steps of the chain take more products than they save."""
-        steps, ahead = chain.jacobi.size, self._ahead(beyond)
-        if ahead <= MORE_STEPS or ahead > FAR * steps:
-            return ahead <= MORE_STEPS
-        gained = beyond.exact[1] - exact_part(chain.jacobi.head(steps - MORE_STEPS))[1]
-        wanted = max(self._rtol * abs(beyond.trace().value) / NORMAL, SMALLEST)  # standard error
-        return self._ratio * 2 * gained < MORE_STEPS * wanted**2
-
-    def _ahead(self, beyond: Beyond) -> float:
-        """Products that sampling takes after a chain."""
+    def _ahead(self, chain: Chain, beyond: Beyond) -> float:
         trace, norm = self._vectors_for(beyond)
         return norm + self._ratio * (trace - norm) if trace > norm else norm
+
+    def _saved(self, gained: float, ahead: float, beyond: Beyond) -> float:
+        wanted = max(self._rtol * abs(beyond.trace().value) / NORMAL, SMALLEST)  # standard error
+        return float(self._ratio * 2 * gained / wanted**2)
 
     def _vectors_for(self, beyond: Beyond) -> tuple[int, int]:
         """Shared probe vectors, in all, that the trace takes, and the norm."""
@@ -176,15 +143,6 @@ class _Measurement:
             _vectors_for(beyond.trace, beyond.count, rtol=self._rtol),
             _vectors_for(beyond.norm, beyond.count, rtol=NORM * self._rtol),
         )
-
-    def _beyond(self, chain: Chain) -> Beyond:
-        """What the first shared vectors tell: they are drawn early, and looked at from every chain since."""
-        if not self._early:
-            vectors = self._normal(FEWEST_SHARED, self._probe_generator)
-            self._early = [vectors, self._operator.matmat(vectors)]
-        beyond = Beyond(exact_part(chain.jacobi), self._operator.dim - chain.jacobi.size)
-        beyond.add(*chain.beyond(self._early[0], self._early[1]))
-        return beyond
 
     def _pilot(self, chain: Chain, beyond: Beyond) -> None:
         """Find how many pieces help, and the variance of their sweep in units of that of a product, from a few."""
@@ -251,23 +209,11 @@ class _Measurement:
             both = Estimate(value, math.hypot(part * shared.stderr, (1 - part) * own.stderr))
             self._report("pieces", relative(both))
 
-    def _normal(self, count: int, generator: torch.Generator) -> Tensor:
-        op = self._operator
-        return torch.randn(count, op.dim, generator=generator, dtype=op.dtype, device=op.device)
-
     def _projected(self, count: int, basis: Rows) -> Tensor:
         once = project_out(self._normal(count, self._probe_generator), basis)
         return project_out(once, basis)  # the second time removes what rounding left of the first
 
     # --- the result -----------------------------------------------------------------------------------------------
-
-    @property
-    def _left(self) -> int:
-        return self._max_hvps - (self._operator.num_hvps - self._first)
-
-    def _report(self, stage: str, reached: float | None) -> None:
-        if self._on_progress is not None:
-            self._on_progress(stage, self._operator.num_hvps - self._first, reached)
 
     def _result(self, trace: Estimate, norm: Estimate, ritz: tuple[Eigenvalue, ...], *, pieces: int) -> Moments:
         self._report("done", _error(trace, norm))
@@ -276,7 +222,7 @@ class _Measurement:
             frobenius_sq=norm,
             lambda_max=ritz[-1],
             pieces=pieces,
-            num_hvps=self._operator.num_hvps - self._first,
+            num_hvps=self._spent,
             seconds=time.perf_counter() - self._begin,
             hvp=self._operator.hvp,
             notes=tuple(self._notes),

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from zoscope.curvature.jumps import Jump
-from zoscope.curvature.lanczos import Jacobi
+from zoscope.curvature.lanczos import Jacobi, rounding
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 
 Method = Literal["dense", "deflated-slq", "forward"]
@@ -175,10 +176,11 @@ def relative(estimate: Estimate) -> float:
     return estimate.half_width / abs(estimate.value) if estimate.value else math.inf
 
 
-def ritz_values(jacobi: Jacobi) -> tuple[Eigenvalue, ...]:
-    """Ritz values of a chain, ascending, with residuals."""
+def ritz_values(jacobi: Jacobi, *, dtype: torch.dtype) -> tuple[Eigenvalue, ...]:
+    """Ritz values of a chain, ascending, with residuals, which contain the rounding of a number format."""
     values, vectors = jacobi.eigh()
-    residuals = jacobi.betas[-1] * np.abs(vectors[-1])
+    noise = rounding(dtype, float(np.abs(values).max()))
+    residuals = np.hypot(jacobi.betas[-1] * np.abs(vectors[-1]), noise)
     return tuple(
         Eigenvalue(float(value), float(residual), converged=bool(residual <= EIGENVALUE_TOLERANCE * abs(value)))
         for value, residual in zip(values, residuals, strict=True)

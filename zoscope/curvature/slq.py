@@ -1,11 +1,8 @@
-"""Deflated stochastic Lanczos quadrature in two levels.
+"""Deflated stochastic Lanczos quadrature: converged Ritz pairs of a chain, and the rules of probe vectors.
 
-One long Lanczos chain from a random vector plays three parts. Its converged Ritz pairs are the outliers that carry most
-of a trace: they are counted exactly and deflated. What is left of its starting vector is a first random probe of the
-complement, resolved finely. Short chains from more probe vectors then average the sampling noise away, at a few
-products each. A short rule is biased where a function has a kink (the positive part of an indefinite Hessian at 0), but
-nearly equally so for every probe: the difference of fine and short rule on the long chain corrects it (a multilevel
-estimate in the sense of Giles 2008).
+Converged Ritz pairs carry most of a trace: they are counted exactly and deflated. Probe vectors of their complement
+tell the rest. They are drawn for it, and the chain's own start is not one of them: what deflation leaves of it is no
+random vector where Ritz vectors mix eigenvectors, as they do in multiple eigenvalues and in flat groups.
 
 Rules are averages of Gauss and anti-Gauss rules (Laurie 1996), which lie on opposite sides of most integrals.
 """
@@ -16,19 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.lanczos import Array, Chain, Jacobi, OnProducts, Rows, project_out, short_chains
+from zoscope.curvature.basis import inner
+from zoscope.curvature.beyond import first_moments
+from zoscope.curvature.lanczos import Array, Chain, Jacobi, project_out
 from zoscope.curvature.operators import LinearOperator
 from zoscope.theory.spectrum import Spectrum
 
-DEFLATION_TOLERANCES = (0.05, 0.02, 0.01, 1e-3, 1e-6, 0.0)
-"""Largest residual of a deflated Ritz pair, in units of its value: it enters traces by its square. The first that
-leaves the start a random vector is taken; stricter ones are for spectra without outliers, whose Ritz vectors mix."""
+DEFLATION_TOLERANCE = 0.05
+"""Largest residual of a deflated Ritz pair, in units of its value: it enters traces by its square."""
 
-RANDOM_REST = 0.9
-"""Share of the start that deflation must leave, in units of the share that it leaves of a random vector."""
 
-LARGEST_SHARE = 15.0
-"""Most of a random unit vector that one eigenvector holds, in units of 1/d: exceeded once in 10,000 times."""
+LARGEST_TILT = 4.0
+"""Most by which a weight grows, in units of itself, when a rule is tilted to moments that are better known."""
 
 
 def averaged_rule(jacobi: Jacobi) -> Spectrum:
@@ -51,19 +47,33 @@ def averaged_rule(jacobi: Jacobi) -> Spectrum:
     return joined([(0.5, part) for part in parts])
 
 
-def reshaped(rule: Spectrum, mean: float, square: float) -> Spectrum:
-    """A rule with its weights tilted by a parabola to a mean and a mean square; both keep the mass 1.
+def tilted(rule: Spectrum, mean: float, square: float, *, end: float) -> tuple[Spectrum, Spectrum]:
+    """A rule of unit mass with its weights multiplied by 1 plus a parabola, to a mean and a mean square.
 
-    What is not known, such as the fourth moment that the error of the second takes, keeps the shape of the rule.
+    The factor stays between 0 and 5, so that a positive rule stays positive and no weight becomes much larger.
+
+    Args:
+        rule: Positive weights.
+        mean: Wanted first moment.
+        square: Wanted second moment.
+        end: Largest size of an eigenvalue, where a mean is put that too few nodes cannot have.
+
+    Returns:
+        The rule, and what is missing of the change that was wanted, a signed rule of mass 0.
     """
-    scale = float(np.abs(rule.nodes).max(initial=0.0))
-    if rule.nodes.size < 3 or scale == 0:
-        spread = float(np.sqrt(max(square - mean**2, 0.0)))
-        return Spectrum(mean + spread * np.array([-1.0, 1.0]), np.array([0.5, 0.5]))
-    powers = np.vander(rule.nodes / scale, 3, increasing=True)
-    wanted = np.array([1.0, mean / scale, square / scale**2])
-    tilt = np.linalg.lstsq(powers.T @ (rule.weights[:, None] * powers), wanted, rcond=None)[0]
-    return Spectrum(rule.nodes, rule.weights * (powers @ tilt))
+    scale = float(np.abs(rule.nodes).max(initial=0.0)) or 1.0
+    known = min(3, rule.nodes.size)  # one node has no mean but its own
+    powers = np.vander(rule.nodes / scale, known, increasing=True)
+    change = np.array([1.0, mean / scale, square / scale**2])[:known] - rule.weights @ powers
+    gram = powers.T @ (rule.weights[:, None] * powers)
+    tilt = powers @ np.linalg.lstsq(gram, change, rcond=1e-12)[0]
+    share = min(1.0, 1.0 / max(-float(tilt.min()), float(tilt.max()) / LARGEST_TILT, 1.0))
+    unmatched = mean - float((rule.weights * (1.0 + tilt)) @ rule.nodes)
+    weight = unmatched / end if end > 0 else 0.0
+    missing = Spectrum(
+        np.append(rule.nodes, [end, 0.0]), np.append(rule.weights * tilt * (1.0 - share), [weight, -weight])
+    )
+    return Spectrum(rule.nodes, rule.weights * (1.0 + share * tilt)), missing
 
 
 def gauss_rule(jacobi: Jacobi) -> Spectrum:
@@ -72,69 +82,69 @@ def gauss_rule(jacobi: Jacobi) -> Spectrum:
     return Spectrum(nodes, vectors[0] ** 2)
 
 
-def jacobi_of(rule: Spectrum) -> Jacobi:
-    """Tridiagonal matrix of a discrete measure: Lanczos on ``diag(nodes)`` from the root of its weights."""
-    keep = rule.weights > 0
-    nodes, start = rule.nodes[keep], np.sqrt(rule.weights[keep])
-    basis = [start / np.linalg.norm(start)]
-    alphas, betas = [], []
-    for _ in range(len(nodes)):
-        w = nodes * basis[-1]
-        alphas.append(float(basis[-1] @ w))
-        known = np.array(basis)
-        for _ in range(2):
-            w = w - known.T @ (known @ w)
-        betas.append(float(np.linalg.norm(w)))
-        if len(basis) == len(nodes) or betas[-1] <= 1e-13 * np.abs(nodes).max():
-            break
-        basis.append(w / betas[-1])
-    return Jacobi(np.array(alphas), np.array(betas))
-
-
 @dataclass(frozen=True)
-class Split:
-    """A chain taken apart.
+class Deflated:
+    """Converged Ritz pairs of a chain.
 
     Args:
         ends: Smallest and largest Ritz value of the chain.
         values: ``(q,)`` Ritz values to deflate.
-        vectors: ``(k, q)`` their coordinates in the Krylov basis.
+        coordinates: ``(k, q)`` their vectors in the Krylov basis.
         residuals: ``(q,)`` their residuals.
-        rest: Tridiagonal matrix of the starting vector's measure on their complement; ``None`` when nothing is left.
+        rest: The others, weighted by what the start has of them.
     """
 
     ends: tuple[float, float]
     values: Array
-    vectors: Array
+    coordinates: Array
     residuals: Array
-    rest: Jacobi | None
+    rest: Spectrum
+
+    @classmethod
+    def of(cls, jacobi: Jacobi) -> "Deflated":
+        """Those of a chain whose residual is small beside the value."""
+        values, vectors = jacobi.eigh()
+        residuals = jacobi.betas[-1] * np.abs(vectors[-1])
+        converged = residuals <= DEFLATION_TOLERANCE * np.abs(values)
+        return cls(
+            (float(values[0]), float(values[-1])),
+            values[converged],
+            vectors[:, converged],
+            residuals[converged],
+            Spectrum(values[~converged], vectors[0, ~converged] ** 2),
+        )
 
 
-def split(jacobi: Jacobi, *, dim: int) -> Split:
-    """Separate the converged Ritz pairs of a chain from the rest of its measure.
-
-    A Ritz vector that holds much more of a random start than one eigenvector can is a mixture of many: it belongs to
-    the bulk, however small its residual, and deflating it would leave a start that is no random vector any more.
+class Deflation:
+    """The deflated vectors V, with what couples them to their complement: ``M V = V diag(θ) + r cᵀ``.
 
     Args:
-        jacobi: Tridiagonal matrix of the chain.
-        dim: Dimension d of the operator.
+        chain: Where they come from; it cannot be extended afterwards.
+        deflated: What is deflated of it.
     """
-    values, vectors = jacobi.eigh()
-    residuals = jacobi.betas[-1] * np.abs(vectors[-1])
-    single = vectors[0] ** 2 <= LARGEST_SHARE / dim
-    for tolerance in DEFLATION_TOLERANCES:
-        converged = single & (residuals <= tolerance * np.abs(values))
-        if 1 - (vectors[0, converged] ** 2).sum() >= RANDOM_REST * (1 - converged.sum() / dim):
-            break
-    rest = Spectrum(values[~converged], vectors[0, ~converged] ** 2)
-    return Split(
-        ends=(float(values[0]), float(values[-1])),
-        values=values[converged],
-        vectors=vectors[:, converged],
-        residuals=residuals[converged],
-        rest=jacobi_of(rest) if rest.weights.sum() > 1e-12 else None,
-    )
+
+    def __init__(self, chain: Chain, deflated: Deflated) -> None:
+        self.values = deflated.values
+        self.residual = chain.residual()
+        self.vectors = chain.combine(deflated.coordinates)
+        self.coupled = torch.zeros_like(self.residual)
+        for weight, vector in zip(deflated.coordinates[-1].tolist(), self.vectors, strict=True):
+            self.coupled.add_(vector, alpha=weight)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """``P Z`` for vectors ``(b, d)``; the second pass removes what rounding left of the first."""
+        return project_out(project_out(vectors, self.vectors), self.vectors)
+
+    def beyond(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+        """``P Z`` and ``P M P Z`` for vectors ``(b, d)`` and their products with M."""
+        inside = inner(vectors, self.coupled[None]).to(vectors) * self.residual
+        return self.project(vectors), project_out(products, self.vectors) - inside
+
+
+def first_steps(vectors: Tensor, products: Tensor) -> list[Jacobi]:
+    """Recurrences of one step from vectors ``(b, d)`` of a space and their products ``(b, d)`` in it."""
+    moments = zip(*first_moments(vectors, products), strict=True)
+    return [Jacobi(np.array([mean]), np.array([np.sqrt(max(square - mean**2, 0.0))])) for mean, square in moments]
 
 
 def joined(terms: list[tuple[float, Spectrum]]) -> Spectrum:
@@ -143,26 +153,6 @@ def joined(terms: list[tuple[float, Spectrum]]) -> Spectrum:
         np.concatenate([rule.nodes for _, rule in terms]),
         np.concatenate([factor * rule.weights for factor, rule in terms]),
     )
-
-
-def probe_block(
-    operator: LinearOperator,
-    deflated: Rows,
-    *,
-    probes: int,
-    length: int,
-    generator: torch.Generator,
-    on_first: OnProducts | None = None,
-) -> list[Spectrum]:
-    """Rules of ``probes`` new random vectors on the complement, at ``probes * length`` products.
-
-    ``on_first`` sees the vectors and their first products, see ``short_chains``.
-    """
-    starts = torch.randn(probes, operator.dim, generator=generator, dtype=deflated.dtype, device=deflated.device)
-    for _ in range(2):  # the second pass removes what rounding left of the first
-        starts = project_out(starts, deflated)
-    chains = short_chains(operator, starts, steps=length, deflated=deflated, on_first=on_first)
-    return [averaged_rule(jacobi) for jacobi in chains]
 
 
 def measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int) -> Spectrum | None:

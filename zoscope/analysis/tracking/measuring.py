@@ -13,9 +13,10 @@ from zoscope.analysis.optimizer_bounds import ci95
 from zoscope.analysis.precision import relative_half_width
 from zoscope.analysis.tracking.record import Record
 from zoscope.curvature.ggn import GGNOperator
-from zoscope.curvature.measure import OnProgress, measure
+from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, ShardOperator, gradient
 from zoscope.curvature.precondition import expected_preconditioner, probe_preconditioner
+from zoscope.curvature.sampling import OnProgress
 from zoscope.errors import NumericalError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.horizons import time_to_blow_up
