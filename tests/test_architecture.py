@@ -134,14 +134,6 @@ def test_no_stream_of_random_numbers_is_global() -> None:
             assert name not in {"torch.manual_seed", "np.random.seed", "random.seed", "np.random.rand"}, where
 
 
-def test_files_hold_one_idea() -> None:
-    assert not [
-        f"{path.relative_to(PACKAGE)} has {count} lines"
-        for path in sources()
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 320
-    ]
-
-
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

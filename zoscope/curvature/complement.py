@@ -18,7 +18,7 @@ import numpy as np
 
 from zoscope.curvature.lanczos import Jacobi
 from zoscope.curvature.slq import Deflated, averaged_rule, joined, tilted
-from zoscope.theory.spectrum import SampledSpectrum, Spectrum
+from zoscope.theory.spectrum import ENDLESS, SampledSpectrum, Spectrum
 
 SHORT_LENGTHS = (5, 8, 12, 20)
 """Lengths of the short recurrences to choose from."""
@@ -38,8 +38,8 @@ FUTILE = 1.1
 NOMINAL = 16
 """Number of vectors at which the noise of one is read off, with Student's factor for as many."""
 
-UNREACHABLE, ENDLESS = 10**4, 10**9
-"""Numbers of vectors that nobody waits for, and that leave no noise."""
+UNREACHABLE = 10**4
+"""A number of vectors that nobody waits for."""
 
 Precision = Callable[[SampledSpectrum], float]
 
@@ -263,8 +263,7 @@ class Noise:
         return self._above(shorts, ENDLESS)
 
     def _above(self, shorts: int, vectors: int) -> float:
-        found = replace(self._spectrum, num_probes=shorts, num_moments=vectors)
-        return max(self._precision(found) - self.floor, 0.0)
+        return max(self._precision(self._spectrum.with_counts(shorts, vectors)) - self.floor, 0.0)
 
     def half_width(self, plan: Plan) -> float:
         """After a plan."""

@@ -19,6 +19,9 @@ NodeFunction = Callable[[Array], Array]
 FEWEST_TO_COMPARE = 3
 """Probe vectors whose scatter says anything."""
 
+ENDLESS = 10**18
+"""Number of probe vectors that leaves no noise."""
+
 SIGNIFICANT = 3.0
 """Standard deviations by which a scatter must exceed that of sampling."""
 
@@ -168,9 +171,9 @@ class SampledSpectrum:
         if self.is_exact or not counted.any():
             return 0.0
         values, weights = values[counted], weights[counted]
-        if not self.num_moments:
+        if not self.num_moments or not np.isfinite(values).all():
             return self._stderr(values, weights, self.num_probes)
-        parabola = _projected(values, self.error_nodes[counted], weights)
+        parabola = self._parabolas @ (self._parabolas.T @ (weights * values))
         own = self._stderr(values - parabola, weights, self.num_probes)
         return math.hypot(self._stderr(parabola, weights, self.num_moments), own)
 
@@ -234,21 +237,31 @@ class SampledSpectrum:
         return nodes, weights[0], tuple(weights[low:high] for low, high in itertools.pairwise(ends))
 
     @cached_property
+    def _parabolas(self) -> Array:
+        """``(k, 3)`` parabolas at the nodes of ``sampled``, orthonormal under its weights; fewer for few nodes."""
+        nodes, weights = (part[self._rules[1] != 0] for part in self._rules[:2])
+        size = float(np.abs(nodes).max(initial=0.0)) or 1.0
+        root = np.sqrt(np.maximum(weights, 0.0))
+        powers = np.vander(nodes / size, min(3, nodes.size), increasing=True) * root[:, None]
+        left, scales, _ = np.linalg.svd(powers, full_matrices=False)
+        basis: Array = left[:, scales > 1e-12 * scales.max(initial=0.0)]
+        basis /= np.where(root > 0, root, np.inf)[:, None]
+        return basis
+
+    @cached_property
     def _single(self) -> tuple[NDArray[np.intp], Array, NDArray[np.intp]]:
         """Of the rules of single probe vectors, one after the other: places in `error_nodes`, weights, beginnings."""
         nodes = np.concatenate([rule.nodes for rule in self.probes])
         begins = np.cumsum([0, *(rule.nodes.size for rule in self.probes[:-1])])
         return np.searchsorted(self.error_nodes, nodes), np.concatenate([r.weights for r in self.probes]), begins
 
+    def with_counts(self, num_probes: int, num_moments: int) -> "SampledSpectrum":
+        """The same, as if over other numbers of probe vectors; what is computed of its nodes is kept."""
+        other = replace(self, num_probes=num_probes, num_moments=num_moments)
+        kept = ("_rules", "_single", "_parabolas")
+        other.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        return other
+
     def with_endless_sampling(self) -> "SampledSpectrum":
         """The same, as if over infinitely many probe vectors: what is left of its error is quadrature."""
-        return replace(self, sampled=Spectrum.of([]))
-
-
-def _projected(values: Array, nodes: Array, weights: Array) -> Array:
-    """The parabola in the nodes that is nearest to the values in weighted least squares."""
-    size = float(np.abs(nodes).max())
-    powers = np.vander(nodes / size if size else nodes, 3) * np.sqrt(np.maximum(weights, 0.0))[:, None]
-    with np.errstate(invalid="ignore"):
-        fit = np.linalg.lstsq(powers, values * np.sqrt(np.maximum(weights, 0.0)), rcond=None)[0]
-    return np.vander(nodes / size if size else nodes, 3) @ fit
+        return self.with_counts(ENDLESS, ENDLESS)
