@@ -32,7 +32,7 @@ problem = zoscope.Problem.from_criterion(model, [batch], nn.CrossEntropyLoss())
 held = held_memory("cpu")
 limit = held + int(sys.argv[2]) if len(sys.argv) > 2 else None
 if sys.argv[1] == "bounds":
-    found = zoscope.bounds(problem, optimizers=("gd",), max_hvps=16, steps=10, max_memory=limit)
+    found = zoscope.bounds(problem, optimizers=("gd",), max_hvps=24, steps=10, max_memory=limit)
     trace = found.to_dict()["curvature"]["hessian"]["trace"]["value"]
 elif sys.argv[1] == "track":
     found = zoscope.track(problem, lr=1e-6, max_hvps=24, steps=1, every=1, max_memory=limit)

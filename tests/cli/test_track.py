@@ -211,8 +211,8 @@ def test_an_interrupt_keeps_what_there_is_and_exits_130(spec, tmp_path, number) 
 def test_a_full_disk_is_one_paragraph_and_the_run_goes_on_later(spec, tmp_path) -> None:
     code = (
         "import resource, sys; from zoscope.cli.app import run; import zoscope.analysis.track\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
-        f"sys.exit(run(['track', {str(spec)!r}, '--lr', '0.001', '--steps', '40', '--every', '4', '--run', 'r', '-q']))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))\n"
+        f"sys.exit(run(['track', {str(spec)!r}, '--lr', '0.001', '--steps', '40', '--every', '2', '--run', 'r', '-q']))"
     )
     failed = subprocess.run(
         [sys.executable, "-c", code], env=HERE, cwd=tmp_path, capture_output=True, text=True, check=False
@@ -224,4 +224,4 @@ def test_a_full_disk_is_one_paragraph_and_the_run_goes_on_later(spec, tmp_path) 
     assert "zoscope track --resume r" in failed.stderr
     again = [sys.executable, "-m", "zoscope", "track", "--resume", "r", "-q"]
     assert subprocess.run(again, env=HERE, cwd=tmp_path, capture_output=True, check=False).returncode == 0
-    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 11
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 21

@@ -257,10 +257,14 @@ class Noise:
         self._spectrum, self._precision = spectrum, precision
         self.floor = precision(spectrum.with_endless_sampling())
         self.moment = math.sqrt(NOMINAL) * self._above(ENDLESS, NOMINAL)
+        # Two numbers tell Student's factor well enough for a plan; every one of them asks for all that is wanted.
+        few, many = (max(self._above(shorts, ENDLESS), 1e-300) for shorts in (1, NOMINAL))
+        self._few, self._power = few, math.log(few / many) / math.log(NOMINAL)
 
     def rest(self, shorts: int) -> float:
         """Of some short rules, in what is left of a function, with Student's factor for as many."""
-        return self._above(shorts, ENDLESS)
+        early = self._few * min(shorts, NOMINAL) ** -self._power
+        return float(early * math.sqrt(min(1.0, NOMINAL / shorts)))
 
     def _above(self, shorts: int, vectors: int) -> float:
         return max(self._precision(self._spectrum.with_counts(shorts, vectors)) - self.floor, 0.0)
