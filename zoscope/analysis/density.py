@@ -213,7 +213,8 @@ def steering_error(sampled: SampledSpectrum) -> float:
     radius = float(np.abs(sampled.fine.nodes).max(initial=0.0))
     if sampled.is_exact or radius == 0:
         return 0.0
-    return max(trace_error(sampled), density(sampled, scale=RESOLUTION * radius).error / DENSITY_TOLERANCE)
+    band = density(sampled, scale=RESOLUTION * radius, points=2)
+    return max(trace_error(sampled), band.error / DENSITY_TOLERANCE)
 
 
 def known_eigenvalues(curvature: Curvature) -> Known:

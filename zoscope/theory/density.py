@@ -84,7 +84,9 @@ def value_at(positions: Array, *, scale: float) -> Array:
     return 2 * scale * np.sinh(positions * math.log(10))
 
 
-def density(sampled: SampledSpectrum, *, scale: float, known: Known | None = None) -> Density:
+def density(
+    sampled: SampledSpectrum, *, scale: float, known: Known | None = None, points: int = POINTS_PER_BANDWIDTH
+) -> Density:
     """Density of a spectrum on the axis of a given scale.
 
     The band at a point is the widest within one bandwidth of it: differences between quadrature rules change their
@@ -94,21 +96,25 @@ def density(sampled: SampledSpectrum, *, scale: float, known: Known | None = Non
         sampled: The spectrum.
         scale: s, in the unit of an eigenvalue.
         known: Widens the band by what the residuals of these eigenvalues may move them.
+        points: Points per bandwidth; 2 are enough for its error.
     """
     places = position_of(sampled.fine.nodes, scale=scale)
-    step = BANDWIDTH / POINTS_PER_BANDWIDTH
+    step = BANDWIDTH / points
     first, last = (places.min() - MARGIN) / step, (places.max() + MARGIN) / step
     grid = step * np.arange(math.floor(first), math.ceil(last) + 1)  # multiples of the step: zero is among them
 
-    def smoothed_at(x: float) -> Estimate:
-        return sampled.trace_of(lambda nodes: _kernel(x - position_of(nodes, scale=scale)))
+    values = _kernel(grid[:, None] - places) @ sampled.fine.weights
+    error_places = position_of(sampled.error_nodes, scale=scale)
 
-    estimates = [smoothed_at(float(x)) for x in grid]
-    widths = np.array([estimate.half_width for estimate in estimates])
-    widths = maximum_filter1d(widths, size=2 * POINTS_PER_BANDWIDTH + 1)
+    def half_width(x: float) -> float:
+        bumps = _kernel(x - error_places)
+        return Estimate(0.0, sampled.stderr_at(bumps), sampled.quadrature_error_at(bumps)).half_width
+
+    widths = np.array([half_width(float(x)) for x in grid])
+    widths = maximum_filter1d(widths, size=2 * points + 1)
     if known is not None:
         widths = widths + _displacement(known, grid, scale=scale)
-    return Density(scale, grid, np.array([estimate.value for estimate in estimates]), widths)
+    return Density(scale, grid, values, widths)
 
 
 def finest_density(
