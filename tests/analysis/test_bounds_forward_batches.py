@@ -63,7 +63,7 @@ def test_the_spread_of_examples_is_estimated_without_bias():
     assert (stderr < 0.1 * np.abs(expected)).all()
 
 
-@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("size", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_descent_thresholds_are_those_of_the_hessian(size):
     known = zoscope.bounds(network(), optimizers=("gd",), batch_size=size, method="dense", **CPU)
     known = known.optimizers["gd"].minibatch.descent
@@ -81,7 +81,7 @@ def test_batches_that_are_given_cut_have_the_same_spread():
 
 
 @pytest.mark.parametrize("noise", [0.0, 2.0], ids=["fitted", "noisy"])
-@pytest.mark.parametrize("name", ["gd", "gdm"])
+@pytest.mark.parametrize("name", ["gd", pytest.param("gdm", marks=pytest.mark.slow)])
 def test_both_bounds_hold_the_threshold_of_the_explicit_operator(name, noise):
     problem, examples = least_squares(noise=noise)
     rule = update_rule(name)

@@ -52,11 +52,11 @@ def network() -> Problem:
     return Problem.from_criterion(model, [(x, y)], nn.CrossEntropyLoss())
 
 
-@pytest.fixture(scope="module")
-def sampled() -> list[SpectrumResult]:
+@pytest.fixture(scope="module", params=[3, pytest.param(SEEDS, marks=pytest.mark.slow)])
+def sampled(request: pytest.FixtureRequest) -> list[SpectrumResult]:
     problem = quadratic(VALUES)
     return [
-        zoscope.spectrum(problem, method="deflated-slq", device="cpu", max_hvps=240, seed=seed) for seed in range(SEEDS)
+        zoscope.spectrum(problem, method="deflated-slq", device="cpu", max_hvps=240, seed=s) for s in range(request.param)
     ]
 
 
@@ -136,7 +136,7 @@ def test_what_has_not_converged_has_no_place_in_the_order() -> None:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("curvature", ["hessian", pytest.param("ggn", marks=pytest.mark.slow)])
 def test_traces_by_layer_are_those_of_the_diagonal_blocks(curvature: str) -> None:
     problem = network()
     exact = zoscope.spectrum(problem, curvature=curvature, method="dense", by_layer=True, device="cpu")

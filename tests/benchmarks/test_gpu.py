@@ -8,6 +8,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parent / "bench_gpu.py"
 
 
+@pytest.mark.slow
 def test_products_and_forward_passes_are_measured(tmp_path: Path) -> None:
     target = tmp_path / "result.json"
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--rounds", "1", "--only", "hvp", "forward"]

@@ -25,6 +25,7 @@ SCRIPT = Path(__file__).parent / "bench_peers.py"
 ROOT = SCRIPT.parents[2]
 
 
+@pytest.mark.slow
 def test_every_workload_builds_and_is_measured_by_zoscope_alone(tmp_path: Path) -> None:
     target = tmp_path / "result.json"
     command = [sys.executable, str(SCRIPT), "--tiny", "--rounds", "1", "--json", str(target), "--tools"]

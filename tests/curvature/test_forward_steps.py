@@ -133,6 +133,7 @@ def mean_difference(problem, h, *, directions):
     return total / directions
 
 
+@pytest.mark.slow
 def test_kinks_are_within_the_bars_at_the_step_and_at_half_of_it():
     problem = kinked()
     runs = [measured(problem, seed=seed, max_hvps=300) for seed in range(12)]

@@ -59,6 +59,7 @@ def test_they_take_fewer_products_than_a_spectrum_and_are_covered():
     assert all(f.error <= 0.03 and f.pieces == 1 for f in found)
 
 
+@pytest.mark.slow
 def test_pieces_of_the_data_take_fewer_products_and_are_covered(small_pieces, monkeypatch):
     with network().prepare(dtype="float32") as objective:
         matrix = HessianOperator(objective).dense().double()

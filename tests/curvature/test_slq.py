@@ -153,7 +153,7 @@ def test_everything_is_exact_when_nothing_is_left_to_sample():
     assert spectrum.fine.trace == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("power", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_single_products_are_counted_in_the_first_two_moments(power):
     def value(firsts):
         return [estimate(seed, firsts=firsts).trace_of(lambda x: x**power) for seed in range(12)]
@@ -166,7 +166,7 @@ def test_single_products_are_counted_in_the_first_two_moments(power):
 
 
 @pytest.mark.parametrize("multiplicity", [2, 5, 30])
-@pytest.mark.parametrize("spread", [0.0, 1e-6])
+@pytest.mark.parametrize("spread", [0.0, pytest.param(1e-6, marks=pytest.mark.slow)])
 def test_eigenvalues_that_a_chain_cannot_tell_apart_are_all_counted(multiplicity, spread):
     outliers = 100 + spread * torch.arange(multiplicity)
     bulk = torch.randn(800, generator=torch.Generator().manual_seed(2), dtype=torch.float64).exp()
@@ -180,7 +180,7 @@ def test_eigenvalues_that_a_chain_cannot_tell_apart_are_all_counted(multiplicity
         assert max(errors) < 3
 
 
-@pytest.mark.parametrize("rank", [20, 200])
+@pytest.mark.parametrize("rank", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_fewer_examples_than_parameters_leave_no_confident_error(rank):
     generator = torch.Generator().manual_seed(4)
     features = torch.randn(rank, 2000, generator=generator, dtype=torch.float64)
@@ -262,6 +262,7 @@ def positive_part(nodes):
     return np.maximum(nodes, 0.0)
 
 
+@pytest.mark.slow
 def test_a_kink_inside_a_peak_at_zero_is_covered():
     eigenvalues = zero_heavy()
     op = DenseOperator(torch.diag(eigenvalues))

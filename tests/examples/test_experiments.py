@@ -15,7 +15,11 @@ from zoscope.spec import load_spec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDER = EXAMPLES / "experiments"
-CONFIGS = sorted(FOLDER.glob("*.yaml"))
+QUICK = {"batch-size", "flatzero-logistic", "gd-mlp", "toy", "zo-adam-mlp", "zo-gd-lstm"}
+CONFIGS = [
+    pytest.param(file, id=file.stem, marks=() if file.stem in QUICK else pytest.mark.slow)
+    for file in sorted(FOLDER.glob("*.yaml"))
+]
 TINY: dict[str, dict[str, Any]] = {
     "mlp.py": {"examples": 12, "width": 6},
     "vision.py": {"examples": 6, "width": 4},
@@ -62,7 +66,7 @@ def test_a_spec_is_the_same_twice_other_with_another_seed_and_leaves_the_global_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_configuration_runs_for_a_few_steps(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     values = read_track_config(config)
     spec = Path(values["spec"]).name

@@ -30,6 +30,7 @@ def test_a_zero_step_size_leaves_the_parameters_bit_for_bit(kind, net, batch):
     assert torch.equal(flat(net), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", ["snapshot", "fixed-point"])
 def test_ten_thousand_perturbations_leave_no_drift(restore):
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zoscope.analysis.notices import NOTICEABLE
 from zoscope.analysis.rows import Measured
 from zoscope.analysis.slope import Slope
 from zoscope.curvature.jumps import Jump, jump_of
@@ -151,18 +150,9 @@ def _missed(objective: Objective, base: LinearOperator, request: Request) -> Mis
     return missed_curvature(objective, base, generator=generator)
 
 
-def _counted(missed: Missed, trace: float) -> Estimate:
-    """What kinks add to the trace of the descent threshold: counted where they are noticed, else part of its error.
-
-    Args:
-        missed: From a few directions.
-        trace: That of second derivatives, of the positive part.
-    """
-    found = missed.trace
-    stderr = found.stderr * widening(PROBES - 1)
-    if abs(missed.significant) > NOTICEABLE * trace:
-        return replace(found, stderr=stderr)
-    return Estimate(0.0, stderr, quadrature=abs(found.value))
+def _counted(missed: Missed) -> Estimate:
+    """What kinks add to the trace of the descent threshold, from a few directions; nothing, to rounding, if smooth."""
+    return replace(missed.trace, stderr=missed.trace.stderr * widening(PROBES - 1))
 
 
 def curvature_operator(objective: Objective, request: Request) -> LinearOperator:
@@ -201,7 +191,7 @@ def _plain(
     if measure is not None:
         square, curved = float(measure.weights.sum()), float(measure.weights @ measure.nodes)
         trace = curvature.trace
-        kinks = _counted(missed, curvature.trace_positive.value)
+        kinks = _counted(missed)
         error = trace.half_width + kinks.half_width + rounding(g.dtype, abs(trace.value) + 2 * abs(curved) / square)
         slope = Slope(square, curved, trace.value + kinks.value, square, error)
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=None)
@@ -228,7 +218,7 @@ def _adam(
     (generator,) = spawn_generators(request.seed, 1, base.device)
     probes = probe_preconditioner(base.known(), p, generator=generator)
     alike = float(p.double().reciprocal().square().mean())  # kinks bend the loss in all directions alike
-    kinks = _counted(missed, abs(probes.shift) * curvature.trace_positive.value / alike)
+    kinks = _counted(missed)
     measure, slope = gradient_measure(curvature), None
     if measure is not None:
         slope = Slope(

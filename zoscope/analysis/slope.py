@@ -38,7 +38,7 @@ class Slope:
             replace(self, trace=self.trace + sign * self.trace_error).threshold(rule, moments) for sign in (0, 1, -1)
         )
         if not math.isfinite(value):
-            return Estimate(value)
+            return Estimate(value, quadrature=math.inf if math.isfinite(low) else 0.0)
         # Symmetric to first order; where the trace may be too small to limit anything, the upper end is infinite.
         return Estimate(value, quadrature=value - low if math.isfinite(high) else math.inf)
 
