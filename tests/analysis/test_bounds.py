@@ -195,7 +195,7 @@ def test_a_stationary_point_has_no_descent_threshold_and_a_collapsed_preconditio
 
 
 def test_a_linear_loss_limits_no_step_size() -> None:
-    result = measured(Problem.from_function(lambda x: x.sum(), torch.ones(3, dtype=torch.float64)), lr=1e9)
+    result = measured(Problem.from_function(lambda x: x.sum(), torch.ones(3, dtype=torch.float64)), lr=1e3)
     for row in result.optimizers.values():
         assert math.isinf(row.exact.value)
         assert row.recommended is None

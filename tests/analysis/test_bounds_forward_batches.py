@@ -63,7 +63,8 @@ def test_the_spread_of_examples_is_estimated_without_bias():
     assert (stderr < 0.1 * np.abs(expected)).all()
 
 
-@pytest.mark.parametrize("size", [4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4, 16])
 def test_descent_thresholds_are_those_of_the_hessian(size):
     known = zoscope.bounds(network(), optimizers=("gd",), batch_size=size, method="dense", **CPU)
     known = known.optimizers["gd"].minibatch.descent

@@ -55,9 +55,8 @@ def network() -> Problem:
 @pytest.fixture(scope="module", params=[3, pytest.param(SEEDS, marks=pytest.mark.slow)])
 def sampled(request: pytest.FixtureRequest) -> list[SpectrumResult]:
     problem = quadratic(VALUES)
-    return [
-        zoscope.spectrum(problem, method="deflated-slq", device="cpu", max_hvps=240, seed=s) for s in range(request.param)
-    ]
+    given = {"method": "deflated-slq", "device": "cpu", "max_hvps": 240}
+    return [zoscope.spectrum(problem, seed=seed, **given) for seed in range(request.param)]
 
 
 # --- the density ------------------------------------------------------------------------------------------------------
@@ -136,7 +135,8 @@ def test_what_has_not_converged_has_no_place_in_the_order() -> None:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("curvature", ["hessian", pytest.param("ggn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_traces_by_layer_are_those_of_the_diagonal_blocks(curvature: str) -> None:
     problem = network()
     exact = zoscope.spectrum(problem, curvature=curvature, method="dense", by_layer=True, device="cpu")

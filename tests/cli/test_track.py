@@ -172,7 +172,7 @@ def test_a_folder_with_a_run_is_refused(zoscope_cli, spec) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_keeps_what_there_is_and_exits_130(spec, tmp_path, number) -> None:
     command = [
         sys.executable,

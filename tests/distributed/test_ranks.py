@@ -86,7 +86,8 @@ def measurements(folder: Path) -> list[Any]:
 
 
 def tolerance(name: str) -> float:
-    return 1e-4 if name == "float32" else 1e-6  # float32 adds up in another order
+    # float32 adds up in another order, and the second differences of the descent threshold magnify that.
+    return 2e-3 if name == "float32" else 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def estimate_dict(estimate: Estimate) -> dict[str, float | None]:
 def ci95(estimate: Estimate) -> Pair:
     """The 95 % interval of a positive quantity: the lower end is cut at 0."""
     low, high = estimate.interval
-    return max(0.0, low), high  # in this order 0 also stands for what is not known
+    return max(low, 0.0), high
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,9 @@ class Slope:
         value, low, high = (
             replace(self, trace=self.trace + sign * self.trace_error).threshold(rule, moments) for sign in (0, 1, -1)
         )
-        if not math.isfinite(value):
-            return Estimate(value, quadrature=math.inf if math.isfinite(low) else 0.0)
-        # Symmetric to first order; where the trace may be too small to limit anything, the upper end is infinite.
-        return Estimate(value, quadrature=value - low if math.isfinite(high) else math.inf)
+        if math.isfinite(high) or math.isinf(low):
+            return Estimate(value, quadrature=value - low if math.isfinite(value) else 0.0)  # to first order symmetric
+        return Estimate(value, quadrature=math.inf, least=low)  # the trace may be too small to limit anything
 
     def threshold(
         self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0

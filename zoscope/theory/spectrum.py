@@ -34,11 +34,13 @@ class Estimate:
         value: The estimate.
         stderr: Standard error from random sampling; 0 for an exact number.
         quadrature: Bound on the deterministic error of the quadrature rule, in the unit of ``value``.
+        least: Lower end of an interval whose upper end is infinite.
     """
 
     value: float
     stderr: float = 0.0
     quadrature: float = 0.0
+    least: float | None = None
 
     @property
     def half_width(self) -> float:
@@ -48,6 +50,8 @@ class Estimate:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval ``(lo, hi)``."""
+        if self.least is not None:
+            return self.least, math.inf
         return self.value - self.half_width, self.value + self.half_width
 
 
