@@ -50,6 +50,7 @@ def spread_by_hand(problem):
     )
 
 
+@pytest.mark.slow
 def test_the_spread_of_examples_is_estimated_without_bias():
     expected = spread_by_hand(network())
     samples = []

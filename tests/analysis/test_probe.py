@@ -32,7 +32,10 @@ def many_modes():
 SHORT = {"growth": 30.0, "replicas": 8, "threshold": "exact"}
 
 
-@pytest.mark.parametrize("optimizer", ["zo-gd", "zo-gdm", "zo-adam", "gd", "gdm", "adam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["zo-gd", "zo-adam", "gdm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zo-gdm", "gd", "adam"))],
+)
 def test_a_right_threshold_is_confirmed(optimizer, many_modes):
     result = probe(many_modes, optimizer=optimizer, ratios=(0.7, 1.4), **SHORT)
     assert result.outcome == "confirmed", result.reason

@@ -208,6 +208,7 @@ def test_an_interrupt_keeps_what_there_is_and_exits_130(spec, tmp_path, number) 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs limits of a process")
+@pytest.mark.slow
 def test_a_full_disk_is_one_paragraph_and_the_run_goes_on_later(spec, tmp_path) -> None:
     code = (
         "import resource, sys; from zoscope.cli.app import run; import zoscope.analysis.track\n"

@@ -53,7 +53,7 @@ COMMANDS = {
     ],
     "linearized": ["probe", SPEC, "--linearized", "--replicas", "2", "--steps", "15", "--max-hvps", "40"],
 }
-SELDOM = {"one batch", "mini-batches probed", "linearized"}
+SELDOM = {"ggn", "one batch", "cut for derivatives", "micro-batches", "mini-batches probed", "linearized"}
 """Left to the slow test, which has all of them."""
 OFTEN = {name: args for name, args in COMMANDS.items() if name not in SELDOM}
 

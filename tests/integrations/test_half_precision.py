@@ -60,7 +60,7 @@ MODELS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("auto", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bounds_of_a_bfloat16_model_are_those_of_its_copy(name: str, dtype: str) -> None:
     narrow = MODELS[name]().to(torch.bfloat16)

@@ -20,7 +20,10 @@ def run(optimizer: str = "zo-gd", lr: str = "0.01,20:0.02", steps: int = 40) -> 
     return zoscope.track(problem, optimizer=optimizer, lr=lr, steps=steps, every=10, device="cpu")
 
 
-@pytest.mark.parametrize("optimizer", ["zo-gd", "zo-gdm", "zo-adam", "gd", "gdm", "adam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["zo-gd", "adam", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zo-gdm", "zo-adam", "gd", "gdm"))],
+)
 def test_every_optimizer_has_a_picture_with_its_term(optimizer: str, tmp_path: Path) -> None:
     result = run(optimizer)
     draw(result, [tmp_path / "plot.png", tmp_path / "plot.svg"])
