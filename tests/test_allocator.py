@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from zoscope import Problem
-from zoscope.runtime import allocator, available_memory, held_memory, kept_memory, memory_limit, release_memory
+from zoscope.runtime import available_memory, held_memory, kept_memory, memory_limit, release_memory
+from zoscope.runtime import memory as allocator
 
 SIZE = 200 * 2**20
 NEAR = 40 * 2**20  # others than tensors come and go too

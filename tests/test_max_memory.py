@@ -12,8 +12,8 @@ from torch import nn
 from zoscope import NumericalError, Problem, UsageError
 from zoscope.cli.app import run
 from zoscope.cli.validate import size
-from zoscope.curvature.linear import LinearOperator
-from zoscope.curvature.measure import measure
+from zoscope.curvature.operators import LinearOperator
+from zoscope.curvature.slq import measure
 from zoscope.runtime import available_memory, held_memory, is_limited, memory_limit
 
 MEASURED = """

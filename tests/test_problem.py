@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from zoscope.errors import SpecError, UsageError
-from zoscope.problem import Problem, nest
+from zoscope.problem import Problem
+from zoscope.problem import pytree as nest
 
 F64 = torch.float64
 

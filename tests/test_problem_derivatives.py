@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoscope.curvature.operators import HessianOperator
 from zoscope.problem import Problem, SecondDerivativesByHand
-from zoscope.problem.graph import node_names
+from zoscope.runtime.autograd_errors import node_names
 
 BY_HAND = "_ValueBackward"
 

@@ -13,7 +13,7 @@ import zoscope
 from zoscope.cli.app import run
 from zoscope.errors import SpecError
 from zoscope.optim.directions import partition
-from zoscope.problem.dispatched import entrance
+from zoscope.problem.model import entrance
 
 accelerate = pytest.importorskip("accelerate")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

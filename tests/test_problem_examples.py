@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.problem.examples import Examples
+from zoscope.problem.objective import Examples
 
 
 def generator():

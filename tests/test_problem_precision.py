@@ -8,7 +8,7 @@ from torch import nn
 
 import zoscope
 from zoscope.errors import SpecError
-from zoscope.problem.precision import measurable
+from zoscope.problem.core import measurable
 from zoscope.runtime import without_autocast
 
 

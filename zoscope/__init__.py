@@ -11,11 +11,11 @@ from zoscope._version import __version__
 if TYPE_CHECKING:
     from zoscope.analysis.bounds import bounds as bounds
     from zoscope.analysis.check import check as check
-    from zoscope.analysis.density import spectrum as spectrum
-    from zoscope.analysis.moments import moments as moments
-    from zoscope.analysis.monitoring.forward import ForwardMonitor as ForwardMonitor
-    from zoscope.analysis.monitoring.stability import StabilityMonitor as StabilityMonitor
+    from zoscope.analysis.monitor import ForwardMonitor as ForwardMonitor
+    from zoscope.analysis.monitor import StabilityMonitor as StabilityMonitor
     from zoscope.analysis.probe import probe as probe
+    from zoscope.analysis.spectrum import moments as moments
+    from zoscope.analysis.spectrum import spectrum as spectrum
     from zoscope.analysis.track import track as track
     from zoscope.errors import NumericalError as NumericalError
     from zoscope.errors import SpecError as SpecError
@@ -32,10 +32,10 @@ _HOME = {
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",
-    "spectrum": "zoscope.analysis.density",
-    "moments": "zoscope.analysis.moments",
-    "StabilityMonitor": "zoscope.analysis.monitoring.stability",
-    "ForwardMonitor": "zoscope.analysis.monitoring.forward",
+    "spectrum": "zoscope.analysis.spectrum",
+    "moments": "zoscope.analysis.spectrum",
+    "StabilityMonitor": "zoscope.analysis.monitor",
+    "ForwardMonitor": "zoscope.analysis.monitor",
     "ZOGD": "zoscope.optim",
     "ZOGDM": "zoscope.optim",
     "ZOAdam": "zoscope.optim",

@@ -16,7 +16,7 @@ import mezo
 import numpy as np
 
 import zoscope
-from zoscope.curvature.stencil import Stencil
+from zoscope.curvature.finite_difference import Stencil
 
 GRID = tuple(10.0 ** (k / 2) for k in range(-12, 1))
 """Values of eps from 1e-6 to 1, two to a decade."""

@@ -10,24 +10,21 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.analysis import rows
+from zoscope.analysis import measurement as rows
+from zoscope.analysis.advice import GATE, Threshold
+from zoscope.analysis.bounds import BoundsResult, Estimator
 from zoscope.analysis.check import _judged
-from zoscope.analysis.checking.thresholds import Measurement
-from zoscope.analysis.measured import ProblemInfo
-from zoscope.analysis.minibatch import BatchSpread
-from zoscope.analysis.minibatch_results import MiniBatchModel
-from zoscope.analysis.optimizer_bounds import OptimizerBounds, Verdict
-from zoscope.analysis.recommend import GATE, Threshold
-from zoscope.analysis.results import BoundsResult, Estimator
-from zoscope.analysis.rows import Measured, Question, optimizer_row
-from zoscope.analysis.slope import Slope
+from zoscope.analysis.check_runner import CheckMeasurement
+from zoscope.analysis.measurement import MeasuredOperator, Slope, ThresholdQuery, optimizer_row
+from zoscope.analysis.minibatch import BatchSpread, MiniBatchModel
+from zoscope.analysis.result import ProblemInfo
+from zoscope.analysis.thresholds import OptimizerBounds, Verdict
 from zoscope.config.load import EMPTY, build_checks, override_tree
-from zoscope.curvature.results import Curvature, Eigenvalue
+from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.errors import UsageError
-from zoscope.theory.curve import GradientMeasure
 from zoscope.theory.minibatch import HessianNoise
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope.theory.quadratic import GradientMeasure
+from zoscope.theory.rules import GAUSSIAN, OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 FACTORS = (0.3, 1.0, 1.1, 1.5, 10.0)
@@ -97,23 +94,23 @@ class Case:
             slope = Slope(square, node * square, trace.value, square, trace.half_width)
         self.slope = slope
         spread = spread_of(eigenvalues, slope) if batches else None
-        self.measured = Measured("hessian", self.curvature, self.measure, batches=spread)
+        self.measured = MeasuredOperator("hessian", self.curvature, self.measure, batches=spread)
 
     def row(self, name: str, threshold: str, steps: int) -> OptimizerBounds:
         rule = update_rule(name)
         descent = None if self.slope is None else self.slope.estimate(rule, GAUSSIAN)
-        question = Question(steps, threshold, None, 1.0, GAUSSIAN, self.doubts)
+        question = ThresholdQuery(steps, threshold, None, 1.0, GAUSSIAN, self.doubts)
         return optimizer_row(self.measured, question, rule=rule, settings={}, descent=descent)
 
     def verdict(self, row: OptimizerBounds, threshold: str, steps: int, lr: float) -> Verdict:
         """That of the row, with the step size asked about."""
-        question = Question(steps, threshold, lr, 1.0, GAUSSIAN, self.doubts)
+        question = ThresholdQuery(steps, threshold, lr, 1.0, GAUSSIAN, self.doubts)
         assert row.advisor is not None
         found = rows._verdict(self.measured, question, row.advisor, limit=row.limit, minibatch=row.minibatch)
         assert found is not None
         return found
 
-    def measurement(self, name: str) -> Measurement:
+    def measurement(self, name: str) -> CheckMeasurement:
         """As ``check`` has it: steered by the longest horizon, and by whatever another check asked for."""
         result = BoundsResult(
             spec=None,
@@ -129,10 +126,10 @@ class Case:
             num_hvps=0,
             seconds=0.0,
         )
-        return Measurement.of(result, steps=STEPS, seconds=0.0)
+        return CheckMeasurement.of(result, steps=STEPS, seconds=0.0)
 
 
-def checked(measurement: Measurement, name: str, threshold: str, steps: int, lr: float):
+def checked(measurement: CheckMeasurement, name: str, threshold: str, steps: int, lr: float):
     options = {"optimizer": f"zo-{name}", "lr": lr, "steps": steps, "threshold": threshold}
     tree = ("the command line", override_tree(options))
     (config,) = build_checks(EMPTY, overrides=[tree], only=(), needs_spec=False, notices=())

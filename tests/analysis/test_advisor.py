@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from zoscope.analysis.advisor import LONG_WAY, Advisor, decrease
-from zoscope.theory.curve import GradientMeasure
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
+from zoscope.analysis.advice import LONG_WAY, Advisor, decrease
+from zoscope.theory.quadratic import GradientMeasure
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import SampledSpectrum
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 import zoscope
 from zoscope import NumericalError, Problem
-from zoscope.analysis.results import BoundsResult
-from zoscope.theory.mean_square import StabilityCondition
+from zoscope.analysis.bounds import BoundsResult
 from zoscope.theory.rules import OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 POSITIVE = torch.logspace(-2, 1, 30, dtype=torch.float64)
 INDEFINITE = torch.cat([POSITIVE, -torch.logspace(-2, 0, 6, dtype=torch.float64)])

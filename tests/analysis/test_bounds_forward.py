@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.analysis.estimate import estimate
-from zoscope.analysis.estimate_results import KindCost, recommended
+from zoscope.analysis.estimate import KindCost, estimate, recommended
 from zoscope.errors import NumericalError, UsageError
-from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 DIMENSION = 80
 

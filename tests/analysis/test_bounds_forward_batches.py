@@ -13,8 +13,7 @@ from tests.theory.minibatch_oracle import explicit_threshold
 from zoscope.curvature.forward import measure_forward
 from zoscope.errors import UsageError
 from zoscope.theory.minibatch import spread_of_batches
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
+from zoscope.theory.rules import GAUSSIAN, update_rule
 
 CPU = {"device": "cpu"}
 

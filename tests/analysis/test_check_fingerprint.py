@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.analysis.checking.fingerprint import UncacheableError, local_files, problem_fingerprint
+from zoscope.analysis.check_runner import UncacheableError, local_files, problem_fingerprint
 
 
 def mse(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

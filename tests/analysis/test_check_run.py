@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 import zoscope
-from zoscope.analysis.checking.gate import Decision
-from zoscope.analysis.checking.results import CheckReport
+from zoscope.analysis.check import Decision
+from zoscope.analysis.check_results import CheckReport
 from zoscope.errors import UsageError
-from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.thresholds import fo_threshold
+from zoscope.theory.stability import StabilityCondition, fo_threshold
 
 EIGENVALUES = np.linspace(0.1, 3.0, 12)
 

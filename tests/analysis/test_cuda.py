@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.curvature.hvp import METHODS
-from zoscope.curvature.operators import HessianOperator
+from zoscope.curvature.operators import METHODS, HessianOperator
 from zoscope.runtime import held_memory, peak_bytes
 
 pytestmark = [

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.analysis.growth import FALL, GROWN, Growth, growth_notices, measure_growth
+from zoscope.analysis.notices import FALL, GROWN, Growth, growth_notices, measure_growth
 from zoscope.curvature.operators import HessianOperator
 from zoscope.theory.spectrum import Estimate
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from zoscope.analysis import notices
-from zoscope.analysis.optimizer_bounds import Binding, Horizon, OptimizerBounds
-from zoscope.curvature.precondition import Preconditioner
-from zoscope.curvature.results import Curvature, Eigenvalue
+from zoscope.analysis.thresholds import Binding, Horizon, OptimizerBounds
+from zoscope.curvature.preconditioner import Preconditioner
+from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.problem import Notice
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum

@@ -3,12 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.analysis.precision import relative_half_width, wanted_precision
-from zoscope.theory.horizons import horizon_curve
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
+from zoscope.analysis.request import relative_half_width, wanted_precision
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+from zoscope.theory.stability import StabilityCondition, horizon_curve
 
 GD = update_rule("gd")
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import zoscope
 from zoscope.analysis.probe import probe
-from zoscope.analysis.probing.results import ProbeInterruptedError
+from zoscope.analysis.probe_results import ProbeInterruptedError
 from zoscope.errors import NumericalError
 from zoscope.report.probe import render
 
@@ -67,7 +67,7 @@ def test_on_the_quadratic_model_of_a_quadratic_the_runs_are_the_same(many_modes)
 
 @pytest.mark.parametrize("optimizer", ["zo-gd", "zo-adam", "gdm"])
 def test_a_large_quadratic_model_runs_in_its_eigenbasis(optimizer, monkeypatch, many_modes):
-    monkeypatch.setattr("zoscope.analysis.probing.ground.DENSE_LIMIT", 10)
+    monkeypatch.setattr("zoscope.analysis.probe_runs.DENSE_LIMIT", 10)
     result = probe(many_modes, optimizer=optimizer, ratios=(0.7, 1.4), linearized=True, **SHORT)
     assert "linearized-spectrum" in {notice.code for notice in result.warnings}
     assert result.outcome == "confirmed", result.reason
@@ -79,7 +79,7 @@ def test_in_the_eigenbasis_the_mean_loss_is_that_of_the_matrix(monkeypatch, many
         return result.runs[0].prediction
 
     whole = change()
-    monkeypatch.setattr("zoscope.analysis.probing.ground.DENSE_LIMIT", 10)
+    monkeypatch.setattr("zoscope.analysis.probe_runs.DENSE_LIMIT", 10)
     found = change()
     error = math.hypot(whole.stderr, found.stderr)
     assert abs(found.measured_change - whole.measured_change) < 4 * error
@@ -206,7 +206,7 @@ def test_the_report_fits(width, many_modes):
 
 
 def test_a_picture_is_drawn(many_modes, tmp_path):
-    from zoscope.report.probe_plot import draw
+    from zoscope.report.probe import draw
 
     result = probe(many_modes, ratios=(0.7, 1.4), steps=20, replicas=2)
     draw(result, tmp_path / "probe.png")

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from zoscope.analysis.probing.edge import edge_outcome
-from zoscope.analysis.probing.results import Edge, EdgePoint, EndState, ProbedThreshold
-from zoscope.analysis.probing.verdict import growth_verdict
+from zoscope.analysis.probe_results import Edge, EdgePoint, EndState, ProbedThreshold
+from zoscope.analysis.probe_runs import edge_outcome, growth_verdict
 
 
 def edge(value, *, sharpened=False):

@@ -6,7 +6,7 @@ import torch
 
 import zoscope
 from zoscope.analysis.probe import probe
-from zoscope.analysis.probing.path import flow_times, follow_gradient
+from zoscope.analysis.probe_prediction import flow_times, follow_gradient
 from zoscope.theory.rules import update_rule
 
 

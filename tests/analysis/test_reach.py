@@ -7,7 +7,7 @@ import torch
 
 import zoscope
 from zoscope import Problem
-from zoscope.analysis.reach import measure_reach, noise_distance
+from zoscope.analysis.notices import measure_reach, noise_distance
 from zoscope.theory.rules import update_rule
 
 SIZE = 400

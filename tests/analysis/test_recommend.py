@@ -2,20 +2,10 @@ import math
 
 import pytest
 
-from zoscope.analysis.optimizer_bounds import Binding
-from zoscope.analysis.recommend import (
-    APART,
-    DOUBTS,
-    GATE,
-    MARGIN,
-    Limit,
-    Thresholds,
-    advise,
-    choose_binding,
-    stand,
-)
-from zoscope.theory.horizons import HorizonPoint
+from zoscope.analysis.advice import APART, DOUBTS, GATE, MARGIN, Limit, Thresholds, advise, choose_binding, stand
+from zoscope.analysis.thresholds import Binding
 from zoscope.theory.spectrum import Estimate
+from zoscope.theory.stability import HorizonPoint
 
 
 def thresholds(

@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
 
-from zoscope.analysis.rows import HORIZONS, Measured, Question, optimizer_row
-from zoscope.curvature.results import Curvature, Eigenvalue
-from zoscope.theory.curve import GradientMeasure, predicted_loss
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope.analysis.measurement import HORIZONS, MeasuredOperator, ThresholdQuery, optimizer_row
+from zoscope.curvature.slq import Curvature, Eigenvalue
+from zoscope.theory.quadratic import GradientMeasure, predicted_loss
+from zoscope.theory.rules import GAUSSIAN, OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum
 
 POSITIVE = np.geomspace(1e-3, 10, 30)
@@ -31,9 +30,13 @@ def exact_curvature(eigenvalues: np.ndarray) -> Curvature:
 
 
 def row(eigenvalues, *, name="gd", steps=100, gradient=None, descent=None, lr=None):
-    measured = Measured("hessian", exact_curvature(eigenvalues), gradient)
+    measured = MeasuredOperator("hessian", exact_curvature(eigenvalues), gradient)
     return optimizer_row(
-        measured, Question(steps, "binding", lr, 1.0, GAUSSIAN), rule=update_rule(name), settings={}, descent=descent
+        measured,
+        ThresholdQuery(steps, "binding", lr, 1.0, GAUSSIAN),
+        rule=update_rule(name),
+        settings={},
+        descent=descent,
     )
 
 

@@ -3,13 +3,11 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.analysis.recommend import GATE, Limit
-from zoscope.analysis.verdicts import doubling_steps, judge
-from zoscope.theory.curve import GradientMeasure
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
+from zoscope.analysis.advice import GATE, Limit, doubling_steps, judge
+from zoscope.theory.quadratic import GradientMeasure
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 GD = update_rule("gd")
 SPECTRUM = Spectrum.of(np.geomspace(1e-3, 10, 40))

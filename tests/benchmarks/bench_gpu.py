@@ -39,9 +39,8 @@ from torch import Tensor, nn
 
 from zoscope import Problem
 from zoscope.curvature.forward import LEAST_DIRECTIONS, measure_forward
-from zoscope.curvature.hvp import METHODS, shard_products
-from zoscope.curvature.measure import measure
-from zoscope.curvature.operators import HessianOperator
+from zoscope.curvature.operators import METHODS, HessianOperator, shard_products
+from zoscope.curvature.slq import measure
 from zoscope.problem import OWN_DTYPE, Objective
 from zoscope.runtime import is_out_of_memory, peak_bytes, release_memory
 

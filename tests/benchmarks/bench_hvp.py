@@ -28,8 +28,7 @@ import torch
 from peers import clock
 from peers.workloads import WORKLOADS, Size, build
 
-from zoscope.curvature.hvp import Products, shard_products
-from zoscope.curvature.operators import HessianOperator
+from zoscope.curvature.operators import HessianOperator, Products, shard_products
 from zoscope.problem import Objective
 from zoscope.runtime import held_memory
 
@@ -46,7 +45,7 @@ SHARES = {"cnn": 0.1, "resnet": 0.25, "decoder": 0.25}
 
 def _products(objective: Objective, method: str) -> Products:
     if method == PLAIN:
-        with mock.patch("zoscope.curvature.hvp.SecondDerivativesByHand", nullcontext):
+        with mock.patch("zoscope.curvature.operators.SecondDerivativesByHand", nullcontext):
             return shard_products(objective, objective.shards[0], method="double-backward")
     if method != "auto":
         return shard_products(objective, objective.shards[0], method=method)

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from zoscope import Problem
-from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import HessianOperator
+from zoscope.curvature.slq import measure
 from zoscope.runtime import peak_bytes
 
 CLASSES, INPUTS = 10, 32

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from zoscope import Problem
 from zoscope.optim import ZOGD, ZOGDM, ZOAdam
-from zoscope.optim.replicas import Estimator, Limits, Plan, run
+from zoscope.optim.perturbation import StackedSurface
+from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run
 from zoscope.optim.rules import GD
-from zoscope.optim.surface import StackedSurface
 
 STEPS = 300
 
@@ -140,7 +140,7 @@ def bench_replicas(rounds: int) -> dict[str, float]:
             start, shard = objective.read(), objective.shards[0]
             optimizer = ZOGD(objective.params, lr=1e-9)
             rule, limits = GD(), Limits()
-            plan = Plan(rule, Estimator(), lr=1e-9, steps=STEPS, replicas=8, seed=0, limits=limits)
+            plan = ReplicaPlan(rule, ZerothOrderEstimator(), lr=1e-9, steps=STEPS, replicas=8, seed=0, limits=limits)
             together = partial(run, StackedSurface(objective), start, plan, together=True)
             loss = partial(objective.loss, shard)
             seconds = alternate(

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from zoscope.cli.check import fraction
-from zoscope.cli.formats import FORMATS
-from zoscope.config.schema import schema_text
+from zoscope.cli.check import FORMATS, fraction
+from zoscope.config.keys import schema_text
 from zoscope.errors import UsageError
 
 SPEC = """\

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoscope.cli import progress
+from zoscope.cli import output as progress
 
 
 def test_nothing_is_shown_where_nobody_looks(capsys) -> None:

@@ -8,8 +8,8 @@ QUADRATIC = Path(__file__).parents[2] / "examples" / "quadratic.py"
 SLOW = ("sympy", "scipy", "torch._dynamo", "matplotlib", "jsonschema", "zoscope.optim")
 NEEDLESS = (
     *("yaml", "tomllib", "statistics", "rich.progress", "rich.live"),
-    *("zoscope.analysis.minibatch", "zoscope.theory.minibatch", "zoscope.curvature.minibatch"),
-    *("zoscope.curvature.ggn", "zoscope.curvature.adam_state", "zoscope.report.forward", "zoscope.report.minibatch"),
+    *("zoscope.analysis.estimate", "zoscope.analysis.minibatch", "zoscope.curvature.minibatch"),
+    *("zoscope.curvature.ggn", "zoscope.curvature.forward"),
 )
 """What only some options, or a terminal, ask for."""
 
@@ -28,13 +28,13 @@ def test_bounds_loads_no_package_that_takes_longer_than_its_measurement() -> Non
 
 def test_bounds_loads_nothing_that_only_other_options_need() -> None:
     loaded = loaded_after("bounds", str(QUADRATIC), "--quiet")
-    assert "zoscope.analysis.slope" in loaded
+    assert "zoscope.analysis.measurement" in loaded
     assert not loaded & set(NEEDLESS)
 
 
 def test_torch_is_loaded_without_a_collection_of_garbage() -> None:
     code = (
-        "import gc; from zoscope.cli.imports import load_torch\n"
+        "import gc; from zoscope.cli.output import load_torch\n"
         "before = gc.get_stats()[2]['collections']; load_torch()\n"
         "print(gc.get_stats()[2]['collections'] - before, gc.isenabled(), gc.get_freeze_count() > 100_000)"
     )

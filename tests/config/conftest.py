@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zoscope.config.load import build_checks, load_document
-from zoscope.config.model import CheckConfig
+from zoscope.config.load import CheckConfig, build_checks, load_document
 
 VALID = """\
 x-shared: &adam

@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from zoscope.config.hf_args import SCHEDULERS, load_hf_args
-from zoscope.config.load import EMPTY, build_checks, override_tree
-from zoscope.config.located import ConfigError
-from zoscope.config.model import CheckConfig
+from zoscope.config.load import EMPTY, CheckConfig, build_checks, override_tree
+from zoscope.config.sources import ConfigError
+from zoscope.config.training import SCHEDULERS, load_hf_args
 from zoscope.errors import UsageError
 
 MEZO = {

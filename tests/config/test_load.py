@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 
 from zoscope.config.keys import OPTIONS
-from zoscope.config.load import EMPTY, build_checks, find_config, load_document, override_tree
-from zoscope.config.located import ConfigError
-from zoscope.config.model import CheckConfig
+from zoscope.config.load import EMPTY, CheckConfig, build_checks, find_config, load_document, override_tree
+from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
 
 Load = Callable[..., tuple[CheckConfig, ...]]

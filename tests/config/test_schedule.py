@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoscope.config.schedule import Piecewise, Schedule, parse_step_sizes
+from zoscope.config.load import Piecewise, Schedule, parse_step_sizes
 
 
 def test_a_number_is_a_constant():

@@ -6,10 +6,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from zoscope.config.kinds import plain
+from zoscope.config.keys import config_schema, plain, schema_text, shipped_schema
 from zoscope.config.load import build_checks, load_document
-from zoscope.config.schema import config_schema, schema_text, shipped_schema
-from zoscope.config.yaml_reader import read_yaml
+from zoscope.config.sources import read_yaml
 
 VALIDATOR = jsonschema.Draft202012Validator(config_schema())
 

@@ -2,10 +2,9 @@ from collections.abc import Callable
 
 import pytest
 
-from zoscope.config.kinds import plain
-from zoscope.config.located import ConfigError, InvalidError, Located
-from zoscope.config.model import CheckConfig
-from zoscope.config.toml_reader import read_pyproject
+from zoscope.config.keys import plain
+from zoscope.config.load import CheckConfig
+from zoscope.config.sources import ConfigError, InvalidError, Node, read_pyproject
 
 Load = Callable[..., tuple[CheckConfig, ...]]
 
@@ -67,5 +66,5 @@ def test_broken_toml_is_one_error(value: str) -> None:
 
 def test_values_are_located() -> None:
     tree = read_pyproject(PYPROJECT)
-    assert isinstance(tree, Located)
+    assert isinstance(tree, Node)
     assert plain(tree)["defaults"] == {"steps": 200, "policy": {"margin": 0.5}}

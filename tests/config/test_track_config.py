@@ -6,11 +6,11 @@ import inspect
 import pytest
 
 import zoscope
-from zoscope.analysis.tracking.request import TrackRequest
-from zoscope.cli.track_options import RunOptions
-from zoscope.config.located import ConfigError
-from zoscope.config.schedule import Piecewise, Schedule
-from zoscope.config.track import TRACK, plain_config, read_axis, read_sweep, read_track_config, read_track_option
+from zoscope.analysis.track_results import TrackRequest
+from zoscope.cli.track import RunOptions
+from zoscope.config.load import Piecewise, Schedule
+from zoscope.config.sources import ConfigError
+from zoscope.config.training import TRACK, plain_config, read_axis, read_sweep, read_track_config, read_track_option
 from zoscope.errors import UsageError
 
 

@@ -2,15 +2,14 @@ import time
 
 import pytest
 
-from zoscope.config.kinds import plain
-from zoscope.config.located import InvalidError, Located
-from zoscope.config.yaml_reader import MAX_BYTES, MAX_DEPTH, read_yaml
+from zoscope.config.keys import plain
+from zoscope.config.sources import MAX_BYTES, MAX_DEPTH, InvalidError, Node, read_yaml
 
 
-def entry(tree: Located, name: str) -> Located:
+def entry(tree: Node, name: str) -> Node:
     assert isinstance(tree.value, dict)
     found = tree.value[name]
-    assert isinstance(found, Located)
+    assert isinstance(found, Node)
     return found
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from zoscope import Problem
-from zoscope.curvature.adam_state import stored_preconditioner
+from zoscope.curvature.preconditioner import stored_preconditioner
 from zoscope.errors import UsageError
 
 BETAS, EPS = (0.8, 0.95), 1e-6

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature.beyond import Beyond, exact_part
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.operators import DenseOperator
+from zoscope.curvature.slq import DeflatedHutchinson, exact_part
 from zoscope.errors import NumericalError
 
 from .matrices import network_like, rotated
@@ -56,7 +56,7 @@ def test_errors_are_those_of_many_draws(count):
     p = projector(chain)
     found = []
     for seed in range(200):
-        beyond, vectors = Beyond(exact, DIM - 10), normal(count, DIM, seed=100 + seed) @ p
+        beyond, vectors = DeflatedHutchinson(exact, DIM - 10), normal(count, DIM, seed=100 + seed) @ p
         beyond.add(vectors, vectors @ MATRIX @ p)
         found.append((beyond.trace(), beyond.norm()))
     truths = float(MATRIX.trace()), float(MATRIX.square().sum())
@@ -70,7 +70,7 @@ def test_errors_are_those_of_many_draws(count):
 
 
 def test_nothing_beyond_is_no_error():
-    beyond = Beyond((3.0, 5.0), 10)
+    beyond = DeflatedHutchinson((3.0, 5.0), 10)
     beyond.add(normal(3, 12, seed=0), torch.zeros(3, 12, dtype=MATRIX.dtype))
     assert beyond.trace().interval == (3.0, 3.0)
     assert beyond.norm().interval == (5.0, 5.0)
@@ -79,4 +79,4 @@ def test_nothing_beyond_is_no_error():
 def test_products_that_are_not_finite_are_refused():
     vectors = normal(2, 12, seed=0)
     with pytest.raises(NumericalError, match="not finite"):
-        Beyond((3.0, 5.0), 10).add(vectors, vectors * torch.tensor([[1.0], [torch.inf]]))
+        DeflatedHutchinson((3.0, 5.0), 10).add(vectors, vectors * torch.tensor([[1.0], [torch.inf]]))

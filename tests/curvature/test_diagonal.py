@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
+from zoscope.curvature.slq import measure
 
 from .matrices import network_like, rotated
 

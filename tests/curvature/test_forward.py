@@ -141,8 +141,8 @@ def snapshot(model):
 @pytest.mark.parametrize("large", [False, True])
 def test_parameters_come_back_bit_for_bit(dtype, large, monkeypatch):
     if large:  # as if they were: out of memory meanwhile, and rounded to a grid where the dtype allows
-        monkeypatch.setattr("zoscope.problem.originals.IN_MEMORY", 0)
-        monkeypatch.setattr("zoscope.curvature.stencil.SNAPSHOT_BYTES", 0)
+        monkeypatch.setattr("zoscope.problem.model.IN_MEMORY", 0)
+        monkeypatch.setattr("zoscope.curvature.finite_difference.SNAPSHOT_BYTES", 0)
     problem = perceptron()
     problem.model.to(dtype)
     x, y = problem.batches[0]
@@ -156,7 +156,7 @@ def test_parameters_come_back_bit_for_bit(dtype, large, monkeypatch):
 def test_large_models_give_the_numbers_of_small_ones(monkeypatch):
     problem = perceptron()
     small = measured(problem, dtype="float64", max_hvps=60)
-    monkeypatch.setattr("zoscope.curvature.stencil.SNAPSHOT_BYTES", 0)
+    monkeypatch.setattr("zoscope.curvature.finite_difference.SNAPSHOT_BYTES", 0)
     large = measured(problem, dtype="float64", max_hvps=60)
     # Entries of directions are rounded to 1/64 there, far below what the law of uᵀHu notices.
     assert large.trace.value == pytest.approx(small.trace.value, abs=0.1 * small.trace.stderr)

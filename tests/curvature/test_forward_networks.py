@@ -15,10 +15,9 @@ from torch.nn import functional
 from zoscope.curvature.forward import measure_forward
 from zoscope.curvature.operators import HessianOperator, gradient
 from zoscope.problem import Problem
-from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.thresholds import forward_only_bounds
+from zoscope.theory.stability import StabilityCondition, forward_only_bounds
 
 pytestmark = pytest.mark.slow
 

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from zoscope.curvature.finite_difference import Difference, Stencil, choose_step
 from zoscope.curvature.forward import measure_forward
 from zoscope.curvature.operators import HessianOperator
-from zoscope.curvature.stencil import Difference, Stencil
-from zoscope.curvature.steplength import choose_step
 from zoscope.problem import OWN_DTYPE, Problem
 
 from .matrices import rotated

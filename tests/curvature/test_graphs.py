@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.curvature import graphs
-from zoscope.curvature.hvp import shard_products
-from zoscope.curvature.operators import HessianOperator
+from zoscope.curvature import operators as graphs
+from zoscope.curvature.operators import HessianOperator, shard_products
 
 
 def problem(*, batches: int = 1, flat: bool = False) -> zoscope.Problem:

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 import zoscope
-from zoscope.curvature.jumps import jump_along, jump_of
-from zoscope.curvature.stencil import Stencil
+from zoscope.curvature.finite_difference import Stencil
+from zoscope.curvature.nonsmooth import jump_along, jump_of
 
 STEPPED = {
     "floor": lambda out, y: torch.floor(4 * out).square().mean(),

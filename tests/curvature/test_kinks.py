@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.curvature.kinks import missed_curvature
+from zoscope.curvature.nonsmooth import nonsmooth_curvature
 from zoscope.curvature.operators import HessianOperator
 from zoscope.problem import Problem
 
@@ -22,7 +22,7 @@ def excess(activation, *, dtype="float64"):
     with problem.prepare(device="cpu", dtype=dtype) as objective:
         before = objective.read()
         operator = HessianOperator(objective)
-        found = missed_curvature(objective, operator, generator=torch.Generator().manual_seed(3))
+        found = nonsmooth_curvature(objective, operator, generator=torch.Generator().manual_seed(3))
         assert torch.equal(objective.read(), before)
         trace = float(operator.dense().trace())
     return found, trace
@@ -49,7 +49,7 @@ def test_one_kink_counts_by_the_directions_that_cross_it():
     c = width * (2 * torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1)
     problem = Problem.from_function(lambda x: (x - c).abs().sum(), torch.zeros(count, dtype=torch.float64))
     with problem.prepare(device="cpu") as objective:
-        found = missed_curvature(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
+        found = nonsmooth_curvature(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
     assert found.trace.value == pytest.approx(count / width, abs=5 * found.trace.stderr)
 
 
@@ -72,7 +72,7 @@ def test_an_operation_that_hides_its_second_derivative_is_noticed():
     start = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     problem = Problem.from_function(lambda x: (HiddenCube.apply(x) - target).square().mean(), start)
     with problem.prepare(device="cpu") as objective:
-        found = missed_curvature(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
+        found = nonsmooth_curvature(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
     assert found.disagreement > 0.1
     result = zoscope.bounds(problem, optimizers=["gd"])
     (said,) = [notice.message for notice in result.warnings if notice.code == "kinks"]

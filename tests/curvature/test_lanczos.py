@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from zoscope.curvature.lanczos import Chain, Jacobi, Recurrences, project_out
-from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
-from zoscope.curvature.results import ritz_values
+from zoscope.curvature.slq import measure, ritz_values
 from zoscope.errors import NumericalError
 
 from .matrices import rotated

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature import sampling
-from zoscope.curvature.measure import measure
+from zoscope.curvature import slq as sampling
 from zoscope.curvature.operators import DenseOperator
+from zoscope.curvature.slq import measure
 from zoscope.errors import NumericalError, UsageError
 
 from .matrices import network_like, rotated
@@ -115,7 +115,7 @@ def test_little_memory_shortens_the_chain_and_says_so(monkeypatch):
 
 
 def test_a_matrix_too_large_for_memory_is_refused_before_any_product(monkeypatch):
-    monkeypatch.setattr("zoscope.curvature.dense.available_memory", lambda device: 10_000)
+    monkeypatch.setattr("zoscope.curvature.operators.available_memory", lambda device: 10_000)
     op = operator(network_like(size=60))
     with pytest.raises(UsageError, match=r"--method dense.*GiB.*deflated-slq"):
         measure(op, method="dense")

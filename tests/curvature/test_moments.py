@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.curvature import apart, moments
-from zoscope.curvature.apart import pieces_apart
-from zoscope.curvature.measure import measure
-from zoscope.curvature.moments import measure_moments
+from zoscope.curvature import moments
+from zoscope.curvature import moments as apart
+from zoscope.curvature.moments import measure_moments, pieces_apart
 from zoscope.curvature.operators import DenseOperator, HessianOperator
+from zoscope.curvature.slq import measure
 from zoscope.errors import UsageError
 
 from .matrices import network_like, rotated

@@ -4,8 +4,7 @@ from torch import nn
 
 import zoscope
 from zoscope.curvature.ggn import GGNOperator
-from zoscope.curvature.hvp import METHODS
-from zoscope.curvature.operators import DenseOperator, HessianOperator, Preconditioned, gradient
+from zoscope.curvature.operators import METHODS, DenseOperator, HessianOperator, Preconditioned, gradient
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import Problem
 

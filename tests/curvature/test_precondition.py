@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from zoscope.curvature.operators import DenseOperator
-from zoscope.curvature.precondition import expected_preconditioner, probe_preconditioner
+from zoscope.curvature.preconditioner import expected_preconditioner, probe_preconditioner
 from zoscope.errors import NumericalError
-from zoscope.theory.moments import GAUSSIAN, estimator_moments
+from zoscope.theory.rules import GAUSSIAN, estimator_moments
 
 
 def rotated(eigenvalues: torch.Tensor, *, seed: int) -> torch.Tensor:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator, Preconditioned
-from zoscope.curvature.scaled import divided, nearly_scalar
-from zoscope.theory.mean_square import StabilityCondition
+from zoscope.curvature.preconditioner import divided, nearly_scalar
+from zoscope.curvature.slq import measure
 from zoscope.theory.rules import update_rule
+from zoscope.theory.stability import StabilityCondition
 
 
 def problem(spread: float):

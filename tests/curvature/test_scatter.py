@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from zoscope.curvature.scatter import mean_of, ratio_of, variance_of
+from zoscope.curvature.forward import mean_of, ratio_of, variance_of
 
 
 def test_a_ratio_of_few_skewed_groups_is_covered():

@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature.complement import Complement, plan
 from zoscope.curvature.lanczos import Chain, Recurrences
-from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import DenseOperator
-from zoscope.curvature.slq import Deflated, Deflation, averaged_rule, gauss_rule, joined, tilted
+from zoscope.curvature.slq import (
+    Complement,
+    Deflated,
+    Deflation,
+    averaged_rule,
+    gauss_rule,
+    joined,
+    measure,
+    plan,
+    tilted,
+)
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 from .matrices import network_like, rotated

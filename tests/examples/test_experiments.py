@@ -10,7 +10,7 @@ import torch
 
 import zoscope
 from zoscope.cli.app import run
-from zoscope.config.track import read_track_config
+from zoscope.config.training import read_track_config
 from zoscope.spec import load_spec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import transformers
 
-from zoscope.config.hf_args import FO_OPTIMIZERS, SCHEDULERS, load_hf_args
-from zoscope.config.load import EMPTY, build_checks, override_tree
-from zoscope.config.model import CheckConfig
+from zoscope.config.load import EMPTY, CheckConfig, build_checks, override_tree
+from zoscope.config.training import FO_OPTIMIZERS, SCHEDULERS, load_hf_args
 
 
 def dumped(tmp_path: Path, **arguments: object) -> Path:

@@ -13,8 +13,7 @@ import zoscope
 import zoscope.integrations
 from tests.integrations.conftest import VOCABULARY, small_examples, small_model
 from zoscope.curvature.operators import HessianOperator
-from zoscope.integrations.hf_batches import Weighting
-from zoscope.integrations.huggingface import problem_from_transformers
+from zoscope.integrations.huggingface import Weighting, problem_from_transformers
 
 
 def objective_value(problem: zoscope.Problem, **options: Any) -> float:

@@ -5,9 +5,9 @@ from torch import nn
 
 import zoscope
 from zoscope.optim import ZOGD
-from zoscope.optim.replicas import Estimator, Limits, Plan, run, run_groups
+from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, StackedSurface, choose_surface
+from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run, run_groups
 from zoscope.optim.rules import GD, GDM, Adam
-from zoscope.optim.surface import MiniBatchSurface, SequentialSurface, StackedSurface, choose_surface
 
 
 @pytest.fixture
@@ -18,12 +18,15 @@ def problem(net, batch):
 
 def trajectory(surface, start, *, together, rule=None, **options):
     settings = {"lr": 1e-2, "steps": 8, "replicas": 3, "seed": 0, "limits": Limits(), **options}
-    estimator = settings.pop("estimator", Estimator())
-    return run(surface, start, Plan(rule=rule or GD(), estimator=estimator, **settings), together=together)
+    estimator = settings.pop("estimator", ZerothOrderEstimator())
+    return run(surface, start, ReplicaPlan(rule=rule or GD(), estimator=estimator, **settings), together=together)
 
 
 @pytest.mark.parametrize("rule", [GD(), GDM(), Adam()], ids=lambda rule: type(rule).__name__)
-@pytest.mark.parametrize("estimator", [Estimator(), Estimator(queries=3, directions="sphere"), Estimator(order=1)])
+@pytest.mark.parametrize(
+    "estimator",
+    [ZerothOrderEstimator(), ZerothOrderEstimator(queries=3, directions="sphere"), ZerothOrderEstimator(order=1)],
+)
 def test_replicas_are_the_same_together_and_in_turn(problem, rule, estimator):
     with problem.prepare() as objective:
         start = objective.read()
@@ -97,7 +100,7 @@ def test_stacked_losses_are_those_of_single_copies(layer):
 def test_a_replica_sees_the_same_mini_batches_whichever_replicas_run_beside_it(problem):
     with problem.prepare() as objective:
         start, surface = objective.read(), MiniBatchSurface(objective, 2, seed=0)
-        plan = Plan(GD(), Estimator(), lr=1e-2, steps=8, replicas=3, seed=0, limits=Limits())
+        plan = ReplicaPlan(GD(), ZerothOrderEstimator(), lr=1e-2, steps=8, replicas=3, seed=0, limits=Limits())
         third = run_groups(surface, start, plan, groups=[[2]])[0]
         everyone = run(surface, start, plan, together=False)
     np.testing.assert_array_equal(third.losses[:, 0], everyone.losses[:, 2])
@@ -109,7 +112,7 @@ def test_all_queries_of_a_step_see_one_mini_batch(problem):
         surface, seen = MiniBatchSurface(objective, 2, seed=0), []
         value_of = objective.value_of
         objective.value_of = lambda shards: seen.append(shards) or value_of(shards)
-        plan = Plan(GD(), Estimator(queries=3), lr=1e-2, steps=2, replicas=1, seed=0, limits=Limits())
+        plan = ReplicaPlan(GD(), ZerothOrderEstimator(queries=3), lr=1e-2, steps=2, replicas=1, seed=0, limits=Limits())
         run(surface, objective.read(), plan, together=False)
     drawn = [shards for shards in seen if shards is not objective.shards]
     assert [id(shards) for shards in drawn] == [id(drawn[0])] * 6 + [id(drawn[6])] * 6

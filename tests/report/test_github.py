@@ -1,7 +1,7 @@
 import re
 
-from zoscope.analysis.checking.results import CheckReport
-from zoscope.report.github import github
+from zoscope.analysis.check_results import CheckReport
+from zoscope.report.check import github
 
 COMMAND = re.compile(r"^::(?P<level>\w+) (?P<properties>[^:]*)::(?P<message>.*)$")
 

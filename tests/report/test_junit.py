@@ -2,8 +2,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from zoscope.analysis.checking.results import CheckReport
-from zoscope.report.junit import junit
+from zoscope.analysis.check_results import CheckReport
+from zoscope.report.check import junit
 
 junitparser = pytest.importorskip("junitparser")
 

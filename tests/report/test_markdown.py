@@ -1,7 +1,7 @@
 import re
 
-from zoscope.analysis.checking.results import CheckReport
-from zoscope.report.markdown import HEADER, markdown
+from zoscope.analysis.check_results import CheckReport
+from zoscope.report.check import HEADER, markdown
 
 SEPARATOR = re.compile(r"(?<!\\)\|")
 

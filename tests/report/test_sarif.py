@@ -4,8 +4,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from zoscope.analysis.checking.results import CheckReport
-from zoscope.report.sarif import sarif
+from zoscope.analysis.check_results import CheckReport
+from zoscope.report.check import sarif
 
 
 def closed(required: list[str], **properties: Any) -> dict[str, Any]:

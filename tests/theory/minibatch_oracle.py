@@ -6,8 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from zoscope.theory.moments import EstimatorMoments
-from zoscope.theory.rules import UpdateRule
+from zoscope.theory.rules import EstimatorMoments, UpdateRule
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from functools import cached_property
 import numpy as np
 from scipy.stats import ortho_group
 
-from zoscope.theory.moments import EstimatorMoments
-from zoscope.theory.rules import UpdateRule
+from zoscope.theory.rules import EstimatorMoments, UpdateRule
 from zoscope.theory.spectrum import Spectrum
 
 

@@ -3,11 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.curve import GradientMeasure, MeanPath, best_lr, final_loss, predicted_loss
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import EstimatorMoments, estimator_moments
-from zoscope.theory.rules import UpdateRule, update_rule
+from zoscope.theory.quadratic import GradientMeasure, MeanPath, best_lr, final_loss, predicted_loss
+from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 from .second_moment_oracle import Quadratic, expected_losses
 from .test_mean_square import every_estimator, every_rule

@@ -3,12 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.curve import GradientMeasure, predicted_loss
-from zoscope.theory.descent import descent_threshold, descent_threshold_adam
-from zoscope.theory.moments import EstimatorMoments, estimator_moments
-from zoscope.theory.rules import update_rule
+from zoscope.theory.quadratic import GradientMeasure, descent_threshold, descent_threshold_adam, predicted_loss
+from zoscope.theory.rules import EstimatorMoments, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.thresholds import fo_threshold
+from zoscope.theory.stability import fo_threshold
 
 from .second_moment_oracle import Quadratic, expected_losses
 

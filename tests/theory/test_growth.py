@@ -3,11 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.growth import growth_rate, steps_to_grow
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import EstimatorMoments, estimator_moments
-from zoscope.theory.rules import update_rule
+from zoscope.theory.rules import EstimatorMoments, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition, growth_rate, steps_to_grow
 
 from .second_moment_oracle import SecondMoments
 from .test_mean_square import case, every_estimator, every_rule

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import ortho_group
 
-from zoscope.theory.intervals import interval_ci95
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
-from zoscope.theory.thresholds import Interval, paper_bounds, tight_bounds
+from zoscope.theory.stability import Interval, interval_ci95, paper_bounds, tight_bounds
 
 RULE = update_rule("gdm")
 

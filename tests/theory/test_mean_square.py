@@ -6,14 +6,18 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import ortho_group
 
-from zoscope.theory import mean_square
-from zoscope.theory.horizons import horizon_curve, time_to_blow_up
-from zoscope.theory.mean_square import StabilityCondition, estimates, thresholds
-from zoscope.theory.modes import horizon_feedback
-from zoscope.theory.moments import EstimatorMoments, estimator_moments
-from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope.theory import stability as mean_square
+from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments, estimator_moments, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
-from zoscope.theory.thresholds import fo_threshold
+from zoscope.theory.stability import (
+    StabilityCondition,
+    estimates,
+    fo_threshold,
+    horizon_curve,
+    horizon_feedback,
+    thresholds,
+    time_to_blow_up,
+)
 
 from .second_moment_oracle import Quadratic, SecondMoments
 

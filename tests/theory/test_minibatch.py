@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.mean_square import StabilityCondition
 from zoscope.theory.minibatch import HessianNoise, MiniBatchCondition, spread_of_batches
-from zoscope.theory.moments import GAUSSIAN, estimator_moments
-from zoscope.theory.rules import update_rule
+from zoscope.theory.rules import GAUSSIAN, estimator_moments, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 from .minibatch_oracle import Examples, MiniBatchMoments, explicit_threshold
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from zoscope.theory.moments import GAUSSIAN, EstimatorMoments, estimator_moments
+from zoscope.theory.rules import GAUSSIAN, EstimatorMoments, estimator_moments
 
 
 @pytest.mark.parametrize("queries", [1, 4])

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy.optimize import brentq
 
-from zoscope.theory.scalar import lowest, root, root_search, searched_together
+from zoscope.theory.spectrum import lowest, root, root_search, searched_together
 
 FUNCTIONS = {
     "cubic": (lambda x: x**3 - 2 * x - 5, 0.0, 5.0),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from zoscope.theory.student import widening
+from zoscope.theory.spectrum import widening
 
 
 @pytest.mark.parametrize("freedom", [1, 1.01, 1.5, 2, 2.7, 3, 5, 11.3, 40, 300, 1e4, 9e5])

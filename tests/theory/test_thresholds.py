@@ -6,11 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import estimator_moments
-from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope.theory.rules import OPTIMIZERS, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.thresholds import Interval, fo_threshold, forward_only_bounds, paper_bounds, tight_bounds
+from zoscope.theory.stability import (
+    Interval,
+    StabilityCondition,
+    fo_threshold,
+    forward_only_bounds,
+    paper_bounds,
+    tight_bounds,
+)
 
 ROUNDING = 1e-12  # relative; a spectrum of one eigenvalue makes all bounds equal
 

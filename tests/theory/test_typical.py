@@ -3,12 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.curve import GradientMeasure
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import GAUSSIAN, estimator_moments
-from zoscope.theory.rules import update_rule
+from zoscope.theory.quadratic import GradientMeasure, typical_doubling_time
+from zoscope.theory.rules import GAUSSIAN, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.typical import typical_doubling_time
+from zoscope.theory.stability import StabilityCondition
 
 FEW = np.array([20.0, 6.0, 3.0, *np.full(40, 0.2)])
 MANY = np.linspace(0.5, 1.5, 60)

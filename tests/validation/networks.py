@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import zoscope
 from zoscope.curvature.operators import HessianOperator, gradient
-from zoscope.theory.curve import GradientMeasure
+from zoscope.theory.quadratic import GradientMeasure
 from zoscope.theory.spectrum import Spectrum
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

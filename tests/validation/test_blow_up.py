@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 
 import zoscope
-from zoscope.analysis.precision import wanted_precision
-from zoscope.curvature.measure import measure
+from zoscope.analysis.request import wanted_precision
 from zoscope.curvature.operators import HessianOperator
-from zoscope.theory.horizons import time_to_blow_up
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
+from zoscope.curvature.slq import measure
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition, time_to_blow_up
 
 from .networks import Subject, exit_step, middle, rectified, wide
 

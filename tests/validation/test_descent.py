@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import zoscope
-from zoscope.theory.descent import descent_threshold
+from zoscope.theory.quadratic import descent_threshold
 
 from .networks import example, losses_near
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from zoscope.analysis.precision import wanted_precision
-from zoscope.curvature.measure import measure
+from zoscope.analysis.request import wanted_precision
 from zoscope.curvature.operators import DenseOperator, HessianOperator, LinearOperator
-from zoscope.curvature.results import Curvature
-from zoscope.theory.mean_square import StabilityCondition
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
+from zoscope.curvature.slq import Curvature, measure
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Estimate, Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 from .networks import Subject
 

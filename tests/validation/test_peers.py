@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature.measure import measure
 from zoscope.curvature.operators import HessianOperator
+from zoscope.curvature.slq import measure
 
 from .networks import Subject
 

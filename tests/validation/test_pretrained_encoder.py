@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoscope.analysis.measuring import measure_problem
+from zoscope.analysis.advice import doubling_steps
+from zoscope.analysis.measurement import measure_problem
 from zoscope.analysis.request import Request
-from zoscope.analysis.verdicts import doubling_steps
-from zoscope.optim.replicas import Estimator, Limits, Plan, run
+from zoscope.optim.perturbation import SequentialSurface
+from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run
 from zoscope.optim.rules import GD
-from zoscope.optim.surface import SequentialSurface
-from zoscope.theory.horizons import horizon_curve, time_to_blow_up
+from zoscope.theory.stability import horizon_curve, time_to_blow_up
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,9 +92,9 @@ def losses(valley: SimpleNamespace, ratio: float, *, replicas: int) -> tuple[flo
     """Step size at a multiple of η*(100), upper end, and the losses of the replicas, infinite from where they left."""
     (point,) = horizon_curve(valley.spectrum, [STEPS], rule=valley.rule, moments=valley.moments)
     lr = ratio * point.upper.value
-    plan = Plan(
+    plan = ReplicaPlan(
         rule=GD(),
-        estimator=Estimator(mu=1e-3),
+        estimator=ZerothOrderEstimator(mu=1e-3),
         lr=lr,
         steps=STEPS,
         replicas=replicas,

@@ -16,11 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import zoscope
-from zoscope.theory.curve import GradientMeasure
-from zoscope.theory.descent import descent_threshold
-from zoscope.theory.mean_square import StabilityCondition
+from zoscope.theory.quadratic import GradientMeasure, descent_threshold
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 Array = NDArray[np.float64]
 

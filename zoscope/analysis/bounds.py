@@ -1,28 +1,164 @@
-"""``zoscope.bounds``: curvature and step-size bounds of a problem."""
+"""What ``zoscope.bounds`` returns: a frozen dataclass whose ``to_dict`` is the document ``zoscope.bounds/1``."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from zoscope.analysis import notices
-from zoscope.analysis.growth import Growth, growth_notices, measure_growth
-from zoscope.analysis.measured import ProblemInfo
-from zoscope.analysis.measuring import Measurement, measure_problem
+from zoscope.analysis.measurement import Measurement, ThresholdQuery, measure_problem, optimizer_row
+from zoscope.analysis.notices import Growth, growth_notices, measure_growth
 from zoscope.analysis.request import Progress, Request, rule_names, subject_of
-from zoscope.analysis.results import BoundsResult, Estimator, OptimizerBounds
-from zoscope.analysis.rows import Question, optimizer_row
+from zoscope.analysis.result import MeasuredResult, ProblemInfo
+from zoscope.analysis.thresholds import (
+    Binding,
+    Horizon,
+    OptimizerBounds,
+    Outlook,
+    ThresholdName,
+    Verdict,
+    ci95,
+    estimate_dict,
+    number,
+)
 from zoscope.errors import NumericalError
 from zoscope.problem import OWN_DTYPE, Notice
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
-    from zoscope.analysis.recommend import Threshold
+    from rich.console import RenderableType
+
+    from zoscope.analysis.advice import Threshold
+    from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.problem import Objective, Problem
-    from zoscope.theory.moments import Directions
+    from zoscope.theory.rules import Directions
+
+__all__ = [
+    "SCHEMA",
+    "Binding",
+    "BoundsResult",
+    "Estimator",
+    "Horizon",
+    "OptimizerBounds",
+    "Outlook",
+    "ThresholdName",
+    "Verdict",
+    "ci95",
+    "curvature_dict",
+    "eigenvalue_dict",
+    "number",
+]
+
+SCHEMA = "zoscope.bounds/1"
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """The zeroth-order gradient estimate: direction law and number of averaged queries."""
+
+    directions: Literal["gaussian", "sphere"] = "gaussian"
+    queries: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"directions": self.directions, "queries": self.queries}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundsResult(MeasuredResult):
+    """Curvature and step-size bounds of a problem; the other fields are those of every `Measured` result.
+
+    Args:
+        steps: The planned number of training steps N.
+        rtol: Relative 95 % half-width asked for.
+        curvature: One entry per operator measured.
+        optimizers: One entry per update rule.
+        estimator: The zeroth-order gradient estimate.
+        forward: The Hessian as forward passes see it, where only those were made; ``curvature`` is empty then.
+    """
+
+    steps: int
+    rtol: float
+    curvature: Mapping[str, Curvature]
+    optimizers: Mapping[str, OptimizerBounds]
+    estimator: Estimator
+    forward: ForwardCurvature | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document ``zoscope.bounds/1``: JSON numbers, strings and null only."""
+        fields = {
+            "steps": self.steps,
+            "rtol": self.rtol,
+            "checks": {"num_hvps": self.num_check_hvps},
+            "curvature": {name: curvature_dict(entry) for name, entry in self.curvature.items()}
+            | ({} if self.forward is None else {"hessian": _forward_dict(self.forward)}),
+            "optimizers": {name: entry.to_dict() for name, entry in self.optimizers.items()},
+            "estimator": self.estimator.to_dict(),
+        }
+        return self.document(SCHEMA, fields)
+
+    @property
+    def num_check_hvps(self) -> int:
+        """The part of ``num_hvps`` that no operator lists.
+
+        It went into whether products repeat, what kinks add to the trace, and how far P and H are from commuting.
+        """
+        if self.forward is not None:
+            return 0
+        batches = {row.operator: row.minibatch.num_hvps for row in self.optimizers.values() if row.minibatch}
+        return self.num_hvps - sum(c.num_hvps for c in self.curvature.values()) - sum(batches.values())
+
+    def __rich__(self) -> RenderableType:
+        """Tables for the terminal."""
+        from zoscope.report.bounds import render
+
+        return render(self)
+
+
+def eigenvalue_dict(eigenvalue: Eigenvalue) -> dict[str, Any]:
+    """The JSON object of an eigenvalue."""
+    return {
+        "value": number(eigenvalue.value),
+        "residual": number(eigenvalue.residual),
+        "converged": eigenvalue.converged,
+    }
+
+
+def curvature_dict(curvature: Curvature) -> dict[str, Any]:
+    """The JSON object of a measured operator."""
+    return {
+        "trace": estimate_dict(curvature.trace),
+        "frobenius_sq": estimate_dict(curvature.frobenius_sq),
+        "lambda_max": eigenvalue_dict(curvature.lambda_max),
+        "lambda_min": eigenvalue_dict(curvature.lambda_min),
+        "trace_positive": estimate_dict(curvature.trace_positive),
+        "negative_mass": number(curvature.negative_mass),
+        "effective_rank": number(curvature.effective_rank),
+        "method": curvature.method,
+        "hvp": curvature.hvp,
+        "num_hvps": curvature.num_hvps,
+        "seconds": number(curvature.seconds),
+    }
+
+
+def _forward_dict(found: ForwardCurvature) -> dict[str, Any]:
+    unknown = ("lambda_max", "lambda_min", "trace_positive", "negative_mass", "effective_rank")
+    return {
+        "trace": estimate_dict(found.trace),
+        "frobenius_sq": estimate_dict(found.frobenius_sq),
+        **dict.fromkeys(unknown),
+        "rayleigh": None if found.rayleigh is None else estimate_dict(found.rayleigh),
+        "gradient_sq": estimate_dict(found.gradient_sq),
+        "step": number(found.step),
+        "step_disagreement": number(found.disagreement),
+        "method": found.method,
+        "num_hvps": found.num_hvps,
+        "num_evaluations": found.num_evaluations,
+        "seconds": number(found.seconds),
+    }
 
 
 def bounds(
@@ -143,7 +279,7 @@ def _result(
 ) -> BoundsResult:
     info = ProblemInfo(objective.num_params, objective.num_examples, measurement.loss, measurement.grad_norm)
     seen = tuple(_missed_notices(measurement))
-    question = Question(
+    question = ThresholdQuery(
         request.steps,
         request.threshold,
         request.lr,
@@ -175,7 +311,7 @@ def _result(
     )
 
 
-def _rows(request: Request, measurement: Measurement, question: Question) -> dict[str, OptimizerBounds]:
+def _rows(request: Request, measurement: Measurement, question: ThresholdQuery) -> dict[str, OptimizerBounds]:
     return {
         name: optimizer_row(
             measurement.operators[name],
@@ -192,10 +328,10 @@ def _missed_notices(measurement: Measurement) -> Iterable[Notice]:
     """On curvature that second derivatives do not see; a loss that only jumps has a notice of its own."""
     if measurement.jump is not None:
         return
-    entry, missed = next(iter(measurement.operators.values())), measurement.missed
+    entry, nonsmooth = next(iter(measurement.operators.values())), measurement.nonsmooth
     if entry.operator.startswith("preconditioned"):  # it has other units, in which only their ratio is known
-        missed = replace(missed, trace=Estimate(0.0))
-    yield from notices.missed_notices(entry.curvature, missed)
+        nonsmooth = replace(nonsmooth, trace=Estimate(0.0))
+    yield from notices.nonsmooth_notices(entry.curvature, nonsmooth)
 
 
 def _growth(
@@ -216,7 +352,7 @@ def _growth(
     return measure_growth(
         objective,
         loss=measurement.loss,
-        before=found + max(measurement.missed.significant, 0.0),
+        before=found + max(measurement.nonsmooth.significant, 0.0),
         share=max(shares),
         seed=request.seed,
         weights=weights,
@@ -242,12 +378,12 @@ def _notices(
     if measurement.preconditioner is not None and commutator is not None:
         yield from notices.preconditioner_notices(measurement.preconditioner, commutator)
     reached = _precision_reached(request, measurement, dimension=info.num_params)
-    missed = tuple(
+    nonsmooth = tuple(
         notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=info.num_params)
     )
-    if missed and request.strict:
-        raise NumericalError(missed[0].message)
-    yield from missed
+    if nonsmooth and request.strict:
+        raise NumericalError(nonsmooth[0].message)
+    yield from nonsmooth
     for entry in measurement.operators.values():
         for note in entry.curvature.notes:
             yield Notice("measurement", note)
@@ -261,7 +397,7 @@ def _reach_notices(
     row = next((row for row in rows.values() if not row.rule.preconditioned), None)
     if request.lr is None or row is None or row.verdict is None or info.grad_norm == 0:
         return
-    from zoscope.analysis.reach import measure_reach, noise_distance, reach_notices  # late: with --lr only
+    from zoscope.analysis.notices import measure_reach, noise_distance, reach_notices  # late: with --lr only
 
     end = math.inf if row.verdict.blow_up is None else max(row.verdict.blow_up[1], 1.0)
     steps = math.ceil(min(request.steps, end))  # what follows a blow-up is no question

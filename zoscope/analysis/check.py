@@ -1,25 +1,25 @@
-"""``zoscope.check``: is the configured step size inside the stable range?"""
+"""The gate: is a step size inside the stable range, and which is the largest that would be?"""
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import ROUND_DOWN, Context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis.checking.baseline import Baseline, compare, load_baseline
-from zoscope.analysis.checking.cache import Cache
-from zoscope.analysis.checking.gate import decide
-from zoscope.analysis.checking.measure import Failure, Workbench
-from zoscope.analysis.checking.probing import with_probe
-from zoscope.analysis.checking.results import CheckReport, CheckResult
-from zoscope.analysis.checking.thresholds import Measurement
-from zoscope.config.hf_args import load_hf_args
+from zoscope.analysis.advice import DOUBTS, GATE, SHORT, Limit, joined, stand
+from zoscope.analysis.check_results import SCHEMA, BaselineComparison, CheckReport, CheckResult, CheckStatus
+from zoscope.analysis.check_runner import Cache, CheckMeasurement, CheckRunner, Failure
 from zoscope.config.load import (
     COMMAND_LINE,
     EMPTY,
     PYPROJECT_NAME,
     YAML_NAME,
+    CheckConfig,
     Document,
     build_checks,
     find_config,
@@ -27,12 +27,290 @@ from zoscope.config.load import (
     override_tree,
     shown_path,
 )
-from zoscope.config.located import Located
-from zoscope.config.model import CheckConfig
+from zoscope.config.sources import Node
+from zoscope.config.training import load_hf_args
 from zoscope.errors import UsageError
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
+
+PHRASES = {
+    "fo": "first-order threshold",
+    "exact": "infinite-time threshold",
+    "horizon": "horizon threshold",
+    "descent": "descent threshold",
+    "forward": "threshold from forward passes",
+    "short-horizon": "threshold of all eigenvalues",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says.
+
+    Args:
+        status: ``pass``, ``warn`` or ``fail``.
+        message: One paragraph, with the largest step size that passes.
+        largest_lr: That step size; ``None`` when every one passes, or none does.
+    """
+
+    status: CheckStatus
+    message: str
+    largest_lr: float | None
+
+
+def decide(
+    lr: float, limit: Limit, *, margin: float = GATE, on_warn: str, steps: int, doubts: Sequence[str] = ()
+) -> Decision:
+    """Hold a step size against the 95 % interval of a limit.
+
+    Pass: ``lr <= margin * low``. Fail: ``lr > high``. Between them: warn, which ``on_warn="fail"`` turns into a fail.
+
+    Args:
+        lr: Step size, param²/loss.
+        limit: The limit.
+        margin: In (0, 1].
+        on_warn: ``pass`` or ``fail``.
+        steps: Planned steps, for the message.
+        doubts: Why the threshold is provisional.
+    """
+    largest = round_down(margin * limit.low)
+    what = f"{PHRASES[limit.name]} {_interval(limit)}"
+    if limit.name in ("horizon", "short-horizon"):
+        what += f" for {steps if limit.name == 'horizon' else min(steps, SHORT)} steps"
+    if math.isinf(limit.low):
+        return Decision("pass", f"no positive curvature limits the step size: every lr is below the {what}.", None)
+    advice = f"The largest lr that passes is {largest:g}." if largest else "No lr passes: the lower end is 0."
+    if doubts:
+        advice += f" That is provisional: {joined([DOUBTS[code] for code in doubts])}. Confirm it with zoscope probe."
+    outlook = stand(lr, limit, margin=margin)
+    if outlook == "stable":
+        return Decision("pass", f"lr {lr:g} is {limit.ratio(lr):.2g} times the {what}. {advice}", largest)
+    if outlook == "unstable":
+        message = f"lr {lr:g} is above the {what}: training is expected to become unstable. {advice}"
+        return Decision("fail", message, largest)
+    message = f"lr {lr:g} is above {margin:g} of the lower end of the {what}, but not above its upper end. {advice}"
+    if on_warn == "fail":
+        return Decision("fail", f"{message} (on_warn: fail)", largest)
+    return Decision("warn", message, largest)
+
+
+def round_down(value: float) -> float | None:
+    """The value rounded down to two significant digits; ``None`` for 0 and for infinity."""
+    if not math.isfinite(value) or value <= 0:
+        return None
+    return float(Context(prec=2, rounding=ROUND_DOWN).create_decimal(value))
+
+
+def _interval(limit: Limit) -> str:
+    if limit.low == limit.high:
+        return f"{limit.value:.3g}"
+    high = "∞" if math.isinf(limit.high) else f"{limit.high:.3g}"
+    return f"{limit.value:.3g} [{limit.low:.3g}, {high}]"
+
+
+_KEPT = ("name", "optimizer", "threshold", "threshold_name", "ci95", "error", "status", "settings")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier report, by the names of its checks."""
+
+    entries: Mapping[str, Mapping[str, Any]]
+
+
+def load_baseline(file: Path) -> Baseline:
+    """Read a document ``zoscope.check/1``.
+
+    Raises:
+        UsageError: If the file is missing or is not such a document.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ValueError
+        entries = {str(entry["name"]): _checked(entry) for entry in document["checks"]}
+    except FileNotFoundError:
+        raise UsageError(f"--baseline: there is no file {file}. Write it first with --update-baseline.") from None
+    except OSError as error:
+        raise UsageError(f"--baseline: cannot read {file} ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(
+            f"--baseline: {file} is not a document {SCHEMA}. Write it with --update-baseline, or with --format json."
+        ) from None
+    return Baseline(entries)
+
+
+def baseline_document(report: CheckReport, *, earlier: Baseline | None, keep_absent: bool) -> dict[str, Any]:
+    """What ``--update-baseline`` writes: the thresholds of a report, without times, so that diffs are small.
+
+    Args:
+        report: The checks of now. One that had an error keeps its earlier entry.
+        earlier: The baseline that is replaced.
+        keep_absent: Whether entries of checks that did not run are kept.
+    """
+    before = earlier.entries if earlier is not None else {}
+    entries = {name: dict(entry) for name, entry in before.items()} if keep_absent else {}
+    for check in report.checks:
+        document = check.to_dict()
+        if check.status != "error":
+            entries[check.name] = {key: document[key] for key in _KEPT}
+        elif check.name in before:
+            entries[check.name] = dict(before[check.name])
+    return {"schema": SCHEMA, "zoscope": report.version, "checks": list(entries.values())}
+
+
+def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry whose numbers are numbers."""
+    ends = [entry["threshold"], entry["error"]]
+    if not all(end is None or (isinstance(end, int | float) and math.isfinite(end)) for end in ends):
+        raise ValueError
+    if not isinstance(entry["settings"], Mapping):
+        raise TypeError
+    return entry
+
+
+def compare(result: CheckResult, baseline: Baseline, *, max_drop: float, on_warn: str) -> CheckResult:
+    """The result with its comparison; a drop beyond ``max_drop`` turns pass and warn into fail.
+
+    What cannot be compared (no entry of this name, or one with other settings) turns pass into warn.
+
+    Args:
+        result: A check of now.
+        baseline: The earlier report.
+        max_drop: Largest fall allowed, as a fraction of the earlier threshold.
+        on_warn: ``fail`` turns that warning into a fail.
+    """
+    if result.threshold is None:
+        return result
+    comparison = _comparison(result, result.threshold, baseline.entries.get(result.name), max_drop)
+    message = f"{result.message} {comparison.message}"
+    if comparison.failed:
+        return replace(result, baseline=comparison, message=message, status="fail", exit_code=max(result.exit_code, 1))
+    if comparison.before is None and result.status == "pass":
+        if on_warn == "fail":
+            return replace(result, baseline=comparison, message=message, status="fail", exit_code=1)
+        return replace(result, baseline=comparison, message=message, status="warn")
+    return replace(result, baseline=comparison, message=message)
+
+
+def _comparison(
+    result: CheckResult, now: Limit, entry: Mapping[str, Any] | None, max_drop: float
+) -> BaselineComparison:
+    if entry is None:
+        return _incomparable("The baseline has no check of this name")
+    if entry["status"] == "error" or entry["threshold_name"] is None:
+        return _incomparable("The baseline's check of this name had an error")
+    same = entry["optimizer"] == result.optimizer and entry["settings"] == _plain(result.settings)
+    if not same:
+        return _incomparable("The baseline's check of this name had other settings")
+    before = math.inf if entry["threshold"] is None else float(entry["threshold"])
+    if math.isinf(before):
+        dropped = math.isfinite(now.value)
+        text = "nothing limited the step size" if dropped else "nothing limits the step size, as"
+        return BaselineComparison(before, None, dropped, f"In the baseline {text} before.")
+    return _drop(now, before, entry["error"] or 0.0, max_drop)
+
+
+def _drop(now: Limit, before: float, before_error: float, max_drop: float) -> BaselineComparison:
+    """Fail when ``now < (1 - max_drop) before`` by more than the error of the difference."""
+    allowed = (1.0 - max_drop) * before
+    error = math.hypot(now.error, (1.0 - max_drop) * before_error)
+    drop = 1.0 - now.value / before if math.isfinite(now.value) else -math.inf
+    failed = now.value + error < allowed
+    moved = f"{abs(drop):.1%} {'below' if drop > 0 else 'above'}" if math.isfinite(drop) else "above"
+    text = f"The threshold is {moved} the baseline's {before:.3g}"
+    text += f", more than --max-drop {max_drop:.0%} allows." if failed else "."
+    return BaselineComparison(before, drop, failed, text)
+
+
+def _incomparable(reason: str) -> BaselineComparison:
+    return BaselineComparison(None, None, False, f"{reason}, so nothing was compared; --update-baseline writes it.")
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """As JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(dict(settings)))
+
+
+MOST_STEPS = 1000
+MOST_SECONDS = 60.0
+REPLICAS = 4
+PRECISION = 0.1
+"""Relative precision of the probe's own measurement: the threshold is known already."""
+
+UNSTABLE = ("diverged", "sharpened")
+
+
+def with_probe(result: CheckResult, config: CheckConfig, bench: CheckRunner) -> CheckResult:
+    """The result with a probe at the configured step size; a run that leaves the valley turns pass and warn into fail.
+
+    A run whose mean loss rises, or that cannot tell, warns: it is no proof that training diverges.
+
+    Args:
+        result: What the gate says.
+        config: The check.
+        bench: Where its problem is, and the cache.
+    """
+    if result.threshold is None:
+        return result
+    value = result.threshold.value if result.threshold.edge is None else result.threshold.edge
+    if math.isinf(value):
+        return result  # nothing limits the step size, so there is nothing to see
+    run = bench.recall(config, probe_options(config, value), _probed)
+    verdict = str(run["verdict"])
+    left = f"{run['diverged']} of {run['replicas']} replicas left"
+    message = f"{result.message} A probe of {run['steps_done']} steps ({left}): {verdict}; {run['reason']}."
+    changed = replace(result, probe=run, message=message)
+    if verdict in UNSTABLE:
+        return replace(changed, status="fail", exit_code=1)
+    if verdict in ("stable", "falls") or result.status != "pass":
+        return changed
+    if config.policy.on_warn == "fail":
+        return replace(changed, status="fail", exit_code=1)
+    return replace(changed, status="warn")
+
+
+def probe_options(config: CheckConfig, threshold: float) -> dict[str, Any]:
+    """Keyword arguments of ``probe`` for a check."""
+    curvature, optimizer, estimator = config.curvature, config.optimizer, config.estimator
+    options: dict[str, Any] = {
+        "optimizer": optimizer.name,
+        "lr": optimizer.lr,
+        "assume_threshold": threshold,
+        "threshold": config.policy.threshold,
+        "steps": min(config.steps, MOST_STEPS),
+        "max_seconds": MOST_SECONDS,
+        "replicas": REPLICAS if optimizer.zeroth_order else 1,
+        "mu": estimator.mu,
+        "directions": estimator.directions,
+        "queries": estimator.queries,
+        "beta": optimizer.beta,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "rtol": max(curvature.rtol, PRECISION),
+        "seed": curvature.seed,
+        "device": curvature.device,
+        "dtype": curvature.dtype,
+        "max_hvps": curvature.max_hvps,
+        "curvature": curvature.kind,
+        "method": curvature.method,
+        "hvp": curvature.hvp,
+        "preconditioner": curvature.preconditioner,
+        "micro_batch": curvature.micro_batch,
+        "max_memory": curvature.max_memory,
+    }
+    if optimizer.zeroth_order and estimator.batch_size is not None:
+        options["batch_size"] = estimator.batch_size
+    return options
+
+
+def _probed(problem: Problem, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The run at the step size; for Adam the one whose P adapts, as in training."""
+    from zoscope.analysis.probe import probe
+
+    return probe(problem, **options).runs[-1].to_dict()
+
 
 MAX_DROP = 0.2
 
@@ -85,7 +363,7 @@ def check(
     document = _document(None if problem is not None else target, options)
     checks = _checks(document, only, hf_args, options, problem=problem)
     earlier = None if baseline is None else load_baseline(Path(baseline))
-    bench = Workbench(problem, None if cache is None else Cache.open(Path(cache)), on_progress)
+    bench = CheckRunner(problem, None if cache is None else Cache.open(Path(cache)), on_progress)
     results = []
     for config in checks:
         result = _run(config, checks, bench, earlier, max_drop)
@@ -121,7 +399,7 @@ def _checks(
     *,
     problem: Problem | None,
 ) -> tuple[CheckConfig, ...]:
-    overrides: list[tuple[str, Located]] = []
+    overrides: list[tuple[str, Node]] = []
     notices: tuple[str, ...] = ()
     if hf_args is not None:
         arguments = load_hf_args(Path(hf_args))
@@ -132,7 +410,7 @@ def _checks(
 
 
 def _run(
-    config: CheckConfig, checks: Sequence[CheckConfig], bench: Workbench, earlier: Baseline | None, max_drop: float
+    config: CheckConfig, checks: Sequence[CheckConfig], bench: CheckRunner, earlier: Baseline | None, max_drop: float
 ) -> CheckResult:
     measurement = bench.measure(config, checks)
     if isinstance(measurement, Failure):
@@ -148,7 +426,7 @@ def _run(
     return result
 
 
-def _judged(config: CheckConfig, measurement: Measurement) -> CheckResult:
+def _judged(config: CheckConfig, measurement: CheckMeasurement) -> CheckResult:
     optimizer, policy = config.optimizer, config.policy
     held = measurement.optimizers[optimizer.rule].choose(
         policy.threshold,
@@ -219,7 +497,7 @@ def _settings(config: CheckConfig) -> dict[str, Any]:
     return settings
 
 
-def _own_notices(config: CheckConfig, measurement: Measurement) -> list[str]:
+def _own_notices(config: CheckConfig, measurement: CheckMeasurement) -> list[str]:
     notices = []
     if described := config.optimizer.schedule.describe():
         notices.append(f"lr is the {described}.")

@@ -1,35 +1,294 @@
-"""``zoscope.bounds`` from forward passes alone: what two moments and a slope say of the thresholds."""
+"""What to know before trusting numbers from forward passes."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis import forward_notices, notices
-from zoscope.analysis.forward_batches import ForwardBatches, noisy_square
-from zoscope.analysis.measured import ProblemInfo
-from zoscope.analysis.measuring import batch_size_of
-from zoscope.analysis.optimizer_bounds import Binding, ForwardBounds, OptimizerBounds, Verdict
-from zoscope.analysis.precision import relative_half_width
-from zoscope.analysis.propagation import propagated
-from zoscope.analysis.recommend import MARGIN, forward_limit, recommended_by_forward, stand
-from zoscope.analysis.results import BoundsResult, Estimator
-from zoscope.curvature.forward import measure_forward
+import numpy as np
+from torch import nn
+
+from zoscope.analysis import notices
+from zoscope.analysis.advice import MARGIN, forward_limit, recommended_by_forward, stand
+from zoscope.analysis.bounds import BoundsResult, Estimator
+from zoscope.analysis.measurement import batch_size_of
+from zoscope.analysis.minibatch import ForwardMiniBatch, require_whole
+from zoscope.analysis.notices import jump_notice
+from zoscope.analysis.request import propagated, relative_half_width
+from zoscope.analysis.result import ProblemInfo
+from zoscope.analysis.thresholds import Binding, ForwardBounds, OptimizerBounds, Verdict
+from zoscope.curvature.forward import ROUGH, mean_of, measure_forward, ratio_of
 from zoscope.errors import NumericalError, UsageError
-from zoscope.theory.descent import descent_threshold
+from zoscope.problem import Notice
+from zoscope.problem.objective import Examples
+from zoscope.theory.minibatch import spread_of_batches
+from zoscope.theory.quadratic import along_gradient, descent_threshold
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Estimate
-from zoscope.theory.thresholds import forward_only_bounds
+from zoscope.theory.stability import forward_only_batches, forward_only_bounds, forward_only_horizon
 
 if TYPE_CHECKING:
-    from zoscope.analysis.recommend import Limit
+    from zoscope.analysis.advice import Limit
     from zoscope.analysis.request import Request
-    from zoscope.curvature.results import ForwardCurvature
+    from zoscope.curvature.slq import ForwardCurvature
     from zoscope.problem import Objective
-    from zoscope.theory.moments import EstimatorMoments
-    from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.rules import EstimatorMoments, UpdateRule
+
+DISAGREEMENT = ROUGH
+"""Relative error of the trace from truncation and rounding from which the reader is told."""
+
+BATCHES = 5.0
+"""Precision wanted of what mini-batches add, in units of that of the rest: it takes thousands of directions to know
+``‖g‖²`` alone to a few percent."""
+
+KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d)
+"""Layers whose slope jumps."""
+
+
+def precision_notice(reached: float, of_batches: float, request: Request, found: ForwardCurvature) -> Notice | None:
+    """On a precision asked for and not reached.
+
+    Args:
+        reached: Relative half-width of the descent threshold.
+        of_batches: That of mini-batches, in units of what is wanted of it; 0 without.
+        request: What is asked.
+        found: What was measured.
+    """
+    if max(reached, of_batches) <= request.rtol:
+        return None
+    worst, whose, wanted = reached, "the descent threshold", ""
+    if of_batches > reached:
+        worst, whose = BATCHES * of_batches, "the descent threshold of mini-batches"
+        wanted = f", of which {BATCHES:g} times as much would do"
+    value = f"± {100 * worst:.1f} %" if math.isfinite(worst) else "no finite error bar"
+    return Notice(
+        "precision",
+        f"The precision asked for (--rtol {request.rtol:g}) was not reached: {value} on {whose}{wanted}, after "
+        f"{found.num_hvps} directions of {request.max_hvps} at most. The intervals shown are honest, only wider; raise "
+        "--max-hvps or --rtol.",
+    )
+
+
+def forward_notices(
+    found: ForwardCurvature, request: Request, objective: Objective, rows: Mapping[str, OptimizerBounds]
+) -> Iterable[Notice]:
+    """Everything else."""
+    yield Notice(
+        "forward-only",
+        "Forward passes see Tr H and ‖H‖_F² but no spectrum: the lower bound assumes H ⪰ 0, the upper bound and the "
+        "descent threshold assume nothing. First-order bounds, λ_max and η*(N) need --curvature hessian.",
+    )
+    if found.indefinite or (found.rayleigh is not None and found.rayleigh.interval[1] < 0):
+        yield Notice(
+            "indefinite-hessian",
+            "Negative curvature was seen along a direction, so H is indefinite and the lower bounds do not hold.",
+        )
+    if found.trace.value <= 0:
+        yield Notice(
+            "trace-not-positive",
+            "Tr H is not positive here, so two moments bound no mean-square threshold. Use --curvature hessian.",
+        )
+    yield from _of_batches(rows)
+    yield from _differences(found, objective)
+    if "adam" in rows:
+        yield Notice(
+            "adam-forward",
+            "Adam's preconditioner is taken as √b‖g‖ + ε for every parameter, which its expected value is up to the "
+            "share of a single parameter in the gradient.",
+        )
+    elif "adam" in request.optimizers:
+        yield Notice(
+            "adam-forward",
+            "Adam is left out: its bounds with a stored preconditioner need --curvature hessian.",
+        )
+    for note in found.notes:
+        yield Notice("measurement", note)
+
+
+def _of_batches(rows: Mapping[str, OptimizerBounds]) -> Iterable[Notice]:
+    row = next(iter(rows.values()))
+    found = None if row.forward is None else row.forward.minibatch
+    if found is None:
+        return
+    yield Notice(
+        "forward-minibatch",
+        f"Of mini-batches of {found.batch_size:,} of {found.examples:,} examples forward passes know how much "
+        "gradients and Hessians spread, not along which eigenvectors. The descent threshold is that of mini-batches; "
+        "the threshold of the mean square is only known to lie between a lower bound, which the recommendation goes by "
+        "and which may be far too low, and an upper one. --curvature hessian knows it, and zoscope probe --batch-size "
+        "tries.",
+    )
+
+
+def _differences(found: ForwardCurvature, objective: Objective) -> Iterable[Notice]:
+    if found.jump is not None:
+        yield jump_notice(found.jump)
+    elif found.disagreement > DISAGREEMENT:
+        percent = 100 * found.disagreement
+        size = f"{percent:.0f} % of the trace" if math.isfinite(percent) else "more than the trace"
+        yield Notice(
+            "step-size-check",
+            f"Differences with steps of h/2 and h (h = {found.step:.2g}) disagree along single directions by about "
+            f"{size}. The error bars are as wide as that; where the loss bends on a scale far below h, the Hessian may "
+            "lie outside. The loss is rounded too coarsely, has kinks, or is smooth over short distances only: a loss "
+            "that ends in float32 (logits.float()) or a wider --dtype lets steps be shorter.",
+        )
+    kinked = {type(module).__name__ for module in objective.model.modules() if isinstance(module, KINKED)}
+    if kinked:
+        yield Notice(
+            "kinks",
+            f"The model has layers with kinks ({', '.join(sorted(kinked))}). Forward passes measure the mean curvature "
+            f"over steps of h = {found.step:.2g} along random directions, with the kinks crossed on the way, as a "
+            "zeroth-order run with a smoothing radius of that size does. It depends on h; --curvature hessian sees no "
+            "kinks and may give less or more.",
+        )
+
+
+@dataclass(frozen=True)
+class ForwardBatches:
+    """Mini-batches of a size, as forward passes see them.
+
+    Args:
+        batch_size: B.
+        examples: n, what they are drawn from.
+        spread: Variance of a mini-batch in units of that of one example.
+    """
+
+    batch_size: int
+    examples: int
+    spread: float
+
+    @classmethod
+    def of(cls, objective: Objective, batch_size: int) -> ForwardBatches:
+        """Of a prepared problem.
+
+        Raises:
+            UsageError: If its batches cannot be cut into examples and are not of that size.
+        """
+        examples, size = Examples(objective), batch_size
+        if examples.whole:
+            require_whole(objective, batch_size)
+            size = 1
+        return cls(batch_size, objective.num_examples, spread_of_batches(examples.count, size))
+
+    def noise_sq(self, found: ForwardCurvature) -> Estimate:
+        """``E‖g_B − g‖²``."""
+        assert found.noise is not None
+        mean = mean_of(found.noise.gradient_sq)
+        return Estimate(self.spread * mean.value, self.spread * mean.stderr, self.spread * found.noise.gradient_error)
+
+    def hessian_sq(self, found: ForwardCurvature) -> Estimate:
+        """``E‖H_B − H‖_F²``."""
+        assert found.noise is not None
+        part = found.noise.hessian_sq
+        return Estimate(self.spread * part.value, self.spread * part.stderr, self.spread * part.quadrature)
+
+    def descent(self, found: ForwardCurvature, *, rule: UpdateRule, moments: EstimatorMoments) -> Estimate | None:
+        """Step size below which the expected loss falls, ``E g_BᵀHg_B`` and ``E‖g_B‖²`` in the place of those of g.
+
+        Both noises are taken in units of ``‖g‖²``, from the same directions: what is uncertain of it is so in both.
+        """
+        if found.rayleigh is None:
+            return None
+        trace, rayleigh, noise = found.trace, found.rayleigh, self._noise(found, moments)
+        along = along_gradient(moments, rule)
+        of_trace = moments.b * (1 + noise.relative)
+        curvature = of_trace * trace.value + along * rayleigh.value + noise.curvature.value
+        if curvature <= 0:
+            return Estimate(math.inf)
+        value = 2 * (1 - rule.momentum) / (rule.lr_scale * curvature)
+        error = math.hypot(abs(along) * rayleigh.half_width, noise.curvature.half_width)
+        # The two noises are of the same directions, and the trace of more of them.
+        error += abs(moments.b * trace.value) * noise.relative_half_width
+        return Estimate(value, value * math.hypot(of_trace * trace.half_width, error) / curvature / 1.96)
+
+    def upper(self, found: ForwardCurvature, *, rule: UpdateRule, moments: EstimatorMoments) -> Estimate:
+        """Upper bound of the infinite-time threshold."""
+        frobenius_sq = max(found.frobenius_sq.value, 0.0)
+
+        def bound(p1: float, spread_sq: float) -> float:
+            return forward_only_batches(p1, frobenius_sq, max(spread_sq, 0.0), rule=rule, moments=moments)
+
+        def of_norm(p1: float, p2: float) -> float:
+            spread_sq = max(self.hessian_sq(found).value, 0.0)
+            return forward_only_batches(p1, max(p2, 0.0), spread_sq, rule=rule, moments=moments)
+
+        first = propagated(bound, found.trace, self.hessian_sq(found), independent=False)
+        second = propagated(of_norm, found.trace, found.frobenius_sq, independent=False)
+        return Estimate(first.value, math.hypot(first.half_width, second.half_width) / 1.96)
+
+    def lower(self, found: ForwardCurvature, *, rule: UpdateRule, moments: EstimatorMoments, steps: int) -> Estimate:
+        """Lower bound of η*(N): from the number of steps, or, where it is larger, that of all examples times B/n."""
+        spread = self.hessian_sq(found)
+
+        def in_steps(p2: float, spread_sq: float) -> float:
+            squares = max(p2, 0.0) + max(spread_sq, 0.0)
+            return forward_only_horizon(squares, steps, rule=rule, moments=moments)
+
+        def for_ever(p1: float, p2: float) -> float:
+            share = min(self.batch_size / self.examples, 1.0)
+            return share * forward_only_bounds(p1, max(p2, 0.0), rule=rule, moments=moments).lower
+
+        first = propagated(in_steps, found.frobenius_sq, spread, independent=False)
+        if found.indefinite or found.trace.value <= 0:
+            return first
+        second = propagated(for_ever, found.trace, found.frobenius_sq, independent=False)
+        return max(first, second, key=lambda estimate: estimate.value)
+
+    def bounds(
+        self, found: ForwardCurvature, *, rule: UpdateRule, moments: EstimatorMoments, scale: float, steps: int
+    ) -> ForwardMiniBatch:
+        """What can be said of one update rule.
+
+        Args:
+            found: What was measured.
+            rule: Update rule.
+            moments: Constants of the estimator.
+            scale: Adam's P, with the noise of mini-batches in it; 1 for other rules.
+            steps: Planned.
+        """
+        descent = self.descent(found, rule=rule, moments=moments)
+        return ForwardMiniBatch(
+            batch_size=self.batch_size,
+            examples=self.examples,
+            steps=steps,
+            descent=None if descent is None else _scaled(descent, scale),
+            lower=_scaled(self.lower(found, rule=rule, moments=moments, steps=steps), scale),
+            upper=_scaled(self.upper(found, rule=rule, moments=moments), scale),
+            noise_sq=self.noise_sq(found),
+            hessian_spread_sq=self.hessian_sq(found),
+            num_hvps=found.num_hvps,
+        )
+
+    def _noise(self, found: ForwardCurvature, moments: EstimatorMoments) -> _RelativeNoise:
+        noise = found.noise
+        assert noise is not None
+        relative = ratio_of(self.spread * noise.gradient_sq, noise.slopes_sq)
+        curved = ratio_of(self.spread * moments.a * noise.curvature, noise.slopes_sq)
+        square = float(noise.slopes_sq.mean())
+        rough = (self.spread * noise.gradient_error + relative.value * noise.slopes_error) / square
+        return _RelativeNoise(relative.value, relative.half_width + rough, curved)
+
+
+@dataclass(frozen=True)
+class _RelativeNoise:
+    """Noise of gradients in units of ``‖g‖²``: its square, and a times the curvature that it meets."""
+
+    relative: float
+    relative_half_width: float
+    curvature: Estimate
+
+
+def _scaled(estimate: Estimate, scale: float) -> Estimate:
+    return Estimate(scale * estimate.value, scale * estimate.stderr, scale * estimate.quadrature)
+
+
+def noisy_square(found: ForwardCurvature, batches: ForwardBatches | None) -> float:
+    """``E‖g_B‖²``."""
+    return found.gradient_sq.value + (0.0 if batches is None else float(np.maximum(batches.noise_sq(found).value, 0.0)))
 
 
 def forward_bounds(objective: Objective, request: Request, *, spec: str | None, started: float) -> BoundsResult:
@@ -68,10 +327,10 @@ def forward_bounds(objective: Objective, request: Request, *, spec: str | None, 
         name: _row(found, batches, request, rule=rule, settings=request.settings(name), moments=moments)
         for name, rule in rules.items()
     }
-    missed = forward_notices.precision(*_precision(found, batches, moments), request, found)
-    if missed is not None and request.strict:
-        raise NumericalError(missed.message)
-    told = [*forward_notices.of(found, request, objective, rows), *objective.warnings]
+    nonsmooth = precision_notice(*_precision(found, batches, moments), request, found)
+    if nonsmooth is not None and request.strict:
+        raise NumericalError(nonsmooth.message)
+    told = [*forward_notices(found, request, objective, rows), *objective.warnings]
     return BoundsResult(
         spec=spec,
         device=str(objective.device),
@@ -85,7 +344,7 @@ def forward_bounds(objective: Objective, request: Request, *, spec: str | None, 
         estimator=Estimator(request.directions, request.queries),
         num_hvps=found.num_hvps,
         seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(told if missed is None else [missed, *told]),
+        warnings=notices.without_repeats(told if nonsmooth is None else [nonsmooth, *told]),
         forward=found,
     )
 
@@ -205,7 +464,7 @@ def _precision(
     if batches is None:
         return reached, 0.0
     descent = batches.descent(found, rule=update_rule("gd"), moments=moments)
-    return reached, 0.0 if descent is None else relative_half_width(descent) / forward_notices.BATCHES
+    return reached, 0.0 if descent is None else relative_half_width(descent) / BATCHES
 
 
 def _descent_curvature(found: ForwardCurvature, moments: EstimatorMoments) -> Estimate:

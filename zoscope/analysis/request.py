@@ -1,21 +1,94 @@
-"""What is asked of a measurement, checked once."""
+"""Errors of functions of two estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from zoscope.analysis.precision import Precision, wanted_precision
-from zoscope.analysis.recommend import Threshold
-from zoscope.theory.moments import Directions, EstimatorMoments, estimator_moments
-from zoscope.theory.rules import OPTIMIZERS, UpdateRule, update_rule
-from zoscope.theory.validate import require_count, require_non_negative, require_positive
+from zoscope.analysis.advice import Threshold
+from zoscope.theory.rules import OPTIMIZERS, Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
+from zoscope.theory.spectrum import Estimate, require_count, require_non_negative, require_positive
+from zoscope.theory.stability import StabilityCondition, Version, estimates, thresholds
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
+    from zoscope.theory.spectrum import SampledSpectrum
+
+
+def propagated(
+    function: Callable[[float, float], float], first: Estimate, second: Estimate, *, independent: bool
+) -> Estimate:
+    """A function of two estimates; its error is how far it moves over their 95 % intervals, one after the other.
+
+    The errors add up where they may go together, and add in squares where they are independent.
+    """
+    value = function(first.value, second.value)
+    if not math.isfinite(value):
+        return Estimate(value)
+    moves = (
+        max(abs(function(end, second.value) - value) for end in first.interval),
+        max(abs(function(first.value, end) - value) for end in second.interval),
+    )
+    return Estimate(value, (math.hypot(*moves) if independent else sum(moves)) / 1.96)
+
+
+Precision = Callable[["SampledSpectrum"], float]
+
+NEARLY_BINDING = 0.8
+"""Infinite time counts from here on: above this share of η*(N) the run is long enough to feel its threshold."""
+
+
+def relative_half_width(estimate: Estimate) -> float:
+    """95 % half-width over the value; 0 for a threshold that is known to be infinite."""
+    if not math.isfinite(estimate.value):
+        return 0.0 if estimate.half_width == 0 else math.inf
+    return estimate.half_width / estimate.value if estimate.value > 0 else math.inf
+
+
+def wanted_precision(
+    rules: Sequence[UpdateRule], *, steps: int, moments: EstimatorMoments, always_exact: bool = False
+) -> Precision:
+    """The error that a measurement should bring down.
+
+    It is the largest relative 95 % half-width among η*(N), full and positive, of the rules that share an operator. The
+    infinite-time threshold joins them where it was asked for or where it is at least ``NEARLY_BINDING`` of η*(N).
+    Elsewhere it would cost most of the products without changing what binds: its kink at zero curvature, where networks
+    keep most eigenvalues, makes quadrature slow.
+
+    Args:
+        rules: Update rules on the same operator.
+        steps: Planned number of steps N.
+        moments: Constants of the estimator.
+        always_exact: Whether the infinite-time threshold was asked for.
+
+    Returns:
+        A function from a sampled spectrum to the largest relative half-width.
+    """
+    near: dict[StabilityCondition, float] = {}  # those of the spectrum before: a measurement asks of similar ones
+
+    def worst(sampled: SampledSpectrum) -> float:
+        if sampled.is_exact:
+            return 0.0
+        return max((_of_rule(rule, sampled) for rule in rules), default=0.0)
+
+    def _of_rule(rule: UpdateRule, sampled: SampledSpectrum) -> float:
+        versions: tuple[Version, ...] = ("full", "positive")
+        planned = [StabilityCondition(rule, moments, steps, version) for version in versions]
+        forever = StabilityCondition(rule, moments)
+        found = estimates(planned, sampled, near=near)
+        near.update(zip(planned, (estimate.value for estimate in found), strict=True))
+        (late,) = thresholds([forever], sampled.fine, near=near)
+        near[forever] = late
+        if always_exact or late >= NEARLY_BINDING * found[1].value:
+            found += estimates([forever], sampled)
+        return max(map(relative_half_width, found))
+
+    return worst
+
 
 Progress = Callable[[str, int, float | None], None]
 """Called with the stage of the measurement, the products spent and the precision reached, if there is one."""

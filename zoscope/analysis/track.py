@@ -1,28 +1,260 @@
-"""``zoscope.track``: train, and follow the edge of stability on the way."""
+"""Several runs side by side, read from their folders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoscope.analysis.tracking.folder import RunFolder
-from zoscope.analysis.tracking.interrupt import gentle_interrupts
-from zoscope.analysis.tracking.loop import Observer, Run
-from zoscope.analysis.tracking.request import Every, TrackRequest
-from zoscope.analysis.tracking.results import OVER, TrackInterruptedError, TrackResult
-from zoscope.config.schedule import Schedule, StepSizes, parse_step_sizes
-from zoscope.config.track import TRACK
-from zoscope.errors import UsageError
-from zoscope.problem.precision import measurable
-from zoscope.theory.validate import require_positive
+from zoscope.analysis.track_folder import CONFIG, RunFolder
+from zoscope.analysis.track_loop import Observer, Run, gentle_interrupts
+from zoscope.analysis.track_results import OVER, SCHEMA, Every, TrackInterruptedError, TrackRequest, TrackResult
+from zoscope.config.load import Schedule, StepSizes, parse_step_sizes
+from zoscope.config.training import TRACK
+from zoscope.errors import UsageError, ZoscopeError
+from zoscope.problem import Notice
+from zoscope.problem.core import measurable
+from zoscope.theory.spectrum import require_positive
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from zoscope.problem import Problem
-    from zoscope.theory.moments import Directions
+    from zoscope.theory.rules import Directions
+
+COMPARISON_SCHEMA = "zoscope.track-comparison/1"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of several.
+
+    Args:
+        label: Its name among them.
+        result: What is known of it; ``None`` where it failed.
+        error: Why it failed.
+    """
+
+    label: str
+    result: TrackResult | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Args:
+        entries: In the order given.
+    """
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def results(self) -> tuple[tuple[str, TrackResult], ...]:
+        """Label and result of every run that did not fail."""
+        return tuple((entry.label, entry.result) for entry in self.entries if entry.result is not None)
+
+    @property
+    def failed(self) -> tuple[Entry, ...]:
+        """The others."""
+        return tuple(entry for entry in self.entries if entry.result is None)
+
+    def summary(self) -> dict[str, Any]:
+        """The document without measurements."""
+        return {
+            "schema": COMPARISON_SCHEMA,
+            "runs": [
+                {"label": entry.label, "error": entry.error}
+                | ({} if entry.result is None else {"folder": _shown(entry.result), **entry.result.summary()})
+                for entry in self.entries
+            ],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document ``zoscope.track-comparison/1``: for every run its ``zoscope.track/1``."""
+        return {
+            "schema": COMPARISON_SCHEMA,
+            "runs": [
+                {"label": entry.label, "error": entry.error} | ({} if entry.result is None else entry.result.to_dict())
+                for entry in self.entries
+            ],
+        }
+
+    def __rich__(self) -> RenderableType:
+        """A table for the terminal."""
+        from zoscope.report.track import render_comparison
+
+        return render_comparison(self)
+
+
+def _shown(result: TrackResult) -> str | None:
+    return None if result.folder is None else str(result.folder)
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Runs from their folders; the folder of a sweep stands for all its runs.
+
+    Raises:
+        UsageError: If a folder holds no run.
+    """
+    places = [place for folder in folders for place in _runs_in(folder)]
+    names = [place.name for place in places]
+    labels = names if len(set(names)) == len(names) else [str(place) for place in places]
+    return Comparison(tuple(Entry(label, read_result(place)) for label, place in zip(labels, places, strict=True)))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    config = RunFolder(folder).read_config()
+    if "sweep" not in config:
+        return [folder]
+    runs = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not runs:
+        raise UsageError(f"{folder}: this sweep has no run yet. Expected at least one.")
+    return runs
+
+
+def read_result(folder: Path) -> TrackResult:
+    """What a folder holds of a run, finished or not; without its parameters.
+
+    Raises:
+        UsageError: If it holds no run.
+    """
+    place = RunFolder(folder)
+    config, records, summary = place.read_config(), place.read_records(), place.read_summary()
+    if summary is None:
+        last = records[-1].step if records else 0
+        summary = {"status": "interrupted", "reason": f"not over; measured up to step {last:,}", "steps": last}
+    elif summary.get("schema") != SCHEMA:
+        raise UsageError(f"{place.path}: summary.json is not of a run ({summary.get('schema')!r}). Expected {SCHEMA}.")
+    problem = summary.get("problem", {})
+    return TrackResult(
+        spec=summary.get("spec", config.get("spec")),
+        optimizer=str(config.get("optimizer", "zo-gd")),
+        config=config,
+        device=summary.get("device", ""),
+        dtype=summary.get("dtype", ""),
+        num_params=problem.get("num_params", 0),
+        num_examples=problem.get("num_examples", 0),
+        every=summary.get("every", 0),
+        status=summary["status"],
+        reason=summary["reason"],
+        steps_done=summary["steps"],
+        records=records,
+        folder=folder,
+        seconds=summary.get("seconds") or 0.0,
+        measuring_seconds=summary.get("measuring_seconds") or 0.0,
+        parameters={},
+        warnings=tuple(Notice(entry["code"], entry["message"]) for entry in summary.get("warnings", [])),
+    )
+
+
+Values = Mapping[str, Any]
+Start = Callable[[Values, Path, bool], "TrackResult"]
+"""Runs one combination in a folder; the last argument says whether to go on with what is there."""
+
+SETTING = "set."
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied.
+
+    Args:
+        values: The options that all runs share.
+        grid: Names of options (``set.NAME`` for an argument of the spec), each with the values that it takes.
+        labels: The same values as text, for names of folders.
+    """
+
+    values: Values
+    grid: Mapping[str, Sequence[Any]]
+    labels: Mapping[str, Sequence[str]]
+
+    def combinations(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and options of every run, the last key varying fastest."""
+        found = []
+        for indices in itertools.product(*(range(len(values)) for values in self.grid.values())):
+            chosen = {key: self.grid[key][index] for key, index in zip(self.grid, indices, strict=True)}
+            parts = [
+                f"{key.removeprefix(SETTING)}={self.labels[key][i]}" for key, i in zip(self.grid, indices, strict=True)
+            ]
+            found.append((",".join(parts), self._with(chosen)))
+        return found
+
+    def _with(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {key.removeprefix(SETTING): value for key, value in chosen.items() if key.startswith(SETTING)}
+        options = {key: value for key, value in chosen.items() if not key.startswith(SETTING)}
+        merged = {**self.values, **options}
+        return {**merged, "set": {**self.values.get("set", {}), **settings}} if settings else merged
+
+
+class SweepInterruptedError(KeyboardInterrupt):
+    """A sweep that was interrupted, with the runs that there are."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        super().__init__()
+        self.comparison = comparison
+
+
+def run_sweep(sweep: Sweep, folder: RunFolder, *, config: Values, start: Start, resume: bool) -> Comparison:
+    """Run what has not been run yet, one after another.
+
+    A run that fails (a start that is not finite, no memory) is named in the result, and the others go on.
+
+    Args:
+        sweep: What is varied.
+        folder: Folder of the sweep; the run ``NAME`` is kept in ``folder/NAME``.
+        config: What ``config.yaml`` of the sweep holds.
+        start: Runs one combination.
+        resume: Go on with a sweep that was interrupted.
+
+    Raises:
+        UsageError: If two combinations have one name, or the folder cannot be used.
+        SweepInterruptedError: If a run was interrupted.
+    """
+    runs = sweep.combinations()
+    names = [_folder_name(name) for name, _ in runs]
+    if len(set(names)) != len(names):
+        raise UsageError("--sweep: two of the runs have the same values. Give every value once.")
+    entries: list[Entry] = []
+    with folder.opened():
+        if not resume:
+            folder.write_config(config)
+        for (label, values), name in zip(runs, names, strict=True):
+            entry, interrupted = _one(label, values, folder.path / name, start, resume=resume)
+            entries.append(entry)
+            if interrupted:
+                raise SweepInterruptedError(Comparison(tuple(entries)))
+        comparison = Comparison(tuple(entries))
+        folder.write_summary(comparison.summary())
+    return comparison
+
+
+def _one(label: str, values: Values, place: Path, start: Start, *, resume: bool) -> tuple[Entry, bool]:
+    there = RunFolder(place)
+    goes_on = resume and there.has_run
+    if goes_on:
+        summary = there.read_summary()
+        if summary is not None and summary.get("status") in OVER:
+            return Entry(label, read_result(place)), False
+    try:
+        return Entry(label, start(values, place, goes_on)), False
+    except TrackInterruptedError as error:
+        return Entry(label, error.result), True
+    except UsageError:
+        raise  # it would be the same for the others
+    except ZoscopeError as error:
+        return Entry(label, None, str(error)), False
+
+
+def _folder_name(label: str) -> str:
+    """A label as the name of a folder on every system."""
+    return re.sub(r"[^A-Za-z0-9=,.+_-]+", "_", label)[:120].strip(".")
 
 
 DEFAULTS = {key.name: key.default for key in TRACK.keys}

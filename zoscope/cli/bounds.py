@@ -8,7 +8,6 @@ import typer
 
 import zoscope
 from zoscope.cli import validate
-from zoscope.cli.flatten import flatten
 from zoscope.cli.options import (
     THRESHOLDS,
     MeasureOptions,
@@ -16,13 +15,13 @@ from zoscope.cli.options import (
     OutputOptions,
     ProblemOptions,
     Threshold,
+    flatten,
 )
-from zoscope.cli.output import emit, warn
-from zoscope.cli.progress import about, loading, measuring
+from zoscope.cli.output import about, emit, loading, measuring, warn
 from zoscope.errors import NumericalError
 
 if TYPE_CHECKING:
-    from zoscope.analysis.estimate_results import CostEstimate
+    from zoscope.analysis.estimate import CostEstimate
     from zoscope.spec import LoadedSpec
 
 PRECISION = "precision"  # code of the notice that --rtol was not reached
@@ -94,12 +93,12 @@ def command(
     from zoscope.report.bounds import render
 
     emit(result, output, shown=render(result, warnings=False))
-    missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
+    nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
     elsewhere = (PROVISIONAL,) if not output.json else ()  # the report shows it beside the step size
-    told = [notice for notice in result.warnings if notice not in missed and notice.code not in elsewhere]
+    told = [notice for notice in result.warnings if notice not in nonsmooth and notice.code not in elsewhere]
     warn(told, quiet=output.quiet)
-    if missed:  # after the result, which is honest all the same
-        raise NumericalError(missed[0].message)
+    if nonsmooth:  # after the result, which is honest all the same
+        raise NumericalError(nonsmooth[0].message)
 
 
 def _estimate(loaded: LoadedSpec, optimizer: OptimizerOptions, measure: MeasureOptions) -> CostEstimate:

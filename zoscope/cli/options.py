@@ -1,23 +1,68 @@
-"""The options that commands share, in groups: a command names a group as a parameter and ``flatten`` does the rest.
-
-A field is an option; its default is the command line's. ``__post_init__`` checks the values, and nothing here imports
-torch. Values that repeat (``--set``, ``--optimizer``) are lists or ``None`` because that is what Typer passes.
-"""
+"""Groups of options as dataclasses, spread over the command line of the commands that take them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from typer import Argument, Option
 
 from zoscope.cli import validate
-from zoscope.cli.imports import load_torch
+from zoscope.cli.output import load_torch
 
 if TYPE_CHECKING:
     from zoscope.spec import LoadedSpec
+
+
+def flatten(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter whose type is an options dataclass by the fields of that dataclass.
+
+    Typer sees one flat signature; the command receives the built, and thereby validated, groups.
+
+    Args:
+        function: A command. Names of fields and parameters must be unique over its groups.
+
+    Returns:
+        A command with the flat signature.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, type[Any]] = {}
+    flat: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            groups[parameter.name] = hint
+            flat += _parameters_of(hint)
+        else:
+            flat.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        function(**built, **values)
+
+    command.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return command
+
+
+def _parameters_of(group: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]
+
 
 METHODS = ("auto", "dense", "deflated-slq")
 CURVATURES = ("hessian", "ggn", "forward")

@@ -15,14 +15,12 @@ from typer import Option
 
 import zoscope
 from zoscope.cli import validate
-from zoscope.cli.flatten import flatten
-from zoscope.cli.options import THRESHOLDS, MeasureOptions, OutputOptions, ProblemOptions, RuleOptions
-from zoscope.cli.output import check_picture, emit, warn
-from zoscope.cli.progress import aside, loading, visible
+from zoscope.cli.options import THRESHOLDS, MeasureOptions, OutputOptions, ProblemOptions, RuleOptions, flatten
+from zoscope.cli.output import aside, check_picture, emit, loading, visible, warn
 from zoscope.errors import UsageError
 
 if TYPE_CHECKING:
-    from zoscope.analysis.probing.results import ProbeResult
+    from zoscope.analysis.probe_results import ProbeResult
 
 PANEL = "Runs"
 EXIT_CODES = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
@@ -180,7 +178,7 @@ def command(
         raise UsageError("--batch-size is for zeroth-order runs on the loss itself. Leave it out here.")
     with loading(quiet=output.quiet):
         loaded = problem.load()
-    from zoscope.analysis.probing.results import ProbeInterruptedError  # late, for a fast --help
+    from zoscope.analysis.probe_results import ProbeInterruptedError  # late, for a fast --help
 
     interrupted = False
     with running(quiet=output.quiet) as (on_progress, on_run), aside():
@@ -208,7 +206,7 @@ def _show(result: ProbeResult, output: OutputOptions, *, plot: Path | None) -> N
     emit(result, output, shown=render(result, warnings=False))
     warn(result.warnings, quiet=output.quiet)
     if plot is not None:
-        from zoscope.report.probe_plot import draw
+        from zoscope.report.probe import draw
 
         draw(result, plot)
 

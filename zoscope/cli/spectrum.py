@@ -10,15 +10,12 @@ from typer import Option
 
 import zoscope
 from zoscope.cli import validate
-from zoscope.cli.flatten import flatten
-from zoscope.cli.options import MeasureOptions, OutputOptions, ProblemOptions
-from zoscope.cli.output import check_picture, emit, warn
-from zoscope.cli.progress import about, loading, measuring
+from zoscope.cli.options import MeasureOptions, OutputOptions, ProblemOptions, flatten
+from zoscope.cli.output import about, check_picture, emit, loading, measuring, warn
 from zoscope.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
-    from zoscope.analysis.density_results import SpectrumResult
-    from zoscope.analysis.moments import MomentsResult
+    from zoscope.analysis.spectrum import MomentsResult, SpectrumResult
 
 PANEL = "Spectrum"
 PRECISION = "precision"  # code of the notice that --rtol was not reached
@@ -103,14 +100,14 @@ def command(
         else:
             result = zoscope.spectrum(loaded.problem, top=shown.top, by_layer=shown.by_layer, **common)
     _show(result, output, plot=shown.plot)
-    missed = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
-    warn((notice for notice in result.warnings if notice not in missed), quiet=output.quiet)
-    if missed:  # after the result, which is honest all the same
-        raise NumericalError(missed[0].message)
+    nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and measure.strict]
+    warn((notice for notice in result.warnings if notice not in nonsmooth), quiet=output.quiet)
+    if nonsmooth:  # after the result, which is honest all the same
+        raise NumericalError(nonsmooth[0].message)
 
 
 def _show(result: SpectrumResult | MomentsResult, output: OutputOptions, *, plot: Path | None) -> None:
-    from zoscope.analysis.moments import MomentsResult  # late, for a fast --help
+    from zoscope.analysis.spectrum import MomentsResult  # late, for a fast --help
     from zoscope.report.spectrum import render, render_moments
 
     if isinstance(result, MomentsResult):
@@ -118,6 +115,6 @@ def _show(result: SpectrumResult | MomentsResult, output: OutputOptions, *, plot
         return
     emit(result, output, shown=render(result, warnings=False))
     if plot is not None:
-        from zoscope.report.spectrum_plot import draw
+        from zoscope.report.spectrum import draw
 
         draw(result, plot)

@@ -50,7 +50,7 @@ def at_least(option: str, value: int, least: int) -> int:
 
 def size(option: str, text: str) -> int:
     """Bytes, from a number with a unit or without: 500MB, 2 GiB, 1.5g, 4096."""
-    from zoscope.config.kinds import bytes_of  # late, for a fast --help
+    from zoscope.config.keys import bytes_of  # late, for a fast --help
 
     found = bytes_of(text)
     if found is None:

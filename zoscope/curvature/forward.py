@@ -1,21 +1,401 @@
-"""Curvature from forward passes alone: trace, Frobenius norm and the gradient's share, each with its error."""
+"""What a sample says about the mean and the variance behind it, when its law is a weighted sum of chi-squares.
+
+``X = uᵀHu`` with Gaussian u is ``Σ λ_i z_i²``: mean ``Tr H``, variance ``2‖H‖_F²``, excess kurtosis at most 12, and
+skewed where few eigenvalues carry the sum. Error bars of normal samples would be too short.
+"""
+
+from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from numpy.typing import ArrayLike, NDArray
 
-from zoscope.curvature.party import Group, Party, exploring
-from zoscope.curvature.results import ForwardCurvature, ForwardNoise
-from zoscope.curvature.sampling import OnProgress
-from zoscope.curvature.scatter import mean_of, ratio_of, variance_of
-from zoscope.curvature.steplength import choose_step
-from zoscope.errors import UsageError
+from zoscope.curvature.finite_difference import Difference, Stencil, choose_step
+from zoscope.curvature.nonsmooth import Jump, jump_along
+from zoscope.curvature.slq import ForwardCurvature, ForwardNoise, OnProgress
+from zoscope.errors import NumericalError, UsageError
+from zoscope.optim.directions import Direction, new_generator
 from zoscope.problem import Objective
-from zoscope.theory.spectrum import Estimate
+from zoscope.problem.distributed import ProcessGroup, WorkerSession
+from zoscope.problem.model import ShardedGroup
+from zoscope.problem.objective import Examples
+from zoscope.runtime import DroppedError, Ranks
+from zoscope.theory.minibatch import spread_of_batches
+from zoscope.theory.spectrum import Estimate, widening
+
+MOST_KURTOSIS = 12.0
+"""Of a single squared Gaussian, the most skewed member of the family."""
+
+NORMAL_95 = 1.96
+
+
+def mean_of(values: ArrayLike) -> Estimate:
+    """Mean of a sample ``(n,)``, its standard error widened so that 1.96 of them make a 95 % interval.
+
+    Student's quantile takes as many degrees of freedom as the sample variance really has.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return Estimate(float(x.mean()), math.inf)
+    stderr = float(x.std(ddof=1)) / math.sqrt(len(x))
+    return Estimate(float(x.mean()), stderr * _student(_freedom(x)))
+
+
+def variance_of(values: ArrayLike) -> Estimate:
+    """Unbiased variance of a sample ``(n,)``; its standard error covers the longer, upper arm of the interval."""
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return Estimate(0.0, math.inf)
+    variance, freedom = float(x.var(ddof=1)), _freedom(x)
+    from scipy.special import chdtri  # slow to import, and needed for forward passes alone
+
+    arm = freedom / float(chdtri(freedom, 0.975)) - 1
+    return Estimate(variance, variance * arm / NORMAL_95)
+
+
+def ratio_of(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
+    """Ratio of the means of two samples ``(n,)`` taken together; its standard error covers the longer arm.
+
+    Few samples of a skewed law mostly miss its tail, and show too little scatter then. Johnson's correction for that
+    (J. Am. Stat. Assoc. 73, 536, 1978) moves the interval by ``γ(1 + 2t²)s/6n``, towards the tail.
+    """
+    a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if len(a) < 2 or b.mean() <= 0:
+        return Estimate(0.0, math.inf)
+    ratio = float(a.mean() / b.mean())
+    rest = a - ratio * b
+    stderr = float(rest.std(ddof=1)) / (math.sqrt(len(a)) * float(b.mean()))
+    t = NORMAL_95 * _student(len(a) - 1)
+    arm = t + _skewness(rest) * (1 + 2 * t**2) / (6 * math.sqrt(len(a)))
+    return Estimate(ratio, stderr * arm / NORMAL_95)
+
+
+def _skewness(x: NDArray[np.float64]) -> float:
+    """Size of the skewness, corrected for the smallness of the sample."""
+    n, z = len(x), x - x.mean()
+    second = float(np.mean(z**2))
+    if n < 3 or second <= 0:
+        return 0.0
+    return abs(float(np.mean(z**3))) / math.pow(second, 1.5) * math.sqrt(n * (n - 1)) / (n - 2)
+
+
+def _freedom(x: NDArray[np.float64]) -> float:
+    """Degrees of freedom of a chi-square as uncertain as the sample variance: ``2 / (Var s² / σ⁴)``.
+
+    ``Var s²/σ⁴ = 2/(n-1) + κ/n``. The sample kurtosis of skewed laws is too small; ``κ ≥ 1.5 skewness²`` holds in the
+    family (Cauchy-Schwarz on ``Tr H³``), and skewness is better known.
+    """
+    n = len(x)
+    excess = MOST_KURTOSIS
+    z = x - x.mean()
+    second = float(np.mean(z**2))
+    if n >= 4 and second > 0:
+        g2 = float(np.mean(z**4)) / second**2 - 3
+        sampled = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * g2 + 6)
+        excess = min(max(sampled, 1.5 * _skewness(x) ** 2, 0.0), MOST_KURTOSIS)
+    return 2 / (2 / (n - 1) + excess / n)
+
+
+def _student(freedom: float) -> float:
+    return widening(max(freedom, 1.0))
+
+
+_Array = NDArray[np.float64]
+T = TypeVar("T")
+
+_TO_NONE = 4 / 3
+"""Truncation at h over the change from h/2 to h."""
+
+_CPU = torch.device("cpu")
+_OF_PARTS = 1 << 20
+"""Keeps the stream of parts apart from those of directions on other devices and ranks."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How single examples e spread, as the random parts of the data show along some directions.
+
+    Args:
+        gradient_sq: Estimate of ``E‖g_e − g‖²``.
+        gradient_checks: The same along each of the first few directions, from steps of h/2 and h, ``(2, c)``.
+        curvature: Estimate of ``E (g_e − g)ᵀH(g_e − g)``.
+        hessian_sq: Estimate of ``E‖H_e − H‖_F²``.
+        hessian_shift: By how much truncation and rounding may have moved it.
+    """
+
+    gradient_sq: float
+    gradient_checks: _Array
+    curvature: float
+    hessian_sq: float
+    hessian_shift: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some directions and the stencil along the gradient estimate that they make.
+
+    Args:
+        slopes: ``uᵀg``, ``(q,)``.
+        curvatures: ``uᵀHu``, ``(q,)``.
+        checks: ``uᵀg`` and ``uᵀHu`` of the first few, from steps of h/2 and h, ``(2, 2, c)``.
+        along_gradient: An unbiased estimate of ``gᵀHg``.
+        noise: How examples spread around their mean; ``None`` where that was not asked for.
+    """
+
+    slopes: _Array
+    curvatures: _Array
+    checks: _Array
+    along_gradient: float
+    noise: Noise | None = None
+
+
+class DirectionSampler:
+    """Measures along numbered directions; the answer does not depend on how many ranks share them.
+
+    Args:
+        stencil: On this rank.
+        process_group: The ranks; None for this process alone.
+        parts: Into how many random parts the examples are divided for every group, to see how they spread; None
+            leaves that out.
+        seed: Seed of the parts.
+    """
+
+    def __init__(
+        self,
+        stencil: Stencil,
+        process_group: ProcessGroup | ShardedGroup | None,
+        *,
+        parts: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.stencil = stencil
+        self._process_group = process_group
+        self._parts, self._seed = parts, seed
+        self._pilots: list[Direction] = []
+
+    @property
+    def first_step(self) -> float:
+        """Where truncation and rounding would balance for weights and curvature of the usual sizes.
+
+        By a power of two from these sizes, as every step of the search: seeds then differ in what they find there only.
+        """
+        return math.ldexp(self.stencil.typical_size, round(0.25 * math.log2(self.stencil.epsilon)))
+
+    def pilots(self, count: int) -> Callable[[float], list[Difference]]:
+        """What tells the differences along the first ``count`` directions for any step."""
+        return lambda h: self._all("pilots", list(range(count)), h)
+
+    def groups(self, size: int, *, first: int, checks: int, h: float, most: int) -> Iterator[Group]:
+        """Groups of ``size`` directions each, from number ``first`` on, in order; a few may be measured in vain."""
+        self._pilots.clear()
+        ahead = 1 if self._process_group is None or self._process_group.mirrored else self._process_group.ranks.size
+        for start in range(0, most, ahead):
+            firsts = [first + number * size for number in range(start, min(start + ahead, most))]
+            yield from self._all("groups", firsts, h, size, checks)
+
+    def group(self, numbers: Sequence[int], *, checks: int, h: float) -> Group:
+        """One group of directions, by their numbers, of which the first ``checks`` are measured at h/2 too."""
+        if self._parts is None:
+            return measure_group(self.stencil, numbers, checks=checks, h=h)
+        objective = self.stencil.objective
+        generator = new_generator(np.random.SeedSequence(self._seed, spawn_key=(numbers[0], _OF_PARTS)), _CPU)
+        examples = Examples(objective)
+        parts = examples.partition(self._parts, generator)
+        scale = float(np.mean([spread_of_batches(examples.count, len(part)) for part in parts]))
+        signs = 1.0 - 2.0 * torch.randint(0, 2, (len(parts),), generator=generator).double().numpy()
+        with self.stencil.divided(parts, h):
+            return measure_group(self.stencil, numbers, checks=checks, h=h, signs=signs, scale=scale)
+
+    def jump(self) -> Jump | None:
+        """Of a loss that is constant but for jumps; looked for by all ranks together where they share a model."""
+        if self._process_group is None or not self._process_group.mirrored:
+            return jump_along(self.stencil)
+        self._process_group.work("zoscope.curvature.forward:look_for_jump")
+        return _in_lockstep(self._process_group.ranks, lambda: jump_along(self.stencil))
+
+    def _all(self, name: str, numbers: list[int], *args: float) -> list[Any]:
+        if self._process_group is None:
+            return [_WORK[name](self, number, *args) for number in numbers]
+        self._process_group.work("zoscope.curvature.forward:explore", name, numbers, args)
+        return _share(self, self._process_group.ranks, name, numbers, args, mirrored=self._process_group.mirrored)
+
+    def pilot(self, number: int) -> Direction:
+        """One of the directions that are measured at many steps."""
+        while len(self._pilots) <= number:
+            self._pilots.append(self.stencil.direction(len(self._pilots)))
+        return self._pilots[number]
+
+
+@contextmanager
+def exploring(objective: Objective, *, seed: int, parts: int | None = None) -> Iterator[DirectionSampler]:
+    """A party of all ranks that hold an objective.
+
+    Args:
+        objective: Prepared with ``differentiable=False``.
+        seed: Seed of the directions.
+        parts: As for `DirectionSampler`.
+    """
+    process_group = objective.process_group
+    if process_group is None or not process_group.follows:
+        yield DirectionSampler(Stencil(objective, seed=seed), None, parts=parts, seed=seed)
+        return
+    process_group.work("zoscope.curvature.forward:begin", seed, parts)
+    if not process_group.mirrored:
+        objective.process_group = None  # from here on a rank evaluates directions of its own, on all of the data
+    try:
+        yield DirectionSampler(_made(process_group.ranks, objective, seed), process_group, parts=parts, seed=seed)
+    finally:
+        objective.process_group = process_group
+
+
+def _made(ranks: Ranks, objective: Objective, seed: int) -> Stencil:
+    together = _in_lockstep if isinstance(objective.process_group, ShardedGroup) else Ranks.attempt
+    return together(ranks, lambda: Stencil(objective, seed=seed))
+
+
+def begin(worker: WorkerSession, seed: int, parts: int | None) -> None:
+    """Make a stencil on another rank."""
+    worker.kept["sampler"] = DirectionSampler(_made(worker.ranks, worker.objective, seed), None, parts=parts, seed=seed)
+
+
+def explore(worker: WorkerSession, name: str, numbers: list[int], args: tuple[float, ...]) -> None:
+    """The part of another rank in what a sampler measures."""
+    process_group = worker.objective.process_group
+    _share(
+        worker.kept["sampler"],
+        worker.ranks,
+        name,
+        numbers,
+        args,
+        mirrored=process_group is not None and process_group.mirrored,
+    )
+
+
+def look_for_jump(worker: WorkerSession) -> None:
+    """The part of another rank in finding a jump."""
+    _in_lockstep(worker.ranks, lambda: jump_along(worker.kept["sampler"].stencil))
+
+
+def _share(
+    sampler: DirectionSampler, ranks: Ranks, name: str, numbers: list[int], args: tuple[float, ...], *, mirrored: bool
+) -> list[Any]:
+    def all_of_them() -> list[Any]:
+        return [_WORK[name](sampler, number, *args) for number in numbers]
+
+    if mirrored:
+        return _in_lockstep(ranks, all_of_them)
+
+    def mine() -> dict[int, Any]:
+        sampler.stencil.reach(args[0])  # moves θ to a grid where it is large: the same on every rank
+        return {n: _WORK[name](sampler, n, *args) for i, n in enumerate(numbers) if i % ranks.size == ranks.rank}
+
+    found = {number: item for part in ranks.gather(ranks.attempt(mine)) for number, item in part.items()}
+    return [found[number] for number in numbers] if ranks.leads else []
+
+
+def _in_lockstep(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Work that all ranks do with parts of one model: losses, and what is wrong with them, are the same everywhere."""
+    try:
+        return work()
+    except NumericalError:
+        if ranks.leads:
+            raise
+        raise DroppedError from None
+    except Exception:
+        ranks.in_step = False  # the others may wait for this rank in the middle of a forward pass
+        raise
+
+
+def _pilot(sampler: DirectionSampler, number: int, h: float) -> Difference:
+    return sampler.stencil.along(sampler.pilot(number), h)
+
+
+def _group(sampler: DirectionSampler, first: int, h: float, size: float, checks: float) -> Group:
+    return sampler.group(range(first, first + int(size)), checks=int(checks), h=h)
+
+
+_WORK: dict[str, Callable[..., object]] = {"pilots": _pilot, "groups": _group}
+
+
+def measure_group(
+    stencil: Stencil,
+    numbers: Sequence[int],
+    *,
+    checks: int,
+    h: float,
+    signs: _Array | None = None,
+    scale: float = 1.0,
+) -> Group:
+    """One group of directions.
+
+    Args:
+        stencil: What measures along them; divided where ``signs`` are given.
+        numbers: Of the directions.
+        checks: How many of the first ones are measured at h/2 too.
+        h: The step.
+        signs: ``(k,)`` random signs of the parts that the data are divided into.
+        scale: Variance of a part in units of that of an example.
+    """
+    directions = [stencil.direction(number) for number in numbers]
+    found = [_finite(stencil.along(u, h), h) for u in directions]
+    slopes, curvatures = _columns(found)
+    halves = [_finite(stencil.along(u, h / 2), h / 2) for u in directions[:checks]]
+    checked = np.stack([_columns(halves), np.stack([slopes, curvatures])[:, :checks]], axis=1)
+
+    def through(weights: _Array) -> float:
+        """``vᵀHv`` for the vector of which ``weights`` are the products with the directions, from pairs of them."""
+        norm, size = float(np.linalg.norm(weights)), len(weights)
+        if norm == 0:
+            return 0.0
+        c = weights / norm  # a sum with weights of norm 1 is as long as a direction, so that h suits it too
+        whole = _finite(stencil.along(stencil.combination(directions, c.tolist()), h), h).curvature
+        return norm**2 * (whole - float(c**2 @ curvatures)) / (size * (size - 1))
+
+    group = Group(slopes, curvatures, checked, through(slopes))
+    if signs is None:
+        return group
+    apart, half = _disagreements(found), _disagreements(halves)
+    # Σ ξ (g_part − g) has the covariance of examples, once divided by the root of what it adds up.
+    noise = signs @ apart[0] / math.sqrt(len(signs) * scale)
+    changes = _TO_NONE * (half[1] - apart[1][:, :checks])
+    covariances = [float(np.cov(a, b)[0, 1]) for a, b in zip(apart[1][:, :checks], changes, strict=True)]
+    return replace(
+        group,
+        noise=Noise(
+            gradient_sq=float(np.mean(apart[0] ** 2)) / scale,
+            gradient_checks=np.stack([np.mean(x**2, axis=0) for x in (half[0], apart[0][:, :checks])]) / scale,
+            curvature=through(noise),
+            hessian_sq=0.5 * float(apart[1].var(axis=1, ddof=1).mean()) / scale,
+            hessian_shift=(float(np.abs(covariances).mean()) + 0.5 * float(changes.var(axis=1, ddof=1).mean())) / scale,
+        ),
+    )
+
+
+def _disagreements(found: Sequence[Difference]) -> _Array:
+    """Slopes and curvatures of the parts less those of all data, ``(2, k, n)``."""
+    return np.stack([d.parts - np.array([[d.slope], [d.curvature]]) for d in found if d.parts is not None], axis=-1)
+
+
+def _columns(found: Sequence[Difference]) -> _Array:
+    return np.array([[d.slope for d in found], [d.curvature for d in found]])
+
+
+def _finite(difference: Difference, h: float) -> Difference:
+    if not (math.isfinite(difference.slope) and math.isfinite(difference.curvature)):
+        raise NumericalError(
+            f"The loss is not finite at a distance of {h:.2g} along a random direction: expected finite losses around "
+            "the given parameters. The loss may overflow or leave its domain there; measure at another point, in "
+            "--dtype float64, or restrict --params."
+        )
+    return difference
+
 
 LEAST_DIRECTIONS = 40
 """Budget below which no error bar could be trusted."""
@@ -41,10 +421,7 @@ PARTS = 8
 ForwardPrecision = Callable[[ForwardCurvature], float]
 """Largest relative 95 % half-width among the quantities wanted."""
 
-_TO_NONE = 4 / 3
 """Truncation at h over the change from h/2 to h."""
-
-_Array = NDArray[np.float64]
 
 
 def measure_forward(
@@ -93,15 +470,17 @@ def measure_forward(
             f"--max-hvps {max_hvps}: --curvature forward needs at least {LEAST_DIRECTIONS} directions to put error "
             "bars on its numbers."
         )
-    with exploring(objective, seed=seed, parts=PARTS if noise else None) as party:
-        measurement = _Forward(party, precision or _of_trace, rtol=rtol, budget=max_hvps, stencils=1 + noise)
+    with exploring(objective, seed=seed, parts=PARTS if noise else None) as sampler:
+        measurement = _Forward(sampler, precision or _of_trace, rtol=rtol, budget=max_hvps, stencils=1 + noise)
         return measurement.run(on_progress)
 
 
 class _Forward:
-    def __init__(self, party: Party, precision: ForwardPrecision, *, rtol: float, budget: int, stencils: int) -> None:
+    def __init__(
+        self, sampler: DirectionSampler, precision: ForwardPrecision, *, rtol: float, budget: int, stencils: int
+    ) -> None:
         self._started = time.perf_counter()
-        self._party = party
+        self._sampler = sampler
         self._precision = precision
         self._rtol = rtol
         self._budget = budget
@@ -112,19 +491,19 @@ class _Forward:
     def run(self, on_progress: OnProgress | None) -> ForwardCurvature:
         pilots = 2 if self._budget < 100 else 4 if self._budget < 300 else PILOTS
         h, self._spent = choose_step(
-            self._party.pilots(pilots),
-            start=self._party.first_step,
+            self._sampler.pilots(pilots),
+            start=self._sampler.first_step,
             tolerance=self._rtol / 20,
             budget=self._budget // 4,
             reserve=self._budget // 4 if self._budget >= 100 else 0,
-            farthest=self._party.stencil.farthest,
-            resolution=self._party.stencil.resolution,
+            farthest=self._sampler.stencil.farthest,
+            resolution=self._sampler.stencil.resolution,
         )
         left = self._budget - self._spent
         checks = CHECKS if self._budget >= 100 else 2
         size = min(GROUP, left // LEAST_GROUPS - checks - self._stencils)
         cost = size + checks + self._stencils
-        for group in self._party.groups(size, first=pilots, checks=checks, h=h, most=left // cost):
+        for group in self._sampler.groups(size, first=pilots, checks=checks, h=h, most=left // cost):
             self._groups.append(group)
             self._spent += cost
             enough = len(self._groups) >= LEAST_GROUPS
@@ -137,14 +516,14 @@ class _Forward:
         result = self._result(h)
         if result.disagreement <= ROUGH:
             return result
-        return replace(result, jump=self._party.jump(), num_evaluations=self._party.stencil.evaluations)
+        return replace(result, jump=self._sampler.jump(), num_evaluations=self._sampler.stencil.evaluations)
 
     def _result(self, h: float) -> ForwardCurvature:
         groups = self._groups
         slopes, curvatures = np.concatenate([g.slopes for g in groups]), np.concatenate([g.curvatures for g in groups])
         tilts, bends = np.concatenate([g.checks for g in groups], axis=2)  # slopes and curvatures, (2, c) each
         # All directions share the loss at θ, whose rounding no comparison between them shows in full.
-        shift = _apart(bends) + self._party.stencil.resolution / h**2
+        shift = _apart(bends) + self._sampler.stencil.resolution / h**2
         trace, variance, gradient_sq = mean_of(curvatures), variance_of(curvatures), mean_of(slopes**2)
         # Var X changes by 2 Cov(X, change) + Var(change) on the way to no step. All of X may come from errors alike.
         change = _TO_NONE * (bends[0] - bends[1])
@@ -161,12 +540,12 @@ class _Forward:
             frobenius_sq=Estimate(variance.value / 2, variance.stderr / 2, spread),
             gradient_sq=Estimate(gradient_sq.value, gradient_sq.stderr, _apart(tilts**2)),
             rayleigh=rayleigh,
-            loss=self._party.stencil.loss,
+            loss=self._sampler.stencil.loss,
             indefinite=bool((curvatures < -_TO_NONE * np.abs(bends[0] - bends[1]).max()).any()),
             step=h,
             disagreement=shift / abs(trace.value) if trace.value != 0 else math.inf,
             num_hvps=self._spent,
-            num_evaluations=self._party.stencil.centres + 2 * self._spent,
+            num_evaluations=self._sampler.stencil.centres + 2 * self._spent,
             seconds=time.perf_counter() - self._started,
             noise=self._noise(),
         )

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from zoscope.curvature.faults import cannot_differentiate
-from zoscope.curvature.hvp import Products
-from zoscope.curvature.operators import ShardOperator
+from zoscope.curvature.operators import Products, ShardOperator
 from zoscope.errors import SpecError, UsageError
 from zoscope.problem import Objective, Shard
+from zoscope.runtime.autograd_errors import cannot_differentiate
 
 
 class GGNOperator(ShardOperator):

@@ -1,16 +1,288 @@
-"""Lanczos tridiagonalisation: one chain with its basis kept, or many short chains advanced together."""
+"""Where the vectors of a Lanczos chain are: in this process, or in slices on all ranks of a job."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.basis import SharedBasis, inner, lengths, new_basis
 from zoscope.curvature.operators import LinearOperator
 from zoscope.errors import NumericalError
+from zoscope.runtime import Ranks, is_limited
+
+if TYPE_CHECKING:
+    from zoscope.problem.distributed import ProcessGroup, WorkerSession
+
+WIDTH = 2**22
+"""Entries that are combined at a time, so that no second copy of a basis is needed."""
+
+ENOUGH = 0.7
+"""Share of a vector's length that a pass of orthogonalisation must leave for one to do (Daniel et al. 1976)."""
+
+FEWEST_VECTORS = 24
+"""Vectors that a sampled measurement holds at least."""
+
+CHUNK = 2**14
+"""Entries whose products are added up in the vectors' own type; the sums of chunks are added in float64."""
+
+_numbers = itertools.count()
+
+
+def vectors_that_fit(share: float, row: int, *, free: float) -> int:
+    """How many vectors of ``row`` bytes fit into a share of the free memory.
+
+    Raises:
+        NumericalError: If a memory limit leaves no room for the fewest.
+    """
+    if is_limited() and free < FEWEST_VECTORS * row:
+        raise NumericalError(
+            f"--max-memory leaves {free / 2**20:,.0f} MiB for vectors of {row / 2**20:,.0f} MiB each: expected room "
+            f"for {FEWEST_VECTORS} of them. Raise it, select fewer parameters (--params), or use --curvature forward."
+        )
+    return int(share * free / row)
+
+
+def inner(rows: Tensor, others: Tensor) -> Tensor:
+    """Inner products ``(m, n)`` of ``rows`` ``(m, d)`` with ``others`` ``(n, d)``, in float64.
+
+    A float32 sum over millions of entries loses four of its seven digits; over a chunk it loses hardly one.
+    """
+    if rows.dtype == torch.float64 or rows.shape[1] <= CHUNK:
+        return (rows @ others.T).double()
+    cuts = range(0, rows.shape[1], CHUNK)
+    products = [rows[:, begin : begin + CHUNK] @ others[:, begin : begin + CHUNK].T for begin in cuts]
+    return torch.stack(products).sum(dim=0, dtype=torch.float64)
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """Norms ``(b, 1)`` of vectors ``(b, d)``, accumulated in float64, in their own type."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=torch.float64)
+    return norms.to(vectors.dtype)
+
+
+def new_basis(operator: LinearOperator, start: Tensor, *, capacity: int) -> LocalBasis | SharedBasis:
+    """Room for ``capacity`` vectors like ``start``, which is the first one, normalised."""
+    unit = start / lengths(start[None])[0]
+    process_group = operator.process_group
+    if process_group is not None and process_group.ranks.shard_basis:
+        return SharedBasis(process_group, unit, capacity=capacity)
+    return LocalBasis(unit, capacity=capacity)
+
+
+class LocalBasis:
+    """Vectors in this process.
+
+    Args:
+        first: ``(d,)``, the first one.
+        capacity: How many there will be at most.
+    """
+
+    def __init__(self, first: Tensor, *, capacity: int) -> None:
+        self._rows = torch.empty(capacity, len(first), dtype=first.dtype, device=first.device)
+        self._rows[0] = first
+        self._next = first
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> Tensor:
+        """One vector ``(d,)``."""
+        return self._rows[index]
+
+    def orthogonalise(self, vector: Tensor, count: int) -> tuple[float, float]:
+        """Take the first ``count`` vectors out of another one, in place.
+
+        Returns:
+            Its coefficient along the last of them, and the length of what is left.
+        """
+        known = self._rows[:count]
+        along = inner(known[-1:], vector[None])[0, 0]
+        for row in known[-2:].flip(0):  # Lanczos' own recurrence, which leaves little for the costly pass over all
+            vector.sub_(inner(row[None], vector[None])[0].to(row) * row)
+        before = torch.linalg.vector_norm(vector, dtype=torch.float64)  # float32 squares may overflow
+        vector.sub_(inner(vector[None], known)[0].to(known) @ known)
+        self._next = vector
+        left = torch.linalg.vector_norm(vector, dtype=torch.float64)
+        first, whole, rest = torch.stack([along, before, left]).tolist()  # a device is waited for once
+        if rest < ENOUGH * whole:  # much of it was rounding: twice is enough (Kahan; Parlett 1980, §6.9)
+            vector.sub_(inner(vector[None], known)[0].to(known) @ known)
+            rest = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+        return first, rest
+
+    def append(self, index: int, length: float) -> None:
+        """Put what was left, of a known length, at ``index`` as a unit vector."""
+        torch.div(self._next, length, out=self._rows[index])
+
+    def project_out(self, vectors: Tensor, mix: Tensor) -> Tensor:
+        """``vectors`` ``(b, d)`` less their components along the orthonormal combinations ``mix`` ``(n, k)``."""
+        known = self._rows[: mix.shape[1]]
+        along = inner(vectors, known).to(mix)
+        return torch.addmm(vectors, along @ mix.T @ mix, known, alpha=-1)
+
+    def combine(self, mix: Tensor) -> Tensor:
+        """Put the combinations ``mix`` ``(n, k)`` of the first k vectors in their place; ``(n, d)``."""
+        return _combined(self._rows, mix)
+
+
+def _combined(rows: Tensor, mix: Tensor) -> Tensor:
+    n, k = mix.shape
+    width = max(1, WIDTH // max(k, 1))
+    for begin in range(0, rows.shape[1], width):
+        rows[:n, begin : begin + width] = mix @ rows[:k, begin : begin + width]
+    return rows[:n]
+
+
+class SharedBasis:
+    """Vectors of which each rank holds a slice of the coordinates: memory per rank falls as ranks are added.
+
+    Sums over coordinates are exchanged, a few numbers each; whole vectors only where a product takes one.
+
+    Args:
+        process_group: The ranks.
+        first: ``(d,)``, the first vector.
+        capacity: How many there will be at most.
+    """
+
+    def __init__(self, process_group: ProcessGroup, first: Tensor, *, capacity: int) -> None:
+        self._process_group, self._dim, self._count = process_group, len(first), capacity
+        self.dtype, self.device = first.dtype, first.device
+        self._number = next(_numbers)
+        live = [*_live, self._number]
+        _live[self._number] = self
+        process_group.work("zoscope.curvature.lanczos:begin", self._number, live, capacity, len(first), self.dtype)
+        self._slice = process_group.ranks.attempt(
+            lambda: Slice(process_group.ranks, capacity, len(first), self.dtype, self.device)
+        )
+        self._tell("put")
+        self._slice.put(first)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.row(index) for index in range(self._count))
+
+    def row(self, index: int) -> Tensor:
+        """See `LocalBasis.row`."""
+        self._tell("row", index)
+        return self._slice.row(index)[: self._dim]
+
+    def orthogonalise(self, vector: Tensor, count: int) -> tuple[float, float]:
+        """See `LocalBasis.orthogonalise`; the vector itself is left as it is."""
+        self._tell("orthogonalise", count)
+        return self._slice.orthogonalise(count, vector)
+
+    def append(self, index: int, length: float) -> None:
+        """See `LocalBasis.append`."""
+        self._tell("append", index, length)
+        self._slice.append(index, length)
+
+    def combine(self, mix: Tensor) -> SharedBasis:
+        """See `LocalBasis.combine`."""
+        self._tell("combine", mix.cpu())
+        self._slice.combine(mix)
+        self._count = len(mix)
+        return self
+
+    def project_out(self, vectors: Tensor, mix: Tensor | None = None) -> Tensor:
+        """``vectors`` ``(b, d)`` less what lies along this basis, or along its combinations ``mix`` ``(n, k)``."""
+        mix = torch.eye(self._count) if mix is None else mix.cpu()
+        self._tell("project_out", mix, len(vectors))
+        return self._slice.project_out(mix, len(vectors), vectors)[:, : self._dim]
+
+    def whole(self) -> Tensor:
+        """All of it on rank 0, ``(q, d)``, for a caller that cannot do with less."""
+        return torch.stack(list(self))
+
+    def _tell(self, name: str, *args: object) -> None:
+        self._process_group.work("zoscope.curvature.lanczos:act", self._number, name, args)
+
+
+_live: weakref.WeakValueDictionary[int, SharedBasis] = weakref.WeakValueDictionary()
+
+
+class Slice:
+    """One rank's coordinates of all vectors; every rank calls the same methods, and rank 0 has the whole vectors.
+
+    Args:
+        ranks: The job.
+        capacity: Number of vectors.
+        dim: Their length.
+        dtype: Their type.
+        device: Where they are.
+    """
+
+    def __init__(self, ranks: Ranks, capacity: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._ranks = ranks
+        self._width = -(-dim // ranks.size)  # the last slice ends in zeros
+        self._rows = torch.zeros(capacity, self._width, dtype=dtype, device=device)
+        self._next = torch.zeros(self._width, dtype=dtype, device=device)
+
+    def put(self, whole: Tensor | None = None) -> None:
+        """The first vector."""
+        self._rows[0] = self._dealt(1, None if whole is None else whole[None])[0]
+
+    def row(self, index: int) -> Tensor:
+        """One vector, on rank 0."""
+        return self._joined(self._rows[index : index + 1])[0]
+
+    def orthogonalise(self, count: int, whole: Tensor | None = None) -> tuple[float, float]:
+        """See `LocalBasis.orthogonalise`."""
+        known = self._rows[:count]
+        self._next = vector = self._dealt(1, None if whole is None else whole[None])[0]
+        along = 0.0
+        for turn in range(2):
+            products = self._ranks.total(inner(known, vector[None])[:, 0].cpu())
+            along = float(products[-1]) if turn == 0 else along
+            vector -= products.to(vector) @ known
+        square = self._ranks.total(vector.double().square().sum().cpu())
+        return along, float(square.sqrt())
+
+    def append(self, index: int, length: float) -> None:
+        """See `LocalBasis.append`."""
+        torch.div(self._next, length, out=self._rows[index])
+
+    def combine(self, mix: Tensor) -> None:
+        """See `LocalBasis.combine`."""
+        self._rows = _combined(self._rows, mix.to(self._rows))
+
+    def project_out(self, mix: Tensor, number: int, whole: Tensor | None = None) -> Tensor:
+        """Vectors ``(number, d)`` less their components along combinations of the first rows, on rank 0."""
+        basis, vectors = self._rows[: mix.shape[1]], self._dealt(number, whole)
+        products = self._ranks.total(inner(vectors, basis).cpu()) @ mix.double().T @ mix.double()
+        return self._joined(torch.addmm(vectors, products.to(vectors), basis, alpha=-1))
+
+    def _dealt(self, number: int, whole: Tensor | None) -> Tensor:
+        mine = torch.empty(number, self._width, dtype=self._rows.dtype, device=self._rows.device)
+        if whole is not None:
+            whole = torch.nn.functional.pad(whole, (0, self._width * self._ranks.size - whole.shape[1]))
+        return self._ranks.scatter(whole, mine)
+
+    def _joined(self, mine: Tensor) -> Tensor:
+        whole = self._ranks.join(mine)
+        return mine if whole is None else whole
+
+
+def begin(worker: WorkerSession, number: int, live: list[int], capacity: int, dim: int, dtype: torch.dtype) -> None:
+    """Make room on another rank, in place of bases that are gone."""
+    slices: dict[int, Slice] = worker.kept.setdefault("slices", {})
+    for old in set(slices) - set(live):
+        del slices[old]
+    device = worker.objective.device
+    slices[number] = worker.ranks.attempt(lambda: Slice(worker.ranks, capacity, dim, dtype, device))
+
+
+def act(worker: WorkerSession, number: int, name: str, args: tuple[object, ...]) -> None:
+    """Do on another rank what rank 0 does with its slice."""
+    getattr(worker.kept["slices"][number], name)(*args)
+
 
 Array = NDArray[np.float64]
 Rows = Tensor | SharedBasis
@@ -43,7 +315,7 @@ class Jacobi:
         )
         return values, vectors
 
-    def head(self, steps: int) -> "Jacobi":
+    def head(self, steps: int) -> Jacobi:
         """The first ``steps`` steps."""
         return Jacobi(self.alphas[:steps], self.betas[:steps])
 
@@ -143,7 +415,7 @@ class Recurrences:
         self._alphas: list[Tensor] = []
         self._betas: list[Tensor] = []
 
-    def extend(self, steps: int) -> "Recurrences":
+    def extend(self, steps: int) -> Recurrences:
         """Take more steps.
 
         Raises:

@@ -1,11 +1,7 @@
-"""How Hessians and gradients of mini-batches spread around those of all examples.
-
-One sweep over the data in random groups gives a product with the whole Hessian and, at the same cost, the spread of the
-groups around it. Without replacement the spread of any batch size follows from that of another (``spread_of_batches``),
-so the groups need not have the size of the batches.
-"""
+"""Examples in random parts whose losses are known one by one, which add up to that of all of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +9,46 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.groups import ExampleMean, coupling_and_spread, gradient_sums, signed_sum
 from zoscope.curvature.lanczos import Jacobi, Recurrences, project_out
+from zoscope.curvature.operators import ExampleMean, coupling_and_spread, gradient_sums, signed_sum
 from zoscope.curvature.slq import averaged_rule
-from zoscope.problem import Objective
-from zoscope.problem.examples import Examples, Indices
+from zoscope.problem import Objective, Shard
+from zoscope.problem.objective import Examples, Indices
 from zoscope.theory.minibatch import HessianNoise, spread_of_batches
 from zoscope.theory.spectrum import Spectrum
 
 Array = NDArray[np.float64]
+
+
+class Division:
+    """The examples in random parts, whose losses are known one by one.
+
+    Args:
+        objective: The prepared problem.
+        indices: Which examples each part has; whole batches where those cannot be cut.
+
+    Attributes:
+        weights: ``(k,)``, share of each part in the loss.
+        centre: ``(k,)``, losses of the parts at θ.
+    """
+
+    def __init__(self, objective: Objective, indices: Sequence[Indices]) -> None:
+        self._objective, self._indices = objective, indices
+        self._shards: list[tuple[Shard, ...]] = []
+        self.gather()
+        counts = np.array([sum(shard.examples for shard in part) for part in self._shards], dtype=np.float64)
+        self.weights: Array = counts / counts.sum()
+        self.centre: Array = np.zeros(len(indices))
+
+    def gather(self) -> None:
+        """Cut the batches as they are now."""
+        examples = Examples(self._objective)
+        self._shards = [examples.gather(part) for part in self._indices]
+
+    def losses(self) -> Array:
+        """Of the parts, ``(k,)``."""
+        return np.array([self._objective.value_of(part) for part in self._shards])
+
 
 MODES = 32
 """Eigenvectors that are followed one by one, those of the largest eigenvalues."""

@@ -1,17 +1,33 @@
-"""Symmetric linear operators: the Hessian, the Gauss-Newton matrix, their preconditioned forms, and a dense one."""
+"""Symmetric linear operators known by their products: the Hessian, preconditioned forms, a dense one."""
+
+from __future__ import annotations
 
 import functools
 import itertools
 import math
 import time
-from abc import abstractmethod
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.func import grad, jvp, linearize
+from torch.nn import _reduction, functional
+from torch.overrides import TorchFunctionMode
 
-from zoscope.curvature import together
-from zoscope.curvature.faults import (
+from zoscope import runtime
+from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.problem import Objective, SecondDerivativesByHand, Shard
+from zoscope.problem.distributed import ProcessGroup, WorkerSession, examples_of
+from zoscope.problem.objective import Examples, Indices
+from zoscope.runtime import available_memory, held_memory, is_limited, is_out_of_memory, release_memory
+from zoscope.runtime.autograd_errors import (
+    NEARLY,
     NOT_DETERMINISTIC,
     NOT_SYMMETRIC,
     WRONG_METHOD,
@@ -19,13 +35,606 @@ from zoscope.curvature.faults import (
     same,
     symmetric,
 )
-from zoscope.curvature.graphs import Graphs
-from zoscope.curvature.hvp import METHODS, HvpMethod, Products, shard_products
-from zoscope.curvature.linear import DENSE_BLOCK, DenseOperator, LinearOperator, Preconditioned
-from zoscope.errors import NumericalError, SpecError, UsageError
-from zoscope.problem import Objective, Shard
-from zoscope.problem.together import Crew
-from zoscope.runtime import is_out_of_memory, release_memory
+
+if TYPE_CHECKING:
+    from zoscope.runtime import Ranks
+
+DENSE_BLOCK = 64
+"""Unit vectors multiplied at once when a whole matrix is formed."""
+
+
+class LinearOperator(ABC):
+    """A symmetric matrix known by its products.
+
+    Attributes:
+        dim: Dimension d.
+        device: Where vectors live.
+        dtype: Their type.
+    """
+
+    dim: int
+    device: torch.device
+    dtype: torch.dtype
+    _matrix: Tensor | None = None
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that compute products together; None for this process alone."""
+        return None
+
+    @property
+    def hvp(self) -> str | None:
+        """How products with a Hessian are computed; None before the first, and where there is but one way."""
+        return None
+
+    @property
+    @abstractmethod
+    def num_hvps(self) -> int:
+        """Products with a Hessian computed so far."""
+
+    @abstractmethod
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with several vectors.
+
+        Args:
+            vectors: ``(k, d)`` rows.
+
+        Returns:
+            ``(k, d)`` rows ``M v``.
+        """
+
+    def dense(self) -> Tensor:
+        """The whole matrix, ``(d, d)``, from d products; computed once."""
+        if self._matrix is None:
+            matrix = torch.empty(self.dim, self.dim, dtype=self.dtype, device=self.device)
+            for begin in range(0, self.dim, DENSE_BLOCK):
+                count = min(DENSE_BLOCK, self.dim - begin)
+                units = torch.zeros(count, self.dim, dtype=self.dtype, device=self.device)
+                units[torch.arange(count), torch.arange(begin, begin + count)] = 1
+                matrix[begin : begin + count] = self.matmat(units)
+            self._matrix = matrix
+        return self._matrix
+
+    def known(self) -> LinearOperator:
+        """The matrix itself once it has been formed, whose products cost nothing; this operator before."""
+        return self if self._matrix is None else DenseOperator(self._matrix)
+
+
+class DenseOperator(LinearOperator):
+    """A matrix held in memory.
+
+    Args:
+        matrix: ``(d, d)``, symmetric.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self._count = 0
+        self.dim = len(matrix)
+        self.device, self.dtype = matrix.device, matrix.dtype
+
+    @property
+    def num_hvps(self) -> int:
+        """Products computed so far."""
+        return self._count
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the rows of ``vectors``."""
+        assert self._matrix is not None
+        self._count += len(vectors)
+        return vectors @ self._matrix
+
+
+class Preconditioned(LinearOperator):
+    """``P^-½ M P^-½`` for a positive diagonal P: similar to ``P⁻¹M``, and symmetric.
+
+    Args:
+        operator: M.
+        diagonal: ``(d,)`` diagonal of P, positive.
+    """
+
+    def __init__(self, operator: LinearOperator, diagonal: Tensor) -> None:
+        self._operator = operator
+        self._scale = diagonal.double().rsqrt().to(operator.dtype)
+        self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """That of M."""
+        return self._operator.process_group
+
+    @property
+    def hvp(self) -> str | None:
+        """That of M."""
+        return self._operator.hvp
+
+    @property
+    def num_hvps(self) -> int:
+        """Products with M computed so far."""
+        return self._operator.num_hvps
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the rows of ``vectors``."""
+        return self._operator.matmat(vectors * self._scale) * self._scale
+
+    def dense(self) -> Tensor:
+        """The whole matrix; reuses that of M."""
+        return self._scale[:, None] * self._operator.dense() * self._scale
+
+
+def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], float]:
+    """All eigenvalues of a symmetric operator, computed in float64.
+
+    Args:
+        operator: Symmetric operator of dimension d; its matrix takes ``8 d²`` bytes.
+
+    Returns:
+        ``(d,)`` eigenvalues, ascending, and the spectral norm of the antisymmetric part (an upper estimate): how far
+        rounding of the products can have moved them.
+
+    Raises:
+        UsageError: If the matrix does not fit in memory.
+        NumericalError: If a product is not finite.
+        SpecError: If the matrix is not symmetric.
+    """
+    needed, free = 32 * operator.dim**2, available_memory(operator.device)
+    if needed > free:
+        raise UsageError(
+            f"--method dense: all eigenvalues of {operator.dim:,} parameters need about {needed / 2**30:.0f} GiB, and "
+            f"{free / 2**30:.0f} GiB are free. Expected a smaller problem; use --method deflated-slq, or fewer "
+            "parameters (--params)."
+        )
+    matrix = operator.dense()
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError(
+            "The Hessian has entries that are not finite although the loss is finite. Expected finite second "
+            "derivatives at the point where curvature is measured. Look for sqrt or a norm at 0, or overflow in half "
+            "precision (try --dtype float32 or float64)."
+        )
+    double = matrix.double()
+    asymmetry = float(torch.linalg.matrix_norm(double - double.T)) / 2
+    if asymmetry > NEARLY * float(torch.linalg.matrix_norm(double)):
+        raise SpecError(NOT_SYMMETRIC)
+    return torch.linalg.eigvalsh((double + double.T) / 2).cpu().numpy(), asymmetry
+
+
+def dense_eigenpairs(operator: LinearOperator) -> tuple[NDArray[np.float64], Tensor]:
+    """All eigenvalues ``(d,)``, ascending, and the eigenvectors as rows ``(d, d)``, in the operator's type."""
+    double = operator.dense().double()
+    values, vectors = torch.linalg.eigh((double + double.T) / 2)
+    return values.cpu().numpy(), vectors.T.to(operator.dtype)
+
+
+KEPT_SHARE = 0.25
+"""Part of the free memory that the graphs of several micro-batches may take; a product then costs no forward pass."""
+
+
+def room_for_graphs(device: torch.device) -> float:
+    """Bytes that the graphs of several micro-batches may take; none within a memory limit, which is for vectors."""
+    return 0.0 if is_limited() else KEPT_SHARE * available_memory(device)
+
+
+class Graphs:
+    """The graphs of the shards that products are being computed with.
+
+    Args:
+        objective: The prepared problem.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._kept: dict[int, Products] = {}
+        self._shards: Sequence[Shard] = ()
+        self._versions: tuple[int, ...] = ()  # of the parameters for which they were built
+        self._before = 0
+        self._room = 0.0
+
+    def are_for(self, shards: Sequence[Shard]) -> None:
+        """Drop them if they are not for these shards, the same object from product to product, or parameters moved."""
+        versions = tuple(p._version for p in self._objective.params)
+        if shards is not self._shards or versions != self._versions:
+            self.clear()
+            self._shards, self._versions = shards, versions
+            self._room = math.inf if len(shards) == 1 else room_for_graphs(self._objective.device)
+
+    def of(self, index: int, make: Callable[[], Products]) -> Products:
+        """The graph of a shard: an old one, or a new one that is kept if it fits."""
+        kept = self._kept.get(index)
+        if kept is None:
+            kept = make()
+            if held_memory(self._objective.device) - self._before <= self._room:
+                self._kept[index] = kept
+        return kept
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._kept.clear()
+        self._shards, self._versions = (), ()
+        self._before = held_memory(self._objective.device)
+
+
+HvpMethod = Literal["double-backward", "batched", "forward-over-reverse", "linearize"]
+METHODS: tuple[HvpMethod, ...] = ("double-backward", "batched", "forward-over-reverse", "linearize")
+
+Products = Callable[[Tensor], Tensor]
+"""From vectors ``(k, d)`` to products ``(k, d)``."""
+
+
+def shard_products(objective: Objective, shard: Shard, *, method: HvpMethod) -> Products:
+    """Prepare products with the Hessian of one shard's mean loss.
+
+    Args:
+        objective: The prepared problem.
+        shard: One of its shards.
+        method: One of ``METHODS``.
+
+    Returns:
+        A function from vectors to products; it keeps the shard's graph alive.
+    """
+    if method == "forward-over-reverse":
+        return lambda vectors: _forward_over_reverse(objective, shard, vectors)
+    if method == "linearize":
+        return _linearized(objective, shard)
+    params = objective.params
+    # What runs under vmap has to be PyTorch's own.
+    with nullcontext() if method == "batched" else SecondDerivativesByHand():
+        loss = objective.loss(shard)
+    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+    curved = [i for i, g in enumerate(grads) if g.requires_grad]
+    _require_constant(objective, shard, {i: g for i, g in enumerate(grads) if not g.requires_grad})
+    multiply = _batched if method == "batched" else _looped
+    return lambda vectors: multiply(objective, [grads[i] for i in curved], curved, vectors)
+
+
+def _require_constant(objective: Objective, shard: Shard, claimed: dict[int, Tensor]) -> None:
+    """See that derivatives which torch calls constant are: a custom function without second derivative looks alike.
+
+    Raises:
+        RuntimeError: In torch's words, if one changes when the parameters move.
+    """
+    if not claimed:
+        return
+    point = [p.detach() for p in objective.params]
+    moved = [(p + 1e-2 * (p.abs() + p.abs().mean())).requires_grad_() for p in point]
+    elsewhere = torch.autograd.grad(
+        objective.loss_at(moved, shard), [moved[i] for i in claimed], allow_unused=True, materialize_grads=True
+    )
+    for here, there in zip(claimed.values(), elsewhere, strict=True):
+        if not torch.allclose(here, there, rtol=1e-3, atol=1e-5 * float(here.abs().max()) + 1e-12):
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+
+
+def _looped(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
+    result = torch.zeros_like(vectors)
+    if not grads:
+        return result
+    for vector, row in zip(vectors, result, strict=True):
+        parts = objective.unflatten(vector)
+        # The gradient of gᵀv rather than grad_outputs=v, for which torch imports its symbolic algebra: half a second.
+        along = [g.flatten().dot(parts[i].flatten()) for g, i in zip(grads, curved, strict=True)]
+        columns = torch.autograd.grad(torch.stack(along).sum(), objective.params, retain_graph=True, allow_unused=True)
+        objective.flatten(columns, out=row)
+    return result
+
+
+def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
+    if not grads:
+        return torch.zeros_like(vectors)
+    sizes = [p.numel() for p in objective.params]
+    parts = [
+        part.view(len(vectors), *p.shape)
+        for part, p in zip(torch.split(vectors, sizes, dim=1), objective.params, strict=True)
+    ]
+    columns = torch.autograd.grad(
+        grads,
+        objective.params,
+        [parts[i] for i in curved],
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
+    return torch.cat(
+        [
+            torch.zeros(len(vectors), size, dtype=vectors.dtype, device=vectors.device)
+            if column is None
+            else column.reshape(len(vectors), size)
+            for column, size in zip(columns, sizes, strict=True)
+        ],
+        dim=1,
+    )
+
+
+def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -> Tensor:
+    point = tuple(p.detach() for p in objective.params)
+    gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
+    result = torch.empty_like(vectors)
+    for vector, row in zip(vectors, result, strict=True):
+        derivatives = jvp(gradient, (point,), (objective.unflatten(vector),))
+        objective.flatten(derivatives[1], out=row)
+    return result
+
+
+def _linearized(objective: Objective, shard: Shard) -> Products:
+    point = tuple(p.detach() for p in objective.params)
+    gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
+    with warnings.catch_warnings(), _SquaredErrorByHand():
+        warnings.simplefilter("ignore")  # about the tracing; the loss itself has warned before
+        _, derivative = linearize(gradient, point)
+
+    @torch.no_grad()
+    def multiply(vectors: Tensor) -> Tensor:
+        result = torch.empty_like(vectors)
+        for vector, row in zip(vectors, result, strict=True):
+            objective.flatten(derivative(objective.unflatten(vector)), out=row)
+        return result
+
+    return multiply
+
+
+class _SquaredErrorByHand(TorchFunctionMode):
+    """``mse_loss`` as a difference that is squared: torch 2.13 crashes, without an exception, when it linearizes it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.mse_loss:
+            return _squared_error(*args, **kwargs)
+        if func is torch._C._nn.mse_loss:
+            return _reduced(args[0], args[1], *args[2:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def _squared_error(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    if size_average is not None or reduce is not None:  # an older way to say it
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is None:
+        return _reduced(input, target, {"none": 0, "mean": 1, "sum": 2}[reduction])
+    each = weight * (input - target).square()
+    return (
+        each if reduction == "none" else each.sum() if reduction == "sum" else each.sum() / weight.expand_as(each).sum()
+    )
+
+
+def _reduced(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    each = (input - target).square()
+    return (each, each.mean(), each.sum())[reduction] if reduction else each
+
+
+def products(process_group: ProcessGroup, operator: ShardOperator, vectors: Tensor) -> Tensor:
+    """``sum_s weight_s M_s v`` over the shards of all ranks for the rows of ``vectors`` ``(k, d)``; on rank 0."""
+    kind = type(operator)
+    shape = tuple(vectors.shape)
+    process_group.work(
+        "zoscope.curvature.operators:multiply", f"{kind.__module__}:{kind.__name__}", operator.settings, shape
+    )
+    process_group.ranks.share(vectors)
+    return _sum(process_group.ranks, operator, process_group.pieces, vectors)
+
+
+def multiply(worker: WorkerSession, kind: str, settings: tuple[object, ...], shape: tuple[int, int]) -> None:
+    """The part of another rank; ``settings`` tell one operator, and one state of it, from the next."""
+    operator, vectors = operator_of(worker, kind, settings), received(worker, shape)
+    _sum(worker.ranks, operator, worker.pieces, vectors)
+
+
+def operator_of(worker: WorkerSession, kind: str, settings: tuple[object, ...]) -> ShardOperator:
+    """The twin of rank 0's operator on another rank, from one piece of work to the next."""
+    kept: tuple[tuple[object, ...], ShardOperator] | None = worker.kept.get(kind)
+    if kept is None or kept[0] != settings:
+        operator: ShardOperator = runtime.named(kind)(worker.objective)
+        operator.apply(settings)
+        worker.kept[kind] = kept = (settings, operator)
+    return kept[1]
+
+
+def received(worker: WorkerSession, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that rank 0 shares, of the parameters' dtype."""
+    objective = worker.objective
+    return worker.ranks.share(torch.empty(shape, dtype=objective.read().dtype, device=objective.device))
+
+
+def _sum(ranks: runtime.Ranks, operator: ShardOperator, own: tuple[Shard, ...], vectors: Tensor) -> Tensor:
+    part = ranks.attempt(lambda: operator.partial(vectors, own))
+    return ranks.collect(part)
+
+
+Array = NDArray[np.float64]
+Groups = Sequence[tuple[Shard, ...]]
+T = TypeVar("T")
+
+
+class ExampleMean(LinearOperator):
+    """A symmetric operator that is a mean over examples, and known on some of them too: M or ``P^-½ M P^-½``.
+
+    Args:
+        operator: M.
+        diagonal: ``(d,)`` diagonal of P, positive; ``None`` for M itself.
+    """
+
+    def __init__(self, operator: ShardOperator, diagonal: Tensor | None = None) -> None:
+        self.base, self.diagonal = operator, diagonal
+        self._whole: LinearOperator = operator if diagonal is None else Preconditioned(operator, diagonal)
+        self._scale = None if diagonal is None else diagonal.double().rsqrt().to(operator.dtype)
+        self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
+
+    @property
+    def num_hvps(self) -> int:
+        """Products with the whole of M computed so far."""
+        return self.base.num_hvps
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the mean over all examples."""
+        return self._whole.matmat(vectors)
+
+    def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
+        """Products with a weighted sum over some shards."""
+        if self._scale is None:
+            return self.base.partial(vectors, shards)
+        return self.base.partial(vectors * self._scale, shards) * self._scale
+
+
+# --- on rank 0 ------------------------------------------------------------------------------------------------------
+
+
+def coupling_and_spread(
+    operator: ExampleMean, examples: Examples, groups: Sequence[Indices], values: Array, vectors: Tensor
+) -> list[tuple[Array, Array]]:
+    """``(v_iᵀ(H_g - H)v_j)²``, ``(q, q)``, and ``‖(H_g - H)v_i‖²``, ``(q,)``, for every group g.
+
+    Args:
+        operator: H, as a mean over examples.
+        examples: What the groups are of.
+        groups: A partition.
+        values: ``(q,)`` eigenvalues of H.
+        vectors: ``(q, d)`` their eigenvectors.
+    """
+    process_group = operator.base.process_group
+    if process_group is None:
+        return _coupling(operator, _all(examples, groups), values, vectors)
+    _announce(process_group, "couple", operator, groups, values, tuple(vectors.shape))
+    process_group.ranks.share(vectors)
+    parts = process_group.ranks.gather(
+        process_group.ranks.attempt(
+            lambda: _coupling(operator, _own(process_group.ranks, examples, groups), values, vectors)
+        )
+    )
+    return [parts[number % len(parts)][number // len(parts)] for number in range(len(groups))]
+
+
+def signed_sum(
+    operator: ExampleMean, examples: Examples, groups: Sequence[Indices], signs: Sequence[float], vector: Tensor
+) -> Tensor:
+    """``Σ_g ξ_g H_g z`` for the groups g, their signs ξ and a vector z, ``(1, d)``."""
+    process_group = operator.base.process_group
+    if process_group is None:
+        return _signed(operator, _all(examples, groups), signs, vector)
+    _announce(process_group, "add_up", operator, groups, list(signs), tuple(vector.shape))
+    process_group.ranks.share(vector)
+    own = signs[:: process_group.ranks.size]  # rank 0 has the first group, and every size-th after it
+    part = process_group.ranks.attempt(
+        lambda: _signed(operator, _own(process_group.ranks, examples, groups), own, vector)
+    )
+    return process_group.ranks.collect(part)
+
+
+def gradient_sums(
+    objective: Objective, examples: Examples, groups: Sequence[Indices], signs: Sequence[float], mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``Σ_g ξ_g (g_g - g)`` and ``Σ_g (g_g - g)²`` for the groups' gradients, each ``(d,)``, the latter in float64."""
+    process_group = objective.process_group
+    if not isinstance(process_group, ProcessGroup) or not process_group.follows:
+        return _gradients(objective, _all(examples, groups), signs, mean)
+    process_group.work("zoscope.curvature.operators:add_up_gradients", list(groups), list(signs))
+    process_group.ranks.share(mean)
+    own = signs[:: process_group.ranks.size]
+    total, squares = process_group.ranks.attempt(
+        lambda: _gradients(objective, _own(process_group.ranks, examples, groups), own, mean)
+    )
+    return process_group.ranks.collect(total), process_group.ranks.collect(squares)
+
+
+def _announce(
+    process_group: ProcessGroup, work: str, operator: ExampleMean, groups: Sequence[Indices], *args: Any
+) -> None:
+    kind, scaled = type(operator.base), operator.diagonal is not None
+    name = f"{kind.__module__}:{kind.__name__}"
+    process_group.work(f"zoscope.curvature.operators:{work}", name, operator.base.settings, scaled, list(groups), *args)
+    if operator.diagonal is not None:
+        process_group.ranks.share(operator.diagonal)
+
+
+# --- on the others --------------------------------------------------------------------------------------------------
+
+
+def couple(
+    worker: WorkerSession,
+    kind: str,
+    settings: tuple[object, ...],
+    scaled: bool,
+    groups: list[Indices],
+    values: Array,
+    shape: tuple[int, ...],
+) -> None:
+    """The groups of another rank in `coupling_and_spread`."""
+    operator = _mean(worker, kind, settings, scaled)
+    vectors, own = received(worker, shape), groups[worker.ranks.rank :: worker.ranks.size]
+    part = worker.ranks.attempt(lambda: _coupling(operator, _all(examples_of(worker), own), values, vectors))
+    worker.ranks.gather(part)
+
+
+def add_up(
+    worker: WorkerSession,
+    kind: str,
+    settings: tuple[object, ...],
+    scaled: bool,
+    groups: list[Indices],
+    signs: list[float],
+    shape: tuple[int, ...],
+) -> None:
+    """The groups of another rank in `signed_sum`."""
+    operator = _mean(worker, kind, settings, scaled)
+    vector, mine = received(worker, shape), slice(worker.ranks.rank, None, worker.ranks.size)
+    part = worker.ranks.attempt(lambda: _signed(operator, _all(examples_of(worker), groups[mine]), signs[mine], vector))
+    worker.ranks.collect(part)
+
+
+def add_up_gradients(worker: WorkerSession, groups: list[Indices], signs: list[float]) -> None:
+    """The groups of another rank in `gradient_sums`."""
+    mean, mine = received(worker, (worker.objective.num_params,)), slice(worker.ranks.rank, None, worker.ranks.size)
+    total, squares = worker.ranks.attempt(
+        lambda: _gradients(worker.objective, _all(examples_of(worker), groups[mine]), signs[mine], mean)
+    )
+    worker.ranks.collect(total)
+    worker.ranks.collect(squares)
+
+
+def _mean(worker: WorkerSession, kind: str, settings: tuple[object, ...], scaled: bool) -> ExampleMean:
+    diagonal = received(worker, (worker.objective.num_params,)) if scaled else None
+    return ExampleMean(operator_of(worker, kind, settings), diagonal)
+
+
+# --- on every rank --------------------------------------------------------------------------------------------------
+
+
+def _all(examples: Examples, groups: Sequence[Indices]) -> Groups:
+    return [examples.gather(group) for group in groups]
+
+
+def _own(ranks: Ranks, examples: Examples, groups: Sequence[Indices]) -> Groups:
+    return _all(examples, groups[ranks.rank :: ranks.size])
+
+
+def _coupling(operator: ExampleMean, groups: Groups, values: Array, vectors: Tensor) -> list[tuple[Array, Array]]:
+    mean = torch.as_tensor(values, dtype=operator.dtype, device=operator.device)[:, None] * vectors
+    found = []
+    for group in groups:
+        away = operator.partial(vectors, group) - mean
+        spread = away.double().square().sum(dim=1).cpu().numpy()
+        found.append(((away @ vectors.T).double().square().cpu().numpy(), spread))
+    return found
+
+
+def _signed(operator: ExampleMean, groups: Groups, signs: Sequence[float], vector: Tensor) -> Tensor:
+    total = torch.zeros_like(vector)
+    for sign, group in zip(signs, groups, strict=True):
+        total.add_(operator.partial(vector, group), alpha=sign)
+    return total
+
+
+def _gradients(objective: Objective, groups: Groups, signs: Sequence[float], mean: Tensor) -> tuple[Tensor, Tensor]:
+    total, squares = torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.float64)
+    for sign, group in zip(signs, groups, strict=True):
+        away = objective.gradient_of(group)[1] - mean
+        total.add_(away, alpha=sign)
+        squares += away.double().square()
+    return total, squares
+
 
 _generations = itertools.count()
 
@@ -51,10 +660,10 @@ class ShardOperator(LinearOperator):
         self._generation = next(_generations)
 
     @property
-    def crew(self) -> Crew | None:
+    def process_group(self) -> ProcessGroup | None:
         """The ranks that hold the objective."""
-        crew = self.objective.crew
-        return crew if isinstance(crew, Crew) and crew.follows else None
+        process_group = self.objective.process_group
+        return process_group if isinstance(process_group, ProcessGroup) and process_group.follows else None
 
     @property
     def num_hvps(self) -> int:
@@ -92,9 +701,9 @@ class ShardOperator(LinearOperator):
                 ) from ran_out
 
     def _sum(self, vectors: Tensor) -> Tensor:
-        crew = self.crew
-        if crew is not None:
-            return together.products(crew, self, vectors)
+        process_group = self.process_group
+        if process_group is not None:
+            return products(process_group, self, vectors)
         return self.partial(vectors, self.objective.shards)
 
     def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis.monitoring.logs import log_values
-from zoscope.analysis.monitoring.stability import StabilityMonitor
+from zoscope.analysis.monitor import StabilityMonitor, log_values
 from zoscope.errors import UsageError
 
 try:
@@ -19,7 +18,7 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zoscope.analysis.tracking.record import Record
+    from zoscope.analysis.track_results import Record
     from zoscope.problem import Problem
 
 __all__ = ["StabilityCallback"]

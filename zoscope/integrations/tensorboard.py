@@ -10,8 +10,8 @@ from zoscope.errors import UsageError
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from zoscope.analysis.tracking.loop import Run
-    from zoscope.analysis.tracking.record import Record
+    from zoscope.analysis.track_loop import Run
+    from zoscope.analysis.track_results import Record
 
 SCALARS = {
     "loss": "loss",

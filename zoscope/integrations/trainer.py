@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis.monitoring.logs import log_values
-from zoscope.analysis.monitoring.stability import StabilityMonitor
+from zoscope.analysis.monitor import StabilityMonitor, log_values
 from zoscope.errors import UsageError
 from zoscope.integrations.huggingface import problem_from_transformers
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import Trainer
 
-    from zoscope.analysis.tracking.record import Record
+    from zoscope.analysis.track_results import Record
     from zoscope.problem import Problem
 
 __all__ = ["StabilityCallback", "watch_trainer"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zoscope.optim.directions import Block, Direction, Law, Seed, check_law, new_generator, partition
-from zoscope.optim.restore import Perturbation, Restore, choose_perturbation
+from zoscope.optim.perturbation import Perturbation, Restore, choose_perturbation
 from zoscope.optim.rules import Rule, State, rule_from_options
 
 BLOCK_SIZE = 1 << 18  # entries of a direction that exist at a time: fits in a cache

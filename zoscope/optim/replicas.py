@@ -1,10 +1,13 @@
-"""Replicas of a short run: independent direction streams, one update rule, watched until they leave the valley."""
+"""What replicas of a run did."""
+
+from __future__ import annotations
 
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,16 +15,87 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.optim.directions import Law, fill_rows, spawn_streams
-from zoscope.optim.rules import Rule, new_state
-from zoscope.optim.surface import Surface
-from zoscope.optim.trajectory import Trajectory, joined
+from zoscope.optim.perturbation import MiniBatchSurface, Surface
+from zoscope.optim.rules import FrozenAdam, Rule, new_state
+from zoscope.problem.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from zoscope.problem import Objective
+    from zoscope.problem.distributed import WorkerSession
+    from zoscope.runtime import Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What R replicas did.
+
+    Args:
+        steps: ``(n,)`` steps at which they were looked at, 0 first.
+        losses: ``(n, R)``; infinite from where a replica has left.
+        distances: ``(n, R)`` squared distances from the start, param²; infinite likewise.
+        left: For each replica the step at which its loss passed the limit or stopped being finite; ``None`` if never.
+        last: ``(R, d)`` where each replica was when it was last seen in the valley.
+        last_steps: The step of that.
+        second_moment: ``(R, d)`` Adam's v at that step; ``None`` for other rules.
+        length: Steps asked for.
+        done: Steps run by the replicas that stayed.
+        seconds: Wall time.
+    """
+
+    steps: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    distances: NDArray[np.float64]
+    left: tuple[int | None, ...]
+    last: Tensor
+    last_steps: tuple[int, ...]
+    second_moment: Tensor | None
+    length: int
+    done: int
+    seconds: float
+
+    @property
+    def capped(self) -> bool:
+        """Whether time ran out before the run was over."""
+        return self.done < self.length
+
+    def to(self, device: torch.device) -> Trajectory:
+        """The same with its tensors on a device."""
+        moment = None if self.second_moment is None else self.second_moment.to(device)
+        return replace(self, last=self.last.to(device), second_moment=moment)
+
+
+def joined(parts: Sequence[Trajectory]) -> Trajectory:
+    """The trajectories of groups, in the order of their replicas, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(parts, key=lambda part: len(part.steps))
+
+    def side_by_side(columns: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        rows = len(longest.steps)
+        return np.hstack([np.pad(c, ((0, rows - len(c)), (0, 0)), constant_values=np.inf) for c in columns])
+
+    stayed = [part.done for part in parts if None in part.left]
+    moments = [part.second_moment for part in parts if part.second_moment is not None]
+    return Trajectory(
+        longest.steps,
+        side_by_side([part.losses for part in parts]),
+        side_by_side([part.distances for part in parts]),
+        tuple(step for part in parts for step in part.left),
+        torch.cat([part.last for part in parts]),
+        tuple(step for part in parts for step in part.last_steps),
+        torch.cat(moments) if moments else None,
+        longest.length,
+        min(stayed, default=longest.length),
+        sum(part.seconds for part in parts),
+    )
+
 
 RECORDS = 100  # points of a recorded curve
 Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Estimator:
+class ZerothOrderEstimator:
     """Where the update comes from.
 
     Args:
@@ -53,7 +127,7 @@ class Limits:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ReplicaPlan:
     """A run of several replicas.
 
     Args:
@@ -67,7 +141,7 @@ class Plan:
     """
 
     rule: Rule
-    estimator: Estimator
+    estimator: ZerothOrderEstimator
     lr: float
     steps: int
     replicas: int
@@ -114,7 +188,9 @@ class _Record:
         self.distances.append(distance)
 
 
-def run(surface: Surface, start: Tensor, plan: Plan, *, together: bool, on_step: Tick | None = None) -> Trajectory:
+def run(
+    surface: Surface, start: Tensor, plan: ReplicaPlan, *, together: bool, on_step: Tick | None = None
+) -> Trajectory:
     """Run ``plan.replicas`` copies of an optimizer from ``start`` ``(d,)``.
 
     Args:
@@ -131,7 +207,7 @@ def run(surface: Surface, start: Tensor, plan: Plan, *, together: bool, on_step:
 
 @torch.no_grad()
 def run_groups(
-    surface: Surface, start: Tensor, plan: Plan, *, groups: Sequence[Sequence[int]], on_step: Tick | None = None
+    surface: Surface, start: Tensor, plan: ReplicaPlan, *, groups: Sequence[Sequence[int]], on_step: Tick | None = None
 ) -> list[Trajectory]:
     """Run some of the replicas: those of a group together, and one group to its end after another.
 
@@ -152,7 +228,7 @@ def run_groups(
 
 
 class _Runner:
-    def __init__(self, surface: Surface, start: Tensor, plan: Plan, on_step: Tick | None) -> None:
+    def __init__(self, surface: Surface, start: Tensor, plan: ReplicaPlan, on_step: Tick | None) -> None:
         self._surface, self._start, self._on_step = surface, start, on_step
         self._rule, self._estimator, self._lr = plan.rule, plan.estimator, plan.lr
         self._steps, self._limits = plan.steps, plan.limits
@@ -228,3 +304,71 @@ class _Runner:
         directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
         slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
         return directions.mul_(slopes.to(directions.dtype)[:, None]), means
+
+
+CPU = torch.device("cpu")
+
+
+def run_mini_batches(
+    objective: Objective,
+    surface: MiniBatchSurface,
+    start: Tensor,
+    plan: ReplicaPlan,
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """Replicas with mini-batches, here one after another or dealt out to the ranks of a job: the same, bit for bit.
+
+    Args:
+        objective: The prepared problem; its parameters are at ``start``.
+        surface: Its mini-batches.
+        start: Where every replica starts, ``(d,)``.
+        plan: How.
+        on_step: Called with the number of replica steps just done, on this rank.
+    """
+    process_group = objective.process_group
+    if not isinstance(process_group, ProcessGroup) or not process_group.follows or plan.replicas == 1:
+        return run(surface, start, plan, together=False, on_step=on_step)
+    process_group.work("zoscope.optim.replicas:take_part", surface.batch_size, surface.seed, _packed(plan))
+    objective.process_group = None  # losses are this rank's own from here on
+    try:
+        parts = _dealt(process_group.ranks, surface, start, plan, on_step=on_step)
+    finally:
+        objective.process_group = process_group
+    return joined([part.to(start.device) for part in parts])
+
+
+def take_part(worker: WorkerSession, batch_size: int, seed: int, plan: ReplicaPlan) -> None:
+    """The replicas of another rank."""
+    objective = worker.objective
+    surface = MiniBatchSurface(objective, batch_size, seed=seed)
+    _dealt(worker.ranks, surface, objective.read(), _unpacked(plan, objective.device))
+
+
+def _dealt(
+    ranks: Ranks, surface: Surface, start: Tensor, plan: ReplicaPlan, *, on_step: Callable[[int], None] | None = None
+) -> list[Trajectory]:
+    """Run this rank's replicas; those of all ranks on rank 0, on the CPU, and nothing on the others."""
+    mine = np.array_split(np.arange(plan.replicas), ranks.size)[ranks.rank]
+    groups = [[int(replica)] for replica in mine]
+    parts = ranks.attempt(lambda: run_groups(surface, start, plan, groups=groups, on_step=on_step))
+    return [part for found in ranks.gather([part.to(CPU) for part in parts]) for part in found]
+
+
+def _packed(plan: ReplicaPlan) -> ReplicaPlan:
+    """A plan that can travel: the clock of another machine shows another time."""
+    deadline = plan.limits.deadline
+    left = None if deadline is None else deadline - time.perf_counter()
+    return replace(plan, rule=_moved(plan.rule, CPU), limits=replace(plan.limits, deadline=left))
+
+
+def _unpacked(plan: ReplicaPlan, device: torch.device) -> ReplicaPlan:
+    left = plan.limits.deadline
+    deadline = None if left is None else left + time.perf_counter()
+    return replace(plan, rule=_moved(plan.rule, device), limits=replace(plan.limits, deadline=deadline))
+
+
+def _moved(rule: Rule, device: torch.device) -> Rule:
+    if not isinstance(rule, FrozenAdam):
+        return rule
+    return FrozenAdam([p.to(device) for p in rule.preconditioner], beta1=rule.beta1)

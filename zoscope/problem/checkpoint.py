@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from zoscope import runtime
 from zoscope.errors import SpecError, UsageError
-from zoscope.problem.layers import some
-from zoscope.problem.model import unwrapped
+from zoscope.problem.model import some, unwrapped
 
 _PICKLED = (".pt", ".pth", ".bin")
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "params")

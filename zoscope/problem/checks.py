@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError
-from zoscope.problem import graph, nest
-from zoscope.problem.data import examples_in
-from zoscope.problem.layers import ActiveLayers, some, watched
+from zoscope.problem import pytree as nest
+from zoscope.problem.data import examples_in, user_code
+from zoscope.problem.model import ActiveLayers, some, watched
 from zoscope.problem.objective import Objective, Shard
-from zoscope.problem.user_code import user_code
+from zoscope.runtime import autograd_errors as graph
 
 # Two evaluations of one loss may differ by the order of sums, never by more; randomness shows far above this.
 _AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -1,8 +1,10 @@
 """Problem: what a user hands over."""
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, Self, cast
 
@@ -11,10 +13,12 @@ from torch import Tensor, nn
 
 from zoscope.errors import SpecError
 from zoscope.problem import data
-from zoscope.problem.losses import CriterionLoss, LossFunction, Metric
+from zoscope.problem.data import CriterionLoss, LossFunction, Metric
+from zoscope.problem.distributed import ProcessGroup, WorkerSession, prepared
 from zoscope.problem.model import Selection, select, unwrapped
 from zoscope.problem.objective import Objective
-from zoscope.problem.together import prepared
+from zoscope.problem.session import AUTOCAST
+from zoscope.runtime import HALF, without_autocast
 
 
 class Problem:
@@ -172,7 +176,7 @@ class Problem:
         with unwrapped(self.model) as model:
             return tuple(model.get_parameter(name) for name in select(model, self.params).names)
 
-    def with_params(self, regex: str | None) -> "Problem":
+    def with_params(self, regex: str | None) -> Problem:
         """The same problem with other parameters varied; None takes those with ``requires_grad``."""
         _ = self.batches  # read now: two problems cannot share a one-shot iterator
         twin = copy.copy(self)
@@ -205,7 +209,7 @@ class Problem:
                 a number, takes the memory of inference and no more, and lets attention use its fused kernels.
             trains: Whether training steps are taken. They keep a dtype in half precision, and autocast; otherwise a
                 derivative is taken in float32 at least, of a copy. What is measured between the steps is for
-                `zoscope.problem.precision.Measurable`.
+                `zoscope.problem.core.Measurable`.
             max_memory: Bytes that the process may hold in all; batches are cut, and vectors kept, accordingly.
 
         Raises:
@@ -242,3 +246,106 @@ def _at_point(f: Callable[[Tensor], Tensor | float]) -> LossFunction:
         return cast("Tensor", f(cast("Point", model).x))
 
     return loss
+
+
+class Measurable:
+    """A problem that trains, in a form that can be differentiated twice.
+
+    Args:
+        objective: Prepared with ``trains=True``.
+        twin: The same problem in float32, likewise, where ``objective`` is in half precision.
+    """
+
+    def __init__(self, objective: Objective, twin: Objective | None = None) -> None:
+        self._objective, self._twin = objective, twin
+
+    @property
+    def num_params(self) -> int:
+        """``d``."""
+        return self._objective.num_params
+
+    @property
+    def apart(self) -> bool:
+        """Whether a copy is measured."""
+        return self._twin is not None
+
+    @contextmanager
+    def at(self, theta: Tensor | None = None) -> Iterator[Objective]:
+        """What to measure at the parameters where training stands, or at ``(d,)`` others; without autocast.
+
+        It is not to be used after the context, nor are the steps of training within it.
+        """
+        training, found = self._objective, self._twin or self._objective
+        before = training.read() if theta is not None and self._twin is None else None
+        if self._twin is not None:
+            _follow(training, self._twin)
+        if theta is not None:
+            found.write(theta)
+        try:
+            with without_autocast(lambda: training.notify("autocast", AUTOCAST)), _others(found):
+                yield found
+        finally:
+            if before is not None:
+                found.write(before)
+            if self._twin is not None:  # what was noticed belongs to the result
+                for notice in self._twin.warnings:
+                    training.notify(notice.code, notice.message)
+
+
+@contextmanager
+def measurable(problem: Problem, objective: Objective, **options: Any) -> Iterator[Measurable]:
+    """What is measured of a problem that is being trained.
+
+    Args:
+        problem: The problem.
+        objective: Prepared of it with ``trains=True``.
+        **options: Of `Problem.prepare`: device, micro-batch and memory.
+
+    Raises:
+        SpecError, NumericalError: If the copy in float32 that half precision needs cannot be had.
+    """
+    if objective.dtype not in HALF:
+        yield Measurable(objective)
+        return
+    with problem.prepare(dtype="float32", trains=True, **options) as twin:
+        twin.warnings[:] = [notice for notice in twin.warnings if notice.code != "upcast"]
+        name = str(objective.dtype).removeprefix("torch.")
+        objective.notify(
+            "half-precision",
+            f"Training steps are in {name}. What is measured on the way is measured in float32, on a copy: second "
+            f"derivatives in {name} carry about 1 % of noise each.",
+        )
+        yield Measurable(objective, twin)
+
+
+@torch.no_grad()
+def _follow(training: Objective, twin: Objective) -> None:
+    torch._foreach_copy_(list(twin.params), list(training.params))
+    for own, other in zip(twin.model.buffers(), training.model.buffers(), strict=True):
+        own.copy_(other)
+
+
+@contextmanager
+def _others(objective: Objective) -> Iterator[None]:
+    """The other ranks do without autocast too."""
+    process_group = objective.process_group
+    if not isinstance(process_group, ProcessGroup):
+        yield
+        return
+    process_group.work("zoscope.problem.core:begin")
+    try:
+        yield
+    finally:
+        if process_group.ranks.in_step:
+            process_group.work("zoscope.problem.core:end")
+
+
+def begin(worker: WorkerSession) -> None:
+    """Do without autocast, on another rank."""
+    context = worker.kept["autocast"] = without_autocast()
+    context.__enter__()
+
+
+def end(worker: WorkerSession) -> None:
+    """Let autocast be again."""
+    worker.kept.pop("autocast").__exit__(None, None, None)

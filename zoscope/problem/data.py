@@ -1,17 +1,104 @@
-"""Batches as a user gives them, read once into a list and checked."""
+"""Batches as a user gives them, and losses as functions of a model and a batch."""
 
+import contextlib
 import itertools
+import numbers
+import os
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoscope.errors import SpecError
-from zoscope.problem import nest
-from zoscope.problem.user_code import user_code
+from zoscope import runtime
+from zoscope.errors import SpecError, ZoscopeError
+from zoscope.problem import pytree as nest
 from zoscope.runtime import preserved_rng
+
+_OWN = str(Path(__file__).parent.parent) + os.sep
+_LIBRARIES = tuple({sysconfig.get_paths()[key] + os.sep for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+_MOST_FRAMES = 6
+
+
+def user_frames(error: BaseException) -> traceback.StackSummary:
+    """The frames of an error that are the user's: not zoscope's, not the interpreter's, not a library's.
+
+    Where an error never passed through the user's own files, the innermost frame outside of zoscope is kept.
+    """
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        frame = traceback.FrameSummary(
+            error.filename, error.lineno, "<module>", line=(error.text or "").strip() or None
+        )
+        return traceback.StackSummary.from_list([frame])
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if not f.filename.startswith((_OWN, "<frozen ", "<string>"))]
+    own = [f for f in outside if not f.filename.startswith(_LIBRARIES)]
+    return traceback.StackSummary.from_list((own or outside[-1:])[-_MOST_FRAMES:])
+
+
+def format_frames(error: BaseException) -> str:
+    """The user's frames as in a traceback (file, line, source), without a final newline."""
+    return "".join(user_frames(error).format()).rstrip()
+
+
+def where(error: BaseException) -> str:
+    """Place of an error, such as `` (model.py, line 12)``; empty where unknown."""
+    frames = user_frames(error)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def described(error: BaseException) -> str:
+    """Type and first paragraph of an error's message."""
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    first = text.strip().split("\n\n")[0].replace("\n", " ")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+@contextlib.contextmanager
+def user_code(what: str, *, remedy: str) -> Iterator[None]:
+    """Turn what the user's code raises inside into a SpecError with the user's frame.
+
+    Errors of zoscope itself and lack of memory pass through.
+
+    Args:
+        what: Subject of the sentence, e.g. ``"The loss function"``.
+        remedy: Last sentence, unless the error says more itself.
+    """
+    try:
+        yield
+    except ZoscopeError:
+        raise
+    except Exception as error:
+        if runtime.is_out_of_memory(error):
+            raise
+        said = runtime.explain_autograd_error(error) or _hint(error) or remedy
+        raise SpecError(
+            f"{what} raised {described(error)}{where(error)}. {said}", frame=format_frames(error)
+        ) from error
+
+
+def _hint(error: BaseException) -> str | None:
+    text = str(error)
+    if "call numpy() on Tensor that requires grad" in text:
+        return "For a loss that leaves torch use 'zoscope bounds --curvature forward', which takes no derivatives."
+    if "same device" in text or ("device" in text and "cuda" in text and "cpu" in text):
+        return (
+            "A tensor that is neither in the model nor in the batches lives on another device: "
+            "register it as a buffer, put it into the batches, or use --device cpu."
+        )
+    if "same dtype" in text or "expected scalar type" in text:
+        return (
+            "A tensor that is neither in the model nor in the batches has another dtype: "
+            "register it as a buffer, put it into the batches, or choose --dtype."
+        )
+    return None
+
 
 _COMPARED = 8  # batches of a second pass: a shuffle or an augmentation shows in the first one already
 _FIX_ORDER = "pass shuffle=False and no random augmentation, or fix one draw with batches=list(loader)"
@@ -159,3 +246,67 @@ def examples_in(batch: Any, batch_size_of: Callable[[Any], int] | None) -> int:
     if count != value:
         raise SpecError(f"batch_size_of returned {value!r}: expected the number of examples, an integer.")
     return count
+
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Metric = Callable[[nn.Module, Any], Tensor | float]
+
+
+class CriterionLoss:
+    """``criterion(model(x), y)`` as a loss of a model and a batch."""
+
+    def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
+        self.criterion = criterion
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of one pair ``(x, y)``."""
+        inputs, targets = pair(batch)
+        return self.criterion(model(inputs), targets)
+
+
+class NumberLoss:
+    """A loss that may return a Python or NumPy number instead of a tensor, where no derivative is wanted."""
+
+    def __init__(self, loss: LossFunction) -> None:
+        self._loss = loss
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of a batch; a number becomes a float64 scalar on the CPU."""
+        value: Any = self._loss(model, batch)
+        return torch.tensor(float(value), dtype=torch.float64) if _is_number(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a real number that can vary continuously: counts and truth values cannot."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind == "f"
+    return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+
+
+class LossModule(nn.Module):
+    """Makes ``loss(model, batch)`` a forward pass, so that torch can run it with other parameter tensors."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        """The loss."""
+        return self.loss(self.model, batch)
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Take ``(inputs, targets)`` apart.
+
+    Raises:
+        SpecError: If the batch is something else.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)} items" if isinstance(batch, (tuple, list)) else ""
+    raise SpecError(
+        f"A batch is a {type(batch).__name__}{size}: Problem.from_criterion expects pairs (inputs, targets). For a "
+        "dataset in memory pass a tuple (inputs, targets), not a list, which is read as a list of batches; for other "
+        "batches use Problem(model, batches, loss) with loss(model, batch)."
+    )

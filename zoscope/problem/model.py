@@ -1,22 +1,385 @@
-"""The user's model during a session: wrappers off, parameters selected, everything put back afterwards."""
+"""The user's model during a session: wrappers off, parameters selected, copies kept, everything put back."""
 
+from __future__ import annotations
+
+import contextlib
 import copy
 import itertools
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
-from zoscope.problem.dispatched import offloaded, refuse_offloaded
-from zoscope.problem.layers import some
-from zoscope.problem.originals import Originals
-from zoscope.problem.sharded import local
+
+if TYPE_CHECKING:
+    from zoscope.problem.data import LossFunction
+    from zoscope.problem.objective import Objective, Shard
+    from zoscope.runtime import Ranks
+
+_BY_NAME = {"StochasticDepth": "stochastic depth", "DropPath": "stochastic depth", "_SpectralNorm": "spectral norm"}
+
+
+@dataclass
+class ActiveLayers:
+    """Names of the layers that ran in a state that matters, in the order in which they ran."""
+
+    random: dict[str, str] = field(default_factory=dict)
+    batch_statistics: dict[str, str] = field(default_factory=dict)
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether a layer normalises with the statistics of the batch, which ties the examples of a batch together."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def randomness(module: nn.Module) -> str | None:
+    """What makes a layer random in its present mode, in words; None for a deterministic layer."""
+    if isinstance(module, (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)) and module._random_samples is None:
+        return "random pooling regions"
+    if not module.training:
+        return None
+    if isinstance(module, _DropoutNd) and module.p > 0:
+        return f"p={module.p:g}"
+    if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1:
+        return f"dropout={module.dropout:g} between its layers"
+    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+        return f"dropout={module.dropout:g} on its weights"
+    if isinstance(module, nn.RReLU) and module.lower != module.upper:
+        return "random slopes"
+    return _BY_NAME.get(type(module).__name__)
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[ActiveLayers]:
+    """Record the layers of ``model`` that are random or use batch statistics as they run.
+
+    The mode is read when a layer runs, since a loss function may call ``model.eval()`` itself.
+    """
+    active = ActiveLayers()
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or not _interesting(module):
+            continue
+        handles.append(module.register_forward_pre_hook(_recorder(name or "model", active)))
+    try:
+        yield active
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _interesting(module: nn.Module) -> bool:
+    kinds = (_BatchNorm, _DropoutNd, nn.RNNBase, nn.MultiheadAttention, nn.RReLU)
+    return isinstance(module, (*kinds, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)) or (
+        type(module).__name__ in _BY_NAME
+    )
+
+
+def _recorder(name: str, active: ActiveLayers) -> Callable[..., None]:
+    def record(module: nn.Module, *_: Any) -> None:
+        cause = randomness(module)
+        if cause is not None:
+            active.random[name] = f"{type(module).__name__} '{name}' ({cause})"
+        if uses_batch_statistics(module):
+            active.batch_statistics[name] = f"{type(module).__name__} '{name}'"
+
+    return record
+
+
+def some(names: list[str], *, most: int = 3) -> str:
+    """The first few names of a list, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+IN_MEMORY = 1 << 26
+"""Bytes up to which copies stay in memory; more go to the host (from a GPU) or to a temporary file (from the host)."""
+
+CHUNK = 1 << 22
+"""Bytes that travel between a file and memory at a time."""
+
+
+class _Copy(Protocol):
+    def put_back(self, tensor: Tensor) -> None: ...
+
+
+class Originals:
+    """The values of some tensors, to be put back bit for bit.
+
+    Args:
+        tensors: What to keep; they must stay where they are in memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._file: BinaryIO | None = None
+        size = sum(t.numel() * t.element_size() for t in self._tensors)
+        self._copies: list[_Copy] = []
+        for tensor in self._tensors:
+            if size <= IN_MEMORY or not _flat(tensor):
+                self._copies.append(_InMemory(tensor.clone()))
+            elif tensor.device.type != "cpu":
+                self._copies.append(_InMemory(tensor.cpu()))
+            else:
+                self._copies.append(self._on_disk(tensor))
+
+    def _on_disk(self, tensor: Tensor) -> _Copy:
+        try:
+            if self._file is None:
+                self._file = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 - open as long as this object
+            return _InFile(self._file, tensor)
+        except OSError:  # no room or no right to write: memory it is
+            return _InMemory(tensor.clone())
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes that the copies take on the tensors' own device."""
+        pairs = zip(self._copies, self._tensors, strict=True)
+        held = [t for copy, t in pairs if isinstance(copy, _InMemory) and copy.value.device == t.device]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @torch.no_grad()
+    def put_back(self, indices: Sequence[int] | None = None) -> None:
+        """Give tensors the values that they had; all of them, or those of some indices."""
+        for index in range(len(self._tensors)) if indices is None else indices:
+            self._copies[index].put_back(self._tensors[index])
+
+    def close(self) -> None:
+        """Forget the copies."""
+        self._copies.clear()
+        if self._file is not None:
+            self._file.close()
+
+
+@contextlib.contextmanager
+def kept(tensors: Sequence[Tensor]) -> Iterator[Originals]:
+    """Put tensors back on exit."""
+    originals = Originals(tensors)
+    try:
+        yield originals
+    finally:
+        originals.put_back()
+        originals.close()
+
+
+class _InMemory:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def put_back(self, tensor: Tensor) -> None:
+        _put(tensor, self.value)
+
+
+class _InFile:
+    """Bytes of a tensor at the end of a file, read through one small buffer."""
+
+    def __init__(self, file: BinaryIO, tensor: Tensor) -> None:
+        self._file = file
+        self._start = file.seek(0, 2)
+        for part in torch.split(_bytes(tensor), CHUNK):
+            file.write(part.numpy().data)
+
+    def put_back(self, tensor: Tensor) -> None:
+        self._file.seek(self._start)
+        buffer = bytearray(CHUNK)
+        for part in torch.split(_bytes(tensor), CHUNK):
+            view = memoryview(buffer)[: len(part)]
+            if cast("int", self._file.readinto(view)) != len(part):  # type: ignore[attr-defined]
+                raise OSError("a temporary file with the values of parameters is shorter than what was written to it")
+            _put(part, torch.frombuffer(view, dtype=torch.uint8))
+
+
+def _flat(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_contiguous()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    # Only what changed: writing bumps the version counter, which would break graphs that the caller still holds.
+    if value.device != tensor.device or not torch.equal(tensor, value):
+        tensor.copy_(value)
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """The devices of a model's parameters, in their order."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those of ``accelerate``."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+
+
+def entrance(model: nn.Module) -> torch.device:
+    """Where the batches of a model on several devices belong: where its own forward pass sends them, else its start."""
+    for hook in _hooks(model):
+        where = getattr(hook, "execution_device", None)
+        if isinstance(where, (int, str, torch.device)):
+            return torch.device(where)
+    return devices_of(model)[0]
+
+
+def offloaded(model: nn.Module) -> set[str]:
+    """Names of the parameters that ``accelerate`` puts in place only while their layer runs."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if any(getattr(hook, "offload", False) for hook in _hooks(module))
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if parameter.device.type == "meta"
+    }
+
+
+def refuse_offloaded(name: str) -> None:
+    """Say why a parameter cannot be varied.
+
+    Raises:
+        SpecError: Always.
+    """
+    raise SpecError(
+        f"Parameter '{name}' is offloaded by accelerate: its values are in place only while its layer runs, so that "
+        "nothing can move them. Expected what is varied on the device that it is used on. Load the model with a "
+        "device_map that offloads nothing, device_map='cpu' if need be, or in a smaller dtype; or vary parameters that "
+        "are not offloaded, with --params."
+    )
+
+
+def refuse_spread(model: nn.Module) -> None:
+    """See that derivatives are not taken of a model that ``accelerate`` has spread.
+
+    Raises:
+        SpecError: If its parameters are on several devices.
+    """
+    devices = devices_of(model)
+    if len(devices) > 1 and any(_hooks(module) for module in model.modules()):
+        raise SpecError(
+            f"The model is spread over {_listed(devices)} (device_map): Hessian-vector products need all of it on one "
+            "device. Load it without device_map, or for one device; or use --curvature forward, which measures it "
+            "where it is."
+        )
+
+
+def refuse_ranks(model: nn.Module) -> None:
+    """See that only one process uses a model on several devices.
+
+    Raises:
+        SpecError: If it is.
+    """
+    devices = devices_of(model)
+    if len(devices) > 1:
+        raise SpecError(
+            f"The model is spread over {_listed(devices)}, and this is a job of several processes: expected one or the "
+            "other. Run zoscope as one process, or shard the model with fully_shard."
+        )
+
+
+def _listed(devices: list[torch.device]) -> str:
+    names = ["offloaded weights" if device.type == "meta" else str(device) for device in devices]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here, in the same memory; an ordinary tensor is here as a whole."""
+    inner = getattr(tensor, "_local_tensor", None)
+    return tensor if inner is None else inner
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has been applied to a model or to parts of it."""
+    return bool(_sharded_modules(model))
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(m).__mro__)]
+
+
+class ShardedLoss:
+    """A loss after which the parts of the model are apart again: the next pass then sees them where they have moved."""
+
+    def __init__(self, loss: LossFunction) -> None:
+        self._loss = loss
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of a batch."""
+        value = self._loss(model, batch)
+        for module in _sharded_modules(model):
+            module.reshard()
+        return value
+
+
+def refuse_partly_sharded(names: tuple[str, ...], params: tuple[Tensor, ...], ranks: int) -> None:
+    """See that each rank holds a part of its own of every parameter.
+
+    Raises:
+        SpecError: If one is replicated, or sharded over other ranks.
+    """
+    for name, parameter in zip(names, params, strict=True):
+        placements: Any = getattr(parameter, "placements", ())
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        if len(placements) != 1 or not placements[0].is_shard() or mesh.size() != ranks:
+            raise SpecError(
+                f"Parameter '{name}' is not sharded over all {ranks} ranks: expected fully_shard on the whole model, "
+                "with one mesh dimension. Apply it to the root module too, or select other parameters with --params."
+            )
+
+
+class ShardedGroup:
+    """All ranks go through the same program with parts of one model; stands where a `ProcessGroup` stands otherwise.
+
+    Args:
+        ranks: The job.
+        objective: The problem, with the parts of its parameters that are here.
+    """
+
+    mirrored = True
+    follows = True
+
+    def __init__(self, ranks: Ranks, objective: Objective) -> None:
+        self.ranks = ranks
+        self.number = 0  # of the session
+        self._objective = objective
+
+    def work(self, name: str, *args: Any) -> None:
+        """Announce what all ranks do together; on rank 0."""
+        self.ranks.broadcast("zoscope.problem.distributed:_work", self.number, False, name, *args)
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """Loss over all shards; all ranks ask for it together, and make equally many passes."""
+        objective, ranks = self._objective, self.ranks
+        shards = objective.shards
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(shards), ranks.size):
+            index = start + ranks.rank
+            shard: Shard = shards[min(index, len(shards) - 1)]  # a pass that counts for nothing keeps the others going
+            loss = objective.loss(shard).detach().to(total)
+            total += shard.weight * loss if index < len(shards) else 0.0
+        return float(ranks.total(total))
+
+    def split(self, micro_batch: int) -> None:
+        """Nothing: every rank cuts its own shards."""
+
+    def total(self, number: float) -> float:
+        """Sum over ranks."""
+        return float(self.ranks.total(torch.tensor(number, dtype=torch.float64)))
+
+    def largest(self, number: float) -> float:
+        """Largest over ranks."""
+        return -self.ranks.smallest(-number)
+
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}

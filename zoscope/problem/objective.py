@@ -1,4 +1,4 @@
-"""The loss as a function of one flat parameter vector, valid while a problem is prepared."""
+"""Single examples of a prepared problem, for random mini-batches."""
 
 from __future__ import annotations
 
@@ -7,19 +7,89 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from zoscope.errors import SpecError
-from zoscope.problem import nest
-from zoscope.problem.data import examples_in, number_of_examples
-from zoscope.problem.losses import LossFunction, LossModule, Metric, pair
-from zoscope.problem.sharded import Mirror, ShardedLoss, local
-from zoscope.problem.user_code import user_code
+from zoscope.problem import pytree as nest
+from zoscope.problem.data import LossFunction, LossModule, Metric, examples_in, number_of_examples, pair, user_code
+from zoscope.problem.model import ShardedGroup, ShardedLoss, local
 
 if TYPE_CHECKING:
-    from zoscope.problem.together import Crew
+    from zoscope.problem.distributed import ProcessGroup
+
+Indices = NDArray[np.int64]
+
+
+class Examples:
+    """The rows of all batches, which a mini-batch draws from; whole batches where those cannot be cut.
+
+    Args:
+        objective: The prepared problem.
+
+    Attributes:
+        count: Number of rows, or of batches.
+        whole: Whether batches cannot be cut, so that a mini-batch is one of them.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._shards = objective.shards
+        self.whole = objective.indivisible is not None or not all(map(_can_be_cut, self._shards))
+        rows = [1 if self.whole else (shard.rows or 0) for shard in self._shards]
+        self._units = np.concatenate(
+            [np.stack([np.full(k, i), np.arange(k)], axis=1) for i, k in enumerate(rows)]
+        ).astype(np.int64)
+        self.count = len(self._units)
+
+    def partition(self, count: int, generator: torch.Generator) -> list[Indices]:
+        """A random partition into ``count`` groups of nearly equal size, at most one per example."""
+        order = torch.randperm(self.count, generator=generator, device=generator.device).cpu().numpy()
+        return np.array_split(order, min(count, self.count))
+
+    def groups(self, count: int, generator: torch.Generator) -> list[tuple[Shard, ...]]:
+        """The examples of a random partition; see `partition`."""
+        return [self.gather(part) for part in self.partition(count, generator)]
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[Shard, ...]:
+        """A random mini-batch of ``size`` examples without replacement, one whole batch where they cannot be cut."""
+        order = torch.randperm(self.count, generator=generator, device=generator.device).cpu().numpy()
+        return self.gather(order[: 1 if self.whole else size])
+
+    def gather(self, indices: Indices) -> tuple[Shard, ...]:
+        """Some examples as shards whose weights add up to 1: one shard where the pieces fit together."""
+        which, rows = self._units[indices].T
+        if self.whole:
+            pieces = [self._shards[index] for index in which]
+        else:
+            pieces = [self._piece(self._shards[index], rows[which == index]) for index in np.unique(which)]
+        total = max(sum(piece.examples for piece in pieces), 1)
+        largest = max(shard.rows or 1 for shard in self._shards)
+        joined = None if self.whole or len(indices) > largest or len(pieces) == 1 else _joined(pieces)
+        if joined is not None:
+            return (Shard(joined, 1.0, total, len(indices)),)
+        return tuple(Shard(p.batch, p.examples / total, p.examples, p.rows) for p in pieces if p.examples)
+
+    def _piece(self, shard: Shard, rows: Indices) -> Shard:
+        batch = nest.rows(shard.batch, torch.from_numpy(rows), of=shard.rows or 0)
+        size_of = self._objective.batch_size_of
+        count = len(rows) if size_of is None else examples_in(batch, size_of)
+        return Shard(batch, 1.0, count, len(rows))
+
+
+def _can_be_cut(shard: Shard) -> bool:
+    return shard.rows is not None and nest.split(shard.batch, [shard.rows]) is not None
+
+
+def _joined(pieces: Sequence[Shard]) -> Any | None:
+    """One batch of several pieces; ``None`` where they have other shapes, as batches padded to their longest have."""
+    try:
+        return nest.joined([piece.batch for piece in pieces])
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -98,7 +168,7 @@ class Objective:
         self.warnings: list[Notice] = []
         self.indivisible: str | None = None  # why batches must not be cut, once that is known
         self.splits: list[int] = []  # micro-batches that they were cut into so far
-        self.crew: Crew | Mirror | None = None  # other processes that hold the same problem
+        self.process_group: ProcessGroup | ShardedGroup | None = None  # other processes that hold the same problem
         self.metrics: Mapping[str, Metric] = {}
         self._loss = loss
         self.batch_size_of = batch_size_of
@@ -143,8 +213,8 @@ class Objective:
 
     def value(self) -> float:
         """Loss over all shards, accumulated in float64; may be infinite or NaN."""
-        if self.crew is not None and self.crew.follows:
-            return self.crew.value()
+        if self.process_group is not None and self.process_group.follows:
+            return self.process_group.value()
         return self.value_of(self.shards)
 
     @torch.no_grad()
@@ -158,8 +228,8 @@ class Objective:
 
     def gradient(self) -> tuple[float, Tensor]:
         """Loss, accumulated in float64, and gradient ``(d,)`` over all shards, loss/param."""
-        if self.crew is not None and self.crew.follows and not self.crew.mirrored:
-            return cast("Crew", self.crew).gradient()
+        if self.process_group is not None and self.process_group.follows and not self.process_group.mirrored:
+            return cast("ProcessGroup", self.process_group).gradient()
         return self.gradient_of(self.shards)
 
     @torch.enable_grad()
@@ -240,11 +310,11 @@ class Objective:
         Raises:
             SpecError: If a batch has no leading dimension to cut along.
         """
-        following = self.crew is not None and self.crew.follows
+        following = self.process_group is not None and self.process_group.follows
         self.shards = self.cut(micro_batch)
         self.splits.append(micro_batch)
-        if self.crew is not None and following:
-            self.crew.split(micro_batch)
+        if self.process_group is not None and following:
+            self.process_group.split(micro_batch)
 
     def cut(self, micro_batch: int) -> tuple[Shard, ...]:
         """All shards in pieces of at most ``micro_batch`` rows; see `split`, which puts them in their place."""

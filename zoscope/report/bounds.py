@@ -1,4 +1,4 @@
-"""The report of ``zoscope.bounds``: header, curvature, bounds, horizon, advice, warnings."""
+"""The tables of numbers in the report of ``zoscope.bounds``."""
 
 from __future__ import annotations
 
@@ -7,34 +7,366 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.text import Text
 
+from zoscope.analysis.advice import SHORT
 from zoscope.analysis.notices import PROVISIONAL
-from zoscope.analysis.recommend import SHORT
-from zoscope.report.bounds_tables import (
-    bounds_table,
-    curvature_table,
-    horizon_table,
-    infinite_time_table,
-    planned_table,
-    settings_line,
-)
 from zoscope.report.style import (
+    MISSING,
     OPTIMIZER_NAMES,
     count,
     digits_for,
+    duration,
+    error,
+    grid,
+    header,
+    heading,
+    number_table,
     quantity,
+    quantity_with_error,
     rough_count,
     step_range,
     step_size,
     step_size_at_most,
+    step_size_with_error,
 )
-from zoscope.report.tables import grid, header, heading
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
 
-    from zoscope.analysis.results import BoundsResult, OptimizerBounds, Verdict
+    from zoscope.analysis.bounds import BoundsResult, OptimizerBounds, Verdict
+    from zoscope.analysis.estimate import CostEstimate
+    from zoscope.analysis.minibatch import MiniBatchBounds
+    from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
+    from zoscope.theory.spectrum import Estimate
+    from zoscope.theory.stability import HorizonPoint
+
+OPERATOR_NAMES = {
+    "hessian": "Hessian H",
+    "preconditioned_hessian": "P^-½ H P^-½ (Adam)",
+    "ggn": "Gauss-Newton G",
+    "preconditioned_ggn": "P^-½ G P^-½ (Adam)",
+}
+
+
+FIRST_ORDER = ("", "FO")
+ASSUMING = ("paper's ZO\ninterval", "tight ZO\ninterval")
+FOR_EVER = ("infinite\ntime, exact",)
+COMPARED = ("descent", "FO ÷\nbinding")
+
+
+def curvature_table(result: BoundsResult) -> Table:
+    """One column per operator."""
+    entries = list(result.curvature.items())
+    table = number_table("", *(OPERATOR_NAMES.get(name, name) for name, _ in entries))
+    for label, cells in _curvature_rows([curvature for _, curvature in entries]):
+        table.add_row(label, *cells)
+    if result.num_check_hvps > 0:
+        table.add_row("checks", f"{count(result.num_check_hvps)} HVPs", *[""] * (len(entries) - 1))
+    return table
+
+
+def _curvature_rows(entries: list[Curvature]) -> Iterator[tuple[str, list[str]]]:
+    yield "trace", [_estimate(entry.trace) for entry in entries]
+    yield "  positive part", [_estimate(entry.trace_positive) for entry in entries]
+    yield "  negative mass", [quantity(entry.negative_mass, digits=3) for entry in entries]
+    yield "λ_max", [_eigenvalue(entry.lambda_max) for entry in entries]
+    yield "λ_min", [_eigenvalue(entry.lambda_min) for entry in entries]
+    yield "‖·‖_F²", [_estimate(entry.frobenius_sq) for entry in entries]
+    yield "effective rank", [quantity(entry.effective_rank, digits=3) for entry in entries]
+    yield "method", [entry.method for entry in entries]
+    if any(entry.hvp for entry in entries):
+        yield "products", [entry.hvp or "" for entry in entries]
+    yield "cost", [f"{count(entry.num_hvps)} HVPs, {duration(entry.seconds)}" for entry in entries]
+
+
+def _estimate(estimate: Estimate) -> str:
+    return quantity_with_error(estimate.value, estimate.half_width)
+
+
+def _eigenvalue(eigenvalue: Eigenvalue) -> str:
+    text = quantity_with_error(eigenvalue.value, eigenvalue.residual)
+    return text if eigenvalue.converged else f"{text} (not converged)"
+
+
+def bounds_table(result: BoundsResult) -> Table:
+    """A row per optimizer and every bound in it; wide."""
+    table = number_table(*FIRST_ORDER, *ASSUMING, _stable_for(result), *FOR_EVER, *COMPARED)
+    for row in result.optimizers.values():
+        table.add_row(*_first_order(result, row), *_intervals(row), _stable(row), _exact(row), *_compared(row))
+    return table
+
+
+def planned_table(result: BoundsResult) -> Table:
+    """The half of the bounds that is about the planned steps."""
+    table = number_table(*FIRST_ORDER, _stable_for(result), *COMPARED)
+    for row in result.optimizers.values():
+        table.add_row(*_first_order(result, row), _stable(row), *_compared(row))
+    return table
+
+
+def infinite_time_table(result: BoundsResult) -> Table:
+    """The half of the bounds that is about infinite time."""
+    table = number_table("", *ASSUMING, *FOR_EVER)
+    for row in result.optimizers.values():
+        table.add_row(_name(row), *_intervals(row), _exact(row))
+    return table
+
+
+def settings_line(result: BoundsResult) -> str:
+    """What identifies the optimizers."""
+    parts = []
+    for name, row in result.optimizers.items():
+        if name == "gdm":
+            parts.append(f"GDM β = {row.settings['beta']:g}")
+        elif name == "adam":
+            beta1, beta2 = row.settings["betas"]
+            parts.append(f"Adam β = ({beta1:g}, {beta2:g}), P = {row.settings['preconditioner']}")
+    return "; ".join(parts)
+
+
+def _name(row: OptimizerBounds) -> str:
+    return OPTIMIZER_NAMES[row.name]
+
+
+def _fo(result: BoundsResult, row: OptimizerBounds) -> str:
+    if row.fo is None:
+        return MISSING
+    largest = result.curvature[row.operator].lambda_max
+    return step_size(row.fo, digits=digits_for(largest.value, largest.residual))
+
+
+def _stable_for(result: BoundsResult) -> str:
+    return f"stable for {count(result.steps)}\nsteps up to"
+
+
+def _first_order(result: BoundsResult, row: OptimizerBounds) -> list[str]:
+    return [_name(row), _fo(result, row)]
+
+
+def _intervals(row: OptimizerBounds) -> list[str]:
+    return [
+        _with_ends(row.zo_lower, row.zo_upper, row.zo_ci95),
+        _with_ends(row.lower_tight, row.upper_tight, row.tight_ci95),
+    ]
+
+
+def _with_ends(low: float | None, high: float | None, ends: tuple[float, float] | None) -> str:
+    """A number, or an interval of two that were estimated, with the larger error of the two."""
+    if low is None or high is None or ends is None:
+        return step_range(low, high)
+    known = [(value, abs(end - value)) for value, end in zip((low, high), ends, strict=True) if 0 < value < math.inf]
+    value, half_width = max(known, key=lambda found: found[1] / found[0], default=(1.0, 0.0))
+    return step_range(low, high, digits=min(digits_for(value, half_width), 3)) + error(value, half_width)
+
+
+def _exact(row: OptimizerBounds) -> str:
+    return MISSING if row.exact is None else step_size_with_error(row.exact.value, row.exact.half_width)
+
+
+def _compared(row: OptimizerBounds) -> list[str]:
+    times = MISSING if row.times_below_fo is None else f"{quantity(row.times_below_fo, digits=2)} ×"
+    return [_with_ends(row.descent, row.descent, row.descent_ci95), times]
+
+
+def _stable(row: OptimizerBounds) -> Text:
+    if row.horizon is None:
+        return Text(MISSING)
+    point = row.horizon.planned
+    widest = max((point.lower, point.upper), key=_relative_error)
+    shown = step_range(point.lower.value, point.upper.value, digits=_digits(point))
+    return Text(shown + error(widest.value, widest.half_width), style="bold")
+
+
+def _relative_error(estimate: Estimate) -> float:
+    """Relative half-width, for choosing the poorer one of two."""
+    return estimate.half_width / estimate.value if estimate.value > 0 else 0.0
+
+
+def _digits(point: HorizonPoint) -> int:
+    return min(digits_for(end.value, end.half_width) for end in (point.lower, point.upper))
+
+
+def horizon_table(result: BoundsResult) -> Table:
+    """η*(T), one row per horizon, the planned one set off, infinite time last."""
+    columns = [(row, row.horizon.curve) for row in result.optimizers.values() if row.horizon is not None]
+    table = number_table("T (steps)", *(_name(row) for row, _ in columns))
+    digits = [min(_digits(point) for point in curve) for _, curve in columns]
+    for points in zip(*(curve for _, curve in columns), strict=True):
+        steps = points[0].steps
+        cells = [
+            step_range(point.lower.value, point.upper.value, digits=shown)
+            for point, shown in zip(points, digits, strict=True)
+        ]
+        planned = steps == result.steps
+        table.add_row(f"{count(steps)}{' ◂ planned' if planned else ''}", *cells, style="bold" if planned else None)
+    for_ever = [
+        MISSING if row.exact is None else step_size(row.exact.value, digits=shown)
+        for (row, _), shown in zip(columns, digits, strict=True)
+    ]
+    table.add_row("∞", *for_ever)
+    return table
+
+
+def minibatch_section(result: BoundsResult) -> Iterator[RenderableType]:
+    """Heading and table of a result with mini-batches."""
+    found = next(row.minibatch for row in result.optimizers.values() if row.minibatch is not None)
+    title = f"With mini-batches of {count(found.batch_size)} of {count(found.examples)} examples"
+    yield heading(title, "drawn anew at every step; what follows goes by these")
+    yield _table(result)
+
+
+def _table(result: BoundsResult) -> Table:
+    table = number_table(
+        "", f"stable for {count(result.steps)}\nsteps up to", "of full\nbatch", "infinite\ntime", "descent"
+    )
+    for row in result.optimizers.values():
+        if row.minibatch is not None:
+            table.add_row(
+                OPTIMIZER_NAMES[row.name],
+                Text(_minibatch_stable(row.minibatch), style="bold"),
+                _share(row, row.minibatch),
+                _maybe_estimate(row.minibatch.exact),
+                _maybe_estimate(row.minibatch.descent),
+            )
+    return table
+
+
+def _minibatch_stable(found: MiniBatchBounds) -> str:
+    lower, upper = found.horizon.lower, found.horizon.upper
+    digits = min(digits_for(end.value, end.half_width) for end in (lower, upper))
+    return step_range(lower.value, upper.value, digits=digits) + error(upper.value, upper.half_width)
+
+
+def _share(row: OptimizerBounds, found: MiniBatchBounds) -> str:
+    if row.horizon is None or not 0 < row.horizon.upper < float("inf"):
+        return MISSING
+    return quantity(found.horizon.upper.value / row.horizon.upper, digits=2)
+
+
+def _maybe_estimate(estimate: Estimate | None) -> str:
+    return MISSING if estimate is None else step_size_with_error(estimate.value, estimate.half_width)
+
+
+def forward_curvature_table(found: ForwardCurvature) -> Table:
+    """What was measured, and how."""
+    table = number_table("", "Hessian H")
+    table.add_row("trace", _forward_estimate(found.trace))
+    table.add_row("‖·‖_F²", _forward_estimate(found.frobenius_sq))
+    table.add_row("along the gradient", MISSING if found.rayleigh is None else _forward_estimate(found.rayleigh))
+    table.add_row("λ_max, λ_min", "not known")
+    table.add_row("method", f"{found.method}, h = {quantity(found.step, digits=2)}")
+    table.add_row("cost", f"{count(found.num_evaluations)} evaluations, {duration(found.seconds)}")
+    return table
+
+
+def forward_bounds_table(result: BoundsResult) -> Table:
+    """A row per optimizer: the descent threshold and the two bounds of the infinite-time one."""
+    table = number_table(
+        "", "descent\nany H", "infinite time,\nat most; any H", "infinite time,\nat least; H ⪰ 0", justify="right"
+    )
+    possible = result.forward is None or result.forward.trace.value >= 0  # whether H ⪰ 0 may be
+    for name, row in result.optimizers.items():
+        if row.forward is not None:
+            descent, upper, lower = (_step_size(e) for e in (row.forward.descent, row.forward.upper, row.forward.lower))
+            table.add_row(OPTIMIZER_NAMES[name], descent, upper, lower if possible else MISSING)
+    return table
+
+
+def forward_batches_section(result: BoundsResult) -> Iterator[RenderableType]:
+    """Heading and table of what is known of mini-batches; nothing without."""
+    rows = [
+        (row.name, row.forward.minibatch)
+        for row in result.optimizers.values()
+        if row.forward is not None and row.forward.minibatch is not None
+    ]
+    if not rows:
+        return
+    found = rows[0][1]
+    title = f"With mini-batches of {count(found.batch_size)} of {count(found.examples)} examples"
+    yield heading(title, "drawn anew at every step; what follows goes by these")
+    table = number_table(
+        "",
+        "descent\nany H",
+        "infinite time,\nat most; any H",
+        f"{count(found.steps)} steps,\nat least; positive part",
+        justify="right",
+    )
+    for name, bounds in rows:
+        descent = MISSING if bounds.descent is None else _step_size(bounds.descent)
+        table.add_row(OPTIMIZER_NAMES[name], descent, _step_size(bounds.upper), _step_size(bounds.lower))
+    yield table
+
+
+def forward_outlook(verdict: Verdict) -> str:
+    """The outlook of a step size in words."""
+    return {
+        "stable": "below the threshold if H ⪰ 0",
+        "uncertain": "not above the upper bound of the infinite-time threshold; forward passes cannot say more",
+        "unstable": "above the infinite-time threshold: blows up in the long run",
+    }[verdict.outlook]
+
+
+def _forward_estimate(estimate: Estimate) -> str:
+    return quantity_with_error(estimate.value, estimate.half_width)
+
+
+def _step_size(estimate: Estimate) -> str:
+    return step_size_with_error(estimate.value, estimate.half_width)
+
+
+NAMES = {"hessian": "hessian", "ggn": "ggn", "forward": "forward (2 passes each)"}
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def render_cost(result: CostEstimate) -> RenderableType:
+    """Header, a row per kind, the recommendation."""
+    head = Text.assemble((result.spec or "zoscope bounds --estimate", "bold"))
+    head.append(
+        f"\n{count(result.num_params)} parameters · {count(result.num_examples)} example"
+        f"{'' if result.num_examples == 1 else 's'} · {result.device} "
+        f"{result.dtype} · {memory(result.available)} free",
+        style="dim",
+    )
+    table = number_table(
+        "--curvature", "products,\nabout", "at most", "seconds\neach", "seconds\nin all", "memory besides\nthe model"
+    )
+    for cost in result.kinds:
+        if cost.seconds_each is None or cost.seconds is None:
+            table.add_row(NAMES[cost.kind], *[MISSING] * 5)
+        else:
+            each = f"{cost.seconds_each:.2g} s"
+            table.add_row(
+                NAMES[cost.kind],
+                rough_count(cost.products),
+                count(cost.most),
+                each,
+                duration(cost.seconds),
+                memory(cost.total_bytes),
+            )
+    problems = [(cost.kind, cost.problem) for cost in result.kinds if cost.problem is not None]
+    parts: list[RenderableType] = [
+        head,
+        heading("Expected cost", f"from one micro-batch of {count(result.timed_examples)}"),
+        table,
+        Text(f"\nUse --curvature {result.recommended}: {result.reason}."),
+    ]
+    if problems:
+        parts += [heading("Not available"), grid(problems)]
+    return Group(*parts)
+
+
+def memory(size: int | None) -> str:
+    """Bytes in the unit that suits them: ``735 MiB``."""
+    if size is None:
+        return MISSING
+    value, unit = float(size), 0
+    while value >= 1000 and unit < len(UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.3g} {UNITS[unit]}"
+
 
 ROOMY = 1000
 """Columns in which every table has its natural width."""
@@ -63,11 +395,7 @@ class BoundsReport:
         yield heading("Curvature", "± is the half-width of the 95 % interval")
         if result.forward is not None:
             # Late, as are mini-batches: what only some results have takes time to load.
-            from zoscope.report.forward import (
-                forward_batches_section,
-                forward_bounds_table,
-                forward_curvature_table,
-            )
+            # MERGE
 
             yield forward_curvature_table(result.forward)
             yield heading("Step-size bounds", settings_line(result))
@@ -79,7 +407,7 @@ class BoundsReport:
             yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
             yield horizon_table(result)
             if any(row.minibatch for row in result.optimizers.values()):
-                from zoscope.report.minibatch import minibatch_section
+                # MERGE
 
                 yield from minibatch_section(result)
         yield heading(f"For {count(result.steps)} steps")
@@ -199,7 +527,7 @@ def _passes_horizon(verdict: Verdict) -> bool:
 def _outlook(verdict: Verdict) -> str:
     planned = count(verdict.steps)
     if verdict.blow_up is None:
-        from zoscope.report.forward import forward_outlook
+        # MERGE
 
         return forward_outlook(verdict)
     first, last = verdict.blow_up

@@ -1,8 +1,14 @@
-"""``zoscope check`` on a terminal: a table of the checks, and a paragraph for each that did not simply pass."""
+"""``zoscope check`` on a terminal, in Markdown, as GitHub annotations, JUnit XML and SARIF."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import json
+import re
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+from xml.etree import ElementTree as ET
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,7 +17,186 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from zoscope.analysis.checking.results import CheckReport, CheckResult
+    from zoscope.analysis.check_results import CheckReport, CheckResult
+
+MARKS = {"pass": "✅ pass", "warn": "⚠️ warn", "fail": "❌ fail", "error": "💥 error"}
+HEADER = ("check", "optimizer", "lr", "threshold", "95 % interval", "ratio", "status", "passes up to")
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
+
+
+def markdown(report: CheckReport) -> str:
+    """A table of the checks and a list of what there is to say."""
+    rows = [
+        (escape(c.name), c.optimizer, f"{c.lr:.3g}", *threshold_cells(c), MARKS[c.status], advice_cell(c))
+        for c in report.checks
+    ]
+    lines = ["### zoscope check", "", _row(HEADER), _row(("---",) * len(HEADER)), *(_row(row) for row in rows), ""]
+    for check in report.checks:
+        if check.status != "pass" or check.baseline is not None:
+            lines.append(f"- **{escape(place(check))}**: {escape(check.message)}")
+    for notice, names in shared_notices(report).items():
+        lines.append(f"- note ({escape(', '.join(names))}): {escape(notice)}")
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def escape(text: str) -> str:
+    """Text as itself: no markup, no table cell, no line of its own."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+LEVELS = {"warn": "warning", "fail": "error", "error": "error"}
+
+
+def github(report: CheckReport) -> str:
+    """Annotations, one per line; nothing for a check that passes."""
+    lines = [_annotation(check) for check in report.checks if check.status in LEVELS]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def annotation(message: str, *, level: str, title: str, file: str | None, line: int | None) -> str:
+    """One workflow command, with every character escaped that has a meaning in it."""
+    properties = {"file": file, "line": line if file is not None else None, "title": title}
+    listed = ",".join(f"{name}={_property(str(value))}" for name, value in properties.items() if value is not None)
+    return f"::{level} {listed}::{_data(message)}"
+
+
+def _annotation(check: CheckResult) -> str:
+    title = f"zoscope: {check.name}: {check.status}"
+    return annotation(check.message, level=LEVELS[check.status], title=title, file=check.file, line=check.line)
+
+
+def _data(text: str) -> str:
+    # the percent sign first: the other escapes contain one
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+# What XML 1.0 cannot hold even escaped.
+_FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(report: CheckReport) -> str:
+    """One ``testcase`` per check: ``failure`` for fail, ``error`` for error, else ``system-out`` with the words."""
+    counts = report.counts()
+    totals = {
+        "tests": str(len(report.checks)),
+        "failures": str(counts["fail"]),
+        "errors": str(counts["error"]),
+        "time": f"{report.seconds:.3f}",
+    }
+    root = ET.Element("testsuites", {"name": "zoscope", **totals})
+    suite = ET.SubElement(
+        root, "testsuite", {"name": _clean(report.config or "zoscope check"), "skipped": "0", **totals}
+    )
+    for check in report.checks:
+        _case(suite, check)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _case(suite: ET.Element, check: CheckResult) -> None:
+    attributes = {"name": check.name, "classname": f"zoscope.{check.spec}", "time": f"{check.seconds:.3f}"}
+    case = ET.SubElement(suite, "testcase", {name: _clean(value) for name, value in attributes.items()})
+    if check.status in ("fail", "error"):
+        kind = "failure" if check.status == "fail" else "error"
+        problem = ET.SubElement(case, kind, {"message": _clean(check.message), "type": f"zoscope.{check.status}"})
+        problem.text = _clean("\n".join(_lines(check)))
+    else:
+        ET.SubElement(case, "system-out").text = _clean("\n".join([f"{check.status}: {check.message}", *check.notices]))
+
+
+def _lines(check: CheckResult) -> list[str]:
+    where = [] if check.file is None else [f"{check.file}:{check.line}" if check.line is not None else check.file]
+    return [*where, check.message, *check.notices, *([check.details] if check.details else [])]
+
+
+def _clean(text: str) -> str:
+    return _FORBIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+RULES = (
+    ("ZOS001", "UnstableStepSize", "The configured step size is above the stable range.", "error"),
+    ("ZOS002", "NarrowMargin", "The configured step size is inside the safety margin of the stable range.", "warning"),
+    ("ZOS003", "ThresholdDropped", "The stability threshold fell below its baseline.", "error"),
+    ("ZOS004", "CheckError", "The check could not be done.", "error"),
+)
+
+
+def sarif(report: CheckReport) -> str:
+    """The log as JSON text."""
+    results = [_result(check) for check in report.checks if check.status != "pass"]
+    driver = {"name": "zoscope", "version": report.version, "rules": [_rule(*rule) for rule in RULES]}
+    invocation = {"executionSuccessful": all(check.status != "error" for check in report.checks)}
+    run = {
+        "tool": {"driver": driver},
+        "invocations": [{**invocation, "exitCode": report.exit_code}],
+        "columnKind": "unicodeCodePoints",
+        "results": results,
+    }
+    document = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rule(identifier: str, name: str, description: str, level: str) -> dict[str, Any]:
+    return {
+        "id": identifier,
+        "name": name,
+        "shortDescription": {"text": description},
+        "defaultConfiguration": {"level": level},
+    }
+
+
+def _rule_of(check: CheckResult) -> int:
+    """Index of the rule that a check breaks."""
+    if check.status == "error":
+        return 3
+    if check.baseline is not None and check.baseline.failed:
+        return 2
+    return 0 if check.status == "fail" else 1
+
+
+def _result(check: CheckResult) -> dict[str, Any]:
+    index = _rule_of(check)
+    result: dict[str, Any] = {
+        "ruleId": RULES[index][0],
+        "ruleIndex": index,
+        "level": "warning" if check.status == "warn" else "error",
+        "message": {"text": f"{check.name}: {check.message}"},
+        # so that an alert is followed over commits by the name of its check, not by its line
+        "partialFingerprints": {"checkName/v1": hashlib.sha256(check.name.encode(errors="replace")).hexdigest()},
+        "properties": {"status": check.status, "optimizer": check.optimizer, "lr": check.lr},
+    }
+    location = _location(check)
+    if location is not None:
+        result["locations"] = [location]
+    return result
+
+
+def _location(check: CheckResult) -> dict[str, Any] | None:
+    """The line of the configuration, or the first of the spec where there is no configuration."""
+    file, line = check.file, check.line
+    if file is None:
+        found = re.match(r"(.+\.py)(?::|$)", check.spec)
+        if found is None:
+            return None
+        file, line = found[1], None
+    place = {"artifactLocation": {"uri": _uri(file)}, "region": {"startLine": line or 1}}
+    return {"physicalLocation": place}
+
+
+def _uri(file: str) -> str:
+    path = PurePath(file)
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix(), errors="replace")
+
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "bold magenta"}
 

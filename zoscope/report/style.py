@@ -1,13 +1,26 @@
-"""How numbers look, the same in every table.
-
-An error is a relative 95 % half-width: ``1.629e-2 ± 0.8 %``. The digits shown go one beyond the first of the error, at
-most four in all; of a number that is known to less than a half there is one.
-"""
+"""How numbers, tables and pictures look, the same everywhere."""
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Iterable
 from decimal import ROUND_DOWN, Context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zoscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import JustifyMethod, RenderableType
+
+    from zoscope.analysis.result import MeasuredResult
 
 MISSING = "–"
 INFINITE = "∞"
@@ -128,3 +141,150 @@ def _relative(value: float, half_width: float) -> float:
 def _scientific(value: float, digits: int) -> str:
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def header(
+    result: MeasuredResult,
+    name: str,
+    *,
+    width: int,
+    how: Iterable[str] = (),
+    cost: str = "HVPs",
+    more: Iterable[str] = (),
+) -> Text:
+    """What was measured, where and at which cost; lines break between facts.
+
+    Args:
+        result: What the facts are of.
+        name: The first line, such as the spec.
+        width: Columns.
+        how: Facts before the cost.
+        cost: What the count of products is called.
+        more: Facts at the end.
+    """
+    problem = result.problem
+    facts = [
+        f"{count(problem.num_params)} parameters",
+        counted(problem.num_examples, "example"),
+        f"loss {quantity(problem.loss)}",
+        f"‖g‖ {quantity(problem.grad_norm)}",
+        f"{result.device} {result.dtype}",
+        *how,
+        f"{count(result.num_hvps)} {cost}",
+        duration(result.seconds),
+        *more,
+    ]
+    text = Text.assemble((name, "bold"))
+    for line in lines_of(facts, width=width):
+        text.append(f"\n{line}", style="dim")
+    return text
+
+
+def heading(title: str, remark: str = "") -> Text:
+    """A line that opens a section, after an empty one."""
+    text = Text.assemble("\n", (title, "bold"))
+    if remark:
+        text.append(f"  {remark}", style="dim")
+    return text
+
+
+def grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Label and sentence, the sentence wrapped beside its label; brackets in them are no markup."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, sentence in rows:
+        table.add_row(label, Text(sentence) if isinstance(sentence, str) else sentence)
+    return table
+
+
+def number_table(*columns: str, justify: JustifyMethod = "right") -> Table:
+    """A table whose first column holds labels and all others numbers: in a narrow terminal they wrap, never cut."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column(columns[0], no_wrap=True, vertical="bottom")
+    for column in columns[1:]:
+        table.add_column(column, justify=justify, overflow="fold", vertical="bottom")
+    return table
+
+
+def lines_of(facts: Iterable[str], *, width: int) -> list[str]:
+    """Facts joined by dots into lines that break between facts only."""
+    lines: list[str] = []
+    for fact in facts:
+        if lines and len(lines[-1]) + len(fact) + 3 <= width:
+            lines[-1] += f" · {fact}"
+        else:
+            lines.append(fact)
+    return lines
+
+
+# Okabe and Ito: distinct for every common kind of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 150
+
+
+def require_matplotlib(option: str = "--plot") -> None:
+    """Fail early, and say how to go on.
+
+    Raises:
+        UsageError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            f"{option} needs matplotlib, which is not installed. Install it with: pip install 'zoscope[plot]'"
+        ) from None
+
+
+def new_figure(*, width: float, height: float) -> Figure:
+    """An empty figure, in inches; pyplot is left out, which would choose a window system."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path, *, option: str = "--plot") -> None:
+    """Write the picture; its format follows the file name.
+
+    Raises:
+        UsageError: If the format is not known, or the file cannot be written.
+    """
+    import matplotlib
+
+    # Fixed ids and no date: the same result makes the same file.
+    metadata: dict[str, Any] | None = {"Date": None} if path.suffix == ".svg" else None
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": "zoscope"}):
+            figure.savefig(path, dpi=DPI, metadata=metadata)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{option}: cannot write {path} ({error}). Choose another name, such as {path.stem or 'plot'}.png."
+        ) from None
+
+
+def gaps(values: Iterable[float | None]) -> list[float]:
+    """Numbers for a line that is left out where there is none."""
+    return [float("nan") if value is None else value for value in values]
+
+
+WIDTH = 120
+PAGE = '<pre style="white-space:pre;overflow-x:auto;line-height:normal;font-family:monospace">{code}</pre>'
+
+
+def to_html(renderable: RenderableType, *, width: int = WIDTH) -> str:
+    """HTML with inline styles, which a notebook keeps."""
+    console = _recorder(width)
+    console.print(renderable)
+    return console.export_html(inline_styles=True, code_format=PAGE)
+
+
+def to_text(renderable: RenderableType, *, width: int = WIDTH) -> str:
+    """The same without colours."""
+    console = _recorder(width)
+    console.print(renderable)
+    return console.export_text(styles=False)
+
+
+def _recorder(width: int) -> Console:
+    return Console(width=width, record=True, file=io.StringIO(), force_terminal=True, force_jupyter=False)

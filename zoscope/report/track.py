@@ -1,22 +1,476 @@
-"""The report of ``zoscope.track``: header, measurements, how the run ended."""
+"""The picture of a run: its loss, and the threshold term between the two ends of the band; several runs overlaid."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
+from rich.live import Live
 from rich.text import Text
 
-from zoscope.report.style import MISSING, OPTIMIZER_NAMES, count, counted, duration, quantity, step_size
-from zoscope.report.tables import grid, heading, number_table
+from zoscope.report.style import (
+    COLOURS,
+    MISSING,
+    OPTIMIZER_NAMES,
+    count,
+    counted,
+    duration,
+    gaps,
+    grid,
+    heading,
+    new_figure,
+    number_table,
+    quantity,
+    require_matplotlib,
+    save,
+    step_size,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
-    from zoscope.analysis.tracking.record import Record
-    from zoscope.analysis.tracking.results import TrackResult
+    from zoscope.analysis.track import Comparison
+    from zoscope.analysis.track_loop import Run
+    from zoscope.analysis.track_results import Record, TrackResult
+
+BLUE, ORANGE, GREEN = COLOURS[:3]
+BLACK = COLOURS[-1]
+
+STYLES = ("-", "--", "-.", ":")
+
+MOST_JUMPS = 12
+"""More changes of the step size than these are a schedule that glides: they are not marked one by one."""
+
+JUMP = 1e-6
+"""Relative change that is one, and not rounding."""
+
+HEADROOM = 1.5
+"""Top of the curvature's axis over the largest value of the band: a term far above it, at small steps, is cut off."""
+
+FAR = 5.0
+"""A term that never comes nearer than this many times the band is left outside."""
+
+BLOWN_UP = 30.0
+"""Losses above this many times the first one are those of a run that diverged, and would flatten all others."""
+
+
+def draw(result: TrackResult, paths: Sequence[Path], *, option: str = "--plot") -> None:
+    """Write the picture of a run, once for every path; the format follows the file name.
+
+    Raises:
+        UsageError: If matplotlib is not installed, does not know a format, or a file cannot be written.
+    """
+    require_matplotlib(option)
+    figure: Any = new_figure(width=8, height=6)
+    losses, curvature = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    _draw_loss(losses, result.records, colour=BLACK, label="loss")
+    _cap(losses, [result.records])
+    _draw_band(curvature, result)
+    for axes in (losses, curvature):
+        _mark_jumps(axes, result.records, named=axes is losses)
+    losses.set_ylabel("loss")
+    curvature.set_xlabel("step")
+    curvature.set_ylabel("curvature (loss/param²)" if "adam" not in result.optimizer else "curvature of P⁻¹H")
+    figure.suptitle(f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}", fontsize="medium")
+    for path in paths:
+        save(figure, path, option=option)
+
+
+def draw_comparison(comparison: Comparison, paths: Sequence[Path], *, option: str = "--plot") -> None:
+    """Write the runs over one another: their losses, and their step sizes in units of the exact threshold.
+
+    Raises:
+        UsageError: As `draw`.
+    """
+    require_matplotlib(option)
+    figure: Any = new_figure(width=8, height=6)
+    losses, ratios = figure.subplots(2, 1, sharex=True)
+    for number, (label, result) in enumerate(comparison.results):
+        colour = COLOURS[number % len(COLOURS)]
+        style = STYLES[number // len(COLOURS) % len(STYLES)]
+        _draw_loss(losses, result.records, colour=colour, label=label, style=style)
+        steps = [record.step for record in result.records]
+        ratios.plot(steps, gaps(record.ratio for record in result.records), style, color=colour, linewidth=1.4)
+    _cap(losses, [result.records for _, result in comparison.results])
+    ratios.set_ylim(0, min(2.0, ratios.get_ylim()[1]))
+    ratios.axhline(1.0, color="0.4", linewidth=0.9)
+    ratios.set_ylabel("step size / exact threshold η*")
+    ratios.set_xlabel("step")
+    losses.set_ylabel("loss")
+    losses.legend(fontsize="small", frameon=False, ncols=2 if len(comparison.results) > 4 else 1)
+    for path in paths:
+        save(figure, path, option=option)
+
+
+def _draw_loss(axes: Any, records: Sequence[Record], *, colour: str, label: str, style: str = "-") -> None:
+    steps = [record.step for record in records]
+    values = [record.loss for record in records]
+    axes.plot(steps, gaps(values), style, color=colour, linewidth=1.4, label=label)
+    highest = [record.loss_max if record.loss_max is not None else record.loss for record in records]
+    axes.plot(steps, gaps(highest), color=colour, linewidth=0.6, alpha=0.4)  # spikes between two measurements
+    if all(value is None or value > 0 for value in values):
+        axes.set_yscale("log")
+
+
+def _cap(axes: Any, runs: Sequence[Sequence[Record]]) -> None:
+    """Keep what a run that diverges does from flattening everything before."""
+    starts = [records[0].loss or 0.0 for records in runs if records]
+    if starts and min(starts) > 0:
+        axes.set_ylim(top=min(BLOWN_UP * max(starts), axes.get_ylim()[1]))
+
+
+def _draw_band(axes: Any, result: TrackResult) -> None:
+    """The paper's figure: lower term solid, upper one dash-dotted, threshold dashed; the exact threshold between."""
+    records = [record for record in result.records if record.lower is not None]
+    steps = [record.step for record in records]
+    lower = gaps(record.lower for record in records)
+    upper = gaps(record.upper for record in records)
+    first_order = not result.optimizer.startswith("zo-")
+    if first_order:
+        axes.plot(steps, lower, color=BLUE, linewidth=1.6, label="λ_max")
+        axes.plot(steps, gaps(r.trace for r in records), color=ORANGE, linewidth=1.4, linestyle="-.", label="trace")
+    else:
+        axes.fill_between(steps, lower, upper, color=BLUE, alpha=0.12, linewidth=0)
+        axes.plot(steps, lower, color=BLUE, linewidth=1.6, label="lower term: trace")
+        axes.plot(steps, upper, color=ORANGE, linewidth=1.4, linestyle="-.", label="upper term")
+        exact = [_exact_term(record) for record in records]
+        axes.plot(steps, gaps(exact), color=GREEN, linewidth=1.4, linestyle=":", label="exact threshold")
+    changes = _staircase(records)
+    axes.plot(*changes, color=BLACK, linewidth=1.4, linestyle="--", label=term_name(result))
+    tops = [record.lower if first_order else record.upper for record in records]
+    known = [value for value in tops if value is not None and value > 0]
+    if known and not first_order:
+        nearest = min(changes[1], default=0.0)  # of a term that stays above: shown as well, if not far
+        top = max(HEADROOM * max(known), 1.1 * nearest if nearest < FAR * max(known) else 0.0)
+        axes.set_ylim(min(0.0, *(value for value in lower if value == value)), top)
+    elif known:
+        axes.set_yscale("log")
+    axes.legend(fontsize="small", frameon=False, ncols=2)
+
+
+def _exact_term(record: Record) -> float | None:
+    """The exact threshold in the unit of the term, which is inversely proportional to the step size."""
+    if record.threshold is None or record.ratio is None:
+        return None
+    return record.threshold * record.ratio
+
+
+def _staircase(records: Sequence[Record]) -> tuple[list[float], list[float]]:
+    """The term over steps, with both values where the step size jumps at a measurement."""
+    steps: list[float] = []
+    terms: list[float] = []
+    for record in records:
+        if record.threshold is None:
+            continue
+        steps.append(record.step)
+        terms.append(record.threshold)
+        if _jumps(record.lr, record.lr_next) and record is not records[-1]:
+            steps.append(record.step)
+            terms.append(record.threshold * record.lr / record.lr_next)
+    return steps, terms
+
+
+def _jumps(before: float, after: float) -> bool:
+    return abs(after / before - 1) > JUMP
+
+
+def _mark_jumps(axes: Any, records: Sequence[Record], *, named: bool) -> None:
+    jumps = [(record.step, record.lr_next) for record in records[:-1] if _jumps(record.lr, record.lr_next)]
+    jumps += [(b.step, b.lr) for a, b in pairwise(records) if _jumps(a.lr_next, b.lr)]  # between two measurements
+    if len(jumps) > MOST_JUMPS:
+        return
+    for step, lr in jumps:
+        axes.axvline(step, color="0.6", linewidth=0.8, zorder=0)
+        if named:
+            axes.annotate(
+                f"η = {step_size(lr)}",
+                (step, 1.0),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(3, -4),
+                textcoords="offset points",
+                rotation=90,
+                va="top",
+                fontsize="x-small",
+                color="0.3",
+            )
+
+
+SHOWN = (
+    "spec",
+    "set",
+    "optimizer",
+    "lr",
+    "beta",
+    "betas",
+    "mu",
+    "queries",
+    "directions",
+    "batch_size",
+    "seed",
+    "steps",
+)
+"""Options that are named where they differ between runs."""
+
+
+LABEL, NUMBERS = 28, 62
+"""Longest label, and the width of everything beside it."""
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """Lays runs out, one row each.
+
+    Args:
+        comparison: What to show.
+    """
+
+    comparison: Comparison
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The table, what the columns are, what failed."""
+        yield heading("Runs", "each at its last measurement")
+        yield comparison_table(self.comparison, width=options.max_width)
+        same = differing(self.comparison)
+        if same and len(self.comparison.results) > 1:
+            yield Text(f"They differ in {', '.join(same)}.", style="dim")
+        ended = [(label, f"{r.status}: {r.reason}") for label, r in self.comparison.results if r.status != "finished"]
+        if ended:
+            yield heading("Not finished")
+            yield grid(ended)
+        if self.comparison.failed:
+            yield heading("Failed")
+            yield grid((entry.label, entry.error or "") for entry in self.comparison.failed)
+
+
+def render_comparison(comparison: Comparison) -> ComparisonReport:
+    """The report of a comparison, for ``rich``."""
+    return ComparisonReport(comparison)
+
+
+def differing(comparison: Comparison) -> list[str]:
+    """Options in which the runs differ."""
+    configs = [result.config for _, result in comparison.results]
+    found = [key for key in SHOWN if len({repr(config.get(key)) for config in configs}) > 1]
+    settings = [config.get("set") or {} for config in configs]
+    names = dict.fromkeys(name for setting in settings for name in setting)
+    named = [f"set.{name}" for name in names if len({repr(setting.get(name)) for setting in settings}) > 1]
+    return [word for key in found for word in (named if key == "set" else [key])]
+
+
+def comparison_table(comparison: Comparison, *, width: int) -> Table:
+    """One row per run; where there is little room, labels are cut rather than numbers."""
+    columns = number_table("run", "steps", "loss", "η", "trace", "λ_max", "term", "η/η*", "in band")
+    for label, result in comparison.results:
+        columns.add_row(_short(label, min(LABEL, max(width - NUMBERS, LABEL // 2))), *_cells(result))
+    return columns
+
+
+def _cells(result: TrackResult) -> list[str | Text]:
+    # After a divergence nothing is left to measure: the last curvature that was.
+    measured = [record for record in result.records if record.trace is not None]
+    last = measured[-1] if measured else None
+    numbers: list[str | Text] = [MISSING] * 5
+    if last is not None:
+        values = (last.trace, last.lambda_max, last.threshold)
+        numbers = [step_size(last.lr), *(quantity(value, digits=3) for value in values), quantity(last.ratio, digits=2)]
+    loss = result.records[-1].loss if result.records else None
+    band = result.band
+    steps = Text(count(result.steps_done), style=STATUS_STYLES.get(result.status, "yellow"))
+    return [steps, quantity(loss, digits=3), *numbers, f"{band.inside} of {band.of}" if band.of else MISSING]
+
+
+def _short(label: str, most: int) -> str:
+    return label if len(label) <= most else f"…{label[1 - most :]}"
+
+
+BARS = "▁▂▃▄▅▆▇█"
+REFRESH = 0.2
+WIDTH = 60
+
+
+class Lines:
+    """One line per measurement, for a log.
+
+    Args:
+        console: Where to.
+        label: Name of the run among others.
+    """
+
+    def __init__(self, console: Console, *, label: str = "") -> None:
+        self._console = console
+        self._label = f"{label}: " if label else ""
+        self._steps = 0
+
+    def begun(self, run: Run) -> None:
+        """See `zoscope.analysis.track_loop.Observer`."""
+        self._steps = run.request.steps
+
+    def stepped(self, step: int, loss: float) -> None:
+        """Nothing: a step is not worth a line."""
+
+    def measuring(self, step: int) -> None:
+        """Nothing: the line comes with the result."""
+
+    def measured(self, record: Record) -> None:
+        """The line."""
+        self._console.print(Text(self._label + line(record, steps=self._steps)), soft_wrap=True, highlight=False)
+
+
+def line(record: Record, *, steps: int) -> str:
+    """A measurement in one line."""
+    parts = [f"step {count(record.step)}/{count(steps)}", f"loss {quantity(record.loss)}", f"lr {step_size(record.lr)}"]
+    if record.trace is not None:
+        parts += [
+            f"trace {quantity(record.trace)}",
+            f"λ_max {quantity(record.lambda_max)}",
+            f"term {quantity(record.threshold)} in [{quantity(record.lower)}, {quantity(record.upper)}]",
+            f"lr/η* {quantity(record.ratio, digits=2)}",
+        ]
+    return " · ".join(parts)
+
+
+class LiveView:
+    """What a terminal shows, redrawn a few times a second.
+
+    Args:
+        live: The display; whoever made it starts and stops it.
+        label: Name of the run among others.
+    """
+
+    def __init__(self, live: Live, *, label: str = "") -> None:
+        self._live = live
+        self._label = f"{label}: " if label else ""
+        self._spark = Spark()
+        self._title, self._steps, self._step = "", 1, 0
+        self._record: Record | None = None
+        self._run: Run | None = None
+        self._loss = math.nan
+        self._pace = Pace()
+        self._measures = False
+        self._drawn = 0.0
+
+    def begun(self, run: Run) -> None:
+        """See `zoscope.analysis.track_loop.Observer`."""
+        self._title = self._label + optimizer_name(run.request.optimizer)
+        self._steps, self._step = run.request.steps, run.step
+        self._run = run
+        self._record = run.records[-1] if run.records else None
+        self._pace.begin(run.step)
+        self._draw()
+
+    def stepped(self, step: int, loss: float) -> None:
+        """Count, and redraw when it is time."""
+        self._step, self._loss, self._measures = step, loss, False
+        self._spark.add(loss)
+        if step & 15 == 0 and time.perf_counter() - self._drawn > REFRESH:
+            self._draw()
+
+    def measuring(self, step: int) -> None:
+        """Say so: it may take a while."""
+        self._measures = True
+        self._draw()
+
+    def measured(self, record: Record) -> None:
+        """Show what was found."""
+        self._record, self._measures = record, False
+        self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.perf_counter()
+        self._live.update(Group(*self._lines()), refresh=True)
+
+    def _lines(self) -> list[Text]:
+        step, steps = self._step, self._steps
+        rate = self._pace.at(step, now=self._drawn)
+        left = duration((steps - step) / rate) if rate > 0 else MISSING
+        doing = "measuring" if self._measures else f"{quantity(rate, digits=3)} steps/s, {left} left"
+        lines = [
+            Text(
+                f"{self._title}  step {count(step)} of {count(steps)} ({100 * step / steps:.0f} %)  {doing}",
+                style="bold",
+            ),
+            Text(f"loss   {self._spark.drawn(WIDTH)}  {quantity(self._loss, digits=3)}"),
+        ]
+        record = self._record
+        if self._run is not None and record is not None and record.exact:
+            ratio = self._run.request.lr_at(step) / record.exact
+            lines += [
+                Text("η/η*   ") + gauge(ratio) + Text(f"  {quantity(ratio, digits=2)}"),
+                Text(line(record, steps=steps), style="dim"),
+            ]
+        return lines
+
+
+class Pace:
+    """Steps per second, measuring included."""
+
+    def __init__(self) -> None:
+        self._first, self._began = 0, time.perf_counter()
+
+    def begin(self, step: int) -> None:
+        """Count from here."""
+        self._first, self._began = step, time.perf_counter()
+
+    def at(self, step: int, *, now: float) -> float:
+        """Steps per second so far."""
+        return (step - self._first) / (now - self._began) if now > self._began else 0.0
+
+
+class Spark:
+    """The losses of all steps in a fixed amount of memory: neighbours are averaged when there are too many.
+
+    Args:
+        most: Most averages kept.
+    """
+
+    def __init__(self, most: int = 2 * WIDTH) -> None:
+        self._most = most
+        self._values: list[float] = []
+        self._each = 1
+        self._total, self._count = 0.0, 0
+
+    def add(self, loss: float) -> None:
+        """One more."""
+        self._total += loss
+        self._count += 1
+        if self._count == self._each:
+            self._values.append(self._total / self._count)
+            self._total, self._count = 0.0, 0
+        if len(self._values) >= self._most:
+            pairs = zip(self._values[::2], self._values[1::2], strict=False)
+            self._values = [0.5 * (first + second) for first, second in pairs]
+            self._each *= 2
+
+    def drawn(self, width: int) -> str:
+        """Bars on a logarithmic scale where all losses are positive."""
+        values = [value for value in self._values if math.isfinite(value)]
+        if not values:
+            return ""
+        if min(values) > 0:
+            values = [math.log(value) for value in values]
+        size = max(1, math.ceil(len(values) / width))
+        means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+        low, high = min(means), max(means)
+        scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+        return "".join(BARS[round((value - low) * scale)] for value in means)
+
+
+def gauge(ratio: float, *, width: int = 40, most: float = 1.5) -> Text:
+    """A bar from 0 to 1.5 times the threshold, with a mark at the threshold."""
+    filled = min(round(width * ratio / most), width)
+    mark = round(width / most)
+    cells = ["━" if index < filled else "·" for index in range(width)]
+    cells[mark] = "┃"
+    style = "green" if ratio < 0.8 else "yellow" if ratio < 1.1 else "red"
+    return Text("".join(cells), style=style)
+
 
 MOST_ROWS = 20
 MOST_STEP_SIZES = 4

@@ -11,15 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from zoscope.theory.coupled import coupled_response
-from zoscope.theory.mean_square import StabilityCondition, Version
-from zoscope.theory.modes import horizon_response, infinite_response
-from zoscope.theory.moments import GAUSSIAN, EstimatorMoments
-from zoscope.theory.rules import UpdateRule
-from zoscope.theory.scalar import first_crossing
-from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
-from zoscope.theory.student import widening
-from zoscope.theory.validate import require_count
+from zoscope.theory.rules import GAUSSIAN, EstimatorMoments, UpdateRule
+from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum, first_crossing, require_count, widening
+from zoscope.theory.stability import StabilityCondition, Version, coupled_response, horizon_response, infinite_response
 
 Array = NDArray[np.float64]
 

@@ -2,15 +2,233 @@
 
 import itertools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from numbers import Integral, Real
 from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zoscope.theory.student import widening
+
+def require_finite(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number."""
+    if not _is_finite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is finite and greater than zero."""
+    if not (_is_finite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+
+
+def require_non_negative(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is finite and at least zero."""
+    if not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+
+
+def require_count(name: str, value: int, *, least: int = 1) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+NORMAL = 1.959963984540054
+"""Half-width of the 95 % interval of a normal law, in standard deviations."""
+
+
+def widening(freedom: float) -> float:
+    """How much wider the 95 % interval of a t law is than that of a normal law, over its scale.
+
+    The t law is ``tan θ √ν`` with a density of ``θ`` proportional to ``cos^(ν-1) θ``, which Gauss's rule integrates to
+    rounding; Newton's method from below finds the quantile, as the distribution function is concave there.
+    (``scipy.special`` has it too, and takes longer to import than the measurement of a small problem.)
+
+    Args:
+        freedom: Degrees of freedom ν ≥ 1, not necessarily whole; ``inf`` for a normal law.
+
+    Returns:
+        The 97.5 % quantile of Student's t law over that of the normal law; 1 for ``ν = inf``.
+
+    Raises:
+        ValueError: If ``freedom`` is below 1 or NaN.
+    """
+    if not freedom >= 1:
+        raise ValueError(f"freedom must be at least 1, got {freedom}")
+    if freedom > 1e6:
+        return 1.0
+    nodes, weights = _gauss_rule()
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    theta = math.atan(NORMAL / math.sqrt(freedom))
+    for _ in range(50):
+        inside = 0.5 * theta * float(weights @ np.cos(0.5 * theta * (nodes + 1)) ** (freedom - 1))
+        step = (0.475 - scale * inside) / (scale * math.cos(theta) ** (freedom - 1))
+        theta += step
+        if abs(step) < 1e-14:
+            break
+    return math.sqrt(freedom) * math.tan(theta) / NORMAL
+
+
+@cache
+def _gauss_rule() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gauss's rule on [-1, 1]; computing it takes far longer than using it."""
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    return nodes, weights
+
+
+Function = Callable[[float], float]
+Search = Generator[float, float, float]
+"""Yields where it wants a value, is sent that value, and returns what it was looking for."""
+
+
+def searched(f: Function, search: Search) -> float:
+    """What a search of ``f`` finds."""
+    (found,) = searched_together(lambda _, places: [f(places[0])], [search])
+    return found
+
+
+def searched_together(
+    values: Callable[[list[int], list[float]], Sequence[float]], searches: Sequence[Search]
+) -> list[float]:
+    """What several searches find, each of a function of its own.
+
+    Args:
+        values: ``values(which, places)``: of each search named in ``which`` the value at its place.
+        searches: The searches.
+    """
+    found = [math.nan] * len(searches)
+    waiting = {which: next(search) for which, search in enumerate(searches)}
+    while waiting:
+        told = values(list(waiting), list(waiting.values()))
+        for which, value in zip(list(waiting), told, strict=True):
+            try:
+                waiting[which] = searches[which].send(value)
+            except StopIteration as done:
+                found[which] = done.value
+                del waiting[which]
+    return found
+
+
+def root(f: Function, low: float, high: float, *, xtol: float) -> float:
+    """Where ``f`` changes its sign between ``low`` and ``high``, to ``xtol`` or to rounding.
+
+    Args:
+        f: Continuous, of opposite signs at the two ends; ``±inf`` is a value.
+        low: One end of the bracket.
+        high: The other end.
+        xtol: Absolute error allowed.
+
+    Raises:
+        ValueError: If both signs are the same.
+    """
+    return searched(f, root_search(low, high, xtol=xtol))
+
+
+def root_search(low: float, high: float, *, xtol: float) -> Search:
+    """The search of ``root``: inverse quadratic interpolation where the last three points make it safe, else bisection.
+
+    Source: Chandrupatla, A new hybrid quadratic/bisection algorithm, Adv. Eng. Software 28 (1997).
+    """
+    a, b = high, low
+    fa, fb = (yield a), (yield b)
+    if fa == 0 or fb == 0:
+        return a if fa == 0 else b
+    if (fa > 0) == (fb > 0):
+        raise ValueError(f"f must change its sign between {low} and {high}")
+    part = 0.5
+    while True:
+        x = a + part * (b - a)
+        fx = yield x
+        if (fx > 0) == (fa > 0):
+            c, fc, a, fa = a, fa, x, fx
+        else:
+            c, fc, b, fb, a, fa = b, fb, a, fa, x, fx
+        best, value = (a, fa) if abs(fa) < abs(fb) else (b, fb)
+        room = (2 * math.ulp(abs(best)) + 0.5 * xtol) / abs(b - a)
+        if value == 0 or room > 0.5:
+            return best
+        part = min(max(_interpolated(a, b, c, fa, fb, fc), room), 1 - room)
+
+
+def _interpolated(a: float, b: float, c: float, fa: float, fb: float, fc: float) -> float:
+    """Part of the way from a to b at which to look next."""
+    if not all(map(math.isfinite, (fa, fb, fc))) or fb == fc or b == c:
+        return 0.5
+    xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
+    if not (phi**2 < xi and (1 - phi) ** 2 < 1 - xi):
+        return 0.5
+    return fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
+
+
+CAP = 50.0
+"""Largest logarithm of a feedback: it overflows far above the root, and a ceiling keeps secant slopes sane."""
+
+
+def first_crossing(total: Function, *, guess: float) -> float:
+    """Root of ``total(lr) = 1``, from a guess; ``inf`` when there is none below the largest float."""
+    return searched(total, crossing_search(guess))
+
+
+def crossing_search(guess: float) -> Search:
+    """The search of ``first_crossing``, to a relative error of about 1e-14.
+
+    Secant steps on ``log total`` in ``log lr``, kept inside the bracket seen so far. That curve is nearly a straight
+    line: its slope lies between 1 (every mode in its steady state) and 2 (none yet), more where a mode is unstable.
+    """
+    x = math.log(guess)
+    slope, reach, last = 1.5, 1.0, 1.0
+    low, high = -math.inf, math.inf
+    value = _log_excess((yield math.exp(x)))
+    for _ in range(40):
+        low, high = (x, high) if value < 0 else (low, x)
+        step = min(max(-value / slope, -reach), reach)
+        if not low <= x + step <= high:
+            step = 0.5 * (low + high) - x
+        if abs(step * last) < 1e-15 or abs(step) < 2e-14:  # a secant step errs by about the product of the last two
+            return math.exp(x + step)
+        x, last, reach = x + step, step, 2 * reach
+        if abs(x) > 700:
+            return math.inf if x > 0 else 0.0
+        previous, value = value, _log_excess((yield math.exp(x)))
+        slope = max((value - previous) / step, 1e-2)
+    rest = root_search(low, high, xtol=2e-14)
+    place = next(rest)
+    while True:
+        try:
+            place = rest.send(_log_excess((yield math.exp(place))))
+        except StopIteration as done:
+            return math.exp(done.value)
+
+
+def _log_excess(total: float) -> float:
+    if total < -1.0:  # far above the root, where a signed quadrature weight of an unstable mode takes over
+        return CAP
+    return min(max(math.log(total), -CAP), CAP) if total > 0 else -CAP
+
+
+def lowest(f: Function, low: float, high: float, *, xtol: float) -> tuple[float, float]:
+    """Where a function with one minimum in an interval has it, to ``xtol``, and its value there; by golden section."""
+    golden = 0.5 * (math.sqrt(5) - 1)
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = f(left), f(right)
+    while high - low > xtol:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = f(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = f(right)
+    return (left, at_left) if at_left < at_right else (right, at_right)
+
 
 Array = NDArray[np.float64]
 NodeFunction = Callable[[Array], Array]

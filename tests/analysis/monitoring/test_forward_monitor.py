@@ -9,7 +9,7 @@ import torch
 import zoscope
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.thresholds import forward_only_bounds
+from zoscope.theory.stability import forward_only_bounds
 
 EIGENVALUES = np.linspace(0.2, 4.0, 40)
 
@@ -44,7 +44,7 @@ def test_trace_and_norm_are_those_of_the_hessian_within_their_errors(directions,
 
 
 def _moments(optimizer):
-    from zoscope.theory.moments import estimator_moments
+    from zoscope.theory.rules import estimator_moments
 
     return estimator_moments(optimizer.directions, queries=optimizer.queries, dimension=40)
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from zoscope.analysis.tracking.batches import MiniBatches
+from zoscope.analysis.track_loop import MiniBatches
 
 from .problems import network
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 import zoscope
-from zoscope.analysis.tracking import folder as folders
-from zoscope.analysis.tracking.folder import RunFolder, RunFolderError
-from zoscope.analysis.tracking.results import TrackInterruptedError
+from zoscope.analysis import track_folder as folders
+from zoscope.analysis.track_folder import RunFolder, RunFolderError
+from zoscope.analysis.track_results import TrackInterruptedError
 from zoscope.errors import UsageError
 
 from .problems import network

@@ -5,10 +5,9 @@ import itertools
 import pytest
 
 import zoscope
-from zoscope.analysis.tracking.interval import MEASURING_SHARE, PASSES_PER_HVP, Clock, automatic_interval
-from zoscope.analysis.tracking.record import Record
-from zoscope.analysis.tracking.request import TrackRequest
-from zoscope.config.schedule import Schedule
+from zoscope.analysis.track_loop import MEASURING_SHARE, PASSES_PER_HVP, MeasurementSchedule, automatic_interval
+from zoscope.analysis.track_results import Record, TrackRequest
+from zoscope.config.load import Schedule
 
 from .problems import network
 
@@ -51,7 +50,7 @@ def at(step, ratio):
 
 
 def test_the_end_is_always_measured():
-    clock = Clock(30, 100)
+    clock = MeasurementSchedule(30, 100)
     due = []
     while clock.due < 100:
         clock.measured(at(clock.due, 0.5))
@@ -60,7 +59,7 @@ def test_the_end_is_always_measured():
 
 
 def test_an_adaptive_interval_shrinks_while_the_ratio_moves_and_grows_while_it_does_not():
-    clock = Clock(100, 10**6, adaptive=True)
+    clock = MeasurementSchedule(100, 10**6, adaptive=True)
     clock.measured(at(0, 0.1))
     for ratio in (0.2, 0.4, 0.8):
         clock.measured(at(clock.due, ratio))
@@ -71,7 +70,7 @@ def test_an_adaptive_interval_shrinks_while_the_ratio_moves_and_grows_while_it_d
 
 
 def test_a_point_without_a_threshold_changes_nothing():
-    clock = Clock(100, 10**6, adaptive=True)
+    clock = MeasurementSchedule(100, 10**6, adaptive=True)
     clock.measured(at(0, 0.1))
     clock.measured(Record(step=100, loss=1.0, lr=0.5, lr_next=0.5))
     assert clock.interval == 100

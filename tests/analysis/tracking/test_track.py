@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zoscope
-from zoscope.analysis.tracking.results import TrackInterruptedError
+from zoscope.analysis.track_results import TrackInterruptedError
 from zoscope.errors import NumericalError, SpecError, UsageError
 
 from .problems import network, quadratic

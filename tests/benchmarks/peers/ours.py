@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 import zoscope
-from zoscope.curvature.measure import measure
 from zoscope.curvature.moments import measure_moments
 from zoscope.curvature.operators import HessianOperator
-from zoscope.curvature.results import NORM, Curvature, Moments
+from zoscope.curvature.slq import NORM, Curvature, Moments, measure
 from zoscope.theory.spectrum import SampledSpectrum
 
 from . import clock

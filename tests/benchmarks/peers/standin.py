@@ -16,10 +16,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from zoscope.curvature.results import Curvature
-from zoscope.theory.mean_square import StabilityCondition
+from zoscope.curvature.slq import Curvature
 from zoscope.theory.rules import UpdateRule
 from zoscope.theory.spectrum import Spectrum
+from zoscope.theory.stability import StabilityCondition
 
 Array = NDArray[np.float64]
 RULES = (UpdateRule("gd"), UpdateRule("gdm", momentum=0.9))

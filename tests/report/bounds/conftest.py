@@ -5,15 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from zoscope.analysis import rows
-from zoscope.analysis.measured import ProblemInfo
-from zoscope.analysis.results import BoundsResult, Estimator
-from zoscope.analysis.rows import Measured, Question, optimizer_row
-from zoscope.curvature.results import Curvature, Eigenvalue
+from zoscope.analysis import measurement as rows
+from zoscope.analysis.bounds import BoundsResult, Estimator
+from zoscope.analysis.measurement import MeasuredOperator, ThresholdQuery, optimizer_row
+from zoscope.analysis.result import ProblemInfo
+from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.problem import Notice
-from zoscope.theory.curve import GradientMeasure
-from zoscope.theory.moments import GAUSSIAN
-from zoscope.theory.rules import update_rule
+from zoscope.theory.quadratic import GradientMeasure
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 
 SETTINGS = {
@@ -62,13 +61,13 @@ def make_result(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BoundsResult]:
         scale: float = 1.0,
         optimizers: tuple[str, ...] = ("gd", "gdm", "adam"),
     ) -> BoundsResult:
-        question = Question(steps, "binding", lr, LOSS, GAUSSIAN)
+        question = ThresholdQuery(steps, "binding", lr, LOSS, GAUSSIAN)
         found, curvatures = {}, {}
         for name in optimizers:
             rule = update_rule(name)
             key, size = ("preconditioned_hessian", 37 * scale) if rule.preconditioned else ("hessian", scale)
             curvature = curvatures.setdefault(key, curvature_of(size, noise=noise))
-            measured = Measured(
+            measured = MeasuredOperator(
                 key,
                 curvature,
                 GradientMeasure(np.array([3.0 * size]), np.array([GRAD_SQ])),

@@ -9,9 +9,9 @@ import torch
 
 import zoscope
 from zoscope import UsageError
-from zoscope.analysis.tracking.compare import Comparison, Entry
-from zoscope.analysis.tracking.results import TrackResult
-from zoscope.report.track_plot import draw, draw_comparison
+from zoscope.analysis.track import Comparison, Entry
+from zoscope.analysis.track_results import TrackResult
+from zoscope.report.track import draw, draw_comparison
 
 
 def run(optimizer: str = "zo-gd", lr: str = "0.01,20:0.02", steps: int = 40) -> TrackResult:

@@ -9,12 +9,9 @@ from rich.console import Console
 from rich.live import Live
 
 import zoscope
-from zoscope.analysis.tracking.compare import Comparison, Entry
-from zoscope.analysis.tracking.record import Record
-from zoscope.analysis.tracking.results import band_of
-from zoscope.report.live import Lines, LiveView, Spark, gauge, line
-from zoscope.report.track import MOST_ROWS, render, thinned
-from zoscope.report.track_compare import render as render_comparison
+from zoscope.analysis.track import Comparison, Entry
+from zoscope.analysis.track_results import Record, band_of
+from zoscope.report.track import MOST_ROWS, Lines, LiveView, Spark, gauge, line, render, render_comparison, thinned
 
 
 def problem(scale=1.0):

@@ -1,0 +1,582 @@
+"""What of the gradient the descent threshold depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zoscope.analysis.advice import Advisor, doubling_steps, judge, judge_batches
+from zoscope.analysis.thresholds import Horizon, OptimizerBounds, Pair, Verdict, ci95
+from zoscope.curvature.lanczos import rounding
+from zoscope.curvature.nonsmooth import NOTHING, PROBES, Jump, Nonsmooth, jump_of, nonsmooth_curvature
+from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
+from zoscope.curvature.preconditioner import (
+    Preconditioner,
+    divided,
+    expected_preconditioner,
+    nearly_scalar,
+    probe_preconditioner,
+)
+from zoscope.curvature.slq import OnProgress, measure
+from zoscope.errors import NumericalError, UsageError
+from zoscope.runtime import spawn_generators
+from zoscope.theory.quadratic import GradientMeasure, best_lr, descent_threshold_adam
+from zoscope.theory.spectrum import Estimate, widening
+from zoscope.theory.stability import (
+    OfMoments,
+    StabilityCondition,
+    fo_threshold,
+    horizon_curve,
+    interval_ci95,
+    paper_bounds,
+    tight_bounds,
+)
+
+if TYPE_CHECKING:
+    from zoscope.analysis.advice import Limit, Threshold
+    from zoscope.analysis.minibatch import Batches, BatchSpread, MiniBatchBounds
+    from zoscope.analysis.request import Request
+    from zoscope.curvature.slq import Curvature
+    from zoscope.problem import Objective
+    from zoscope.theory.rules import EstimatorMoments, UpdateRule
+
+
+@dataclass(frozen=True)
+class Slope:
+    """What the descent threshold depends on, P being the identity for gradient descent.
+
+    Args:
+        gPg: ``gᵀP⁻¹g``.
+        gPHPg: ``gᵀP⁻¹HP⁻¹g``.
+        trace: ``Tr P⁻¹HP⁻¹``.
+        grad_sq: ``‖g‖²``.
+        trace_error: 95 % half-width of ``trace``; the other numbers are as exact as the gradient.
+    """
+
+    gPg: float  # noqa: N815 - as in the formula
+    gPHPg: float  # noqa: N815
+    trace: float
+    grad_sq: float
+    trace_error: float = 0.0
+
+    def estimate(self, rule: UpdateRule, moments: EstimatorMoments) -> Estimate:
+        """The descent threshold with its error bar; it falls as the trace rises."""
+        value, low, high = (
+            replace(self, trace=self.trace + sign * self.trace_error).threshold(rule, moments) for sign in (0, 1, -1)
+        )
+        if math.isfinite(high) or math.isinf(low):
+            return Estimate(value, quadrature=value - low if math.isfinite(value) else 0.0)  # to first order symmetric
+        return Estimate(value, quadrature=math.inf, least=low)  # the trace may be too small to limit anything
+
+    def threshold(
+        self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0
+    ) -> float:
+        """The descent threshold, with the noise of mini-batches if there is any."""
+        return descent_threshold_adam(
+            gPg=self.gPg,
+            gPHPg=self.gPHPg,
+            trace_php=self.trace,
+            grad_sq=self.grad_sq,
+            noise_curvature=noise_curvature,
+            noise_sq=noise_sq,
+            moments=moments,
+            rule=rule,
+        )
+
+
+HORIZONS = (30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+"""Numbers of steps of the printed curve η*(T)."""
+
+LONGEST_LOOK = 5_000
+"""Steps up to which the loss at a step size asked about is followed."""
+
+
+@dataclass(frozen=True)
+class MeasuredOperator:
+    """One operator, measured, and the gradient seen through it.
+
+    Args:
+        operator: Its key in the result.
+        curvature: What the measurement found.
+        gradient: Spectral measure of the gradient in the operator's coordinates; ``None`` for a zero gradient.
+        commutator: Of a preconditioner with the Hessian.
+        batches: How mini-batches spread around it, where a batch size was asked for.
+    """
+
+    operator: str
+    curvature: Curvature
+    gradient: GradientMeasure | None
+    commutator: Estimate | None = None
+    batches: BatchSpread | None = None
+
+
+@dataclass(frozen=True)
+class ThresholdQuery:
+    """What the user wants to know of every optimizer.
+
+    Args:
+        steps: Planned number of steps N.
+        threshold: Which threshold counts.
+        lr: Step size to judge.
+        loss: Loss where the curvature was measured.
+        moments: Constants of the estimator.
+        doubts: Codes of what speaks against the point, whatever the optimizer: ``kinks``, ``little-curvature``.
+    """
+
+    steps: int
+    threshold: Threshold
+    lr: float | None
+    loss: float
+    moments: EstimatorMoments
+    doubts: tuple[str, ...] = ()
+
+
+def optimizer_row(
+    measured: MeasuredOperator,
+    question: ThresholdQuery,
+    *,
+    rule: UpdateRule,
+    settings: Mapping[str, Any],
+    descent: Estimate | None,
+) -> OptimizerBounds:
+    """All bounds of one update rule.
+
+    Args:
+        measured: The operator that the rule acts through.
+        question: What is asked.
+        rule: Update rule.
+        settings: What identifies the rule in the result.
+        descent: Its descent threshold; ``None`` for a zero gradient.
+    """
+    curvature, moments = measured.curvature, question.moments
+    largest, positive = curvature.lambda_max.value, curvature.spectrum.fine.positive
+    paper = paper_bounds(curvature.trace.value, largest, rule=rule, moments=moments)
+    tight = tight_bounds(positive.trace, positive.frobenius_sq, max(largest, 0.0), rule=rule, moments=moments)
+    falling = None if descent is None else descent.value
+    exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
+    horizon = _horizon(curvature, question, rule=rule)
+    minibatch = None
+    if measured.batches is not None:
+        minibatch = measured.batches.bounds(curvature.spectrum, steps=question.steps, rule=rule, moments=moments)
+    advisor = Advisor(
+        rule=rule,
+        moments=moments,
+        spectrum=curvature.spectrum,
+        gradient=measured.gradient,
+        loss=question.loss,
+        # Training meets the thresholds of mini-batches where it uses them.
+        descent=descent if minibatch is None else minibatch.descent,
+        exact=exact if minibatch is None else minibatch.exact,
+        batches=None if minibatch is None else minibatch.model,
+        doubts=question.doubts,
+        points=horizon.curve if minibatch is None else (minibatch.horizon,),
+    )
+    advice = advisor.at(question.steps, question.threshold)
+    return OptimizerBounds(
+        name=rule.name,
+        rule=rule,
+        operator=measured.operator,
+        settings=settings,
+        fo=fo_threshold(largest, rule=rule),
+        zo_lower=paper.lower,
+        zo_upper=paper.upper,
+        lower_tight=tight.lower,
+        upper_tight=tight.upper,
+        exact=exact,
+        horizon=horizon,
+        descent=falling,
+        binding=advice.binding,
+        recommended=advice.recommended,
+        recommended_reason=advice.reason,
+        predicted_lr=None if advice.doubts else _predicted_lr(measured, question, rule=rule, upper=horizon.upper),
+        commutator=measured.commutator,
+        verdict=_verdict(measured, question, advisor, limit=advice.limit, minibatch=minibatch),
+        minibatch=minibatch,
+        zo_ci95=_interval_ci95(curvature, lambda p1, _, top: paper_bounds(p1, top, rule=rule, moments=moments)),
+        tight_ci95=_interval_ci95(
+            curvature, lambda p1, p2, top: tight_bounds(p1, p2, top, rule=rule, moments=moments), positive=True
+        ),
+        descent_ci95=None if descent is None else ci95(descent),
+        limit=advice.limit,
+        doubts=advice.doubts,
+        advisor=advisor,
+    )
+
+
+def _interval_ci95(curvature: Curvature, bounds: OfMoments, *, positive: bool = False) -> Pair:
+    largest = curvature.lambda_max
+    top = max(largest.value, 0.0) if positive else largest.value
+    return interval_ci95(bounds, curvature.spectrum, largest=top, residual=largest.residual, positive=positive)
+
+
+def _verdict(
+    measured: MeasuredOperator,
+    question: ThresholdQuery,
+    advisor: Advisor,
+    *,
+    limit: Limit | None,
+    minibatch: MiniBatchBounds | None,
+) -> Verdict | None:
+    if question.lr is None:
+        return None
+    spectrum, rule, doubling = measured.curvature.spectrum.fine, advisor.rule, None
+    descent = None if advisor.descent is None else advisor.descent.value
+    if minibatch is not None:
+        return judge_batches(question.lr, minibatch, limit=limit, descent=descent)
+    if measured.gradient is not None and question.loss != 0:
+        doubling = doubling_steps(
+            question.lr,
+            steps=min(question.steps, LONGEST_LOOK),
+            spectrum=spectrum,
+            gradient=measured.gradient,
+            loss=question.loss,
+            rule=rule,
+            moments=question.moments,
+        )
+        if question.steps > LONGEST_LOOK and math.isinf(doubling[1]):
+            doubling = None  # it may still come
+    return judge(
+        question.lr,
+        steps=question.steps,
+        spectrum=spectrum,
+        rule=rule,
+        moments=question.moments,
+        limit=limit,
+        descent=descent,
+        doubling=doubling,
+    )
+
+
+def _horizon(curvature: Curvature, question: ThresholdQuery, *, rule: UpdateRule) -> Horizon:
+    steps = sorted({*HORIZONS, question.steps})
+    curve = horizon_curve(curvature.spectrum, steps, rule=rule, moments=question.moments)
+    planned = next(point for point in curve if point.steps == question.steps)
+    return Horizon(
+        steps=question.steps,
+        lower=planned.lower.value,
+        upper=planned.upper.value,
+        ci95=(ci95(planned.lower)[0], ci95(planned.upper)[1]),
+        curve=curve,
+    )
+
+
+def _predicted_lr(
+    measured: MeasuredOperator, question: ThresholdQuery, *, rule: UpdateRule, upper: float
+) -> float | None:
+    """Step size with the lowest predicted loss after N steps, on the positive part.
+
+    Negative curvature is left out: over a whole run the quadratic model would promise a loss without lower bound.
+    ``None`` where the loss still falls at the largest step size that is stable: then there is no lowest point to name.
+    """
+    if measured.gradient is None or not math.isfinite(upper) or measured.batches is not None:
+        return None  # the noise of mini-batches is not in the predicted loss
+    best = best_lr(
+        measured.curvature.spectrum.fine.positive,
+        measured.gradient,
+        loss=question.loss,
+        steps=question.steps,
+        rule=rule,
+        moments=question.moments,
+        upper=upper,
+    )
+    return None if best is None or best >= 0.99 * upper else best
+
+
+SCALAR = 0.25
+"""Distance of Adam's P from a multiple of the identity that is let pass, in units of the precision wanted."""
+
+
+NO_SPECTRUM = (
+    "--curvature {curvature} knows no spectrum, which this needs: expected hessian or ggn. 'zoscope bounds' and "
+    "'zoscope check' take it."
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that the bounds need to know of a problem; plain numbers, valid after the session.
+
+    Args:
+        loss: Mean loss.
+        grad_norm: ``‖g‖``.
+        operators: By optimizer: what it acts through.
+        descent: By optimizer: its descent threshold, ``None`` for a zero gradient.
+        preconditioner: Of Adam, where it was asked for.
+        num_hvps: Hessian-vector products spent in all.
+        nonsmooth: What differences of the loss see beside the Hessian.
+        jump: Of a loss that is piecewise constant.
+    """
+
+    loss: float
+    grad_norm: float
+    operators: dict[str, MeasuredOperator]
+    descent: dict[str, Estimate | None]
+    preconditioner: Preconditioner | None
+    num_hvps: int
+    nonsmooth: Nonsmooth
+    jump: Jump | None = None
+
+
+def measure_problem(objective: Objective, request: Request) -> Measurement:
+    """Measure the operators that the optimizers asked for need, each once.
+
+    Raises:
+        NumericalError: If the gradient is not finite, or a measurement fails.
+        UsageError: If the curvature asked for cannot be had here.
+    """
+    loss, g = finite_gradient(objective)
+    base = curvature_operator(objective, request)
+    moments = request.moments(dimension=objective.num_params)
+    operators: dict[str, MeasuredOperator] = {}
+    descent: dict[str, Estimate | None] = {}
+    preconditioner = None
+    nonsmooth = _nonsmooth(objective, base, request)
+    plain = [rule for rule in request.rules.values() if not rule.preconditioned]
+    adam = [rule for rule in request.rules.values() if rule.preconditioned]
+    if adam:
+        preconditioner = _preconditioner(objective, g, request=request, moments=moments)
+    batches = _batches(objective, base, g, request)
+    scalar = plain and preconditioner is not None and batches is None and _is_scalar(preconditioner, request)
+    if plain:
+        # Of a spectrum that serves Adam too the same precision is wanted for Adam.
+        rules = [*plain, *adam] if scalar else plain
+        found, slope = _plain(base, g, rules, nonsmooth=nonsmooth, batches=batches, request=request, moments=moments)
+        operators |= dict.fromkeys((rule.name for rule in plain), found)
+        descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in plain}
+    if preconditioner is not None:
+        if scalar and not found.curvature.spectrum.is_exact:
+            found, slope = _adam_of(found, slope, preconditioner, request=request)
+        else:
+            found, slope = _adam(
+                base, g, preconditioner, adam, nonsmooth=nonsmooth, batches=batches, request=request, moments=moments
+            )
+        operators |= dict.fromkeys((rule.name for rule in adam), found)
+        descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in adam}
+    norm = float(torch.linalg.vector_norm(g.double()))
+    swept = sum({id(m.batches): m.batches.num_sweeps for m in operators.values() if m.batches is not None}.values())
+    curved = any(entry.curvature.frobenius_sq.value for entry in operators.values())
+    return Measurement(
+        loss,
+        norm,
+        operators,
+        descent,
+        preconditioner,
+        base.num_hvps + swept,
+        nonsmooth,
+        None if curved or norm else find_jump(objective, seed=request.seed),
+    )
+
+
+def find_jump(objective: Objective, *, seed: int) -> Jump | None:
+    """Of a loss that has neither gradient nor curvature."""
+    (generator,) = spawn_generators(seed, 1, objective.device)
+    return jump_of(objective, generator=generator)
+
+
+def finite_gradient(objective: Objective) -> tuple[float, Tensor]:
+    """Loss and gradient ``(d,)``.
+
+    Raises:
+        NumericalError: If the gradient is not finite.
+    """
+    loss, g = gradient(objective)
+    if not bool(torch.isfinite(g).all()):
+        raise NumericalError(
+            f"The gradient is not finite (the loss is {loss:.4g}): expected finite derivatives at the point where the "
+            "curvature is measured. Look for 0/0, log(0) or an overflow in the loss."
+        )
+    return loss, g
+
+
+def _nonsmooth(objective: Objective, base: LinearOperator, request: Request) -> Nonsmooth:
+    if not isinstance(base, HessianOperator):
+        return NOTHING
+    (generator,) = spawn_generators(request.seed, 1, base.device)
+    return nonsmooth_curvature(objective, base, generator=generator)
+
+
+def _counted(nonsmooth: Nonsmooth) -> Estimate:
+    """What kinks add to the trace of the descent threshold, from a few directions; nothing, to rounding, if smooth."""
+    return replace(nonsmooth.trace, stderr=nonsmooth.trace.stderr * widening(PROBES - 1))
+
+
+def curvature_operator(objective: Objective, request: Request) -> LinearOperator:
+    """The curvature matrix asked for; the one place that knows which there are.
+
+    Raises:
+        UsageError: For a matrix that is not available.
+    """
+    if request.curvature == "hessian":
+        return HessianOperator(objective, hvp=request.hvp)
+    if request.curvature == "ggn":
+        from zoscope.curvature.ggn import GGNOperator  # late, as what only some options need takes time to load
+
+        return GGNOperator(objective)
+    raise UsageError(NO_SPECTRUM.format(curvature=request.curvature))
+
+
+def operator_name(request: Request, *, preconditioned: bool) -> str:
+    """Key of an operator in the result."""
+    return f"preconditioned_{request.curvature}" if preconditioned else request.curvature
+
+
+def _plain(
+    base: LinearOperator,
+    g: Tensor,
+    rules: list[UpdateRule],
+    *,
+    nonsmooth: Nonsmooth,
+    batches: Batches | None,
+    request: Request,
+    moments: EstimatorMoments,
+) -> tuple[MeasuredOperator, Slope | None]:
+    name = operator_name(request, preconditioned=False)
+    curvature = _measured(base, g, rules, name=name, batches=batches, request=request, moments=moments)
+    measure, slope = gradient_measure(curvature), None
+    if measure is not None:
+        square, curved = float(measure.weights.sum()), float(measure.weights @ measure.nodes)
+        trace = curvature.trace
+        kinks = _counted(nonsmooth)
+        error = trace.half_width + kinks.half_width + rounding(g.dtype, abs(trace.value) + 2 * abs(curved) / square)
+        slope = Slope(square, curved, trace.value + kinks.value, square, error)
+    spread = None if batches is None else batches.spread_of(slope, moments, diagonal=None)
+    return MeasuredOperator(name, curvature, measure, batches=spread), slope
+
+
+def _adam(
+    base: LinearOperator,
+    g: Tensor,
+    preconditioner: Preconditioner,
+    rules: list[UpdateRule],
+    *,
+    nonsmooth: Nonsmooth,
+    batches: Batches | None,
+    request: Request,
+    moments: EstimatorMoments,
+) -> tuple[MeasuredOperator, Slope | None]:
+    p = preconditioner.diagonal
+    scaled = Preconditioned(base, p)
+    name = operator_name(request, preconditioned=True)
+    # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
+    scaled_g = (g.double() / p.double().sqrt()).to(g.dtype)
+    curvature = _measured(scaled, scaled_g, rules, name=name, batches=batches, request=request, moments=moments)
+    (generator,) = spawn_generators(request.seed, 1, base.device)
+    probes = probe_preconditioner(base.known(), p, generator=generator)
+    alike = float(p.double().reciprocal().square().mean())  # kinks bend the loss in all directions alike
+    kinks = _counted(nonsmooth)
+    measure, slope = gradient_measure(curvature), None
+    if measure is not None:
+        slope = Slope(
+            gPg=float(measure.weights.sum()),
+            gPHPg=float(measure.weights @ measure.nodes),
+            trace=probes.shift * curvature.trace.value + probes.trace_correction.value + alike * kinks.value,
+            grad_sq=float(g.double().square().sum()),
+            trace_error=abs(probes.shift) * curvature.trace.half_width
+            + probes.trace_correction.half_width
+            + alike * kinks.half_width,
+        )
+    spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
+    return MeasuredOperator(name, curvature, measure, probes.commutator, spread), slope
+
+
+def _is_scalar(preconditioner: Preconditioner, request: Request) -> bool:
+    """Whether P is so nearly a multiple of the identity that the difference is small beside the precision wanted.
+
+    That is the rule for the expected P of a large model, whose gradient has no entry near its norm.
+    """
+    return nearly_scalar(preconditioner.diagonal)[1] <= SCALAR * request.rtol
+
+
+def _adam_of(
+    plain: MeasuredOperator, slope: Slope | None, preconditioner: Preconditioner, *, request: Request
+) -> tuple[MeasuredOperator, Slope | None]:
+    """Adam from the spectrum of H itself."""
+    p, spread = nearly_scalar(preconditioner.diagonal)
+    curvature = divided(plain.curvature, by=p, spread=spread)
+    note = (
+        f"Adam's P is {p:.3g} on every parameter to within {100 * spread:.1g} %: its spectrum is that of H divided by "
+        "it, which cost no products of its own."
+    )
+    curvature = replace(curvature, notes=(note,))
+    if slope is not None:
+        slope = replace(
+            slope,
+            gPg=slope.gPg / p,
+            gPHPg=slope.gPHPg / p**2,
+            trace=slope.trace / p**2,
+            trace_error=slope.trace_error / p**2,
+        )
+    name = operator_name(request, preconditioned=True)
+    return MeasuredOperator(name, curvature, gradient_measure(curvature)), slope
+
+
+def gradient_measure(curvature: Curvature) -> GradientMeasure | None:
+    """Spectral measure of the gradient; ``None`` for a zero gradient."""
+    measure = curvature.vector_measure
+    if measure is None or not measure.nodes.size:
+        return None
+    return GradientMeasure(measure.nodes, measure.weights)
+
+
+def _measured(
+    operator: LinearOperator,
+    g: Tensor,
+    rules: list[UpdateRule],
+    *,
+    name: str,
+    batches: Batches | None,
+    request: Request,
+    moments: EstimatorMoments,
+) -> Curvature:
+    return measure(
+        operator,
+        method=request.method,
+        precision=request.precision(rules, moments=moments),
+        vector=g,
+        rtol=request.rtol,
+        max_hvps=request.max_hvps,
+        seed=request.seed,
+        on_progress=_told(request.on_progress, name.replace("_", " ")),
+        on_pairs=None if batches is None else batches.keep,
+    )
+
+
+def _told(on_progress: OnProgress | None, operator: str) -> OnProgress | None:
+    """Name the operator in front of the stage of its measurement."""
+    if on_progress is None:
+        return None
+    return lambda stage, num_hvps, precision: on_progress(f"{operator}: {stage}", num_hvps, precision)
+
+
+def _preconditioner(objective: Objective, g: Tensor, *, request: Request, moments: EstimatorMoments) -> Preconditioner:
+    if request.state_file is not None:
+        from zoscope.curvature.preconditioner import stored_preconditioner
+
+        return stored_preconditioner(request.state_file, objective=objective, betas=request.betas, eps=request.eps)
+    return expected_preconditioner(g, moments=moments, eps=request.eps)
+
+
+def batch_size_of(objective: Objective, request: Request) -> int | None:
+    """Examples per step; ``None`` where every step sees all of them, which the reader is told."""
+    size = request.batch_size
+    if size is None or size < objective.num_examples:
+        return size
+    if objective.num_examples > 1:
+        objective.notify(
+            "full-batch", f"A batch of {size} holds all {objective.num_examples} examples: no step is noisy."
+        )
+    return None
+
+
+def _batches(objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> Batches | None:
+    """What measures mini-batches; ``None`` where every step sees all examples."""
+    if batch_size_of(objective, request) is None:
+        return None
+    from zoscope.analysis.minibatch import Batches
+
+    return Batches(objective, base, g, request)

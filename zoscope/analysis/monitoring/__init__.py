@@ -1,1 +1,0 @@
-"""Following the threshold in a loop that is not zoscope's."""

@@ -1,0 +1,522 @@
+"""What ``zoscope.probe`` is asked for, and what it returns: the document ``zoscope.probe/1``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+from zoscope.analysis.bounds import Estimator
+from zoscope.analysis.request import Request
+from zoscope.analysis.result import MeasuredResult
+from zoscope.analysis.thresholds import Pair, number
+from zoscope.optim.directions import check_law
+from zoscope.optim.replicas import ZerothOrderEstimator
+from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments
+from zoscope.theory.spectrum import require_count, require_positive
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zoscope.theory.rules import UpdateRule
+
+ProbeProgress = Callable[[str, int, int], None]
+
+PROBED: tuple[str, ...] = (*(f"zo-{name}" for name in OPTIMIZERS), *OPTIMIZERS)
+FIRST_ORDER = EstimatorMoments(1.0, 0.0)
+"""The exact gradient as an estimate: ``E ĝĝᵀ = HΣH``, the limit of infinitely many queries."""
+
+
+def check_optimizer(name: object) -> None:
+    """Refuse what is not the name of an optimizer.
+
+    Raises:
+        ValueError: If it is not one of ``PROBED``.
+    """
+    if name not in PROBED:
+        raise ValueError(f"optimizer must be one of {', '.join(PROBED)}, got {name!r}")
+
+
+def numbers(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """One number or several, as a tuple; their range is checked by the request.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(values, Real):
+        return (float(values),)
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a number or several, got {values!r}")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """Options of ``zoscope.probe``; see there for what they mean.
+
+    Raises:
+        ValueError: If one is outside of its range.
+    """
+
+    measure: Request
+    optimizer: str
+    mu: float
+    replicas: int
+    growth: float
+    ratios: tuple[float, ...]
+    lrs: tuple[float, ...]
+    steps: int | None
+    max_steps: int
+    max_seconds: float
+    edge: bool
+    edge_rtol: float
+    linearized: bool
+    assume_threshold: float | None
+    batch_size: int | None
+    on_progress: ProbeProgress | None = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.optimizer)
+        require_positive("mu", self.mu)
+        require_count("replicas", self.replicas)
+        require_positive("growth", self.growth)
+        if self.growth <= 1:
+            raise ValueError(f"growth must be finite and > 1, got {self.growth!r}")
+        for name, values in (("ratios", self.ratios), ("lr", self.lrs)):
+            for value in values:
+                require_positive(name, value)
+        if not (self.ratios or self.lrs or self.edge):
+            raise ValueError("nothing to run: give ratios, step sizes, or edge=True")
+        if self.steps is not None:
+            require_count("steps", self.steps)
+        require_count("max_steps", self.max_steps)
+        require_positive("max_seconds", self.max_seconds)
+        require_positive("edge_rtol", self.edge_rtol)
+        if self.edge_rtol >= 1:
+            raise ValueError(f"edge_rtol must lie in (0, 1), got {self.edge_rtol!r}")
+        for name, flag in (("edge", self.edge), ("linearized", self.linearized)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
+        if self.assume_threshold is not None:
+            require_positive("assume_threshold", self.assume_threshold)
+        if self.batch_size is not None:
+            require_count("batch_size", self.batch_size)
+            if self.first_order or self.linearized:
+                raise ValueError("batch_size is for zeroth-order runs on the loss itself")
+
+    @property
+    def first_order(self) -> bool:
+        """Whether the gradient itself is followed."""
+        return not self.optimizer.startswith("zo-")
+
+    @property
+    def family(self) -> str:
+        """``gd``, ``gdm`` or ``adam``."""
+        return self.optimizer.removeprefix("zo-")
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The rule, as theory sees it."""
+        return self.measure.rule(self.family)
+
+    def moments(self, *, dimension: int) -> EstimatorMoments:
+        """Constants of what the rule is fed with."""
+        return FIRST_ORDER if self.first_order else self.measure.moments(dimension=dimension)
+
+    @property
+    def estimator(self) -> ZerothOrderEstimator:
+        """What the rule is fed with."""
+        return ZerothOrderEstimator(
+            order=1 if self.first_order else 0,
+            mu=self.mu,
+            queries=self.measure.queries,
+            directions=check_law(self.measure.directions),
+        )
+
+
+@dataclass(frozen=True)
+class ProbedThreshold:
+    """The threshold under test and those beside it; step sizes in param²/loss.
+
+    Args:
+        name: ``exact``, ``descent``, ``horizon``, ``first-order`` or ``assumed``.
+        value: Its value, which the ratios refer to.
+        exact: Infinite-time threshold of the mean square.
+        exact_ci95: Its 95 % interval.
+        horizon: η*(steps), full and positive version; ``None`` for a first-order optimizer.
+        horizon_ci95: Ends of their 95 % intervals: the lower one of the first, the upper one of the second.
+        descent: Descent threshold.
+    """
+
+    name: str
+    value: float
+    exact: float | None
+    exact_ci95: Pair | None
+    horizon: Pair | None
+    horizon_ci95: Pair | None
+    descent: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "name": self.name,
+            "value": number(self.value),
+            "exact": number(self.exact),
+            "ci95": _pair(self.exact_ci95),
+            "horizon": _pair(self.horizon),
+            "horizon_ci95": _pair(self.horizon_ci95),
+            "descent": number(self.descent),
+        }
+
+
+@dataclass(frozen=True)
+class EdgePoint:
+    """One step size of the bisection.
+
+    Args:
+        lr: Step size.
+        diverged: How many replicas did.
+        replicas: Of how many.
+        left_at: Their median step; ``None`` unless the majority did.
+        blow_up: Predicted time to blow-up, full and positive version.
+    """
+
+    lr: float
+    diverged: int
+    replicas: int
+    left_at: float | None
+    blow_up: Pair
+
+    @property
+    def lost(self) -> bool:
+        """Whether half of the replicas diverged."""
+        return 2 * self.diverged >= self.replicas
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lr": self.lr,
+            "diverged": self.diverged,
+            "replicas": self.replicas,
+            "left_at": number(self.left_at),
+            "blow_up_predicted": [number(end) for end in self.blow_up],
+        }
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The empirical edge: where half of the replicas diverge within ``steps``.
+
+    Args:
+        lo: Largest step size tried at which all replicas below the edge stayed.
+        hi: Smallest at which all above it diverged.
+        value: The edge, geometric mean of the last bracket of the bisection.
+        steps: Steps of every run.
+        ratio_to_exact: ``value`` over the infinite-time threshold.
+        ratio_to_horizon: Over η*(steps), full and positive; ``None`` for a first-order optimizer.
+        predicted: The edge of single runs of the quadratic model by the same rule and over the same steps: above the
+            threshold of the mean square, which rare runs carry. ``None`` where it is not known.
+        found: Whether the bisection closed its bracket.
+        points: Every step size tried, ascending.
+        end: Curvature where the first replica to leave, at the smallest step size at which half of them did, was last
+            in the valley.
+        sharpened: Whether the threshold had come down past that step size by then.
+    """
+
+    lo: float
+    hi: float
+    value: float
+    steps: int
+    ratio_to_exact: float | None
+    ratio_to_horizon: Pair | None
+    predicted: float | None
+    found: bool
+    points: tuple[EdgePoint, ...]
+    end: EndState | None = None
+    sharpened: bool = False
+
+    @property
+    def ratio_to_predicted(self) -> float | None:
+        """``value`` over ``predicted``: what the landscape adds to the quadratic model."""
+        return None if self.predicted is None or not self.found else self.value / self.predicted
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lo": number(self.lo),
+            "hi": number(self.hi),
+            "value": number(self.value),
+            "steps": self.steps,
+            "ratio_to_exact": number(self.ratio_to_exact),
+            "ratio_to_horizon": _pair(self.ratio_to_horizon),
+            "predicted": number(self.predicted),
+            "ratio_to_predicted": number(self.ratio_to_predicted),
+            "found": self.found,
+            "points": [point.to_dict() for point in self.points],
+            "end": None if self.end is None else self.end.to_dict(),
+            "sharpened": self.sharpened,
+        }
+
+
+def _pair(pair: Pair | None) -> list[float | None] | None:
+    return None if pair is None else [number(end) for end in pair]
+
+
+RunVerdict = Literal["stable", "diverged", "sharpened", "inconclusive", "falls", "rises"]
+Variant = Literal["first-order", "zeroth-order", "frozen", "adaptive"]
+
+
+@dataclass(frozen=True)
+class EndState:
+    """The curvature measured again, where a replica was last seen in the valley.
+
+    Args:
+        step: The step of that.
+        threshold: Threshold there, for the rule that ran (frozen or current P for Adam); with mini-batches that of all
+            examples, times the ratio of the two at the start.
+        trace: Trace of the operator that the rule acts through, there.
+        lambda_max: Its largest eigenvalue.
+        term: What the paper's band is compared with: ``2/η``, ``2(1−β)/η`` for momentum.
+        preconditioner_mean: Mean diagonal of P_t, for an adaptive run.
+    """
+
+    step: int
+    threshold: float
+    trace: float
+    lambda_max: float
+    term: float
+    preconditioner_mean: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "step": self.step,
+            "threshold": number(self.threshold),
+            "trace": number(self.trace),
+            "lambda_max": number(self.lambda_max),
+            "term": number(self.term),
+            "preconditioner_mean": number(self.preconditioner_mean),
+        }
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run over its steps.
+
+    Args:
+        steps: Steps looked at, 0 first.
+        losses: For every step the losses of the replicas; ``None`` from where one left.
+        distances: Squared distances from the start, likewise.
+        predicted: The predicted mean loss, ``None`` where it overflows or is not known.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[tuple[float | None, ...], ...]
+    distances: tuple[tuple[float | None, ...], ...]
+    predicted: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class PredictionError:
+    """The predicted loss curve against the replicas' mean.
+
+    Args:
+        step: Where they are compared: when the mean loss has fallen by a quarter, or at the end.
+        predicted_change: Predicted change of the loss up to there, around the measured mean path where that is known.
+        quadratic_change: The same from the quadratic model at the start alone.
+        measured_change: Mean change of the replicas.
+        stderr: Its standard error.
+    """
+
+    step: int
+    predicted_change: float
+    quadratic_change: float
+    measured_change: float
+    stderr: float | None
+
+    @property
+    def relative(self) -> float | None:
+        """Error relative to the measured change."""
+        if self.measured_change == 0:
+            return None
+        return abs(self.predicted_change - self.measured_change) / abs(self.measured_change)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "step": self.step,
+            "predicted_change": number(self.predicted_change),
+            "quadratic_change": number(self.quadratic_change),
+            "measured_change": number(self.measured_change),
+            "stderr": number(self.stderr),
+            "relative": number(self.relative),
+        }
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """All replicas at one step size.
+
+    Args:
+        lr: Step size.
+        ratio: To the probed threshold.
+        side: Which side of it.
+        variant: ``frozen`` or ``adaptive`` P for Adam; the order of the method otherwise.
+        rate_predicted: Growth rate ρ of the mean square, per step; not known with mini-batches.
+        growth_predicted: ``ρ^steps``.
+        steps: Steps asked for.
+        steps_done: Steps that the slowest surviving replica reached.
+        replicas: Number of replicas.
+        diverged: How many left the valley or rose to twice the loss.
+        left_at: The median step at which they did.
+        loss_start: Loss at the start.
+        loss_end: Mean loss of the replicas that stayed, at the end; ``None`` when none did.
+        verdict: What happened.
+        as_predicted: Whether that is what the threshold says; ``None`` where the run does not count.
+        reason: One sentence on the verdict.
+        prediction: The predicted loss curve against the measured one.
+        end: The curvature at the end.
+        curves: Loss and distance over the steps.
+        seconds: Wall time.
+    """
+
+    lr: float
+    ratio: float
+    side: Literal["below", "above"]
+    variant: Variant
+    rate_predicted: float | None
+    growth_predicted: float | None
+    steps: int
+    steps_done: int
+    replicas: int
+    diverged: int
+    left_at: float | None
+    loss_start: float
+    loss_end: float | None
+    verdict: RunVerdict
+    as_predicted: bool | None
+    reason: str
+    prediction: PredictionError | None
+    end: EndState | None
+    curves: Curves = field(repr=False)
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lr": self.lr,
+            "ratio": number(self.ratio),
+            "side": self.side,
+            "variant": self.variant,
+            "rate_predicted": number(self.rate_predicted),
+            "growth_predicted": number(self.growth_predicted),
+            "steps": self.steps,
+            "steps_done": self.steps_done,
+            "replicas": self.replicas,
+            "diverged": self.diverged,
+            "left_at": number(self.left_at),
+            "loss_start": number(self.loss_start),
+            "loss_end": number(self.loss_end),
+            "verdict": self.verdict,
+            "as_predicted": self.as_predicted,
+            "reason": self.reason,
+            "prediction": None if self.prediction is None else self.prediction.to_dict(),
+            "end": None if self.end is None else self.end.to_dict(),
+            "seconds": number(self.seconds),
+        }
+
+
+__all__ = [
+    "SCHEMA",
+    "Curves",
+    "Edge",
+    "EdgePoint",
+    "EndState",
+    "Outcome",
+    "PredictionError",
+    "ProbeInterruptedError",
+    "ProbeResult",
+    "ProbeRun",
+    "ProbedThreshold",
+    "RunVerdict",
+    "Variant",
+]
+
+SCHEMA = "zoscope.probe/1"
+
+Outcome = Literal["confirmed", "refuted", "inconclusive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(MeasuredResult):
+    """What a probe found; the other fields are those of every `Measured` result.
+
+    Args:
+        optimizer: Name as on the command line, such as ``zo-adam``.
+        settings: What identifies the rule.
+        estimator: The gradient estimate; ``None`` for a first-order optimizer.
+        threshold: The threshold under test.
+        linearized: Whether the runs were on the quadratic model.
+        growth: Growth factor that a run above has to be long enough for.
+        runs: One per step size and variant.
+        edge: Where the empirical edge was looked for.
+        outcome: The verdict on the threshold.
+        reason: One sentence on it.
+        together: Whether replicas were stepped together.
+        interrupted: Whether it was cut short.
+    """
+
+    optimizer: str
+    settings: Mapping[str, Any]
+    estimator: Estimator | None
+    threshold: ProbedThreshold
+    linearized: bool
+    growth: float
+    runs: tuple[ProbeRun, ...]
+    edge: Edge | None
+    outcome: Outcome
+    reason: str
+    together: bool
+    interrupted: bool
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the threshold was confirmed."""
+        return self.outcome == "confirmed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document ``zoscope.probe/1``: JSON numbers, strings and null only."""
+        fields = {
+            "optimizer": self.optimizer,
+            **self.settings,
+            "estimator": None if self.estimator is None else self.estimator.to_dict(),
+            "linearized": self.linearized,
+            "growth": number(self.growth),
+            "threshold": self.threshold.to_dict(),
+            "runs": [run.to_dict() for run in self.runs],
+            "edge": None if self.edge is None else self.edge.to_dict(),
+            "confirmed": self.confirmed,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "interrupted": self.interrupted,
+        }
+        return self.document(SCHEMA, fields)
+
+    def __rich__(self) -> RenderableType:
+        """Tables for the terminal."""
+        from zoscope.report.probe import render
+
+        return render(self)
+
+
+class ProbeInterruptedError(KeyboardInterrupt):
+    """The user interrupted a probe.
+
+    Args:
+        result: What was known by then.
+    """
+
+    def __init__(self, result: ProbeResult) -> None:
+        super().__init__()
+        self.result = result

@@ -1,0 +1,535 @@
+"""What ``zoscope.spectrum`` returns: a frozen dataclass whose ``to_dict`` is the document ``zoscope.spectrum/1``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from zoscope.analysis import notices
+from zoscope.analysis.bounds import curvature_dict, eigenvalue_dict
+from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient
+from zoscope.analysis.request import Progress, Request, subject_of
+from zoscope.analysis.result import MeasuredResult, ProblemInfo
+from zoscope.analysis.thresholds import estimate_dict, number
+from zoscope.curvature.moments import measure_moments
+from zoscope.curvature.slq import DEFLATION_TOLERANCE, measure
+from zoscope.errors import NumericalError, UsageError
+from zoscope.problem import Notice
+from zoscope.theory.density import Known, decades, density, finest_density
+from zoscope.theory.spectrum import require_count
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zoscope.curvature.nonsmooth import Jump
+    from zoscope.curvature.slq import Curvature, Eigenvalue, Moments
+    from zoscope.problem import Objective, Problem
+    from zoscope.theory.density import Decade, Density
+    from zoscope.theory.spectrum import Array, Estimate, SampledSpectrum
+
+SCHEMA = "zoscope.spectrum/1"
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """The share of a layer in the trace.
+
+    Args:
+        name: Module that holds the parameters, or the parameter where no module does.
+        num_params: How many there are.
+        trace: Trace of the layer's diagonal block, loss/param².
+        share: Its part of the whole trace; ``None`` where that is not positive.
+    """
+
+    name: str
+    num_params: int
+    trace: Estimate
+    share: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "name": self.name,
+            "num_params": self.num_params,
+            "trace": estimate_dict(self.trace),
+            "share": number(self.share),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumResult(MeasuredResult):
+    """Eigenvalues of a problem's curvature matrix; the other fields are those of every `Measured` result.
+
+    Args:
+        rtol: Relative 95 % half-width asked for.
+        operator: ``"hessian"`` or ``"ggn"``.
+        curvature: Its moments and ends.
+        top: Largest eigenvalues, the largest first.
+        bottom: Smallest eigenvalues, the smallest first; none of them is among ``top``.
+        outliers: Eigenvalues known one by one, ascending, loss/param²; all of them when the method is dense.
+        density: Eigenvalues per decade with a 95 % band.
+        decades: Counts and sums of eigenvalues by powers of ten.
+        layers: Trace by layer, in the order of the parameters; ``None`` where it was not asked for.
+    """
+
+    rtol: float
+    operator: str
+    curvature: Curvature
+    top: tuple[Eigenvalue, ...]
+    bottom: tuple[Eigenvalue, ...]
+    outliers: Array
+    density: Density
+    decades: tuple[Decade, ...]
+    layers: tuple[LayerTrace, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document ``zoscope.spectrum/1``: JSON numbers, strings and null only."""
+        fields = {
+            "rtol": self.rtol,
+            "curvature": {self.operator: curvature_dict(self.curvature)},
+            "top": [eigenvalue_dict(eigenvalue) for eigenvalue in self.top],
+            "bottom": [eigenvalue_dict(eigenvalue) for eigenvalue in self.bottom],
+            "outliers": _numbers(self.outliers),
+            "density": _density(self.density),
+            "decades": [_decade(part) for part in self.decades],
+            "layers": None if self.layers is None else [layer.to_dict() for layer in self.layers],
+        }
+        return self.document(SCHEMA, fields)
+
+    def __rich__(self) -> RenderableType:
+        """Tables for the terminal."""
+        from zoscope.report.spectrum import render
+
+        return render(self)
+
+
+def _density(density: Density) -> dict[str, Any]:
+    low, high = density.values - density.half_widths, density.values + density.half_widths
+    return {
+        "unit": "eigenvalues per decade, smoothed",
+        "axis": "asinh(eigenvalue / (2 scale)) / ln 10",
+        "scale": number(density.scale),
+        "bandwidth": density.bandwidth,
+        "error": number(density.error),
+        "position": _numbers(density.positions),
+        "eigenvalue": _numbers(density.eigenvalues),
+        "value": _numbers(density.values),
+        "lower": _numbers(np.maximum(low, 0.0)),
+        "upper": _numbers(np.maximum(high, 0.0)),
+    }
+
+
+def _decade(part: Decade) -> dict[str, Any]:
+    return {
+        "lower": number(part.lower),
+        "upper": number(part.upper),
+        "count": estimate_dict(part.count),
+        "sum": estimate_dict(part.total),
+    }
+
+
+def _numbers(values: Sequence[float] | Array) -> list[float | None]:
+    return [number(float(value)) for value in values]
+
+
+DENSITY_TOLERANCE = 5.0
+"""Error of the density that is worth further products, in units of the one wanted for the trace."""
+
+RESOLUTION = 3e-4
+"""Distance from zero at which the density is wanted with that error, in units of the spectral radius."""
+
+PLACED = 0.1
+"""Largest residual, relative to the value, of an eigenvalue whose place in the order counts as known."""
+
+CHAIN_STEPS = 200
+"""Most steps of the long Lanczos chain; the resolution near zero is about inversely proportional."""
+
+
+def spectrum(
+    problem: Problem,
+    *,
+    top: int = 10,
+    by_layer: bool = False,
+    rtol: float = 0.02,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_hvps: int = 600,
+    curvature: Literal["hessian", "ggn", "forward"] = "hessian",
+    method: Literal["auto", "dense", "deflated-slq"] = "auto",
+    micro_batch: int | None = None,
+    max_memory: int | None = None,
+    hvp: str = "auto",
+    strict: bool = False,
+    params: str | None = None,
+    spec: str | None = None,
+    on_progress: Progress | None = None,
+) -> SpectrumResult:
+    """Eigenvalue density of a problem's curvature matrix, its largest and smallest eigenvalues, and trace by layer.
+
+    The problem comes back as it was: parameters, buffers, modes, ``.grad`` and the global generators.
+
+    Args:
+        problem: Model, batches and loss.
+        top: How many of the largest and of the smallest eigenvalues to list; fewer where they do not converge.
+        by_layer: Whether to split the trace by layer; it takes no further products.
+        rtol: 95 % half-width wanted for the trace, relative to ``Σ|λ|``; of the density five times as much.
+        seed: Seed of the probe vectors.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``; derivatives are taken in float32 at least.
+        max_hvps: Most Hessian-vector products.
+        curvature: The matrix: ``"hessian"`` or ``"ggn"``.
+        method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
+        micro_batch: Examples per forward and backward pass; the batches as they are by default.
+        max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
+        hvp: How products are computed.
+        strict: Raise where the precision asked for is not reached.
+        params: Regular expression that selects parameters by name.
+        spec: Name of the problem in the result; the problem's own by default.
+        on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
+
+    Returns:
+        A result that prints itself, with the JSON document as ``to_dict()``.
+
+    Raises:
+        ValueError: If an argument is outside of its range.
+        UsageError: If the curvature asked for cannot be had.
+        SpecError: If the problem cannot be measured.
+        NumericalError: For values that are not finite, exhausted memory, or, with ``strict``, a precision not reached.
+    """
+    started = time.perf_counter()
+    require_count("top", top)
+    request = sampling_request(
+        rtol=rtol,
+        seed=seed,
+        max_hvps=max_hvps,
+        curvature=curvature,
+        method=method,
+        hvp=hvp,
+        strict=strict,
+        on_progress=on_progress,
+    )
+    subject = subject_of(problem, params)
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
+        name = spec if spec is not None else problem.name
+        return _spectrum(objective, request, top=top, by_layer=by_layer, spec=name, started=started)
+
+
+def sampling_request(
+    *,
+    rtol: float,
+    seed: int,
+    max_hvps: int,
+    curvature: str,
+    method: Literal["auto", "dense", "deflated-slq"],
+    hvp: str,
+    strict: bool,
+    on_progress: Progress | None,
+) -> Request:
+    """The options shared with ``zoscope.bounds``, checked as they are there."""
+    if curvature == "forward":
+        raise UsageError(
+            "--curvature forward: forward passes tell two moments of the spectrum and no eigenvalues. Expected hessian "
+            "or ggn; zoscope bounds takes forward."
+        )
+    return Request(
+        optimizers=("gd",),
+        steps=1,
+        rtol=rtol,
+        seed=seed,
+        max_hvps=max_hvps,
+        directions="gaussian",
+        queries=1,
+        beta=0.0,
+        betas=(0.0, 0.0),
+        eps=0.0,
+        curvature=curvature,
+        preconditioner="expected",
+        method=method,
+        hvp=hvp,
+        threshold="exact",
+        lr=None,
+        strict=strict,
+        on_progress=on_progress,
+    )
+
+
+def _spectrum(
+    objective: Objective, request: Request, *, top: int, by_layer: bool, spec: str | None, started: float
+) -> SpectrumResult:
+    loss, g = finite_gradient(objective)
+    layers = layers_of(objective)
+    operator = curvature_operator(objective, request)
+    curvature = measure(
+        operator,
+        method=request.method,
+        precision=steering_error,
+        top=top,
+        bottom=top,
+        most_steps=CHAIN_STEPS,
+        blocks=[size for _, size in layers] if by_layer else None,
+        rtol=request.rtol,
+        max_hvps=request.max_hvps,
+        seed=request.seed,
+        on_progress=request.on_progress,
+    )
+    flat = not bool(g.any()) and curvature.frobenius_sq.value == 0
+    jump = find_jump(objective, seed=request.seed) if flat else None
+    dtype = str(objective.dtype).removeprefix("torch.")
+    found = finest_density(
+        curvature.spectrum,
+        tolerance=DENSITY_TOLERANCE * request.rtol,
+        noise=curvature.lambda_max.residual if curvature.method == "dense" else 0.0,
+        known=known_eigenvalues(curvature),
+    )
+    largest, smallest = ends(curvature, most=top)
+    return SpectrumResult(
+        spec=spec,
+        device=str(objective.device),
+        dtype=dtype,
+        seed=request.seed,
+        rtol=request.rtol,
+        problem=ProblemInfo(
+            objective.num_params, objective.num_examples, loss, float(torch.linalg.vector_norm(g.double()))
+        ),
+        operator=request.curvature,
+        curvature=curvature,
+        top=largest,
+        bottom=smallest,
+        outliers=known_eigenvalues(curvature).values,
+        density=found,
+        decades=decades(curvature.spectrum, scale=found.scale),
+        layers=_layer_traces(layers, curvature),
+        num_hvps=operator.num_hvps,
+        seconds=time.perf_counter() - started,
+        warnings=notices.without_repeats(_notices(objective, request, curvature, jump)),
+    )
+
+
+def trace_error(sampled: SampledSpectrum) -> float:
+    """95 % half-width of the trace over ``Σ|λ|``: signs may cancel in the trace itself."""
+    size = sampled.fine.trace_of(np.abs)
+    return sampled.trace_of(lambda nodes: nodes).half_width / size if size > 0 else 0.0
+
+
+def steering_error(sampled: SampledSpectrum) -> float:
+    """What a measurement brings down: the error of the trace and, in its own units, that of the density."""
+    radius = float(np.abs(sampled.fine.nodes).max(initial=0.0))
+    if sampled.is_exact or radius == 0:
+        return 0.0
+    band = density(sampled, scale=RESOLUTION * radius, points=2)
+    return max(trace_error(sampled), band.error / DENSITY_TOLERANCE)
+
+
+def known_eigenvalues(curvature: Curvature) -> Known:
+    """Eigenvalues that a measurement found one by one: all when dense, else those that it deflated."""
+    found: Iterable[Eigenvalue] = curvature.ritz
+    if curvature.method != "dense":
+        found = [ritz for ritz in curvature.ritz if ritz.residual <= DEFLATION_TOLERANCE * abs(ritz.value)]
+    pairs = [(ritz.value, ritz.residual) for ritz in found]
+    values, residuals = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return Known(values, residuals)
+
+
+def ends(curvature: Curvature, *, most: int) -> tuple[tuple[Eigenvalue, ...], tuple[Eigenvalue, ...]]:
+    """The largest eigenvalues, descending, and of the others the smallest, ascending, as far as their order is known.
+
+    A Ritz value that is far from an eigenvalue has no place in the order yet, and neither have those behind it. The
+    outermost one counts in any case: it bounds the spectrum from inside.
+    """
+    highest = _in_order(curvature.ritz[::-1][:most], curvature.method)
+    others = curvature.ritz[: len(curvature.ritz) - len(highest)]
+    return highest, _in_order(others[:most], curvature.method)
+
+
+def _in_order(eigenvalues: tuple[Eigenvalue, ...], method: str) -> tuple[Eigenvalue, ...]:
+    if method == "dense":
+        return eigenvalues
+    far = (i for i, found in enumerate(eigenvalues) if i > 0 and found.residual > PLACED * abs(found.value))
+    return eigenvalues[: next(far, len(eigenvalues))]
+
+
+def layers_of(objective: Objective) -> list[tuple[str, int]]:
+    """Names and sizes of the layers, in the order of the flat vector: parameters of one module belong together."""
+    sizes = [parameter.numel() for parameter in objective.params]
+    named = ((name.rpartition(".")[0] or name, size) for name, size in zip(objective.names, sizes, strict=True))
+    return [(name, sum(size for _, size in group)) for name, group in groupby(named, key=lambda pair: pair[0])]
+
+
+def _layer_traces(layers: list[tuple[str, int]], curvature: Curvature) -> tuple[LayerTrace, ...] | None:
+    if curvature.block_traces is None:
+        return None
+    total = sum(trace.value for trace in curvature.block_traces)
+    return tuple(
+        LayerTrace(name, size, trace, share=trace.value / total if total > 0 else None)
+        for (name, size), trace in zip(layers, curvature.block_traces, strict=True)
+    )
+
+
+def _notices(objective: Objective, request: Request, curvature: Curvature, jump: Jump | None) -> Iterable[Notice]:
+    if jump is not None:
+        yield notices.jump_notice(jump)
+    reached = {request.curvature: trace_error(curvature.spectrum)}
+    nonsmooth = tuple(
+        notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=objective.num_params)
+    )
+    if nonsmooth and request.strict:
+        raise NumericalError(nonsmooth[0].message)
+    yield from nonsmooth
+    for note in curvature.notes:
+        yield Notice("measurement", note)
+    yield from objective.warnings
+
+
+MOMENTS_SCHEMA = "zoscope.moments/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentsResult(MeasuredResult):
+    """Trace, norm and λ_max of a problem's curvature matrix; the other fields are those of every `Measured` result.
+
+    Args:
+        rtol: Relative 95 % half-width asked for of the trace; of ``‖·‖_F²`` it is three times as much.
+        operator: ``"hessian"`` or ``"ggn"``.
+        moments: What was measured.
+    """
+
+    rtol: float
+    operator: str
+    moments: Moments
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document ``zoscope.moments/1``: JSON numbers, strings and null only."""
+        found = self.moments
+        entry = {
+            "trace": estimate_dict(found.trace),
+            "frobenius_sq": estimate_dict(found.frobenius_sq),
+            "lambda_max": eigenvalue_dict(found.lambda_max),
+            "pieces": found.pieces,
+            "num_hvps": found.num_hvps,
+            "seconds": number(found.seconds),
+        }
+        return self.document(MOMENTS_SCHEMA, {"rtol": self.rtol, "curvature": {self.operator: entry}})
+
+    def __rich__(self) -> RenderableType:
+        """Tables for the terminal."""
+        from zoscope.report.spectrum import render_moments
+
+        return render_moments(self)
+
+
+def moments(
+    problem: Problem,
+    *,
+    rtol: float = 0.02,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_hvps: int = 600,
+    curvature: Literal["hessian", "ggn"] = "hessian",
+    micro_batch: int | None = None,
+    max_memory: int | None = None,
+    hvp: str = "auto",
+    strict: bool = False,
+    params: str | None = None,
+    spec: str | None = None,
+    on_progress: Progress | None = None,
+) -> MomentsResult:
+    """Trace, ``‖·‖_F²`` and the largest eigenvalue, at a fraction of the products that a spectrum takes.
+
+    Where it helps, every piece of the data has probe vectors of its own: see ``zoscope.curvature.moments``.
+
+    Args:
+        problem: Model, batches and loss.
+        rtol: 95 % half-width wanted of the trace, relative to it; three times as much of ``‖·‖_F²``.
+        seed: Seed of the probe vectors.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``; derivatives are taken in float32 at least.
+        max_hvps: Most Hessian-vector products.
+        curvature: The matrix: ``"hessian"`` or ``"ggn"``.
+        micro_batch: Examples per forward and backward pass; the batches as they are by default.
+        max_memory: Bytes that the process may hold in all.
+        hvp: How products are computed.
+        strict: Raise where the precision asked for is not reached.
+        params: Regular expression that selects parameters by name.
+        spec: Name of the problem in the result; the problem's own by default.
+        on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
+
+    Returns:
+        A result that prints itself, with the JSON document as ``to_dict()``.
+
+    Raises:
+        ValueError: If an argument is outside of its range.
+        UsageError: If the curvature asked for cannot be had, or the budget is too small for an error bar.
+        SpecError: If the problem cannot be measured.
+        NumericalError: For values that are not finite, exhausted memory, or, with ``strict``, a precision not reached.
+    """
+    started = time.perf_counter()
+    request = sampling_request(
+        rtol=rtol,
+        seed=seed,
+        max_hvps=max_hvps,
+        curvature=curvature,
+        method="deflated-slq",
+        hvp=hvp,
+        strict=strict,
+        on_progress=on_progress,
+    )
+    subject = subject_of(problem, params)
+    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
+        name = spec if spec is not None else problem.name
+        return _moments(objective, request, spec=name, started=started)
+
+
+def _moments(objective: Objective, request: Request, *, spec: str | None, started: float) -> MomentsResult:
+    loss, g = finite_gradient(objective)
+    operator = curvature_operator(objective, request)
+    found = measure_moments(
+        operator,
+        rtol=request.rtol,
+        max_hvps=request.max_hvps,
+        seed=request.seed,
+        on_progress=request.on_progress,
+    )
+    flat = not bool(g.any()) and found.frobenius_sq.value == 0
+    jump = find_jump(objective, seed=request.seed) if flat else None
+    dtype = str(objective.dtype).removeprefix("torch.")
+    norm = float(torch.linalg.vector_norm(g.double()))
+    return MomentsResult(
+        spec=spec,
+        device=str(objective.device),
+        dtype=dtype,
+        seed=request.seed,
+        rtol=request.rtol,
+        problem=ProblemInfo(objective.num_params, objective.num_examples, loss, norm),
+        operator=request.curvature,
+        moments=found,
+        num_hvps=operator.num_hvps,
+        seconds=time.perf_counter() - started,
+        warnings=notices.without_repeats(_moments_notices(objective, request, found, jump)),
+    )
+
+
+def _moments_notices(objective: Objective, request: Request, found: Moments, jump: Jump | None) -> Iterable[Notice]:
+    if jump is not None:
+        yield notices.jump_notice(jump)
+    reached = {request.curvature: found.error}
+    nonsmooth = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=None))
+    if nonsmooth and request.strict:
+        raise NumericalError(nonsmooth[0].message)
+    yield from nonsmooth
+    if not found.lambda_max.converged:
+        yield Notice(
+            "lambda-max",
+            f"The largest eigenvalue did not converge: it is {found.lambda_max.value:.4g} to within "
+            f"{found.lambda_max.residual:.2g}. Raise --max-hvps.",
+        )
+    for note in found.notes:
+        yield Notice("measurement", note)
+    yield from objective.warnings

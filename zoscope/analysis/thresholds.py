@@ -1,0 +1,313 @@
+"""The row of one optimizer: its thresholds, what binds, what a given step size would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from zoscope.theory.spectrum import Estimate
+
+if TYPE_CHECKING:
+    from zoscope.analysis.advice import Advisor, Limit
+    from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
+    from zoscope.theory.rules import UpdateRule
+    from zoscope.theory.stability import HorizonPoint
+
+ThresholdName = Literal["horizon", "descent", "exact", "forward", "short-horizon", "fo"]
+Outlook = Literal["stable", "uncertain", "unstable"]
+Pair = tuple[float, float]
+
+FAR_APART = 3.0
+"""Ratio of the ends of a threshold from which it is shown as a range: no number between them is known."""
+
+
+def number(value: float | None) -> float | None:
+    """A JSON number: ``None`` for what is not defined or not finite."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def pair(ends: Pair | None) -> list[float | None] | None:
+    """The JSON array of an interval."""
+    return None if ends is None else [number(end) for end in ends]
+
+
+def estimate_dict(estimate: Estimate) -> dict[str, float | None]:
+    """The JSON object of a number with its error."""
+    return {
+        "value": number(estimate.value),
+        "stderr": number(estimate.stderr),
+        "quadrature": number(estimate.quadrature),
+    }
+
+
+def ci95(estimate: Estimate) -> Pair:
+    """The 95 % interval of a positive quantity: the lower end is cut at 0."""
+    low, high = estimate.interval
+    return max(low, 0.0), high
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Stable for how many steps: η*(N).
+
+    Args:
+        steps: The planned number of steps N.
+        lower: η*(N) with all eigenvalues (full).
+        upper: η*(N) with the positive ones only (positive).
+        ci95: From the lower 95 % end of ``lower`` to the upper 95 % end of ``upper``.
+        curve: η*(T) at other horizons, N among them, sorted by steps.
+    """
+
+    steps: int
+    lower: float
+    upper: float
+    ci95: Pair
+    curve: tuple[HorizonPoint, ...]
+
+    @property
+    def planned(self) -> HorizonPoint:
+        """The point of the curve at the planned number of steps, with its error bars."""
+        return next(point for point in self.curve if point.steps == self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "steps": self.steps,
+            "lower": number(self.lower),
+            "upper": number(self.upper),
+            "ci95": pair(self.ci95),
+            "curve": [
+                {
+                    "steps": point.steps,
+                    "lower": number(point.lower.value),
+                    "upper": number(point.upper.value),
+                    "ci95": pair((ci95(point.lower)[0], ci95(point.upper)[1])),
+                }
+                for point in self.curve
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The threshold that a run of the planned length meets first; ``inf`` when nothing limits the step size."""
+
+    name: ThresholdName
+    value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"name": self.name, "value": number(self.value)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a given step size does in the planned number of steps.
+
+    Args:
+        lr: The step size asked about.
+        steps: The planned number of steps N.
+        ratio: ``lr`` over the limit; 0 where nothing limits the step size, ``None`` without a threshold.
+        outlook: Where ``lr`` stands to the limit: ``stable`` up to 0.8 of its lower end, ``unstable`` above its upper
+            end, ``uncertain`` between them.
+        blow_up: Steps from which the noise feeds itself, the earlier one of all eigenvalues and of the positive ones
+            first; ``inf`` for never, ``None`` where the spectrum is not known and the outlook is about infinite time.
+            Beyond a few hundred steps negative curvature is not the source of noise that the first one takes it for.
+        doubling: Steps after which the loss has doubled, in the mean over runs and in a typical run; ``inf`` for not
+            within N; ``None`` where it is not predicted.
+        descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold or with
+            momentum, where one step says little.
+    """
+
+    lr: float
+    steps: int
+    ratio: float | None
+    outlook: Outlook
+    blow_up: Pair | None
+    doubling: Pair | None
+    descends: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lr": self.lr,
+            "steps": self.steps,
+            "ratio": number(self.ratio),
+            "outlook": self.outlook,
+            "blow_up": pair(self.blow_up),
+            "doubling": pair(self.doubling),
+            "descends": self.descends,
+        }
+
+
+@dataclass(frozen=True)
+class ForwardBounds:
+    """What forward passes alone say of an optimizer's thresholds, with error bars.
+
+    Args:
+        lower: Below the infinite-time threshold if ``H ⪰ 0``.
+        upper: Above the infinite-time threshold of the positive part, whatever H is.
+        descent: Descent threshold, whatever H is.
+        minibatch: The same of mini-batches, where a batch size was asked for, as far as it can be known.
+    """
+
+    lower: Estimate
+    upper: Estimate
+    descent: Estimate
+    minibatch: ForwardMiniBatch | None = None
+
+    @property
+    def met(self) -> tuple[Estimate, Estimate, Estimate]:
+        """Lower bound, upper bound and descent threshold that training meets: those of its mini-batches, if any."""
+        if self.minibatch is None:
+            return self.lower, self.upper, self.descent
+        return self.minibatch.lower, self.minibatch.upper, self.minibatch.descent or self.descent
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "lower": {**estimate_dict(self.lower), "assumes": "H is positive semidefinite"},
+            "upper": {**estimate_dict(self.upper), "assumes": None},
+            "descent": {**estimate_dict(self.descent), "assumes": None},
+        }
+
+
+@dataclass(frozen=True)
+class OptimizerBounds:
+    """Step-size bounds of one update rule, first- and zeroth-order.
+
+    Args:
+        name: ``gd``, ``gdm`` or ``adam``.
+        rule: The update rule of theory.
+        operator: Key of the curvature that the bounds come from.
+        settings: What identifies the rule: ``beta``; or ``betas``, ``eps`` and ``preconditioner``.
+        fo: First-order threshold.
+        zo_lower: The paper's lower bound (assumes ``H ⪰ 0``).
+        zo_upper: The paper's upper bound (assumes ``H ⪰ 0``).
+        lower_tight: Lower bound from two moments of the positive part.
+        upper_tight: Upper bound from two moments of the positive part.
+        exact: Infinite-time threshold of the positive part.
+        horizon: η*(N) and its curve; ``None`` where the spectrum is not known (forward passes only).
+        descent: Largest step size with a falling expected loss; ``None`` at a stationary point.
+        binding: The threshold that binds for the planned steps; ``None`` where neither is known.
+        recommended: Suggested step size; ``None`` when nothing limits it, or its limit is not known.
+        recommended_reason: One sentence on where it comes from.
+        predicted_lr: Step size with the lowest predicted loss after the planned steps; ``None`` in doubt.
+        commutator: ``‖PH−HP‖_F/‖PH‖_F`` of a preconditioned rule.
+        verdict: On the step size asked about, if any.
+        forward: Where only forward passes were made: ``zo_lower``, ``zo_upper`` and ``descent`` with their errors. The
+            first two then come from ``Tr H`` and ``‖H‖_F²``.
+        minibatch: Thresholds with mini-batches, where a batch size was asked for; ``binding``, ``recommended`` and
+            ``verdict`` go by them then.
+        zo_ci95: From the lower 95 % end of ``zo_lower`` to the upper one of ``zo_upper``.
+        tight_ci95: The same of ``lower_tight`` and ``upper_tight``.
+        descent_ci95: 95 % interval of ``descent``.
+        limit: What ``recommended`` keeps below and ``verdict`` compares with.
+        doubts: Codes of why the recommendation is provisional; empty where it is not.
+        advisor: Advice for other numbers of steps and other thresholds; ``None`` where only forward passes were made.
+    """
+
+    name: str
+    rule: UpdateRule
+    operator: str
+    settings: Mapping[str, Any]
+    fo: float | None
+    zo_lower: float | None
+    zo_upper: float | None
+    lower_tight: float | None
+    upper_tight: float | None
+    exact: Estimate | None
+    horizon: Horizon | None
+    descent: float | None
+    binding: Binding | None
+    recommended: float | None
+    recommended_reason: str
+    predicted_lr: float | None = None
+    commutator: Estimate | None = None
+    verdict: Verdict | None = None
+    forward: ForwardBounds | None = None
+    minibatch: MiniBatchBounds | None = None
+    zo_ci95: Pair | None = None
+    tight_ci95: Pair | None = None
+    descent_ci95: Pair | None = None
+    limit: Limit | None = None
+    doubts: tuple[str, ...] = ()
+    advisor: Advisor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def exact_ci95(self) -> Pair | None:
+        """95 % interval of the infinite-time threshold."""
+        return None if self.exact is None else ci95(self.exact)
+
+    @property
+    def ends(self) -> Pair | None:
+        """The ends of what limits the step size, where they are too far apart for one number; else ``None``.
+
+        They are those of its 95 % interval, or those of η*(N).
+        """
+        point = self.minibatch.horizon if self.minibatch else self.horizon.planned if self.horizon else None
+        if self.limit is None or point is None or not math.isfinite(self.limit.value):
+            return None
+        low = high = self.limit.value
+        if self.limit.is_wide:
+            low, high = max(low - self.limit.error, 0.0), high + self.limit.error
+        if FAR_APART * point.lower.value < point.upper.value:
+            low, high = min(low, point.lower.value), max(high, point.upper.value)
+        return (low, high) if FAR_APART * low < high else None
+
+    @property
+    def recommended_range(self) -> Pair | None:
+        """Step sizes by both ends of what limits them, up to the recommended one; ``None`` for a single number."""
+        if self.recommended is None or self.limit is None or self.ends is None:
+            return None
+        low = self.recommended * self.ends[0] / self.limit.value
+        return (low, self.recommended) if low < self.recommended else None
+
+    @property
+    def times_below_fo(self) -> float | None:
+        """How many times smaller than the first-order threshold the binding one is; ``None`` unless both are finite."""
+        if self.fo is None or self.binding is None or not math.isfinite(self.fo) or self.binding.value <= 0:
+            return None
+        return self.fo / self.binding.value if math.isfinite(self.binding.value) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        document: dict[str, Any] = {
+            "operator": self.operator,
+            **self.settings,
+            "fo": number(self.fo),
+            "zo": self._zeroth_order(),
+        }
+        if self.commutator is not None:
+            document["commutator"] = estimate_dict(self.commutator)
+        if self.forward is not None:
+            document["forward"] = self.forward.to_dict()
+        if self.verdict is not None:
+            document["verdict"] = self.verdict.to_dict()
+        return document
+
+    def _zeroth_order(self) -> dict[str, Any]:
+        minibatch = self.minibatch if self.forward is None else self.forward.minibatch
+        return {
+            "lower": number(self.zo_lower),
+            "upper": number(self.zo_upper),
+            "lower_tight": number(self.lower_tight),
+            "upper_tight": number(self.upper_tight),
+            "ci95": pair(self.zo_ci95),
+            "tight_ci95": pair(self.tight_ci95),
+            "exact": None if self.exact is None else number(self.exact.value),
+            "exact_ci95": pair(self.exact_ci95),
+            "horizon": None if self.horizon is None else self.horizon.to_dict(),
+            "descent": number(self.descent),
+            "descent_ci95": pair(self.descent_ci95),
+            "binding": None if self.binding is None else self.binding.to_dict(),
+            "limit": None if self.limit is None else self.limit.to_dict(),
+            "recommended": number(self.recommended),
+            "recommended_range": pair(self.recommended_range),
+            "provisional": bool(self.doubts),
+            "doubts": list(self.doubts),
+            "recommended_reason": self.recommended_reason,
+            "predicted_lr": number(self.predicted_lr),
+        } | ({} if minibatch is None else {"minibatch": minibatch.to_dict()})

@@ -1,0 +1,397 @@
+"""What ``zoscope.track`` is asked for, and what it returns: the document ``zoscope.track/1``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from zoscope._version import __version__
+from zoscope.analysis.thresholds import number
+from zoscope.optim.directions import check_law
+from zoscope.theory.rules import Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
+from zoscope.theory.spectrum import require_count, require_positive
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from torch import Tensor
+
+    from zoscope.config.load import StepSizes
+    from zoscope.problem import Notice
+
+FAMILIES = ("gd", "gdm", "adam")
+OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
+CURVATURES = ("hessian", "ggn")
+Every = int | Literal["auto", "adaptive"]
+Method = Literal["auto", "dense", "deflated-slq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackRequest:
+    """Options of ``zoscope.track`` that make a run what it is; see there for what they mean.
+
+    Raises:
+        ValueError: If one is outside of its range.
+    """
+
+    lr: StepSizes
+    optimizer: str = "zo-gd"
+    steps: int = 1000
+    every: Every = "auto"
+    mu: float = 1e-3
+    queries: int = 1
+    directions: Directions = "gaussian"
+    beta: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    batch_size: int | None = None
+    target_loss: float | None = None
+    divergence: float = 1e6
+    checkpoint_every: int | None = None
+    forward_every: int | None = None
+    seed: int = 0
+    rtol: float = 0.05
+    max_hvps: int = 150
+    method: Method = "auto"
+    curvature: str = "hessian"
+    hvp: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _require_one_of("curvature", self.curvature, CURVATURES)
+        _require_one_of("method", self.method, get_args(Method))
+        check_law(self.directions)
+        for name in ("steps", "queries", "max_hvps"):
+            require_count(name, getattr(self, name))
+        for name in ("batch_size", "checkpoint_every", "forward_every", "micro_batch"):
+            if getattr(self, name) is not None:
+                require_count(name, getattr(self, name))
+        if isinstance(self.every, str):
+            _require_one_of("every", self.every, ("auto", "adaptive"))
+        else:
+            require_count("every", self.every)
+        if self.forward_every is not None and self.first_order:
+            raise ValueError(
+                "forward_every watches the loss values of zeroth-order steps and needs a zo- optimizer, got "
+                f"{self.optimizer!r}; leave it out"
+            )
+        require_count("seed", self.seed, least=0)
+        for name in ("mu", "rtol", "divergence"):
+            require_positive(name, getattr(self, name))
+        if self.divergence <= 1:
+            raise ValueError(f"divergence must be above 1, got {self.divergence!r}")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be finite and >= 0, got {self.eps!r}")
+        if self.target_loss is not None and not math.isfinite(self.target_loss):
+            raise ValueError(f"target_loss must be finite, got {self.target_loss!r}")
+        if len(self.betas) != 2 or not 0 <= self.betas[1] < 1:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        _ = self.rule
+
+    @property
+    def family(self) -> str:
+        """``gd``, ``gdm`` or ``adam``."""
+        return self.optimizer.removeprefix("zo-")
+
+    @property
+    def first_order(self) -> bool:
+        """Whether updates use the gradient itself."""
+        return not self.optimizer.startswith("zo-")
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The update rule as theory sees it."""
+        return update_rule(self.family, beta=self.beta, betas=self.betas)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies the optimizer beside its name."""
+        if self.family == "gdm":
+            return {"beta": self.beta}
+        return {"betas": list(self.betas), "eps": self.eps} if self.family == "adam" else {}
+
+    def moments(self, *, dimension: int) -> EstimatorMoments:
+        """Constants of what the rule is fed with; a = 1, b = 0 for the gradient itself."""
+        if self.first_order:
+            return EstimatorMoments(1.0, 0.0)
+        return estimator_moments(self.directions, queries=self.queries, dimension=dimension)
+
+    def lr_at(self, step: int) -> float:
+        """Step size of the step that starts at ``step``; past the end, that of the last one."""
+        return self.lr.lr_at(min(step, self.steps - 1), steps=self.steps)
+
+
+def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement. Numbers that are not defined or not finite are ``None``.
+
+    Curvature is that of the operator that the optimizer acts through: H in loss/param², for Adam ``P⁻¹H``.
+    ``lower``, ``upper`` and ``threshold`` share its unit, so that the edge of stability is
+    ``lower ≤ threshold ≤ upper``.
+
+    Args:
+        step: Steps done.
+        loss: Loss over all examples.
+        loss_mean: Mean of the losses seen at every step since the measurement before.
+        loss_max: Largest of them.
+        metrics: The problem's own metrics.
+        lr: Step size that led here.
+        lr_next: Step size of the next step.
+        grad_norm: ``‖g‖``, loss/param.
+        operator: ``hessian``, ``ggn``, or one of them after ``preconditioned_``.
+        trace: ``Tr``.
+        trace_stderr: Its standard error.
+        trace_positive: Sum of the positive eigenvalues.
+        lambda_max: Largest eigenvalue.
+        lambda_max_residual: Some eigenvalue lies within this distance of it.
+        lambda_max_converged: Whether that is at most 1 %.
+        lambda_min: Smallest eigenvalue.
+        lambda_min_residual: Likewise.
+        lambda_min_converged: Likewise.
+        frobenius_sq: ``‖·‖_F²``.
+        frobenius_sq_stderr: Its standard error.
+        lower: The paper's lower term, ``Tr``; for first-order optimizers ``λ_max``.
+        upper: The paper's upper term, ``Tr + 2λ_max`` for ZO-GD; for first-order optimizers ``λ_max``.
+        threshold: What the step size allows: ``2/η`` for ZO-GD and GD, ``2(1−β)/η`` for ZO-GDM, ``2(1+β)/η`` for GDM.
+        exact: Largest stable step size η* in infinite time, of the positive part; 2/λ_max and the like for first order.
+        exact_ci95: Its 95 % interval.
+        ratio: ``lr / exact``.
+        horizon: η* of the steps that remain: with all eigenvalues, with the positive ones; zeroth order only.
+        blow_up: Steps until ``lr_next`` is no longer stable, with all and with the positive eigenvalues; zeroth order
+            only; ``None`` for never.
+        precision: Relative 95 % half-width reached, the larger one of trace and exact threshold.
+        method: How the spectrum was measured.
+        num_hvps: Hessian-vector products spent.
+        preconditioner: Smallest, median and largest entry of Adam's P, or of that of step sizes by parameter group.
+        commutator: ``‖PH−HP‖_F/‖PH‖_F``.
+        forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
+            ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
+    """
+
+    step: int
+    loss: float | None
+    loss_mean: float | None = None
+    loss_max: float | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    lr: float = 0.0
+    lr_next: float = 0.0
+    grad_norm: float | None = None
+    operator: str = "hessian"
+    trace: float | None = None
+    trace_stderr: float | None = None
+    trace_positive: float | None = None
+    lambda_max: float | None = None
+    lambda_max_residual: float | None = None
+    lambda_max_converged: bool | None = None
+    lambda_min: float | None = None
+    lambda_min_residual: float | None = None
+    lambda_min_converged: bool | None = None
+    frobenius_sq: float | None = None
+    frobenius_sq_stderr: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    threshold: float | None = None
+    exact: float | None = None
+    exact_ci95: tuple[float | None, float | None] | None = None
+    ratio: float | None = None
+    horizon: tuple[float | None, float | None] | None = None
+    blow_up: tuple[float | None, float | None] | None = None
+    precision: float | None = None
+    method: str | None = None
+    num_hvps: int = 0
+    preconditioner: tuple[float, float, float] | None = None
+    commutator: float | None = None
+    forward: Mapping[str, float | None] | None = None
+
+    @property
+    def in_band(self) -> bool | None:
+        """Whether the threshold term lies in ``[0.9 lower, 1.1 upper]``; ``None`` where a term is not known."""
+        if self.lower is None or self.upper is None or self.threshold is None:
+            return None
+        return 0.9 * self.lower <= self.threshold <= 1.1 * self.upper
+
+    @property
+    def reaches_edge(self) -> bool:
+        """Whether the curvature has risen to what the step size allows: ``threshold ≤ 1.1 upper``."""
+        return self.threshold is not None and self.upper is not None and self.threshold <= 1.1 * self.upper
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; never NaN or Infinity."""
+        return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Record:
+        """What ``to_dict`` wrote; keys of newer versions are left out."""
+        known = {entry.name for entry in fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+SCHEMA = "zoscope.track/1"
+
+Status = Literal["finished", "target", "diverged", "time", "interrupted"]
+OVER: tuple[str, ...] = ("finished", "target", "diverged")
+"""How a run ends that cannot go on; the others can be resumed."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """How often the threshold term lies in ``[0.9 lower, 1.1 upper]`` once the curvature has risen to it.
+
+    Args:
+        inside: Measurements inside.
+        of: Measurements since the first one with ``threshold ≤ 1.1 upper``.
+        since: Step of that one; ``None`` where the edge was never reached.
+    """
+
+    inside: int
+    of: int
+    since: int | None
+
+    @property
+    def share(self) -> float | None:
+        """Their ratio."""
+        return self.inside / self.of if self.of else None
+
+
+def band_of(records: Sequence[Record]) -> Band:
+    """See `Band`."""
+    known = [record for record in records if record.in_band is not None]
+    reached = next((n for n, record in enumerate(known) if record.reaches_edge), None)
+    if reached is None:
+        return Band(0, 0, None)
+    return Band(sum(bool(record.in_band) for record in known[reached:]), len(known) - reached, known[reached].step)
+
+
+@dataclass(frozen=True)
+class TrackResult:
+    """A run, or as much of it as there is.
+
+    Args:
+        spec: Name of the problem.
+        optimizer: ``zo-gd`` and so on.
+        config: Every option that makes the run what it is, as ``config.yaml`` holds it.
+        device: Where it ran.
+        dtype: Floating-point type.
+        num_params: Number of trained parameters.
+        num_examples: Examples of the problem.
+        every: Steps between measurements; the first interval of an adaptive run.
+        status: ``finished``; ``target``: the loss asked for was reached; ``diverged``; ``time``: time ran out;
+            ``interrupted``.
+        reason: One sentence on it.
+        steps_done: Steps done.
+        records: The measurements, in order.
+        folder: Where the run is kept; ``None`` for a run without a folder.
+        seconds: Wall time, over all sessions of the run.
+        measuring_seconds: Part of it spent on measurements.
+        parameters: The parameters at the end, on the CPU, by name.
+        warnings: What to know before trusting a number.
+        version: Version of zoscope.
+    """
+
+    spec: str | None
+    optimizer: str
+    config: Mapping[str, Any]
+    device: str
+    dtype: str
+    num_params: int
+    num_examples: int
+    every: int
+    status: Status
+    reason: str
+    steps_done: int
+    records: tuple[Record, ...]
+    folder: Path | None
+    seconds: float
+    measuring_seconds: float
+    parameters: Mapping[str, Tensor] = field(repr=False)
+    warnings: tuple[Notice, ...] = ()
+    version: str = field(default=__version__)
+
+    @property
+    def num_hvps(self) -> int:
+        """Hessian-vector products spent in all."""
+        return sum(record.num_hvps for record in self.records)
+
+    @property
+    def band(self) -> Band:
+        """How many measurements lie in the band, from the first one on that reached it."""
+        return band_of(self.records)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """File with the last complete state."""
+        return None if self.folder is None else self.folder / "checkpoint.pt"
+
+    def summary(self) -> dict[str, Any]:
+        """The document without its measurements, as ``summary.json`` holds it."""
+        band = self.band
+        last = self.records[-1] if self.records else None
+        return {
+            "schema": SCHEMA,
+            "zoscope": self.version,
+            "spec": self.spec,
+            "optimizer": self.optimizer,
+            "status": self.status,
+            "reason": self.reason,
+            "steps": self.steps_done,
+            "loss": None if last is None else number(last.loss),
+            "every": self.every,
+            "measurements": len(self.records),
+            "in_band": {"inside": band.inside, "of": band.of, "share": band.share, "since": band.since},
+            "num_hvps": self.num_hvps,
+            "seconds": number(self.seconds),
+            "measuring_seconds": number(self.measuring_seconds),
+            "device": self.device,
+            "dtype": self.dtype,
+            "problem": {"num_params": self.num_params, "num_examples": self.num_examples},
+            "config": dict(self.config),
+            "warnings": [asdict(notice) for notice in self.warnings],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document ``zoscope.track/1``: JSON numbers, strings and null only."""
+        folder = None if self.folder is None else str(self.folder)
+        return self.summary() | {"folder": folder, "records": [record.to_dict() for record in self.records]}
+
+    def __rich__(self) -> RenderableType:
+        """Tables for the terminal."""
+        from zoscope.report.track import render
+
+        return render(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """The same tables for a notebook."""
+        from zoscope.report.style import to_html, to_text
+
+        return {"text/html": to_html(self), "text/plain": to_text(self)}
+
+
+class TrackInterruptedError(KeyboardInterrupt):
+    """A run that was interrupted, with what it has found.
+
+    Args:
+        result: Its status is ``interrupted``.
+    """
+
+    def __init__(self, result: TrackResult) -> None:
+        super().__init__()
+        self.result = result
