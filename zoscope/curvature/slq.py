@@ -692,6 +692,9 @@ class Noise:
 KEPT = 10
 """Products kept for what they have in common, which tells the fourth moment."""
 
+TAIL_UNSEEN = 2.0
+"""What the tail ``Tr A⁴/(Tr A²)²`` may be larger by than a few vectors show, times their number."""
+
 LARGEST_EXPONENT = 100.0
 """Of an error that is as good as infinite."""
 
@@ -757,11 +760,13 @@ class DeflatedHutchinson:
     def trace(self, count: int | None = None) -> Estimate:
         """``Tr M``, as if from ``count`` probe vectors.
 
-        Its variance is known from D directions at once; the error is widened as in ``SampledSpectrum.stderr_of``.
+        Its variance is known from D directions at once; the error is widened as in ``SampledSpectrum.stderr_of``. The
+        few vectors that make both trace and variance too small also make the tail too small: it counts as heavier by
+        two over their number, with which intervals that end the sampling cover as often as they say.
         """
         count = count or self.count
         square = float(np.mean(self.squares))
-        tail = self._fourth / square**2 if square > 0 else 0.0
+        tail = self._fourth / square**2 + TAIL_UNSEEN / self.count if square > 0 else 0.0
         stderr = math.sqrt(self.variance / count) * (widening(max(1.0, count / tail)) if tail > 0 else 1.0)
         return Estimate(self.exact[0] + float(np.mean(self.traces)), stderr)
 
