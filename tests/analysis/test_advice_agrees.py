@@ -46,8 +46,8 @@ GRADIENTS = {"none": None, "small": (0.5, 0.01), "large": (0.01, 5.0)}
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes longer than all else together, and decides nothing here."""
     monkeypatch.setattr(MiniBatchModel, "blow_up", lambda *_, **__: math.inf)
-    monkeypatch.setattr(rows, "doubling_steps", lambda *_, **__: (math.inf, math.inf))
-    monkeypatch.setattr(rows, "best_lr", lambda *_, **__: None)
+    monkeypatch.setattr(rows.QuadraticModel, "doubling_times", lambda *_: (math.inf, math.inf))
+    monkeypatch.setattr(rows.QuadraticModel, "best_lr", lambda *_, **__: None)
 
 
 def curvature_of(eigenvalues: np.ndarray, *, noise: float) -> Curvature:

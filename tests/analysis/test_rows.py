@@ -3,7 +3,7 @@ import pytest
 
 from zoscope.analysis.measurement import HORIZONS, MeasuredOperator, ThresholdQuery, optimizer_row
 from zoscope.curvature.slq import Curvature, Eigenvalue
-from zoscope.theory.quadratic import GradientMeasure, predicted_loss
+from zoscope.theory.quadratic import GradientMeasure, QuadraticModel
 from zoscope.theory.rules import GAUSSIAN, OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum
 
@@ -78,7 +78,7 @@ def test_the_predicted_step_size_beats_its_neighbours() -> None:
 
     def final(lr: float) -> float:
         spectrum = exact_curvature(POSITIVE).spectrum.fine
-        return predicted_loss(spectrum, gradient, loss=1.0, lr=lr, steps=100, rule=found.rule)[-1]
+        return QuadraticModel(spectrum, found.rule, gradient=gradient, loss=1.0).loss_curve(lr, 100)[-1]
 
     best = final(found.predicted_lr)
     assert best <= min(final(0.9 * found.predicted_lr), final(1.1 * found.predicted_lr))

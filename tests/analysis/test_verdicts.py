@@ -3,11 +3,11 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.analysis.advice import GATE, Limit, doubling_steps, judge
-from zoscope.theory.quadratic import GradientMeasure
-from zoscope.theory.rules import GAUSSIAN, update_rule
+from zoscope.analysis.advice import GATE, Limit, judge
+from zoscope.theory.quadratic import GradientMeasure, QuadraticModel
+from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import StabilityCondition
+from zoscope.theory.stability import StabilityCondition, Version
 
 GD = update_rule("gd")
 SPECTRUM = Spectrum.of(np.geomspace(1e-3, 10, 40))
@@ -19,9 +19,8 @@ def test_the_verdict_turns_at_the_margin_and_at_the_threshold(factor: float, out
     verdict = judge(
         factor * edge,
         steps=200,
-        spectrum=SPECTRUM,
-        rule=GD,
-        moments=GAUSSIAN,
+        momentum=0.0,
+        blow_up=lambda version: QuadraticModel(SPECTRUM, GD).time_to_blow_up(factor * edge, version),
         limit=Limit("horizon", edge, edge, edge),
         descent=edge,
     )
@@ -33,7 +32,12 @@ def test_the_verdict_turns_at_the_margin_and_at_the_threshold(factor: float, out
 def test_without_a_limit_the_outlook_is_uncertain_between_the_full_and_the_positive_horizon() -> None:
     spectrum = Spectrum.of([*np.geomspace(1e-3, 10, 40), -2.0])
     ends = [StabilityCondition(GD, steps=200, version=version).threshold(spectrum) for version in ("full", "positive")]
-    verdict = judge(sum(ends) / 2, steps=200, spectrum=spectrum, rule=GD, moments=GAUSSIAN, limit=None, descent=None)
+    lr = sum(ends) / 2
+
+    def blow_up(version: Version) -> float:
+        return QuadraticModel(spectrum, GD).time_to_blow_up(lr, version)
+
+    verdict = judge(lr, steps=200, momentum=0.0, blow_up=blow_up, limit=None, descent=None)
     assert verdict.outlook == "uncertain"
     assert verdict.blow_up[0] <= 200 < verdict.blow_up[1]
     assert verdict.ratio is None
@@ -42,11 +46,7 @@ def test_without_a_limit_the_outlook_is_uncertain_between_the_full_and_the_posit
 def test_the_predicted_loss_doubles_sooner_at_larger_steps_and_never_at_small_ones() -> None:
     gradient = GradientMeasure(np.array([1.0]), np.array([0.01]))
     edge = StabilityCondition(GD).threshold(SPECTRUM)
-    first = [
-        doubling_steps(
-            factor * edge, steps=2000, spectrum=SPECTRUM, gradient=gradient, loss=0.5, rule=GD, moments=GAUSSIAN
-        )[0]
-        for factor in (0.9, 1.2, 1.5, 2.0)
-    ]
+    model = QuadraticModel(SPECTRUM, GD, gradient=gradient, loss=0.5)
+    first = [model.doubling_times(factor * edge, 2000)[0] for factor in (0.9, 1.2, 1.5, 2.0)]
     assert math.isinf(first[0])
     assert first[1] > first[2] > first[3] > 1

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.quadratic import GradientMeasure, descent_threshold, descent_threshold_adam, predicted_loss
+from zoscope.theory.quadratic import GradientMeasure, QuadraticModel, descent_threshold, descent_threshold_adam
 from zoscope.theory.rules import EstimatorMoments, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import fo_threshold
@@ -55,8 +55,8 @@ def test_momentum_shrinks_the_threshold_of_slow_modes_by_one_minus_beta(beta):
     edge = descent_threshold(spectrum.trace, 1.0, rule=update_rule("gdm", beta=beta))
     slopes = []
     for scale in (0.98, 1.02):
-        losses = predicted_loss(
-            spectrum, gradient, loss=0.0, lr=scale * edge, steps=400, rule=update_rule("gdm", beta=beta)
+        losses = QuadraticModel(spectrum, update_rule("gdm", beta=beta), gradient=gradient, loss=0.0).loss_curve(
+            scale * edge, 400
         )
         slopes.append(losses[400] - losses[200])
     assert slopes[0] < 0 < slopes[1]
@@ -77,7 +77,7 @@ def test_many_queries_under_momentum_keep_the_sign_of_the_predicted_change(name,
     rule, moments = update_rule(name), estimator_moments(queries=queries)
     edge = descent_threshold(spectrum.trace, 1.0, moments=moments, rule=rule)
     below, above = (
-        predicted_loss(spectrum, gradient, loss=0.0, lr=s * edge, steps=100, rule=rule, moments=moments)
+        QuadraticModel(spectrum, rule, moments, gradient=gradient, loss=0.0).loss_curve(s * edge, 100)
         for s in (0.5, 1.5)
     )
     assert below[100] < below[0]

@@ -7,6 +7,7 @@ from scipy.optimize import brentq
 from scipy.stats import ortho_group
 
 from zoscope.theory import stability as mean_square
+from zoscope.theory.quadratic import QuadraticModel
 from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments, estimator_moments, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 from zoscope.theory.stability import (
@@ -16,7 +17,6 @@ from zoscope.theory.stability import (
     horizon_curve,
     horizon_feedback,
     thresholds,
-    time_to_blow_up,
 )
 
 from .second_moment_oracle import Quadratic, SecondMoments
@@ -191,7 +191,7 @@ def test_a_spectrum_without_positive_part_never_blows_up_in_the_positive_version
     spectrum = Spectrum.of(eigenvalues)
     assert StabilityCondition(rule).threshold(spectrum) == math.inf
     assert StabilityCondition(rule, steps=100).threshold(spectrum) == math.inf
-    assert time_to_blow_up(spectrum, 1.0, rule=rule) == math.inf
+    assert QuadraticModel(spectrum, rule).time_to_blow_up(1.0) == math.inf
     escapes = min(eigenvalues, default=0.0) < 0
     assert (StabilityCondition(rule, steps=100, version="full").threshold(spectrum) < math.inf) == escapes
 
@@ -202,8 +202,8 @@ def test_time_to_blow_up_inverts_the_horizon_threshold(rule, version):
     spectrum, moments = indefinite(), estimator_moments(queries=2)
     for steps in (2, 17, 1000):
         lr = StabilityCondition(rule, moments, steps, version).threshold(spectrum)
-        early = time_to_blow_up(spectrum, lr * (1 + 1e-9), rule=rule, moments=moments, version=version)
-        late = time_to_blow_up(spectrum, lr * (1 - 1e-9), rule=rule, moments=moments, version=version)
+        early = QuadraticModel(spectrum, rule, moments).time_to_blow_up(lr * (1 + 1e-09), version=version)
+        late = QuadraticModel(spectrum, rule, moments).time_to_blow_up(lr * (1 - 1e-09), version=version)
         assert early <= steps
         assert late == steps + 1
 
@@ -211,9 +211,9 @@ def test_time_to_blow_up_inverts_the_horizon_threshold(rule, version):
 def test_a_stable_step_size_never_blows_up_and_a_huge_one_at_once():
     spectrum, rule = indefinite(), update_rule("gdm")
     stable = 0.99 * StabilityCondition(rule).threshold(spectrum)
-    assert time_to_blow_up(spectrum, stable, rule=rule) == math.inf
-    assert time_to_blow_up(spectrum, stable, rule=rule, version="full") < math.inf
-    assert time_to_blow_up(spectrum, 1e6, rule=rule) == 1
+    assert QuadraticModel(spectrum, rule).time_to_blow_up(stable) == math.inf
+    assert QuadraticModel(spectrum, rule).time_to_blow_up(stable, version="full") < math.inf
+    assert QuadraticModel(spectrum, rule).time_to_blow_up(1000000.0) == 1
 
 
 @pytest.mark.parametrize("steps", [None, 50])
@@ -290,8 +290,8 @@ def test_bad_arguments_are_refused():
         lambda: StabilityCondition(rule, steps=0),
         lambda: StabilityCondition(rule, steps=10, version="negative"),
         lambda: StabilityCondition(rule).feedback(spectrum.nodes, -1.0),
-        lambda: time_to_blow_up(spectrum, math.nan, rule=rule),
-        lambda: time_to_blow_up(spectrum, 0.0, rule=rule),
+        lambda: QuadraticModel(spectrum, rule).time_to_blow_up(math.nan),
+        lambda: QuadraticModel(spectrum, rule).time_to_blow_up(0.0),
         lambda: horizon_curve(SampledSpectrum.exact([1.0]), [0], rule=rule),
     ):
         with pytest.raises(ValueError, match=r"must be|needs a finite"):

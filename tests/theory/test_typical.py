@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.quadratic import GradientMeasure, typical_doubling_time
+from zoscope.theory.quadratic import GradientMeasure, QuadraticModel
 from zoscope.theory.rules import GAUSSIAN, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition
@@ -43,9 +43,8 @@ def test_typical_runs_double_when_real_ones_do(name, queries, eigenvalues):
     options = {"lr": lr, "steps": 3000}
     real = simulated(eigenvalues, beta=rule.momentum, queries=queries, start=start, runs=400, seed=1, **options)
     loss = 0.5 * eigenvalues @ start**2
-    found = typical_doubling_time(
-        spectrum, GradientMeasure(eigenvalues, g**2), loss=loss, rule=rule, moments=moments, runs=400, **options
-    )
+    model = QuadraticModel(spectrum, rule, moments, GradientMeasure(eigenvalues, g**2), loss)
+    found = model.doubling_time(runs=400, **options)
     # Two medians of 400 runs, each known to about 8 % where times scatter by their own size.
     assert found == pytest.approx(real, rel=0.3, abs=2)
 
@@ -54,15 +53,15 @@ def test_a_typical_run_outlives_the_mean_square_where_one_mode_dominates():
     spectrum = Spectrum.of([10.0, 0.01])
     lr = 1.2 * StabilityCondition(update_rule("gd")).threshold(spectrum)
     gradient = GradientMeasure(np.array([0.01]), np.array([1e-4]))
-    assert typical_doubling_time(spectrum, gradient, loss=1.0, lr=lr, steps=2000, rule=update_rule("gd")) == math.inf
+    assert QuadraticModel(spectrum, update_rule("gd"), gradient=gradient, loss=1.0).doubling_time(lr, 2000) == math.inf
 
 
 def test_a_stable_step_size_never_doubles_the_loss():
     lr = 0.5 * StabilityCondition(update_rule("gd")).threshold(Spectrum.of(MANY))
     gradient = GradientMeasure(np.array([1.0]), np.array([0.5]))
-    found = typical_doubling_time(
-        Spectrum.of(MANY), gradient, loss=1.0, lr=lr, steps=500, rule=update_rule("gd"), moments=GAUSSIAN
-    )
+    found = QuadraticModel(
+        Spectrum.of(MANY), update_rule("gd"), moments=GAUSSIAN, gradient=gradient, loss=1.0
+    ).doubling_time(lr, 500)
     assert found == math.inf
 
 
@@ -71,7 +70,7 @@ def test_bulk_nodes_stand_for_the_eigenvalues_that_they_count():
     grouped = Spectrum(np.array([8.0, 4.0, 0.01]), np.array([1.0, 1.0, 3000.0]))
     gradient = GradientMeasure(np.array([0.01]), np.array([1.0]))
     times = [
-        typical_doubling_time(spectrum, gradient, loss=2.0, lr=0.08, steps=500, rule=update_rule("gd"), runs=200)
+        QuadraticModel(spectrum, update_rule("gd"), gradient=gradient, loss=2.0).doubling_time(0.08, 500, runs=200)
         for spectrum in (Spectrum.of(eigenvalues), grouped)
     ]
     assert times[0] == pytest.approx(times[1], rel=0.25)

@@ -15,9 +15,10 @@ import zoscope
 from zoscope.analysis.request import wanted_precision
 from zoscope.curvature.operators import HessianOperator
 from zoscope.curvature.slq import measure
+from zoscope.theory.quadratic import QuadraticModel
 from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import StabilityCondition, time_to_blow_up
+from zoscope.theory.stability import StabilityCondition
 
 from .networks import Subject, exit_step, middle, rectified, wide
 
@@ -45,8 +46,8 @@ def test_runs_leave_between_the_two_times_to_blow_up(make: Callable[[], zoscope.
     for horizon in (100, 70, 50):
         lr = StabilityCondition(GD, steps=horizon).threshold(spectrum)
         assert lr > 1.1 * planned
-        full = time_to_blow_up(spectrum, lr, rule=GD, version="full")
-        positive = time_to_blow_up(spectrum, lr, rule=GD, version="positive")
+        full = QuadraticModel(spectrum, GD).time_to_blow_up(lr, version="full")
+        positive = QuadraticModel(spectrum, GD).time_to_blow_up(lr, version="positive")
         seen = median_exit(problem, lr, steps=4 * horizon)
         assert full / 1.5 <= seen <= 1.5 * positive, (horizon, full, seen, positive)
 
@@ -55,7 +56,7 @@ def test_runs_leave_between_the_two_times_to_blow_up(make: Callable[[], zoscope.
 def test_with_few_modes_a_typical_run_of_the_quadratic_model_tells_when(cnn: Subject, ratio: float) -> None:
     """Six modes share the trace: noise feeds itself after five steps or sooner, and then grows slowly, or not yet."""
     lr = ratio * StabilityCondition(GD, steps=1000).threshold(cnn.spectrum)
-    assert time_to_blow_up(cnn.spectrum, lr, rule=GD) <= 5
+    assert QuadraticModel(cnn.spectrum, GD).time_to_blow_up(lr) <= 5
     seen = median_exit(cnn.problem, lr, steps=1000)
     typical = float(np.median(model_exits(cnn, lr, steps=1000)))
     assert typical / 2 <= seen <= 2 * typical, (ratio, typical, seen)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoscope.analysis.advice import doubling_steps
 from zoscope.analysis.measurement import measure_problem
 from zoscope.analysis.request import Request
 from zoscope.optim.perturbation import SequentialSurface
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run
 from zoscope.optim.rules import GD
-from zoscope.theory.stability import horizon_curve, time_to_blow_up
+from zoscope.theory.quadratic import QuadraticModel
+from zoscope.theory.stability import horizon_curve
 
 pytestmark = [
     pytest.mark.slow,
@@ -114,19 +114,9 @@ def first_above(limit: float, curves: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("ratio", [1.25, 1.6])
 def test_runs_above_blow_up_about_when_predicted(valley: SimpleNamespace, ratio: float) -> None:
     lr, curves = losses(valley, ratio, replicas=3)
-    doubles = doubling_steps(
-        lr,
-        steps=4 * STEPS,
-        spectrum=valley.spectrum.fine,
-        gradient=valley.gradient,
-        loss=valley.loss,
-        rule=valley.rule,
-        moments=valley.moments,
-    )
-    feedback = [
-        time_to_blow_up(valley.spectrum.fine, lr, rule=valley.rule, moments=valley.moments, version=version)
-        for version in ("full", "positive")
-    ]
+    model = QuadraticModel(valley.spectrum.fine, valley.rule, valley.moments, valley.gradient, valley.loss)
+    doubles = model.doubling_times(lr, 4 * STEPS)
+    feedback = [model.time_to_blow_up(lr, version) for version in ("full", "positive")]
     doubled, quadrupled = (first_above(factor * valley.loss, curves) for factor in (2, 4))
     print(f"{ratio} x: lr {lr:.3g}, feedback passes 1 at {feedback}, predicted {doubles}", end=", ")
     print(f"doubled {doubled}, four times as large {quadrupled}")

@@ -6,21 +6,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from zoscope.analysis.thresholds import FAR_APART, Binding, Outlook, Pair, ThresholdName, Verdict, ci95, number, pair
-from zoscope.theory.quadratic import GradientMeasure, predicted_loss, typical_doubling_time
-from zoscope.theory.stability import Version, horizon_curve, time_to_blow_up
+from zoscope.analysis.thresholds import FAR_APART, Binding, Outlook, ThresholdName, Verdict, ci95, number, pair
+from zoscope.theory.quadratic import GradientMeasure
+from zoscope.theory.stability import Version, horizon_curve
 
 if TYPE_CHECKING:
-    from zoscope.analysis.minibatch import MiniBatchBounds, MiniBatchModel
+    from zoscope.analysis.minibatch import MiniBatchModel
     from zoscope.analysis.thresholds import ForwardBounds
     from zoscope.theory.rules import EstimatorMoments, UpdateRule
-    from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+    from zoscope.theory.spectrum import Estimate, SampledSpectrum
     from zoscope.theory.stability import HorizonPoint
 
 Threshold = Literal["exact", "descent", "horizon", "binding"]
@@ -350,16 +350,12 @@ def decrease(gradient: GradientMeasure, *, step: float, steps: int) -> float:
     return found if not math.isnan(found) else math.inf
 
 
-VERSIONS: tuple[Version, ...] = ("full", "positive")
-
-
 def judge(
     lr: float,
     *,
     steps: int,
-    spectrum: Spectrum,
-    rule: UpdateRule,
-    moments: EstimatorMoments,
+    momentum: float,
+    blow_up: Callable[[Version], float],
     limit: Limit | None,
     descent: float | None,
     doubling: tuple[float, float] | None = None,
@@ -369,87 +365,21 @@ def judge(
     Args:
         lr: Step size asked about, param²/loss.
         steps: Planned number of steps N.
-        spectrum: All of the operator's spectrum.
-        rule: Update rule.
-        moments: Constants of the estimator.
+        momentum: Of the update rule; with it the descent threshold is not about one step.
+        blow_up: Steps after which its noise feeds itself, by version.
         limit: What to compare with; ``None`` where no threshold is known.
         descent: Descent threshold.
-        doubling: What ``doubling_steps`` says.
+        doubling: What ``QuadraticModel.doubling_times`` says.
     """
-    ends = [time_to_blow_up(spectrum, lr, rule=rule, moments=moments, version=version) for version in VERSIONS]
-    blow_up = min(ends), max(ends)
+    ends = blow_up("full"), blow_up("positive")
+    first, last = min(ends), max(ends)
+    outlook: Outlook = "unstable" if last <= steps else "uncertain" if first <= steps else "stable"
     return Verdict(
         lr=lr,
         steps=steps,
         ratio=None if limit is None else limit.ratio(lr),
-        outlook=_outlook(lr, limit, blow_up, steps),
-        blow_up=blow_up,
+        outlook=outlook if limit is None else stand(lr, limit),
+        blow_up=(first, last),
         doubling=doubling,
-        descends=None if descent is None or rule.momentum > 0 else lr < descent,  # with momentum not about one step
+        descends=None if descent is None or momentum > 0 else lr < descent,
     )
-
-
-def _outlook(lr: float, limit: Limit | None, blow_up: Pair, steps: int) -> Outlook:
-    if limit is not None:
-        return stand(lr, limit)
-    first, last = blow_up
-    return "unstable" if last <= steps else "uncertain" if first <= steps else "stable"
-
-
-def judge_batches(lr: float, minibatch: MiniBatchBounds, *, limit: Limit | None, descent: float | None) -> Verdict:
-    """What a step size does within the planned steps when every step sees a mini-batch.
-
-    Args:
-        lr: Step size asked about, param²/loss.
-        minibatch: Thresholds with mini-batches.
-        limit: What to compare with; ``None`` where no threshold is known.
-        descent: Descent threshold.
-    """
-    model, steps = minibatch.model, minibatch.horizon.steps
-    ends = [model.blow_up(lr, version=version) for version in VERSIONS]
-    blow_up = min(ends), max(ends)
-    return Verdict(
-        lr=lr,
-        steps=steps,
-        ratio=None if limit is None else limit.ratio(lr),
-        outlook=_outlook(lr, limit, blow_up, steps),
-        blow_up=blow_up,
-        doubling=None,
-        descends=None if descent is None or model.rule.momentum > 0 else lr < descent,
-    )
-
-
-def doubling_steps(
-    lr: float,
-    *,
-    steps: int,
-    spectrum: Spectrum,
-    gradient: GradientMeasure,
-    loss: float,
-    rule: UpdateRule,
-    moments: EstimatorMoments,
-) -> tuple[float, float]:
-    """When the loss has risen by its own value: in the mean over runs, and in a typical run.
-
-    This is when a blow-up shows. Feedback passes 1 long before where the gradient, which starts the noise, is small.
-    The mean counts all eigenvalues and is led by the unluckiest runs; the typical run counts the positive ones only.
-
-    Args:
-        lr: Step size, param²/loss.
-        steps: Steps to look ahead.
-        spectrum: All of the operator's spectrum.
-        gradient: Spectral measure of the gradient.
-        loss: Loss at the start, not 0.
-        rule: Update rule.
-        moments: Constants of the estimator.
-
-    Returns:
-        The earlier and the later one; ``inf`` for not within ``steps``.
-    """
-    curve = predicted_loss(spectrum, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments)
-    risen = np.flatnonzero(curve - loss >= abs(loss))
-    mean = float(risen[0]) if risen.size else math.inf
-    typical = typical_doubling_time(
-        spectrum.positive, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments
-    )
-    return min(mean, typical), max(mean, typical)

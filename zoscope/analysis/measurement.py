@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoscope.analysis.advice import Advisor, doubling_steps, judge, judge_batches
+from zoscope.analysis.advice import Advisor, judge
 from zoscope.analysis.thresholds import Horizon, OptimizerBounds, Pair, Verdict, ci95
 from zoscope.curvature.lanczos import rounding
 from zoscope.curvature.nonsmooth import NOTHING, PROBES, Jump, Nonsmooth, jump_of, nonsmooth_curvature
@@ -25,7 +25,7 @@ from zoscope.curvature.preconditioner import (
 from zoscope.curvature.slq import OnProgress, measure
 from zoscope.errors import NumericalError, UsageError
 from zoscope.runtime import spawn_generators
-from zoscope.theory.quadratic import GradientMeasure, best_lr, descent_threshold_adam
+from zoscope.theory.quadratic import GradientMeasure, QuadraticModel, descent_threshold_adam
 from zoscope.theory.spectrum import Estimate, widening
 from zoscope.theory.stability import (
     OfMoments,
@@ -135,6 +135,10 @@ class ThresholdQuery:
     moments: EstimatorMoments
     doubts: tuple[str, ...] = ()
 
+    def model(self, measured: MeasuredOperator, rule: UpdateRule) -> QuadraticModel:
+        """The quadratic model of what was measured."""
+        return QuadraticModel(measured.curvature.spectrum.fine, rule, self.moments, measured.gradient, self.loss)
+
 
 def optimizer_row(
     measured: MeasuredOperator,
@@ -224,28 +228,21 @@ def _verdict(
 ) -> Verdict | None:
     if question.lr is None:
         return None
-    spectrum, rule, doubling = measured.curvature.spectrum.fine, advisor.rule, None
+    model, lr = question.model(measured, advisor.rule), question.lr
+    doubling, momentum = None, advisor.rule.momentum
     descent = None if advisor.descent is None else advisor.descent.value
     if minibatch is not None:
-        return judge_batches(question.lr, minibatch, limit=limit, descent=descent)
+        ends, steps = (lambda version: minibatch.model.blow_up(lr, version=version)), minibatch.horizon.steps
+        return judge(lr, steps=steps, momentum=momentum, blow_up=ends, limit=limit, descent=descent)
     if measured.gradient is not None and question.loss != 0:
-        doubling = doubling_steps(
-            question.lr,
-            steps=min(question.steps, LONGEST_LOOK),
-            spectrum=spectrum,
-            gradient=measured.gradient,
-            loss=question.loss,
-            rule=rule,
-            moments=question.moments,
-        )
+        doubling = model.doubling_times(lr, min(question.steps, LONGEST_LOOK))
         if question.steps > LONGEST_LOOK and math.isinf(doubling[1]):
             doubling = None  # it may still come
     return judge(
-        question.lr,
+        lr,
         steps=question.steps,
-        spectrum=spectrum,
-        rule=rule,
-        moments=question.moments,
+        momentum=momentum,
+        blow_up=lambda version: model.time_to_blow_up(lr, version),
         limit=limit,
         descent=descent,
         doubling=doubling,
@@ -275,15 +272,7 @@ def _predicted_lr(
     """
     if measured.gradient is None or not math.isfinite(upper) or measured.batches is not None:
         return None  # the noise of mini-batches is not in the predicted loss
-    best = best_lr(
-        measured.curvature.spectrum.fine.positive,
-        measured.gradient,
-        loss=question.loss,
-        steps=question.steps,
-        rule=rule,
-        moments=question.moments,
-        upper=upper,
-    )
+    best = question.model(measured, rule).positive.best_lr(question.steps, upper=upper)
     return None if best is None or best >= 0.99 * upper else best
 
 

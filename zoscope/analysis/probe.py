@@ -137,12 +137,12 @@ class Session:
     def _mean_path(self, expected: Prediction, diagonal: Tensor | None) -> GradientFlow | None:
         """The path of the mean as long as the runs below the threshold follow it; others leave it soon."""
         below = [lr for lr in self._step_sizes(expected) if lr <= expected.threshold.value]
-        if self.request.first_order or self.request.linearized or expected.gradient is None or not below:
+        if self.request.first_order or self.request.linearized or expected.model.gradient is None or not below:
             return None
-        end = flow_times(lr=max(below), steps=expected.steps, rule=expected.rule)[-1]
+        end = flow_times(lr=max(below), steps=expected.steps, rule=expected.model.rule)[-1]
         with self.measurable.at() as measured:
             return follow_gradient(
-                measured, until=float(end), sharpness=expected.spectrum.lambda_max, diagonal=diagonal
+                measured, until=float(end), sharpness=expected.model.spectrum.lambda_max, diagonal=diagonal
             )
 
     def _step_sizes(self, expected: Prediction) -> list[float]:

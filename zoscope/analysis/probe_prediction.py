@@ -18,8 +18,7 @@ from zoscope.curvature.operators import gradient
 from zoscope.curvature.slq import averaged_rule
 from zoscope.errors import NumericalError
 from zoscope.optim.perturbation import QuadraticSurface
-from zoscope.theory.quadratic import GradientMeasure, MeanPath, exit_times, predicted_loss
-from zoscope.theory.stability import growth_rate, steps_to_grow
+from zoscope.theory.quadratic import GradientMeasure, MeanPath, QuadraticModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.thresholds import OptimizerBounds
     from zoscope.curvature.operators import LinearOperator
     from zoscope.problem import Objective
-    from zoscope.theory.rules import EstimatorMoments, UpdateRule
+    from zoscope.theory.rules import UpdateRule
     from zoscope.theory.spectrum import Estimate, Spectrum
 
 DENSE_LIMIT = 4096
@@ -54,15 +53,15 @@ def eigenbasis_model(forecast: Prediction, *, device: torch.device) -> tuple[Qua
     Isotropic directions are the same in every basis, so that this loses nothing but what the measurement of the
     spectrum does. Adam's is that of ``P^-1/2 H P^-1/2``, where P is 1.
     """
-    eigenvalues = modes(forecast.spectrum)
+    eigenvalues = modes(forecast.model.spectrum)
     squares = np.zeros_like(eigenvalues)
-    if forecast.gradient is not None:
-        nearest = np.abs(eigenvalues[None, :] - forecast.gradient.nodes[:, None]).argmin(axis=1)
-        np.add.at(squares, nearest, forecast.gradient.weights)
+    if forecast.model.gradient is not None:
+        nearest = np.abs(eigenvalues[None, :] - forecast.model.gradient.nodes[:, None]).argmin(axis=1)
+        np.add.at(squares, nearest, forecast.model.gradient.weights)
     scale = torch.from_numpy(eigenvalues).to(device)
     start = torch.zeros_like(scale)
     slope = torch.from_numpy(np.sqrt(squares)).to(device)
-    return QuadraticSurface(start, loss=forecast.loss, gradient=slope, matmat=lambda rows: rows * scale), start
+    return QuadraticSurface(start, loss=forecast.model.loss, gradient=slope, matmat=lambda rows: rows * scale), start
 
 
 def modes(spectrum: Spectrum) -> NDArray[np.float64]:
@@ -164,66 +163,40 @@ LONGEST_CURVE = 20_000
 
 
 def steps_needed(
-    spectrum: Spectrum,
-    gradient: GradientMeasure | None,
-    lr: float,
-    request: ProbeRequest,
-    *,
-    growth: float,
-    left: float,
-    rule: UpdateRule,
-    moments: EstimatorMoments,
-    loss: float,
+    model: QuadraticModel, lr: float, request: ProbeRequest, *, growth: float, left: float
 ) -> tuple[int, bool]:
     """Steps for the growth asked for, and for it to show in a typical run; and whether typical runs survive.
 
     Growth starts from the noise of the gradient, not from the loss, and a typical run grows more slowly than the mean.
     """
-    positive = spectrum.positive
-    grown = steps_to_grow(positive, lr, growth, rule=rule, moments=moments)
+    positive = model.positive
+    grown = positive.steps_to_grow(lr, growth)
     if not math.isfinite(grown):
         return request.max_steps, False
     steps = math.ceil(grown)
     longest = min(20 * steps, request.max_steps, LONGEST_CURVE)
-    if gradient is None or longest <= steps:
+    if model.gradient is None or longest <= steps:
         return steps, False
-    if moments.b == 0:
-        curve = predicted_loss(positive, gradient, loss=loss, lr=lr, steps=longest, rule=rule, moments=moments)
-        exits = np.append(np.flatnonzero(curve > left), math.inf)[:1]
+    if model.moments.b == 0:
+        exits = np.append(np.flatnonzero(positive.loss_curve(lr, longest) > left), math.inf)[:1]
     else:
-        exits = exit_times(
-            positive,
-            gradient,
-            rise=left - loss,
-            lr=lr,
-            steps=longest,
-            rule=rule,
-            moments=moments,
-            seed=request.measure.seed,
-        )
+        exits = positive.exit_times(lr, longest, rise=left - model.loss, seed=request.measure.seed)
     shows = float(np.quantile(exits, TYPICAL_SHARE, method="higher"))
     survives = bool(np.isfinite(exits).mean() < SURVIVAL)
     return max(steps, math.ceil(1.25 * min(shows, longest))), survives
 
 
-def left_above(
-    spectrum: Spectrum,
-    gradient: GradientMeasure | None,
-    lr: float,
-    *,
-    rule: UpdateRule,
-    moments: EstimatorMoments,
-    loss: float,
-) -> float:
+def left_above(model: QuadraticModel, lr: float) -> float:
     """Loss above which a replica has left the valley.
 
     A multiple of the loss at the start, or twice the crest of the predicted curve at a stable ``lr`` if that is higher:
     far from a minimum momentum overshoots before it settles.
     """
-    limit = loss + ((LEFT_FIRST_ORDER if moments.b == 0 else LEFT) - 1.0) * (abs(loss) or 1.0)
-    if gradient is None:
+    loss = model.loss
+    limit = loss + ((LEFT_FIRST_ORDER if model.moments.b == 0 else LEFT) - 1.0) * (abs(loss) or 1.0)
+    if model.gradient is None:
         return limit
-    curve = predicted_loss(spectrum.positive, gradient, loss=loss, lr=lr, steps=CREST, rule=rule, moments=moments)
+    curve = model.positive.loss_curve(lr, CREST)
     crest = float(curve[np.isfinite(curve)].max())
     return max(limit, loss + 2.0 * (crest - loss))
 
@@ -249,11 +222,7 @@ class Prediction:
     """The model's word on every step size.
 
     Args:
-        rule: Update rule.
-        moments: Constants of what it is fed with; a = 1, b = 0 for the gradient itself.
-        spectrum: Of the operator that the rule acts through.
-        gradient: Spectral measure of the gradient there; ``None`` for a zero gradient.
-        loss: Loss at the start.
+        model: The quadratic model at the start; a = 1, b = 0 where the rule is fed with the gradient itself.
         row: All thresholds, with the horizon at the steps of the runs.
         steps: Steps of a run.
         wanted_steps: Steps that the growth asked for would take.
@@ -264,11 +233,7 @@ class Prediction:
         typical_survives: Whether typical runs of the quadratic model stay in the valley above the threshold.
     """
 
-    rule: UpdateRule
-    moments: EstimatorMoments
-    spectrum: Spectrum
-    gradient: GradientMeasure | None
-    loss: float
+    model: QuadraticModel
     row: OptimizerBounds
     steps: int
     wanted_steps: int
@@ -281,22 +246,22 @@ class Prediction:
     @property
     def few_modes(self) -> bool:
         """Whether surviving above the threshold says nothing against it."""
-        return self.moments.b > 0 and (self.effective_rank < FEW_MODES or self.typical_survives)
+        return self.model.moments.b > 0 and (self.effective_rank < FEW_MODES or self.typical_survives)
 
     @property
     def limit(self) -> float:
         """The model's own infinite-time threshold of the rule, whichever is under test."""
         exact = self.threshold.exact
-        return self.true_value if self.moments.b == 0 or exact is None else exact
+        return self.true_value if self.model.moments.b == 0 or exact is None else exact
 
     @property
     def scale(self) -> float:
         """The size of a loss here: that at the start."""
-        return abs(self.loss) if self.loss != 0 else 1.0
+        return abs(self.model.loss) or 1.0
 
     def rate(self, lr: float) -> float:
         """Growth rate ρ of the mean square on the positive part, if the threshold under test is right."""
-        return growth_rate(self.spectrum.positive, self._meant(lr), rule=self.rule, moments=self.moments)
+        return self.model.positive.growth_rate(self._meant(lr))
 
     def growth(self, lr: float, steps: int) -> float:
         """``ρ^steps``; ``inf`` where it overflows."""
@@ -305,18 +270,10 @@ class Prediction:
 
     def curve(self, lr: float, steps: int, *, flow: GradientFlow | None = None) -> NDArray[np.float64] | None:
         """The predicted mean loss, ``(steps + 1,)``; around the measured mean path where that is known."""
-        if self.gradient is None or steps > LONGEST_CURVE or self.row.minibatch is not None:
+        if self.model.gradient is None or steps > LONGEST_CURVE or self.row.minibatch is not None:
             return None  # the noise of mini-batches is not in it
-        return predicted_loss(
-            self.spectrum,
-            self.gradient,
-            loss=self.loss,
-            lr=lr,
-            steps=steps,
-            rule=self.rule,
-            moments=self.moments,
-            path=None if flow is None else flow.mean_path(lr=lr, steps=steps, rule=self.rule),
-        )
+        path = None if flow is None else flow.mean_path(lr=lr, steps=steps, rule=self.model.rule)
+        return self.model.loss_curve(lr, steps, path=path)
 
     def _meant(self, lr: float) -> float:
         return lr * self.true_value / self.threshold.value
@@ -337,7 +294,7 @@ def forecast(
         NumericalError: If nothing limits the step size, so that there is nothing to probe.
     """
     rule, moments = request.rule, request.moments(dimension=dimension)
-    spectrum = measured.curvature.spectrum.fine
+    model = QuadraticModel(measured.curvature.spectrum.fine, rule, moments, gradient, loss)
     zeroth = request.measure.moments(dimension=dimension)
 
     def row_for(steps: int) -> OptimizerBounds:
@@ -354,12 +311,10 @@ def forecast(
         )
     ratio = _ratio_above(request, infinite)
 
-    left = left_above(spectrum, gradient, 0.9 * infinite, rule=rule, moments=moments, loss=loss)
+    left = left_above(model, 0.9 * infinite)
 
     def needed(lr: float) -> tuple[int, bool]:
-        return steps_needed(
-            spectrum, gradient, lr, request, growth=request.growth, left=left, rule=rule, moments=moments, loss=loss
-        )
+        return steps_needed(model, lr, request, growth=request.growth, left=left)
 
     wanted, survives = needed(ratio * infinite)
     name, value = _probed(row, request, infinite)
@@ -394,11 +349,7 @@ def forecast(
         descent=descent_value,
     )
     return Prediction(
-        rule,
-        moments,
-        spectrum,
-        gradient,
-        loss,
+        model,
         row,
         steps,
         wanted,

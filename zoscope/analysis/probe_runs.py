@@ -31,14 +31,11 @@ from zoscope.errors import NumericalError
 from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, Surface, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, run, run_mini_batches
 from zoscope.optim.rules import GD, GDM, Adam, FrozenAdam, Rule
-from zoscope.theory.quadratic import exit_times
 from zoscope.theory.stability import (
     StabilityCondition,
     Version,
     fo_threshold,
     paper_bounds,
-    steps_to_grow,
-    time_to_blow_up,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +118,7 @@ class ProbeRunner:
         """Run all replicas at one step size, within this run's share of the time that is left."""
         now = time.perf_counter()
         share = now + max(self.deadline - now, 0.0) / max(runs_left, 1.0)
-        limits = Limits(left=forecast.left, valley=forecast.loss + forecast.scale, deadline=share)
+        limits = Limits(left=forecast.left, valley=forecast.model.loss + forecast.scale, deadline=share)
         plan = ReplicaPlan(
             rule=self.rule(adaptive=adaptive),
             estimator=self.request.estimator,
@@ -407,7 +404,7 @@ def end_state(
     threshold, lowest = (_of_batches(forecast) * value for value in _thresholds(runner, forecast, curvature))
     # Sharpened: the step size was stable where the run began, and it is the threshold that moved.
     sharpened = lr < forecast.limit and lr >= lowest and threshold < MOVED * forecast.limit
-    scale = 2.0 * (1.0 - forecast.rule.momentum) / forecast.rule.lr_scale
+    scale = 2.0 * (1.0 - forecast.model.rule.momentum) / forecast.model.rule.lr_scale
     state = EndState(
         step=trajectory.last_steps[replica],
         threshold=threshold,
@@ -421,7 +418,7 @@ def end_state(
 
 def _thresholds(runner: ProbeRunner, forecast: Prediction, curvature: Curvature) -> tuple[float, float]:
     """The infinite-time threshold, and the lower end of the band that counts as reached."""
-    rule, moments = forecast.rule, forecast.moments
+    rule, moments = forecast.model.rule, forecast.model.moments
     if runner.request.first_order:
         limit = fo_threshold(curvature.lambda_max.value, rule=rule)
         return limit, limit
@@ -465,7 +462,7 @@ def probe_run(
         on_step: Called with the number of replica steps just done.
     """
     trajectory = runner.walk(lr, forecast=forecast, runs_left=runs_left, adaptive=adaptive, on_step=on_step)
-    found = outcomes_of(trajectory, loss=forecast.loss, scale=forecast.scale)
+    found = outcomes_of(trajectory, loss=forecast.model.loss, scale=forecast.scale)
     above = lr > forecast.threshold.value
     descent = forecast.threshold.name == "descent"
     if descent:
@@ -507,8 +504,8 @@ def probe_run(
         replicas=len(trajectory.left),
         diverged=found.diverged,
         left_at=found.left_at,
-        loss_start=forecast.loss,
-        loss_end=forecast.loss + sum(stayed) / len(stayed) if stayed and math.isfinite(sum(stayed)) else None,
+        loss_start=forecast.model.loss,
+        loss_end=forecast.model.loss + sum(stayed) / len(stayed) if stayed and math.isfinite(sum(stayed)) else None,
         verdict=verdict,
         as_predicted=None if adaptive else as_predicted,
         reason=f"P adapts, which the theorem does not cover: {reason}" if adaptive else reason,
@@ -547,25 +544,14 @@ def edge_forecast(forecast: Prediction, runner: ProbeRunner) -> Prediction:
     request = runner.request
     if request.steps is not None or forecast.row.minibatch is not None:
         return forecast
-    spectrum, rule, moments = forecast.spectrum, forecast.rule, forecast.moments
-    growth = math.sqrt(request.growth)
+    model, growth = forecast.model, math.sqrt(request.growth)
     if request.first_order:
-        needed, _ = steps_needed(
-            spectrum,
-            forecast.gradient,
-            (1.0 + 0.5 * request.edge_rtol) * forecast.true_value,
-            request,
-            growth=growth,
-            left=forecast.left,
-            rule=rule,
-            moments=moments,
-            loss=forecast.loss,
-        )
+        lr = (1.0 + 0.5 * request.edge_rtol) * forecast.true_value
+        needed, _ = steps_needed(model, lr, request, growth=growth, left=forecast.left)
     else:
-        lr = (1.0 + request.edge_rtol) * forecast.limit
-        grown = steps_to_grow(spectrum.positive, lr, growth, rule=rule, moments=moments)
+        grown = model.positive.steps_to_grow((1.0 + request.edge_rtol) * forecast.limit, growth)
         # Just below the threshold: on it, rounding decides when the sum over a long time passes 1.
-        escaped = time_to_blow_up(spectrum, 0.999 * forecast.limit, rule=rule, moments=moments, version="full")
+        escaped = model.time_to_blow_up(0.999 * forecast.limit, "full")
         needed = math.ceil(min(grown, escaped, request.max_steps))
     return replace(forecast, steps=max(min(needed, request.max_steps), forecast.steps))
 
@@ -575,22 +561,12 @@ def typical_edge(forecast: Prediction, *, seed: int, rtol: float) -> float | Non
 
     It lies above the threshold of the mean square, which rare runs carry, the more so the shorter the run.
     """
-    gradient = forecast.gradient
-    if forecast.moments.b == 0 or gradient is None or forecast.row.minibatch is not None:
+    model = forecast.model.positive
+    if model.moments.b == 0 or model.gradient is None or forecast.row.minibatch is not None:
         return None
 
     def leaves(lr: float) -> bool:
-        times = exit_times(
-            forecast.spectrum.positive,
-            gradient,
-            rise=forecast.left - forecast.loss,
-            lr=lr,
-            steps=forecast.steps,
-            rule=forecast.rule,
-            moments=forecast.moments,
-            share=0.5,
-            seed=seed,
-        )
+        times = model.exit_times(lr, forecast.steps, rise=forecast.left - model.loss, share=0.5, seed=seed)
         return 2 * int(np.isfinite(times).sum()) >= times.size
 
     low, high = _bracket(forecast.limit, leaves)
@@ -713,19 +689,21 @@ def edge_outcome(edge: Edge, forecast: Prediction) -> tuple[Outcome, str]:
 
 
 def _reference(forecast: Prediction) -> float | None:
-    if forecast.moments.b == 0:
+    if forecast.model.moments.b == 0:
         return forecast.true_value
     return forecast.threshold.exact
 
 
 def _horizon_ratios(forecast: Prediction, value: float) -> tuple[float, float] | None:
-    if forecast.moments.b == 0:
+    if forecast.model.moments.b == 0:
         return None
     if forecast.row.minibatch is not None:
         point = forecast.row.minibatch.model.at(forecast.steps)
         return value / point.lower.value, value / point.upper.value
     full, positive = (
-        StabilityCondition(forecast.rule, forecast.moments, forecast.steps, version).threshold(forecast.spectrum)
+        StabilityCondition(forecast.model.rule, forecast.model.moments, forecast.steps, version).threshold(
+            forecast.model.spectrum
+        )
         for version in ("full", "positive")
     )
     return value / full, value / positive
@@ -744,7 +722,7 @@ def _bracket(guess: float, diverges: Callable[[float], bool]) -> tuple[float | N
 
 
 def _point(forecast: Prediction, lr: float, trajectory: Trajectory) -> EdgePoint:
-    found = outcomes_of(trajectory, loss=forecast.loss, scale=forecast.scale)
+    found = outcomes_of(trajectory, loss=forecast.model.loss, scale=forecast.scale)
     count = len(trajectory.left)
     return EdgePoint(
         lr=lr,
@@ -760,10 +738,10 @@ def _blow_up(forecast: Prediction, lr: float) -> tuple[float, float]:
     minibatch = forecast.row.minibatch
 
     def steps(version: Version) -> float:
-        if forecast.moments.b == 0:
+        if forecast.model.moments.b == 0:
             return math.inf
         if minibatch is not None:
             return minibatch.model.blow_up(lr, version=version)
-        return time_to_blow_up(forecast.spectrum, lr, rule=forecast.rule, moments=forecast.moments, version=version)
+        return forecast.model.time_to_blow_up(lr, version)
 
     return steps("full"), steps("positive")

@@ -18,8 +18,9 @@ from zoscope.curvature.preconditioner import expected_preconditioner, probe_prec
 from zoscope.curvature.slq import OnProgress, measure
 from zoscope.errors import NumericalError
 from zoscope.runtime import spawn_generators
+from zoscope.theory.quadratic import QuadraticModel
 from zoscope.theory.spectrum import Estimate
-from zoscope.theory.stability import Gains, StabilityCondition, Version, fo_threshold, time_to_blow_up
+from zoscope.theory.stability import Gains, StabilityCondition, Version, fo_threshold
 
 if TYPE_CHECKING:
     from zoscope.analysis.track_results import TrackRequest
@@ -206,7 +207,7 @@ class Measurer:
                 StabilityCondition(rule, moments, moment.remaining, version).threshold(spectrum) for version in VERSIONS
             ),
             "blow_up": tuple(
-                time_to_blow_up(spectrum, moment.lr_next, rule=rule, moments=moments, version=version)
+                QuadraticModel(spectrum, rule, moments).time_to_blow_up(moment.lr_next, version=version)
                 for version in VERSIONS
             ),
         }

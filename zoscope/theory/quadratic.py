@@ -1,7 +1,7 @@
 """Runs on the quadratic model: expected and typical loss curves, and where the expected loss goes down."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from zoscope.theory.spectrum import (
     require_non_negative,
     require_positive,
 )
-from zoscope.theory.stability import NOISE, excess_rate, transition
+from zoscope.theory.stability import LONGEST_RUN, NOISE, StabilityCondition, Version, excess_rate, transition
 
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -254,168 +254,6 @@ class MeanPath:
             raise ValueError("losses and squares of a mean path must be finite")
 
 
-def predicted_loss(
-    spectrum: Spectrum,
-    gradient: GradientMeasure,
-    *,
-    loss: float,
-    lr: float,
-    steps: int,
-    rule: UpdateRule,
-    moments: EstimatorMoments = GAUSSIAN,
-    path: MeanPath | None = None,
-) -> Array:
-    """Expected loss of the quadratic model after 0, 1, …, ``steps`` steps of the zeroth-order optimizer.
-
-    The mean path follows the exact gradient: along a node θ of the gradient measure, in units of the gradient there,
-    ``m ← βm + γ; y ← y - ηm; γ = 1 + θy``, with loss ``Σ c (y + ½θy²)`` and squared gradient ``G = Σ c γ²``. Around it
-    the estimate has covariance ``(a-1)(ḡḡᵀ + HΔH) + b(G + S) I``, Δ being the covariance of the iterate and
-    ``S = Tr HΔH``, which drives the second moment of every mode. With an exact spectrum and gradient measure the result
-    is exact for any symmetric H; with a preconditioned rule as far as P is a multiple of the identity.
-
-    Args:
-        spectrum: All of M, of any sign; nodes ``(n,)`` in loss/param², weights ``(n,)``.
-        gradient: Spectral measure of the gradient in M (of ``P^-1/2 g`` when preconditioned).
-        loss: Loss at the start.
-        lr: Step size in param²/loss.
-        steps: Number of steps, ≥ 0.
-        rule: Update rule.
-        moments: Constants of the estimator.
-        path: Mean path in place of the model's own: its gradients drive the noise, its loss is what the noise adds to.
-
-    Returns:
-        ``(steps + 1,)`` losses; ``inf`` from where the model overflows.
-
-    Raises:
-        ValueError: If ``loss`` is not finite, ``lr`` not positive, ``steps`` not a whole number ≥ 0, or ``path`` of
-            another length.
-
-    Source: derived in the README's theory section.
-    """
-    require_finite("loss", loss)
-    require_positive("lr", lr)
-    require_count("steps", steps, least=0)
-    if path is not None and path.losses.size != steps + 1:
-        raise ValueError(f"path must have steps + 1 = {steps + 1} points, got {path.losses.size}")
-    eta, beta = rule.lr_scale * lr, rule.momentum
-    theta, c = gradient.nodes, gradient.weights
-    nodes = np.concatenate([spectrum.nodes, theta])  # modes under isotropic noise, then the noise along the gradient
-    counts = np.concatenate([spectrum.weights, np.ones_like(theta)])
-    size = 1 if beta == 0 else 3  # without momentum E x² is the whole state
-    state, entry = np.zeros((size, nodes.size)), eta**2 * NOISE[:size, None]
-    loss_of, signal_of = 0.5 * counts * nodes, counts * nodes**2
-    y, velocity = np.zeros_like(theta), np.zeros_like(theta)
-    losses = np.full(steps + 1, float(loss))
-    with np.errstate(over="ignore", invalid="ignore"):  # a run that blows up overflows; what follows reads as inf
-        matrices = transition(eta * nodes, momentum=beta, a=moments.a)[:size, :size]
-        for step in range(1, steps + 1):
-            slope = 1 + theta * y
-            mean_sq = c * slope**2
-            if path is not None:
-                mean_sq *= path.squares[step - 1] / max(mean_sq.sum(), np.finfo(np.float64).tiny)
-            isotropic = moments.b * (mean_sq.sum() + signal_of @ state[0])
-            noise = np.concatenate([np.full_like(spectrum.nodes, isotropic), (moments.a - 1) * mean_sq])
-            state = np.einsum("ijn,jn->in", matrices, state) + entry * noise
-            velocity = beta * velocity + slope
-            y = y - eta * velocity
-            mean = loss + c @ (y + 0.5 * theta * y**2) if path is None else path.losses[step]
-            losses[step] = mean + loss_of @ state[0]
-            if not math.isfinite(losses[step]):
-                losses[step:] = math.inf
-                break
-    return losses
-
-
-def final_loss(
-    spectrum: Spectrum,
-    gradient: GradientMeasure,
-    *,
-    loss: float,
-    lr: float,
-    steps: int,
-    rule: UpdateRule,
-    moments: EstimatorMoments = GAUSSIAN,
-) -> float:
-    """The last value of ``predicted_loss``, at a cost that does not grow with the number of steps.
-
-    Args:
-        spectrum: As in ``predicted_loss``.
-        gradient: As in ``predicted_loss``.
-        loss: Loss at the start.
-        lr: Step size in param²/loss.
-        steps: Number of steps, ≥ 0.
-        rule: Update rule.
-        moments: Constants of the estimator.
-
-    Returns:
-        Expected loss after ``steps`` steps, to about 1e-8 of its terms; ``inf`` when the model overflows.
-
-    Raises:
-        ValueError: As ``predicted_loss``.
-
-    Source: derived in the README's theory section.
-    """
-    if not is_long(steps, momentum=rule.momentum):
-        curve = predicted_loss(spectrum, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments)
-        return float(curve[-1])
-    require_finite("loss", loss)
-    require_positive("lr", lr)
-    eta, theta, c = rule.lr_scale * lr, gradient.nodes, gradient.weights
-    noise = noise_loss(spectrum, theta, c, eta=eta, beta=rule.momentum, steps=steps, moments=moments)
-    y = eta * mean_path(eta * theta, beta=rule.momentum, steps=steps)
-    with np.errstate(over="ignore", invalid="ignore"):  # as in the mean path
-        total = loss + float(c @ (y + 0.5 * theta * y**2)) + noise
-    return total if math.isfinite(total) else math.inf
-
-
-def best_lr(
-    spectrum: Spectrum,
-    gradient: GradientMeasure,
-    *,
-    loss: float,
-    steps: int,
-    rule: UpdateRule,
-    moments: EstimatorMoments = GAUSSIAN,
-    upper: float,
-) -> float | None:
-    """Step size up to ``upper`` with the smallest predicted loss after ``steps`` steps.
-
-    Args:
-        spectrum: As in ``predicted_loss``.
-        gradient: As in ``predicted_loss``.
-        loss: Loss at the start.
-        steps: Number of steps, ≥ 1.
-        rule: Update rule.
-        moments: Constants of the estimator.
-        upper: Largest step size considered, param²/loss.
-
-    Returns:
-        Step size in param²/loss, to about 1 %; ``upper`` itself when the loss still falls there; ``None`` when no step
-        size lowers the loss, or step sizes far apart lower it equally well.
-
-    Raises:
-        ValueError: If ``loss`` is not finite, ``upper`` not positive and finite, or ``steps`` not a positive integer.
-
-    Source: derived in the README's theory section.
-    """
-    require_positive("upper", upper)
-    require_count("steps", steps)
-
-    def final(log_lr: float) -> float:
-        lr = math.exp(log_lr)
-        return final_loss(spectrum, gradient, loss=loss, lr=lr, steps=steps, rule=rule, moments=moments)
-
-    grid = math.log(upper) + np.linspace(-8, 0, 17)
-    values = [final(x) for x in grid]
-    best = int(np.argmin(values))
-    tied = np.asarray(values) <= values[best] + TIE * (loss - values[best])
-    if values[best] >= loss or tied.sum() > 1:
-        return None
-    ends = grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)]
-    place, value = lowest(final, *ends, xtol=5e-3)
-    return min(upper, math.exp(place if value < values[best] else grid[best]))
-
-
 OUTLIERS = 64
 """Single eigenvalues that are followed one by one; the others average themselves out."""
 
@@ -426,134 +264,274 @@ BULK = 128
 """Nodes into which the other eigenvalues are gathered."""
 
 
-def exit_times(
-    spectrum: Spectrum,
-    gradient: GradientMeasure,
-    *,
-    rise: float,
-    lr: float,
-    steps: int,
-    rule: UpdateRule,
-    moments: EstimatorMoments = GAUSSIAN,
-    runs: int = 64,
-    share: float = 1.0,
-    seed: int = 0,
-) -> Array:
-    """Steps after which single runs of the quadratic model have risen by ``rise``.
+@dataclass(frozen=True)
+class QuadraticModel:
+    """A zeroth-order optimizer on the quadratic model of a loss around the point where it was measured.
 
-    The mean of the loss over all runs (``predicted_loss``) is carried by rare ones where few eigenvalues dominate: a
-    typical run stays in the valley for longer. Here the large eigenvalues are followed singly, each with its own random
-    projection ``u_i``, and share the scalar ``s = uᵀ(ḡ + Hδ)`` of the step; the bulk, whose many projections average
-    themselves out, enters by its second moments. The mean path is that of ``predicted_loss``, taken as independent of
-    the ``u_i``; so are the fluctuations of ``ḡᵀδ``, which the loss leaves out.
+    The mean path follows the exact gradient: along a node θ of the gradient measure, in units of the gradient there,
+    ``m ← βm + γ; y ← y - ηm; γ = 1 + θy``, with loss ``Σ c (y + ½θy²)`` and squared gradient ``G = Σ c γ²``. Around it
+    the estimate has covariance ``(a-1)(ḡḡᵀ + HΔH) + b(G + S) I``, Δ being the covariance of the iterate and
+    ``S = Tr HΔH``, which drives the second moment of every mode. With an exact spectrum and gradient measure the
+    expected loss is exact for any symmetric H; with a preconditioned rule as far as P is a multiple of the identity.
 
     Args:
-        spectrum: All of M or its positive part; nodes ``(n,)`` in loss/param², weights ``(n,)``.
-        gradient: Spectral measure of the gradient in M.
-        rise: How far its loss has to rise above that at the start for a run to have left, > 0.
-        lr: Step size in param²/loss.
-        steps: Longest run, ≥ 1.
+        spectrum: All of M, of any sign; nodes ``(n,)`` in loss/param², weights ``(n,)``.
         rule: Update rule.
         moments: Constants of the estimator.
-        runs: Number of simulated runs.
-        share: Stop as soon as this share of them has left.
-        seed: Of the simulation.
-
-    Returns:
-        ``(runs,)`` ascending; ``inf`` for runs that had not left at the end.
+        gradient: Spectral measure of the gradient in M (of ``P^-1/2 g`` when preconditioned); ``None`` where it is 0.
+        loss: Loss at the start.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If ``loss`` is not finite. Every method raises it for an argument out of range.
 
     Source: derived in the README's theory section.
     """
-    require_positive("rise", rise)
-    require_positive("lr", lr)
-    require_count("steps", steps)
-    simulation = _Simulation(
-        spectrum, gradient, eta=rule.lr_scale * lr, rule=rule, moments=moments, runs=runs, seed=seed
-    )
-    times = np.full(runs, math.inf)
-    with np.errstate(over="ignore", invalid="ignore"):  # a run that blows up overflows; not finite counts as risen
-        for step in range(1, steps + 1):
-            risen = ~(simulation.step() < rise)
-            times[risen] = np.minimum(times[risen], step)
-            if np.isfinite(times).sum() >= share * runs:
-                break
-    return np.sort(times)
 
+    spectrum: Spectrum
+    rule: UpdateRule
+    moments: EstimatorMoments = GAUSSIAN
+    gradient: GradientMeasure | None = None
+    loss: float = 0.0
 
-def typical_doubling_time(
-    spectrum: Spectrum,
-    gradient: GradientMeasure,
-    *,
-    loss: float,
-    lr: float,
-    steps: int,
-    rule: UpdateRule,
-    moments: EstimatorMoments = GAUSSIAN,
-    runs: int = 64,
-    seed: int = 0,
-) -> float:
-    """Median step after which the loss of the quadratic model has risen by its own size.
+    def __post_init__(self) -> None:
+        require_finite("loss", self.loss)
 
-    Args:
-        spectrum: As in ``exit_times``.
-        gradient: As in ``exit_times``.
-        loss: Loss at the start, not 0.
-        lr: Step size in param²/loss.
-        steps: Longest run, ≥ 1.
-        rule: Update rule.
-        moments: Constants of the estimator.
-        runs: Number of simulated runs.
-        seed: Of the simulation.
+    @property
+    def path_nodes(self) -> tuple[Array, Array]:
+        """``(k,)`` nodes and weights of the gradient's measure, of which the mean path consists."""
+        if self.gradient is None:
+            return np.empty(0), np.empty(0)
+        return self.gradient.nodes, self.gradient.weights
 
-    Returns:
-        A whole number of steps; ``inf`` when fewer than half of the runs double within ``steps``. The standard error is
-        about 1.25 standard deviations over √runs.
+    @property
+    def positive(self) -> "QuadraticModel":
+        """The same without eigenvalues ≤ 0."""
+        return replace(self, spectrum=self.spectrum.positive)
 
-    Raises:
-        ValueError: If an argument is out of range.
+    def loss_curve(self, lr: float, steps: int, *, path: MeanPath | None = None) -> Array:
+        """Expected loss after 0, 1, …, ``steps`` steps.
 
-    Source: derived in the README's theory section.
-    """
-    require_finite("loss", loss)
-    times = exit_times(
-        spectrum,
-        gradient,
-        rise=abs(loss),
-        lr=lr,
-        steps=steps,
-        rule=rule,
-        moments=moments,
-        runs=runs,
-        share=0.5,
-        seed=seed,
-    )
-    return float(times[(runs + 1) // 2 - 1])
+        Args:
+            lr: Step size in param²/loss.
+            steps: Number of steps, ≥ 0.
+            path: Mean path in place of the model's own: its gradients drive the noise, its loss is what the noise adds
+                to.
+
+        Returns:
+            ``(steps + 1,)`` losses; ``inf`` from where the model overflows.
+        """
+        require_positive("lr", lr)
+        require_count("steps", steps, least=0)
+        if path is not None and path.losses.size != steps + 1:
+            raise ValueError(f"path must have steps + 1 = {steps + 1} points, got {path.losses.size}")
+        eta, beta = self.rule.lr_scale * lr, self.rule.momentum
+        theta, c = self.path_nodes
+        nodes = np.concatenate([self.spectrum.nodes, theta])  # under isotropic noise, and that along the gradient
+        counts = np.concatenate([self.spectrum.weights, np.ones_like(theta)])
+        size = 1 if beta == 0 else 3  # without momentum E x² is the whole state
+        state, entry = np.zeros((size, nodes.size)), eta**2 * NOISE[:size, None]
+        loss_of, signal_of = 0.5 * counts * nodes, counts * nodes**2
+        y, velocity = np.zeros_like(theta), np.zeros_like(theta)
+        losses = np.full(steps + 1, float(self.loss))
+        with np.errstate(over="ignore", invalid="ignore"):  # a run that blows up overflows; what follows reads as inf
+            matrices = transition(eta * nodes, momentum=beta, a=self.moments.a)[:size, :size]
+            for step in range(1, steps + 1):
+                slope = 1 + theta * y
+                mean_sq = c * slope**2
+                if path is not None:
+                    mean_sq *= path.squares[step - 1] / max(mean_sq.sum(), np.finfo(np.float64).tiny)
+                isotropic = self.moments.b * (mean_sq.sum() + signal_of @ state[0])
+                noise = np.concatenate([np.full_like(self.spectrum.nodes, isotropic), (self.moments.a - 1) * mean_sq])
+                state = np.einsum("ijn,jn->in", matrices, state) + entry * noise
+                velocity = beta * velocity + slope
+                y = y - eta * velocity
+                mean = self.loss + c @ (y + 0.5 * theta * y**2) if path is None else path.losses[step]
+                losses[step] = mean + loss_of @ state[0]
+                if not math.isfinite(losses[step]):
+                    losses[step:] = math.inf
+                    break
+        return losses
+
+    def final_loss(self, lr: float, steps: int) -> float:
+        """The last value of ``loss_curve``, at a cost that does not grow with the number of steps.
+
+        Args:
+            lr: Step size in param²/loss.
+            steps: Number of steps, ≥ 0.
+
+        Returns:
+            Expected loss after ``steps`` steps, to about 1e-8 of its terms; ``inf`` when the model overflows.
+        """
+        if not is_long(steps, momentum=self.rule.momentum):
+            return float(self.loss_curve(lr, steps)[-1])
+        require_positive("lr", lr)
+        eta, (theta, c) = self.rule.lr_scale * lr, self.path_nodes
+        noise = noise_loss(self.spectrum, theta, c, eta=eta, beta=self.rule.momentum, steps=steps, moments=self.moments)
+        y = eta * mean_path(eta * theta, beta=self.rule.momentum, steps=steps)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in the mean path
+            total = self.loss + float(c @ (y + 0.5 * theta * y**2)) + noise
+        return total if math.isfinite(total) else math.inf
+
+    def best_lr(self, steps: int, *, upper: float) -> float | None:
+        """Step size up to ``upper`` with the smallest expected loss after ``steps`` steps.
+
+        Args:
+            steps: Number of steps, ≥ 1.
+            upper: Largest step size considered, param²/loss.
+
+        Returns:
+            Step size in param²/loss, to about 1 %; ``upper`` itself when the loss still falls there; ``None`` when no
+            step size lowers the loss, or step sizes far apart lower it equally well.
+        """
+        require_positive("upper", upper)
+        require_count("steps", steps)
+
+        def final(log_lr: float) -> float:
+            return self.final_loss(math.exp(log_lr), steps)
+
+        grid = math.log(upper) + np.linspace(-8, 0, 17)
+        values = [final(x) for x in grid]
+        best = int(np.argmin(values))
+        tied = np.asarray(values) <= values[best] + TIE * (self.loss - values[best])
+        if values[best] >= self.loss or tied.sum() > 1:
+            return None
+        ends = grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)]
+        place, value = lowest(final, *ends, xtol=5e-3)
+        return min(upper, math.exp(place if value < values[best] else grid[best]))
+
+    def exit_times(
+        self, lr: float, steps: int, *, rise: float, runs: int = 64, share: float = 1.0, seed: int = 0
+    ) -> Array:
+        """Steps after which single runs have risen by ``rise``.
+
+        The mean of the loss over all runs (``loss_curve``) is carried by rare ones where few eigenvalues dominate: a
+        typical run stays in the valley for longer. Here the large eigenvalues are followed singly, each with its own
+        random projection ``u_i``, and share the scalar ``s = uᵀ(ḡ + Hδ)`` of the step; the bulk, whose many
+        projections average themselves out, enters by its second moments. The mean path is that of ``loss_curve``,
+        taken as independent of the ``u_i``; so are the fluctuations of ``ḡᵀδ``, which the loss leaves out.
+
+        Args:
+            lr: Step size in param²/loss.
+            steps: Longest run, ≥ 1.
+            rise: How far its loss has to rise above that at the start for a run to have left, > 0.
+            runs: Number of simulated runs.
+            share: Stop as soon as this share of them has left.
+            seed: Of the simulation.
+
+        Returns:
+            ``(runs,)`` ascending; ``inf`` for runs that had not left at the end.
+        """
+        require_positive("rise", rise)
+        require_positive("lr", lr)
+        require_count("steps", steps)
+        simulation = _Simulation(self, eta=self.rule.lr_scale * lr, runs=runs, seed=seed)
+        times = np.full(runs, math.inf)
+        with np.errstate(over="ignore", invalid="ignore"):  # a run that blows up overflows; not finite counts as risen
+            for step in range(1, steps + 1):
+                risen = ~(simulation.step() < rise)
+                times[risen] = np.minimum(times[risen], step)
+                if np.isfinite(times).sum() >= share * runs:
+                    break
+        return np.sort(times)
+
+    def doubling_time(self, lr: float, steps: int, *, runs: int = 64, seed: int = 0) -> float:
+        """Median step after which the loss of a run, not 0 at the start, has risen by its own size.
+
+        Args:
+            lr: Step size in param²/loss.
+            steps: Longest run, ≥ 1.
+            runs: Number of simulated runs.
+            seed: Of the simulation.
+
+        Returns:
+            A whole number of steps; ``inf`` when fewer than half of the runs double within ``steps``. The standard
+            error is about 1.25 standard deviations over √runs.
+        """
+        times = self.exit_times(lr, steps, rise=abs(self.loss), runs=runs, share=0.5, seed=seed)
+        return float(times[(runs + 1) // 2 - 1])
+
+    def doubling_times(self, lr: float, steps: int) -> tuple[float, float]:
+        """When the loss, not 0 at the start, has risen by its own size: in the mean over runs, and in a typical run.
+
+        This is when a blow-up shows. Feedback passes 1 long before where the gradient, which starts the noise, is
+        small. The mean counts all eigenvalues and is led by the unluckiest runs; the typical run the positive ones.
+
+        Args:
+            lr: Step size in param²/loss.
+            steps: Steps to look ahead.
+
+        Returns:
+            The earlier and the later one; ``inf`` for not within ``steps``.
+        """
+        risen = np.flatnonzero(self.loss_curve(lr, steps) - self.loss >= abs(self.loss))
+        mean = float(risen[0]) if risen.size else math.inf
+        typical = self.positive.doubling_time(lr, steps)
+        return min(mean, typical), max(mean, typical)
+
+    def growth_rate(self, lr: float) -> float:
+        """Spectral radius ρ of the second-moment operator: ``E‖x_t‖²`` grows like ``ρ^t``.
+
+        The largest ρ with ``Σ_i λ_i² [(ρI - A_i)⁻¹ w]₁ = 1``, and at least the radius of every mode by itself. In
+        closed form, with ``z = ηλ`` and ``D = z(2(1+β) - z)``,
+
+            η² b⁻¹ [(ρI - A)⁻¹ w]₁ = ρ(ρ+β) / χ(ρ),
+            χ(1+e) = (1-β+e)(D + (D+1-β²)e + e²) - (a-1) z² (1+e)(1+e+β).
+
+        Args:
+            lr: Step size in param²/loss.
+
+        Returns:
+            ρ per step, dimensionless, to about 1e-12; 1 for a zero spectrum; ``inf`` where ``ηλ`` passes 1e50.
+        """
+        return 1.0 + excess_rate(self.spectrum, lr, rule=self.rule, moments=self.moments)
+
+    def steps_to_grow(self, lr: float, factor: float) -> float:
+        """Steps, not rounded, in which ``E‖x‖²`` grows by ``factor > 1``: ``ln F / ln ρ``; ``inf`` when ``ρ ≤ 1``."""
+        if not (math.isfinite(factor) and factor > 1):
+            raise ValueError(f"factor must be finite and > 1, got {factor!r}")
+        excess = excess_rate(self.spectrum, lr, rule=self.rule, moments=self.moments, least=0.0)
+        return math.log(factor) / math.log1p(excess) if excess > 0 else math.inf
+
+    def time_to_blow_up(self, lr: float, version: Version = "positive") -> float:
+        """Number of steps after which ``lr`` is no longer stable: the smallest T with ``Σ w φ_lr ≥ 1``.
+
+        Args:
+            lr: Step size in param²/loss.
+            version: As in ``StabilityCondition``.
+
+        Returns:
+            A whole number ≥ 1; ``inf`` when the feedback never reaches 1, or not within 2^50 steps.
+        """
+
+        def unstable_at(steps: int) -> bool:
+            return StabilityCondition(self.rule, self.moments, steps, version).total_feedback(self.spectrum, lr) >= 1
+
+        escapes = version == "full" and bool((self.spectrum.nodes[self.spectrum.weights != 0] < 0).any())
+        if not escapes and StabilityCondition(self.rule, self.moments).total_feedback(self.spectrum, lr) <= 1:
+            return math.inf
+        late = 1
+        while not unstable_at(late):
+            late *= 2
+            if late > LONGEST_RUN:
+                return math.inf
+        early = late // 2  # stable for `early` steps, not for `late`
+        while late - early > 1:
+            middle = (early + late) // 2
+            early, late = (early, middle) if unstable_at(middle) else (middle, late)
+        return float(late)
 
 
 class _Simulation:
     """State of all runs: ``(runs, outliers)`` deviations and velocities, ``(runs, 1 or 3, bulk)`` second moments."""
 
-    def __init__(
-        self,
-        spectrum: Spectrum,
-        gradient: GradientMeasure,
-        *,
-        eta: float,
-        rule: UpdateRule,
-        moments: EstimatorMoments,
-        runs: int,
-        seed: int,
-    ) -> None:
-        self.single, bulk = _separate(spectrum)
-        self.eta, self.beta = eta, rule.momentum
-        self.theta, self.c = gradient.nodes, gradient.weights
-        self.queries = max(1, round(1 / moments.b)) if moments.b > 0 else 1
+    def __init__(self, model: QuadraticModel, *, eta: float, runs: int, seed: int) -> None:
+        self.single, bulk = _separate(model.spectrum)
+        self.eta, self.beta = eta, model.rule.momentum
+        self.theta, self.c = model.path_nodes
+        self.queries = max(1, round(1 / model.moments.b)) if model.moments.b > 0 else 1
         self.random = np.random.default_rng(seed)
         size = 1 if self.beta == 0 else 3  # without momentum E x² is the whole state
-        self.matrices = transition(eta * bulk.nodes, momentum=self.beta, a=moments.a)[:size, :size]
+        self.matrices = transition(eta * bulk.nodes, momentum=self.beta, a=model.moments.a)[:size, :size]
         self.entry = eta**2 * NOISE[:size]
         self.loss_of, self.signal_of = 0.5 * bulk.weights * bulk.nodes, bulk.weights * bulk.nodes**2
         self.delta, self.velocity = (np.zeros((runs, self.single.size)) for _ in range(2))

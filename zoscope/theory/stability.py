@@ -776,102 +776,6 @@ def horizon_curve(
     return tuple(HorizonPoint(horizon, lower=next(found), upper=next(found)) for horizon in steps)
 
 
-def time_to_blow_up(
-    spectrum: Spectrum,
-    lr: float,
-    *,
-    rule: UpdateRule,
-    moments: EstimatorMoments = GAUSSIAN,
-    version: Version = "positive",
-) -> float:
-    """Number of steps after which ``lr`` is no longer stable: the smallest T with ``Σ w φ_lr ≥ 1``.
-
-    Args:
-        spectrum: Nodes ``(n,)`` in loss/param², weights ``(n,)``.
-        lr: Step size in param²/loss.
-        rule: Update rule.
-        moments: Constants of the estimator.
-        version: As in ``StabilityCondition``.
-
-    Returns:
-        A whole number ≥ 1; ``inf`` when the feedback never reaches 1, or not within 2^50 steps.
-
-    Raises:
-        ValueError: If ``lr`` is not positive or the version unknown.
-
-    Source: derived in the README's theory section.
-    """
-
-    def unstable_at(steps: int) -> bool:
-        return StabilityCondition(rule, moments, steps, version).total_feedback(spectrum, lr) >= 1
-
-    escapes = version == "full" and bool((spectrum.nodes[spectrum.weights != 0] < 0).any())
-    if not escapes and StabilityCondition(rule, moments).total_feedback(spectrum, lr) <= 1:
-        return math.inf
-    late = 1
-    while not unstable_at(late):
-        late *= 2
-        if late > LONGEST_RUN:
-            return math.inf
-    early = late // 2  # stable for `early` steps, not for `late`
-    while late - early > 1:
-        middle = (early + late) // 2
-        early, late = (early, middle) if unstable_at(middle) else (middle, late)
-    return float(late)
-
-
-def growth_rate(spectrum: Spectrum, lr: float, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN) -> float:
-    """Spectral radius ρ of the second-moment operator: ``E‖x_t‖²`` grows like ``ρ^t``.
-
-    The largest ρ with ``Σ_i λ_i² [(ρI - A_i)⁻¹ w]₁ = 1``, and at least the radius of every mode by itself. In closed
-    form, with ``z = ηλ`` and ``D = z(2(1+β) - z)``,
-
-        η² b⁻¹ [(ρI - A)⁻¹ w]₁ = ρ(ρ+β) / χ(ρ),
-        χ(1+e) = (1-β+e)(D + (D+1-β²)e + e²) - (a-1) z² (1+e)(1+e+β).
-
-    Args:
-        spectrum: Nodes ``(n,)`` in loss/param², of any sign, weights ``(n,)``.
-        lr: Step size in param²/loss.
-        rule: Update rule.
-        moments: Constants of the estimator.
-
-    Returns:
-        ρ per step, dimensionless, to about 1e-12; 1 for a zero spectrum; ``inf`` where ``ηλ`` passes 1e50.
-
-    Raises:
-        ValueError: If ``lr`` is not positive.
-
-    Source: derived in the README's theory section.
-    """
-    return 1.0 + excess_rate(spectrum, lr, rule=rule, moments=moments)
-
-
-def steps_to_grow(
-    spectrum: Spectrum, lr: float, factor: float, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
-) -> float:
-    """Steps in which ``E‖x‖²`` grows by ``factor``: ``ln F / ln ρ``.
-
-    Args:
-        spectrum: Nodes ``(n,)`` in loss/param², of any sign, weights ``(n,)``.
-        lr: Step size in param²/loss.
-        factor: Growth factor F > 1.
-        rule: Update rule.
-        moments: Constants of the estimator.
-
-    Returns:
-        Number of steps, not rounded; ``inf`` when ``ρ ≤ 1``.
-
-    Raises:
-        ValueError: If ``lr`` is not positive or ``factor`` is not above 1.
-
-    Source: derived in the README's theory section.
-    """
-    if not (math.isfinite(factor) and factor > 1):
-        raise ValueError(f"factor must be finite and > 1, got {factor!r}")
-    excess = excess_rate(spectrum, lr, rule=rule, moments=moments, least=0.0)
-    return math.log(factor) / math.log1p(excess) if excess > 0 else math.inf
-
-
 def excess_rate(
     spectrum: Spectrum,
     lr: float,
@@ -884,7 +788,7 @@ def excess_rate(
     """``ρ - 1``, to relative precision when positive.
 
     Args:
-        spectrum: As in ``growth_rate``.
+        spectrum: Nodes ``(n,)`` in loss/param², of any sign, weights ``(n,)``.
         lr: Step size in param²/loss.
         rule: Update rule.
         moments: Constants of the estimator.

@@ -50,7 +50,7 @@ def curvature_of(scale: float, *, noise: float) -> Curvature:
 @pytest.fixture
 def make_result(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BoundsResult]:
     # Following the predicted loss takes longer than all else together, and any number will do here.
-    monkeypatch.setattr(rows, "best_lr", lambda *_, upper, **__: upper / 3)
+    monkeypatch.setattr(rows.QuadraticModel, "best_lr", lambda *_, upper: upper / 3)
     monkeypatch.setattr(rows, "LONGEST_LOOK", 1000)
 
     def make(
