@@ -778,7 +778,8 @@ class DeflatedHutchinson:
         count, part = count or self.count, float(np.mean(self.squares))
         if part == 0:
             return Estimate(self.exact[1], 0.0)
-        variance = max(self._spread(self._fourth, part), float(np.var(self.squares, ddof=1)))
+        unseen = TAIL_UNSEEN / 2 * part**2 / self.count
+        variance = max(self._spread(self._fourth + unseen, part), float(np.var(self.squares, ddof=1)))
         relative = widening(max(1, count - 1)) * math.sqrt(variance / count) / part
         stderr = part * math.expm1(min(NORMAL * relative, LARGEST_EXPONENT)) / NORMAL
         return Estimate(self.exact[1] + part, stderr)
