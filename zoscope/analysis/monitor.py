@@ -232,7 +232,8 @@ class ForwardMonitor:
         constants.pop("eps", None)
         self._optimizer, self._every, self._mu = optimizer, every, mu
         self._rule: UpdateRule = update_rule(name, **constants)
-        self._moments: EstimatorMoments = estimator_moments(law, queries=queries, dimension=dimension or 1)
+        self._moments: EstimatorMoments = estimator_moments(law, queries=queries, dimension=dimension)
+        self._sphere = dimension if law == "sphere" else None
         self._samples: deque[float] = deque(maxlen=window)
         self._steps = 0
         self.record: ForwardRecord | None = None
@@ -321,7 +322,9 @@ class ForwardMonitor:
         samples = np.asarray(self._samples)
         variance = float(samples.var(ddof=1))
         trace = Estimate(float(samples.mean()), math.sqrt(variance / len(samples)))
-        frobenius_sq = max(0.5 * variance, 0.0)  # Var uᵀHu = 2‖H‖_F² for Gaussian u
+        frobenius_sq = 0.5 * variance  # Var uᵀHu = 2‖H‖_F² for Gaussian u
+        if self._sphere is not None:  # and 2(d‖H‖_F² - (Tr H)²)/(d + 2) on the sphere of radius √d
+            frobenius_sq += (variance + trace.value**2) / self._sphere
 
         def ends(value: float) -> Interval:
             return forward_only_bounds(

@@ -17,6 +17,7 @@ import torch
 from zoscope.curvature.slq import DENSE_LIMIT
 from zoscope.problem import Notice
 from zoscope.runtime import spawn_generators
+from zoscope.theory.quadratic import FEW_MODES
 from zoscope.theory.spectrum import Estimate, widening
 
 if TYPE_CHECKING:
@@ -300,9 +301,6 @@ _MISSED = (
     "kinks (ReLU, max-pooling, absolute values), which they cannot see, or an operation that hides its second "
     "derivative, as a custom autograd.Function can"
 )
-
-FEW_MODES = 5.0
-"""Effective rank below which typical runs and the mean square part ways."""
 
 PROVISIONAL = "provisional"
 """Code of the notice that reports show beside the step size itself."""

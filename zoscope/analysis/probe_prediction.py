@@ -18,7 +18,7 @@ from zoscope.curvature.operators import gradient
 from zoscope.curvature.slq import averaged_rule
 from zoscope.errors import NumericalError
 from zoscope.optim.perturbation import QuadraticSurface
-from zoscope.theory.quadratic import GradientMeasure, MeanPath, QuadraticModel
+from zoscope.theory.quadratic import FEW_MODES, GradientMeasure, MeanPath, QuadraticModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,9 +212,6 @@ def descent_steps(request: ProbeRequest) -> int:
 
 GRADIENT_STEPS = 40
 """Lanczos steps from the gradient: the mean path of a short run needs no more."""
-
-FEW_MODES = 3.0
-"""Effective rank below which typical runs and the mean square part ways."""
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,9 @@ class MeanPath:
             raise ValueError("losses and squares of a mean path must be finite")
 
 
+FEW_MODES = 5.0
+"""Effective rank below which typical runs and the mean square part ways."""
+
 OUTLIERS = 64
 """Single eigenvalues that are followed one by one; the others average themselves out."""
 
