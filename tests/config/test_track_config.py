@@ -26,7 +26,7 @@ def test_every_option_is_a_key_an_argument_and_an_option():
     options = {entry.name for entry in dataclasses.fields(RunOptions)} - {"settings"} | {"set", "sweep"}
     python = set(inspect.signature(zoscope.track).parameters) - {"problem", "resume", "overwrite", "observers"}
     assert options == keys
-    assert request | {"max_seconds", "max_memory", "run", "params", "spec"} == python
+    assert request | {"max_seconds", "max_memory", "shard_basis", "strict", "run", "params", "spec"} == python
     assert python | {"set", "checkpoint", "sweep"} == keys
 
 

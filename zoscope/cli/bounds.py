@@ -104,6 +104,6 @@ def command(
 def _estimate(loaded: LoadedSpec, optimizer: OptimizerOptions, measure: MeasureOptions) -> CostEstimate:
     from zoscope.analysis.estimate import estimate  # late, for a fast --help
 
-    names = ("rtol", "max_hvps", "seed", "device", "dtype", "micro_batch")
-    options = {name: value for name, value in measure.kwargs().items() if name in names}
+    options = measure.kwargs()
+    del options["curvature"]  # every kind is compared
     return estimate(loaded.problem, optimizers=optimizer.families, spec=loaded.display, **options)

@@ -121,6 +121,14 @@ class OverrideOptions:
             "--max-memory", metavar="SIZE", panel="Measurement", help="Most memory that this process may hold, as 2GB."
         ),
     ] = None
+    shard_basis: Annotated[
+        bool | None,
+        Option(
+            "--shard-basis/--no-shard-basis",
+            help="With torchrun: spread the Lanczos vectors over the processes.",
+            rich_help_panel="Measurement",
+        ),
+    ] = None
     strict: Annotated[
         bool | None,
         Option("--strict/--no-strict", help="Error when --rtol is not reached.", rich_help_panel="Measurement"),

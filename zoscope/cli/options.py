@@ -195,7 +195,6 @@ class MeasureOptions:
     ] = False
 
     def __post_init__(self) -> None:
-        validate.shard_basis(self.shard_basis)
         validate.relative("--rtol", self.rtol)
         validate.at_least("--max-hvps", self.max_hvps, 1)
         validate.choice("--method", self.method, METHODS)
@@ -224,6 +223,7 @@ class MeasureOptions:
             "seed": self.seed,
             "micro_batch": self.micro_batch,
             "max_memory": self._bytes(),
+            "shard_basis": self.shard_basis,
         }
 
 

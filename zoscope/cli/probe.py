@@ -190,6 +190,7 @@ def command(
                 on_run=on_run,
                 **runs.kwargs(),
                 **optimizer.kwargs(),
+                strict=measure.strict,
                 **measure.kwargs(),
             )
         except ProbeInterruptedError as error:

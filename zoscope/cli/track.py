@@ -175,6 +175,14 @@ class RunOptions:
             "--max-memory", panel=MEASURING, help="Most memory that this process may hold, as 2GB.", metavar="SIZE"
         ),
     ] = None
+    shard_basis: Annotated[
+        bool | None,
+        _option("--shard-basis", panel=MEASURING, help="With torchrun: spread the Lanczos vectors over the processes."),
+    ] = None
+    strict: Annotated[
+        bool | None,
+        _option("--strict", panel=MEASURING, help="Exit 3 when a measurement did not reach the precision of --rtol."),
+    ] = None
     forward_every: Annotated[
         int | None,
         _option(
@@ -302,7 +310,7 @@ class FolderOptions:
 
 
 EXIT_FAILED = 3
-ANEW = ("max_seconds", "max_memory")  # options of a session, not of the run
+ANEW = ("max_seconds", "max_memory", "shard_basis", "strict")  # options of a session, not of the run
 Values = dict[str, Any]
 
 
@@ -339,6 +347,14 @@ def command(run: RunOptions, place: FolderOptions, output: OutputOptions) -> Non
         _say_interrupted(folder)
     if result.status == "diverged":
         raise typer.Exit(EXIT_FAILED)
+    if values.get("strict"):  # after the result, which is honest all the same
+        _require_precision(result)
+
+
+def _require_precision(result: TrackResult) -> None:
+    from zoscope.analysis.track import require_precision  # late, for a fast --help
+
+    require_precision(result)
 
 
 def _refuse_occupied(folder: Path) -> None:
@@ -392,7 +408,7 @@ def _resumed(given: Values, place: FolderOptions) -> tuple[Values, Path]:
     if others:
         raise UsageError(
             f"--resume {folder} goes on with the options that the run began with, and {others[0]} was given. Leave it "
-            "out; only --max-seconds and --max-memory may be given anew."
+            "out; only --max-seconds, --max-memory, --shard-basis and --strict may be given anew."
         )
     RunFolder(folder).read_config()  # says what is missing where this is no folder of a run
     return {**read_track_config(folder / CONFIG), **given}, folder
@@ -432,7 +448,7 @@ def _tracked(
 
     options = dict(values)
     origin: Values = {key: options.pop(key) for key in ("spec", "set", "params", "checkpoint") if key in options}
-    max_seconds, max_memory = (options.pop(name, None) for name in ANEW)
+    max_seconds, max_memory, shard_basis, _ = (options.pop(name, None) for name in ANEW)
     try:
         request = TrackRequest(**options)
     except ValueError as error:  # each option alone was in order
@@ -457,6 +473,7 @@ def _tracked(
                 overwrite=overwrite,
                 max_seconds=max_seconds,
                 max_memory=max_memory,
+                shard_basis=bool(shard_basis),
                 spec=display,
                 observers=(*observers, *logs),
             )
@@ -550,6 +567,9 @@ def _sweep(values: Values, folder: Path, place: FolderOptions, output: OutputOpt
         _say_interrupted(folder)
     if comparison.failed:
         raise typer.Exit(EXIT_FAILED)
+    if values.get("strict"):
+        for _, result in comparison.results:
+            _require_precision(result)
 
 
 def _compare(run: RunOptions, place: FolderOptions, output: OutputOptions) -> None:

@@ -3,7 +3,6 @@
 import difflib
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,20 +113,3 @@ def regex(option: str, pattern: str) -> str:
     except re.error as error:
         raise UsageError(f"{option}: '{pattern}' is not a regular expression ({error}).") from None
     return pattern
-
-
-def shard_basis(wanted: bool) -> None:
-    """Have the processes of this job hold slices of Lanczos vectors, or not.
-
-    Raises:
-        UsageError: If there is only one.
-    """
-    runtime = sys.modules.get("zoscope.runtime")  # loaded wherever there are several
-    ranks = None if runtime is None else runtime.current_ranks()
-    if ranks is not None:
-        ranks.shard_basis = wanted
-    elif wanted:
-        raise UsageError(
-            "--shard-basis spreads Lanczos vectors over several processes, and this is one by itself. Start it with "
-            "torchrun --nproc-per-node N -m zoscope …, or leave the option out."
-        )

@@ -425,6 +425,7 @@ CURVATURE = Section(
         ),
         Key("micro_batch", Integer(1, 2**31), "Most examples in memory at once."),
         Key("max_memory", Size(), "Most bytes that the process may hold, or text such as 2GB."),
+        Key("shard_basis", Flag(), "With torchrun: spread the Lanczos vectors over the processes.", False),
         Key("strict", Flag(), "Fail when the wanted precision is not reached.", False),
     )
 )

@@ -20,6 +20,7 @@ from zoscope.config.keys import (
     SCHEDULE,
     Arguments,
     Choice,
+    Flag,
     Integer,
     Key,
     Kind,
@@ -153,7 +154,8 @@ TRACK = Section(
         Key("rtol", Number(0.0, 1.0, open_low=True, open_high=True), "Half-width wanted of every measurement.", 0.05),
         Key("max_hvps", Integer(1, 10_000_000), "Most Hessian-vector products of a measurement.", 150),
         Key("curvature", Choice(("hessian", "ggn")), "Curvature matrix.", "hessian"),
-        *_taken(CURVATURE, "method", "device", "dtype", "seed", "micro_batch", "max_memory"),
+        *_taken(CURVATURE, "method", "device", "dtype", "seed", "micro_batch", "max_memory", "shard_basis"),
+        Key("strict", Flag(), "Fail in the end when a measurement did not reach the wanted precision.", False),
         Key(
             "hvp",
             Choice(HVPS),
