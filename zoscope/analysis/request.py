@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from zoscope.analysis.advice import Threshold
 from zoscope.errors import UsageError
+from zoscope.options import CURVATURES
 from zoscope.theory.rules import OPTIMIZERS, Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate, require_count, require_non_negative, require_positive
 from zoscope.theory.stability import StabilityCondition, Version, estimates, thresholds
@@ -97,7 +98,6 @@ Progress = Callable[[str, int, float | None], None]
 """Called with the stage of the measurement, the products spent and the precision reached, if there is one."""
 
 Method = Literal["auto", "dense", "deflated-slq"]
-CURVATURES = ("hessian", "ggn", "forward")
 STATE_PREFIX = "state:"
 
 
