@@ -11,12 +11,13 @@ import pytest
 import zoscope
 
 PACKAGE = Path(zoscope.__file__).parent
-FOUNDATION = {"errors", "_version"}
+FOUNDATION = {"errors", "_version", "options"}
 
 # Which rooms of zoscope each room may import, beside itself and the foundation.
 ALLOWED = {
     "errors": set(),
     "_version": set(),
+    "options": set(),
     "theory": set(),
     "config": {"theory"},
     "runtime": set(),
@@ -30,7 +31,13 @@ ALLOWED = {
 }
 FREE = {"cli", "__init__", "__main__"}
 # The only packages from outside that these rooms may see.
-OUTSIDE = {"theory": {"numpy", "scipy"}, "errors": set(), "_version": set(), "config": {"yaml", "numpy"}}
+OUTSIDE = {
+    "theory": {"numpy", "scipy"},
+    "errors": set(),
+    "_version": set(),
+    "options": set(),
+    "config": {"yaml", "numpy"},
+}
 
 
 def room_of(path: Path) -> str:

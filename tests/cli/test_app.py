@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import pytest
 
 import zoscope
-from zoscope.cli import app, bounds
+from zoscope.cli import app
+from zoscope.cli.options import Given
 from zoscope.errors import NumericalError, SpecError, UsageError
 
 
@@ -62,7 +63,7 @@ def test_an_unknown_command_names_the_nearest(zoscope_cli) -> None:
     [(UsageError("no such thing"), 2), (SpecError("no such thing"), 2), (NumericalError("no such thing"), 3)],
 )
 def test_an_error_is_one_paragraph_with_its_exit_code(zoscope_cli, monkeypatch, error: Exception, code: int) -> None:
-    monkeypatch.setattr(bounds.ProblemOptions, "load", raising(error))
+    monkeypatch.setattr(Given, "load", raising(error))
     finished = zoscope_cli("bounds", "x.py")
     assert finished.code == code
     assert finished.paragraph == "Error: no such thing"
@@ -70,20 +71,20 @@ def test_an_error_is_one_paragraph_with_its_exit_code(zoscope_cli, monkeypatch, 
 
 
 def test_brackets_in_a_message_are_not_markup(zoscope_cli, monkeypatch) -> None:
-    monkeypatch.setattr(bounds.ProblemOptions, "load", raising(UsageError("no [red]key[/red] in [tool.zoscope]")))
+    monkeypatch.setattr(Given, "load", raising(UsageError("no [red]key[/red] in [tool.zoscope]")))
     assert zoscope_cli("bounds").paragraph == "Error: no [red]key[/red] in [tool.zoscope]"
 
 
 def test_the_users_own_frame_follows_the_paragraph(zoscope_cli, monkeypatch) -> None:
     frame = '  File "/home/me/model.py", line 3, in problem\n    return 1 / 0'
-    monkeypatch.setattr(bounds.ProblemOptions, "load", raising(SpecError("it raised", frame=frame)))
+    monkeypatch.setattr(Given, "load", raising(SpecError("it raised", frame=frame)))
     finished = zoscope_cli("bounds", "model.py")
     assert finished.code == 2
     assert finished.err == f"Error: it raised\n{frame}\n"
 
 
 def test_an_interrupt_is_130_without_a_traceback(zoscope_cli, monkeypatch) -> None:
-    monkeypatch.setattr(bounds.ProblemOptions, "load", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(Given, "load", raising(KeyboardInterrupt()))
     finished = zoscope_cli("bounds", "model.py")
     assert finished.code == 130
     assert "Traceback" not in finished.err
@@ -91,14 +92,14 @@ def test_an_interrupt_is_130_without_a_traceback(zoscope_cli, monkeypatch) -> No
 
 @pytest.mark.parametrize("message", ["", "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"])
 def test_running_out_of_memory_is_3_and_says_what_to_do(zoscope_cli, monkeypatch, message: str) -> None:
-    monkeypatch.setattr(bounds.ProblemOptions, "load", raising(MemoryError(message)))
+    monkeypatch.setattr(Given, "load", raising(MemoryError(message)))
     finished = zoscope_cli("bounds", "model.py")
     assert finished.code == 3
     assert "--micro-batch" in finished.paragraph
 
 
 def test_a_bug_shows_its_traceback_and_is_not_mistaken_for_an_answer(zoscope_cli, monkeypatch) -> None:
-    monkeypatch.setattr(bounds.ProblemOptions, "load", raising(ZeroDivisionError("inside")))
+    monkeypatch.setattr(Given, "load", raising(ZeroDivisionError("inside")))
     finished = zoscope_cli("bounds", "model.py")
     assert finished.code == 3
     assert "Traceback" in finished.err
@@ -106,7 +107,7 @@ def test_a_bug_shows_its_traceback_and_is_not_mistaken_for_an_answer(zoscope_cli
 
 
 def test_a_closed_pipe_ends_quietly(zoscope_cli, monkeypatch) -> None:
-    monkeypatch.setattr(bounds.ProblemOptions, "load", raising(BrokenPipeError()))
+    monkeypatch.setattr(Given, "load", raising(BrokenPipeError()))
     monkeypatch.setattr(app, "_broken_pipe", lambda: app.EXIT_BROKEN_PIPE)
     finished = zoscope_cli("bounds", "model.py")
     assert (finished.code, finished.out, finished.err) == (141, "", "")

@@ -1,11 +1,15 @@
 """Every option value that cannot be meant is refused in one paragraph, before a spec is looked at."""
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from zoscope.cli.options import MeasureOptions, OptimizerOptions
+import zoscope
+from zoscope.cli.options import MEASURE, RULE, Given
 from zoscope.errors import UsageError
+from zoscope.options import COMMANDS, OPTIONS, options_of
 
 BAD = [
     (["--rtol", "0"], "--rtol"),
@@ -60,33 +64,61 @@ def test_a_bad_value_is_one_paragraph_and_exit_2(zoscope_cli, args: list[str], n
     assert finished.out == ""
 
 
+def given(command: str = "bounds", **values: Any) -> Given:
+    """The options of a command, of which some were given."""
+    defaults = {option.name: shown(option.default) for _, option in options_of(command)}
+    return Given(command, {**defaults, **values})
+
+
+def shown(default: object) -> object:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else default
+
+
 def test_zeroth_order_names_mean_the_same_families_for_bounds() -> None:
-    assert OptimizerOptions(optimizer=["zo-gdm", "gd", "gdm"]).families == ("gdm", "gd")
-    assert OptimizerOptions().families == ("gd", "gdm", "adam")
+    assert given(optimizer=["zo-gdm", "gd", "gdm"]).families == ("gdm", "gd")
+    assert given().families == ("gd", "gdm", "adam")
 
 
 def test_betas_arrive_as_two_numbers() -> None:
-    assert OptimizerOptions(betas="0.8, 0.95").kwargs()["betas"] == (0.8, 0.95)
+    assert given(betas="0.8, 0.95").betas == (0.8, 0.95)
 
 
-def test_defaults_are_those_of_the_python_function() -> None:
-    import inspect
+OTHERWISE = {("probe", "optimizer"), ("track", "lr"), ("track", "resume")}
+"""Left out on the command line it means one in particular; a function needs it, or takes yes or no."""
 
-    import zoscope
 
-    signature = inspect.signature(zoscope.bounds)
-    for name, value in {**MeasureOptions().kwargs(), **OptimizerOptions().kwargs()}.items():
-        assert signature.parameters[name].default == value, name
+@pytest.mark.parametrize("command", ["bounds", "probe", "spectrum", "track"])
+def test_defaults_are_those_of_the_python_function(command: str) -> None:
+    parameters = inspect.signature(getattr(zoscope, command)).parameters
+    for _, option in options_of(command):
+        default = None if option.default == "auto" and option.name == "steps" else option.default
+        if option.name in parameters and (command, option.name) not in OTHERWISE:
+            assert parameters[option.name].default == default, option.name
+    if command in ("bounds", "probe"):
+        assert not {*RULE, *MEASURE} - {*parameters}
+
+
+def test_every_option_of_the_table_belongs_to_a_command() -> None:
+    used = [name for panels in COMMANDS.values() for names in panels.values() for name in names.split()]
+    assert {*used} == {*OPTIONS}
+    for command, panels in COMMANDS.items():
+        names = [name for line in panels.values() for name in line.split()]
+        assert len({*names}) == len(names), command
 
 
 @pytest.mark.parametrize("value", ["auto", "cpu", "cuda", "cuda:3"])
 def test_devices_of_the_contract_are_accepted(value: str) -> None:
-    assert MeasureOptions(device=value).device == value
+    assert given(device=value).device == value
+
+
+def test_a_value_that_is_too_large_is_told_the_range(zoscope_cli) -> None:
+    for args, range in ((["--queries", "2000000"], "from 1 to 1000000"), (["--eps", "2"], "at most 1")):
+        assert range in zoscope_cli("bounds", "missing.py", *args).paragraph
 
 
 def test_an_optimizer_state_must_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "adam.pt"
     with pytest.raises(UsageError, match=r"adam\.pt"):
-        OptimizerOptions(preconditioner=f"state:{file}")
+        given(preconditioner=f"state:{file}")
     file.write_bytes(b"")
-    assert OptimizerOptions(preconditioner=f"state:{file}").preconditioner == f"state:{file}"
+    assert given(preconditioner=f"state:{file}").preconditioner == f"state:{file}"

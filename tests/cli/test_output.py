@@ -107,15 +107,15 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
 
 def test_an_unwritable_place_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder"):
-        OutputOptions(output=tmp_path)
+        output.check_writable(tmp_path)
     with pytest.raises(UsageError, match="no folder"):
-        OutputOptions(output=tmp_path / "missing" / "result.json")
+        output.check_writable(tmp_path / "missing" / "result.json")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="no folder"):
-        OutputOptions(output=tmp_path / "file" / "result.json")
+        output.check_writable(tmp_path / "file" / "result.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_checking_a_place_leaves_nothing_behind(tmp_path: Path) -> None:
-    OutputOptions(output=tmp_path / "result.json")
+    output.check_writable(tmp_path / "result.json")
     assert list(tmp_path.iterdir()) == []

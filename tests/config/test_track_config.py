@@ -7,11 +7,11 @@ import pytest
 
 import zoscope
 from zoscope.analysis.track_results import TrackRequest
-from zoscope.cli.track import RunOptions
 from zoscope.config.load import Piecewise, Schedule
 from zoscope.config.sources import ConfigError
 from zoscope.config.training import TRACK, plain_config, read_axis, read_sweep, read_track_config, read_track_option
 from zoscope.errors import UsageError
+from zoscope.options import left_open
 
 
 def read(tmp_path, text):
@@ -23,10 +23,10 @@ def read(tmp_path, text):
 def test_every_option_is_a_key_an_argument_and_an_option():
     keys = set(TRACK.names)
     request = {entry.name for entry in dataclasses.fields(TrackRequest)}
-    options = {entry.name for entry in dataclasses.fields(RunOptions)} - {"settings"} | {"set", "sweep"}
+    options = {*left_open("track")} - {"settings"} | {"spec", "set", "sweep"}
     python = set(inspect.signature(zoscope.track).parameters) - {"problem", "resume", "overwrite", "observers"}
     assert options == keys
-    assert request | {"max_seconds", "max_memory", "run", "params", "spec"} == python
+    assert request | {"max_seconds", "max_memory", "shard_basis", "strict", "run", "params", "spec"} == python
     assert python | {"set", "checkpoint", "sweep"} == keys
 
 

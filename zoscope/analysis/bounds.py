@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zoscope.analysis import notices
 from zoscope.analysis.measurement import Measurement, ThresholdQuery, measure_problem, optimizer_row
 from zoscope.analysis.notices import Growth, growth_notices, measure_growth
-from zoscope.analysis.request import Progress, Request, rule_names, subject_of
+from zoscope.analysis.request import Progress, Request, rule_names, sharded_basis, subject_of
 from zoscope.analysis.result import MeasuredResult, ProblemInfo
 from zoscope.analysis.thresholds import (
     Binding,
@@ -181,6 +181,7 @@ def bounds(
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     micro_batch: int | None = None,
     max_memory: int | None = None,
+    shard_basis: bool = False,
     hvp: str = "auto",
     threshold: Threshold = "binding",
     lr: float | None = None,
@@ -216,6 +217,7 @@ def bounds(
         method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
         micro_batch: Examples per forward and backward pass; the batches as they are by default.
         max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
+        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
         hvp: How products are computed.
         threshold: What the recommendation and the verdict go by: ``"binding"`` is the smaller one of ``"horizon"`` and
             ``"descent"``; ``"exact"`` is the infinite-time threshold.
@@ -260,16 +262,15 @@ def bounds(
     )
     subject = subject_of(problem, params)
     name = spec if spec is not None else problem.name
+    options: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "max_memory": max_memory}
     if request.curvature == "forward":
         # Here, so that the other kinds of curvature do not wait for the optimizers that it brings along.
         from zoscope.analysis.forward import forward_bounds
 
         own = OWN_DTYPE if dtype == "auto" else dtype  # a wider copy would cost more memory than inference
-        with subject.prepare(
-            device=device, dtype=own, micro_batch=micro_batch, max_memory=max_memory, differentiable=False
-        ) as objective:
+        with sharded_basis(shard_basis), subject.prepare(dtype=own, differentiable=False, **options) as objective:
             return forward_bounds(objective, request, spec=name, started=started)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
+    with sharded_basis(shard_basis), subject.prepare(dtype=dtype, **options) as objective:
         measurement = measure_problem(objective, request)
         return _result(objective, request, measurement, spec=name, started=started)
 

@@ -299,6 +299,7 @@ def probe_options(config: CheckConfig, threshold: float) -> dict[str, Any]:
         "preconditioner": curvature.preconditioner,
         "micro_batch": curvature.micro_batch,
         "max_memory": curvature.max_memory,
+        "shard_basis": curvature.shard_basis,
     }
     if optimizer.zeroth_order and estimator.batch_size is not None:
         options["batch_size"] = estimator.batch_size
@@ -346,8 +347,8 @@ def check(
         **options: The options of the command line, which override everything: ``spec``, ``settings``, ``checkpoint``,
             ``params``, ``optimizer``, ``lr``, ``steps``, ``beta``, ``betas``, ``eps``, ``directions``, ``queries``,
             ``mu``, ``batch_size``, ``rtol``, ``max_hvps``, ``curvature``, ``method``, ``hvp``, ``device``, ``dtype``,
-            ``seed``, ``preconditioner``, ``micro_batch``, ``max_memory``, ``strict``, ``threshold``, ``margin``,
-            ``on_warn`` and ``probe``.
+            ``seed``, ``preconditioner``, ``micro_batch``, ``max_memory``, ``shard_basis``, ``strict``, ``threshold``,
+            ``margin``, ``on_warn`` and ``probe``.
 
     Returns:
         One result per check; ``.exit_code`` is what the command line would exit with.

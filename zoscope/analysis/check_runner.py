@@ -538,6 +538,7 @@ def _measuring(config: CheckConfig) -> dict[str, Any]:
         "seed": curvature.seed,
         "micro_batch": curvature.micro_batch,
         "max_memory": curvature.max_memory,
+        "shard_basis": curvature.shard_basis,
         "strict": curvature.strict,
         "batch_size": batch_size_of(config),
     }

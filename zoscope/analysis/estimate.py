@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from zoscope._version import __version__
-from zoscope.analysis.request import subject_of
+from zoscope.analysis.request import Method, sharded_basis, subject_of
 from zoscope.analysis.result import RichResult
 from zoscope.curvature.finite_difference import Stencil
 from zoscope.curvature.forward import CHECKS, GROUP, LEAST_DIRECTIONS, LEAST_GROUPS, PILOTS
@@ -184,7 +184,11 @@ def estimate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    method: Method = "auto",
+    hvp: str = "auto",
     micro_batch: int | None = None,
+    max_memory: int | None = None,
+    shard_basis: bool = False,
     params: str | None = None,
     spec: str | None = None,
 ) -> CostEstimate:
@@ -201,7 +205,11 @@ def estimate(
         seed: Of the sample.
         device: Device.
         dtype: Floating-point type.
+        method: How the spectrum would be measured.
+        hvp: How products would be computed.
         micro_batch: Examples per pass.
+        max_memory: Bytes that the process may hold in all.
+        shard_basis: Spread the Lanczos vectors over the processes of a job.
         params: Which parameters.
         spec: Name of the problem in the result.
 
@@ -214,7 +222,11 @@ def estimate(
     subject = subject_of(problem, params)
     operators = len({"adam" if name == "adam" else "plain" for name in optimizers})
     own = OWN_DTYPE if dtype == "auto" else dtype
-    with subject.prepare(device=device, dtype=own, micro_batch=micro_batch, differentiable=False) as objective:
+    options: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "max_memory": max_memory}
+    with (
+        sharded_basis(shard_basis),
+        subject.prepare(dtype=own, differentiable=False, **options) as objective,
+    ):
         with _one_micro_batch(objective) as scale:
             forward, evaluating = _forward(objective, scale, rtol=rtol, max_hvps=max_hvps, seed=seed)
         kinds = [forward]
@@ -232,14 +244,16 @@ def estimate(
             reason="",
         )
 
-    def prepared(make: Callable[[Objective], LinearOperator]) -> KindCost:
-        kind = "ggn" if make is GGNOperator else "hessian"
+    def prepared(kind: str, make: Callable[[Objective], LinearOperator]) -> KindCost:
         try:
             with (
-                subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, check=False) as objective,
+                sharded_basis(shard_basis),
+                subject.prepare(dtype=dtype, check=False, **options) as objective,
                 _one_micro_batch(objective) as scale,
             ):
-                return _second_order(objective, scale, kind, make, operators=operators, max_hvps=max_hvps)
+                return _second_order(
+                    objective, scale, kind, make, operators=operators, max_hvps=max_hvps, method=method
+                )
         except (SpecError, NumericalError, UsageError) as error:
             return KindCost.impossible(kind, str(error))
         except Exception as error:
@@ -248,7 +262,8 @@ def estimate(
             release_memory(torch.device(about.device))
             return KindCost.impossible(kind, f"out of memory with {about.timed_examples} examples at a time")
 
-    kinds = [prepared(HessianOperator), *([prepared(GGNOperator)] if problem.criterion is not None else []), *kinds]
+    hessian = prepared("hessian", lambda objective: HessianOperator(objective, hvp=hvp))
+    kinds = [hessian, *([prepared("ggn", GGNOperator)] if problem.criterion is not None else []), *kinds]
     choice, reason = recommended(kinds, available=about.available)
     return replace(about, kinds=tuple(kinds), recommended=choice, reason=reason)
 
@@ -336,6 +351,7 @@ def _second_order(
     *,
     operators: int,
     max_hvps: int,
+    method: Method,
 ) -> KindCost:
     d, itemsize = objective.num_params, torch.empty((), dtype=objective.dtype).element_size()
     vector = torch.ones(1, d, dtype=objective.dtype, device=objective.device)
@@ -347,7 +363,7 @@ def _second_order(
     together = scale.single or graphs <= room_for_graphs(objective.device)
     if not together:  # a fresh graph for every shard and product
         kept = _seconds(lambda: _afresh(operator, vector))
-    dense = d <= min(DENSE_LIMIT, max_hvps)
+    dense = method == "dense" or (method == "auto" and d <= min(DENSE_LIMIT, max_hvps))
     products = d if dense else min(max_hvps, SAMPLED_PRODUCTS) * operators
     rows = d if dense else min(MANY_STEPS, max(2, max_hvps // 3)) + 4 * BLOCK + 1
     each = kept * scale.data

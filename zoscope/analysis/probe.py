@@ -40,10 +40,10 @@ from zoscope.analysis.probe_runs import (
     probe_run,
     summarise,
 )
-from zoscope.analysis.request import Progress, Request, subject_of
+from zoscope.analysis.request import Progress, Request, sharded_basis, subject_of
 from zoscope.analysis.result import ProblemInfo
 from zoscope.curvature.operators import LinearOperator, Preconditioned, gradient
-from zoscope.errors import UsageError
+from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice
 from zoscope.problem.core import measurable
 
@@ -104,6 +104,8 @@ class Session:
         request, objective = self.request, self.objective
         with self.measurable.at() as measured:
             self.measurement = measure_problem(measured, request.measure)
+            if request.measure.strict:  # before the runs, which take the time
+                self._require_precision(self.measurement)
             diagonal = None if self.measurement.preconditioner is None else self.measurement.preconditioner.diagonal
             _, g = gradient(measured)
             operator: LinearOperator = curvature_operator(measured, request.measure)
@@ -133,6 +135,16 @@ class Session:
                 keep=self.points.append,
                 on_step=self._ticker("edge", self.edge_forecast.steps, 5),
             )
+
+    def _require_precision(self, measurement: Measurement) -> None:
+        """Refuse a threshold that is less precise than asked for."""
+        measure, entry = self.request.measure, measurement.operators[self.request.family]
+        wanted = measure.precision([self.request.rule], moments=measure.moments(dimension=self.objective.num_params))
+        reached = {entry.operator: wanted(entry.curvature.spectrum)}
+        for missed in notices.precision_notices(
+            reached, rtol=measure.rtol, max_hvps=measure.max_hvps, dimension=self.objective.num_params
+        ):
+            raise NumericalError(missed.message)
 
     def _mean_path(self, expected: Prediction, diagonal: Tensor | None) -> GradientFlow | None:
         """The path of the mean as long as the runs below the threshold follow it; others leave it soon."""
@@ -263,7 +275,9 @@ def probe(
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     micro_batch: int | None = None,
     max_memory: int | None = None,
+    shard_basis: bool = False,
     hvp: str = "auto",
+    strict: bool = False,
     params: str | None = None,
     spec: str | None = None,
     on_progress: Progress | None = None,
@@ -306,7 +320,9 @@ def probe(
         method: How the spectrum is measured.
         micro_batch: Examples per pass.
         max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
+        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
         hvp: How products are computed.
+        strict: Raise before any run where the precision asked for is not reached.
         params: Which parameters.
         spec: Name of the problem in the result.
         on_progress: As for ``zoscope.bounds``.
@@ -319,7 +335,8 @@ def probe(
         ValueError: If an argument is outside of its range.
         UsageError: If the curvature or the preconditioner asked for cannot be had.
         SpecError: If the problem cannot be measured.
-        NumericalError: If the start is not finite, or nothing limits the step size there.
+        NumericalError: If the start is not finite, nothing limits the step size there, or, with ``strict``, a precision
+            is not reached.
         ProbeInterruptedError: A ``KeyboardInterrupt`` that carries what was known.
     """
     check_optimizer(optimizer)
@@ -345,7 +362,7 @@ def probe(
             hvp=hvp,
             threshold=threshold,
             lr=None,
-            strict=False,
+            strict=strict,
             on_progress=on_progress,
             batch_size=batch_size,
         ),
@@ -368,6 +385,7 @@ def probe(
     subject = subject_of(problem, params)
     options: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "max_memory": max_memory}
     with (
+        sharded_basis(shard_basis),
         subject.prepare(dtype=dtype, trains=True, **options) as objective,
         measurable(subject, objective, **options) as measured,
     ):

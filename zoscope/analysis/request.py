@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from zoscope.analysis.advice import Threshold
+from zoscope.errors import UsageError
+from zoscope.options import CURVATURES
 from zoscope.theory.rules import OPTIMIZERS, Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate, require_count, require_non_negative, require_positive
 from zoscope.theory.stability import StabilityCondition, Version, estimates, thresholds
@@ -94,7 +98,6 @@ Progress = Callable[[str, int, float | None], None]
 """Called with the stage of the measurement, the products spent and the precision reached, if there is one."""
 
 Method = Literal["auto", "dense", "deflated-slq"]
-CURVATURES = ("hessian", "ggn", "forward")
 STATE_PREFIX = "state:"
 
 
@@ -217,6 +220,30 @@ def subject_of(problem: Problem, params: str | None) -> Problem:
             "spec file with zoscope.spec.load_spec(file).problem"
         )
     return problem if params is None else problem.with_params(params)
+
+
+@contextmanager
+def sharded_basis(wanted: bool) -> Iterator[None]:
+    """Have each process of this job hold a slice of the Lanczos vectors, instead of the first one all of them.
+
+    Raises:
+        UsageError: If there is only one process.
+    """
+    runtime = sys.modules.get("zoscope.runtime")  # loaded wherever there are several
+    ranks = None if runtime is None else runtime.current_ranks()
+    if ranks is None:
+        if wanted:
+            raise UsageError(
+                "--shard-basis spreads Lanczos vectors over several processes, and this is one by itself. Start it "
+                "with torchrun --nproc-per-node N -m zoscope …, or leave the option out."
+            )
+        yield
+        return
+    before, ranks.shard_basis = ranks.shard_basis, wanted or ranks.shard_basis
+    try:
+        yield
+    finally:
+        ranks.shard_basis = before
 
 
 def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from zoscope.analysis import notices
 from zoscope.analysis.bounds import curvature_dict, eigenvalue_dict
 from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient
-from zoscope.analysis.request import Progress, Request, subject_of
+from zoscope.analysis.request import Progress, Request, sharded_basis, subject_of
 from zoscope.analysis.result import MeasuredResult, ProblemInfo
 from zoscope.analysis.thresholds import estimate_dict, number
 from zoscope.curvature.moments import measure_moments
@@ -165,6 +165,7 @@ def spectrum(
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
     micro_batch: int | None = None,
     max_memory: int | None = None,
+    shard_basis: bool = False,
     hvp: str = "auto",
     strict: bool = False,
     params: str | None = None,
@@ -188,6 +189,7 @@ def spectrum(
         method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
         micro_batch: Examples per forward and backward pass; the batches as they are by default.
         max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
+        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
         hvp: How products are computed.
         strict: Raise where the precision asked for is not reached.
         params: Regular expression that selects parameters by name.
@@ -216,7 +218,10 @@ def spectrum(
         on_progress=on_progress,
     )
     subject = subject_of(problem, params)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
+    with (
+        sharded_basis(shard_basis),
+        subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective,
+    ):
         name = spec if spec is not None else problem.name
         return _spectrum(objective, request, top=top, by_layer=by_layer, spec=name, started=started)
 
@@ -435,6 +440,7 @@ def moments(
     curvature: Literal["hessian", "ggn"] = "hessian",
     micro_batch: int | None = None,
     max_memory: int | None = None,
+    shard_basis: bool = False,
     hvp: str = "auto",
     strict: bool = False,
     params: str | None = None,
@@ -455,6 +461,7 @@ def moments(
         curvature: The matrix: ``"hessian"`` or ``"ggn"``.
         micro_batch: Examples per forward and backward pass; the batches as they are by default.
         max_memory: Bytes that the process may hold in all.
+        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
         hvp: How products are computed.
         strict: Raise where the precision asked for is not reached.
         params: Regular expression that selects parameters by name.
@@ -482,7 +489,10 @@ def moments(
         on_progress=on_progress,
     )
     subject = subject_of(problem, params)
-    with subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective:
+    with (
+        sharded_basis(shard_basis),
+        subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective,
+    ):
         name = spec if spec is not None else problem.name
         return _moments(objective, request, spec=name, started=started)
 

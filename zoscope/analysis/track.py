@@ -11,12 +11,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from zoscope.analysis.request import sharded_basis
 from zoscope.analysis.track_folder import CONFIG, RunFolder
 from zoscope.analysis.track_loop import Observer, Run, gentle_interrupts
 from zoscope.analysis.track_results import OVER, SCHEMA, Every, TrackInterruptedError, TrackRequest, TrackResult
 from zoscope.config.load import Schedule, StepSizes, parse_step_sizes
 from zoscope.config.training import TRACK
-from zoscope.errors import UsageError, ZoscopeError
+from zoscope.errors import NumericalError, UsageError, ZoscopeError
 from zoscope.problem import Notice
 from zoscope.problem.core import measurable
 from zoscope.theory.spectrum import require_positive
@@ -292,6 +293,8 @@ def track(
     dtype: str = "auto",
     micro_batch: int | None = None,
     max_memory: int | None = None,
+    shard_basis: bool = False,
+    strict: bool = False,
     params: str | None = None,
     spec: str | None = None,
     observers: Sequence[Observer] = (),
@@ -336,6 +339,8 @@ def track(
         micro_batch: Examples per pass.
         max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly. Another
             session of the run may have another limit.
+        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
+        strict: Raise at the end where a measurement did not reach the precision asked for.
         params: Regular expression that selects parameters by name.
         spec: Name of the problem in the result.
         observers: Told of every step and of every measurement.
@@ -347,7 +352,7 @@ def track(
         ValueError: If an argument is outside of its range.
         UsageError: If the folder cannot be used, or another run is in it.
         SpecError: If the problem cannot be measured.
-        NumericalError: If the start is not finite.
+        NumericalError: If the start is not finite, or, with ``strict``, a precision was not reached.
         RunFolderError: If the folder can no longer be written; its last checkpoint stays.
         TrackInterruptedError: A ``KeyboardInterrupt`` that carries what was found.
     """
@@ -377,7 +382,7 @@ def track(
         dtype=dtype,
         micro_batch=micro_batch,
     )
-    return track_request(
+    result = track_request(
         problem if params is None else problem.with_params(params),
         request,
         origin={} if params is None else {"params": params},
@@ -386,9 +391,29 @@ def track(
         overwrite=overwrite,
         max_seconds=max_seconds,
         max_memory=max_memory,
+        shard_basis=shard_basis,
         spec=spec,
         observers=observers,
     )
+    if strict:
+        require_precision(result)
+    return result
+
+
+def require_precision(result: TrackResult) -> None:
+    """Refuse a run that was measured less precisely than asked for.
+
+    Raises:
+        NumericalError: With the first of its measurements that missed ``rtol``.
+    """
+    rtol, found = result.config["rtol"], [record for record in result.records if record.precision is not None]
+    missed = [record for record in found if record.precision is not None and not record.precision <= rtol]
+    if missed:
+        raise NumericalError(
+            f"The precision asked for (--rtol {rtol:g}) was not reached in {len(missed):,} of {len(found):,} "
+            f"measurements, first at step {missed[0].step:,} (± {100 * (missed[0].precision or 0):.3g} %). The records "
+            "are honest, only less precise; raise --max-hvps or --rtol."
+        )
 
 
 def as_step_sizes(lr: float | str | StepSizes) -> StepSizes:
@@ -415,6 +440,7 @@ def track_request(
     overwrite: bool,
     max_seconds: float | None,
     max_memory: int | None = None,
+    shard_basis: bool = False,
     spec: str | None,
     observers: Sequence[Observer],
 ) -> TrackResult:
@@ -429,6 +455,7 @@ def track_request(
         overwrite: Replace a run that is there.
         max_seconds: Time for this session.
         max_memory: Bytes that the process may hold in this session.
+        shard_basis: Spread the Lanczos vectors over the processes of a job.
         spec: Name of the problem in the result.
         observers: Who watches.
     """
@@ -437,6 +464,7 @@ def track_request(
     config = {**origin, **request_config(request)}
     name = spec if spec is not None else problem.name
     with ExitStack() as stack:
+        stack.enter_context(sharded_basis(shard_basis))
         place = None if folder is None else RunFolder(folder)
         if place is not None:
             stack.enter_context(place.opened())

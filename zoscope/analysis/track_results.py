@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from zoscope._version import __version__
 from zoscope.analysis.thresholds import number
 from zoscope.optim.directions import check_law
+from zoscope.options import MATRICES, OPTIMIZERS
 from zoscope.theory.rules import Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import require_count, require_positive
 
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from zoscope.config.load import StepSizes
     from zoscope.problem import Notice
 
-FAMILIES = ("gd", "gdm", "adam")
-OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
-CURVATURES = ("hessian", "ggn")
 Every = int | Literal["auto", "adaptive"]
 Method = Literal["auto", "dense", "deflated-slq"]
 
@@ -63,7 +61,7 @@ class TrackRequest:
 
     def __post_init__(self) -> None:
         _require_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _require_one_of("curvature", self.curvature, CURVATURES)
+        _require_one_of("curvature", self.curvature, MATRICES)
         _require_one_of("method", self.method, get_args(Method))
         check_law(self.directions)
         for name in ("steps", "queries", "max_hvps"):

@@ -1,4 +1,4 @@
-"""Options of ``zoscope check``. All default to "not given": what is not said here is left to the configuration."""
+"""``zoscope check``."""
 
 from __future__ import annotations
 
@@ -6,142 +6,25 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from typer import Option
 
 import zoscope
-from zoscope.cli import validate
-from zoscope.cli.options import CURVATURES, DIRECTIONS, DTYPES, HVPS, METHODS, OPTIMIZERS, THRESHOLDS, Quiet, flatten
+from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import PipeConsole, as_json, as_text, check_writable, measuring, write_whole
-from zoscope.cli.validate import choice
+from zoscope.cli.validate import checked, choice
 from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
+from zoscope.options import FORMATS, OPTIONS
 
 if TYPE_CHECKING:
     from zoscope.analysis.check import Baseline
     from zoscope.analysis.check_results import CheckReport
 
-ON_WARN = ("pass", "fail")
-
-
-def _option(*names: str, panel: str, help: str, metavar: str | None = None) -> Any:
-    return Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
-
-
-@dataclass(frozen=True)
-class OverrideOptions:
-    """What overrides every check of the configuration, or makes up one check without a file."""
-
-    spec: Annotated[
-        str | None, _option("--spec", metavar="SPEC", panel="Check", help="Check this spec, without a file.")
-    ] = None
-    settings: Annotated[
-        list[str] | None,
-        _option("--set", metavar="KEY=VALUE", panel="Check", help="Argument for the spec's callable; repeatable."),
-    ] = None
-    checkpoint: Annotated[
-        Path | None, _option("--checkpoint", metavar="FILE", panel="Check", help="Weights to load first.")
-    ] = None
-    params: Annotated[
-        str | None, _option("--params", metavar="REGEX", panel="Check", help="Only parameters whose name matches.")
-    ] = None
-    optimizer: Annotated[
-        str | None, _option("--optimizer", metavar=" | ".join(OPTIMIZERS), panel="Check", help="Optimizer.")
-    ] = None
-    lr: Annotated[float | None, _option("--lr", metavar="LR", panel="Check", help="Step size to check.")] = None
-    steps: Annotated[
-        int | None, _option("--steps", metavar="N", panel="Check", help="Training steps planned: the horizon.")
-    ] = None
-    beta: Annotated[float | None, _option("--beta", panel="Check", help="Momentum of GDM.")] = None
-    betas: Annotated[str | None, _option("--betas", metavar="B1,B2", panel="Check", help="Adam's coefficients.")] = None
-    eps: Annotated[float | None, _option("--eps", panel="Check", help="ε of Adam.")] = None
-    preconditioner: Annotated[
-        str | None,
-        _option("--preconditioner", metavar="expected|state:FILE", panel="Check", help="Adam's preconditioner."),
-    ] = None
-    directions: Annotated[
-        str | None,
-        _option("--directions", metavar=" | ".join(DIRECTIONS), panel="Check", help="Law of the directions."),
-    ] = None
-    queries: Annotated[
-        int | None, _option("--queries", metavar="Q", panel="Check", help="Two-point queries averaged per step.")
-    ] = None
-    mu: Annotated[float | None, _option("--mu", panel="Check", help="Perturbation scale of the estimate.")] = None
-    batch_size: Annotated[
-        int | None, _option("--batch-size", metavar="B", panel="Check", help="Examples per step of training.")
-    ] = None
-    threshold: Annotated[
-        str | None,
-        _option("--threshold", metavar=" | ".join(THRESHOLDS), panel="Policy", help="Threshold of zo- optimizers."),
-    ] = None
-    margin: Annotated[
-        float | None,
-        _option("--margin", panel="Policy", help="Pass when lr <= margin × lower end of the 95 % interval (0.8)."),
-    ] = None
-    on_warn: Annotated[
-        str | None,
-        _option("--on-warn", metavar=" | ".join(ON_WARN), panel="Policy", help="What an lr in between does."),
-    ] = None
-    probe: Annotated[
-        bool | None, Option("--probe/--no-probe", help="Add a short training probe.", rich_help_panel="Policy")
-    ] = None
-    rtol: Annotated[float | None, _option("--rtol", panel="Measurement", help="Relative 95 % half-width wanted.")] = (
-        None
-    )
-    max_hvps: Annotated[
-        int | None, _option("--max-hvps", panel="Measurement", help="Most Hessian-vector products per operator.")
-    ] = None
-    curvature: Annotated[
-        str | None, _option("--curvature", metavar=" | ".join(CURVATURES), panel="Measurement", help="Which matrix.")
-    ] = None
-    method: Annotated[
-        str | None, _option("--method", metavar=" | ".join(METHODS), panel="Measurement", help="How it is measured.")
-    ] = None
-    hvp: Annotated[
-        str | None, _option("--hvp", metavar=" | ".join(HVPS), panel="Measurement", help="How products are computed.")
-    ] = None
-    device: Annotated[
-        str | None, _option("--device", metavar="auto|cpu|cuda[:i]", panel="Measurement", help="Where to compute.")
-    ] = None
-    dtype: Annotated[
-        str | None, _option("--dtype", metavar=" | ".join(DTYPES), panel="Measurement", help="Floating-point type.")
-    ] = None
-    seed: Annotated[int | None, _option("--seed", panel="Measurement", help="Seed of the probe vectors.")] = None
-    micro_batch: Annotated[
-        int | None, _option("--micro-batch", metavar="N", panel="Measurement", help="Examples per forward pass.")
-    ] = None
-    max_memory: Annotated[
-        str | None,
-        _option(
-            "--max-memory", metavar="SIZE", panel="Measurement", help="Most memory that this process may hold, as 2GB."
-        ),
-    ] = None
-    strict: Annotated[
-        bool | None,
-        Option("--strict/--no-strict", help="Error when --rtol is not reached.", rich_help_panel="Measurement"),
-    ] = None
-
-    def given(self) -> dict[str, Any]:
-        """Options that were given, as keyword arguments of ``zoscope.check``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {name: value for name, value in values.items() if value is not None}
-        if self.betas is not None:
-            given["betas"] = validate.pair("--betas", self.betas)
-        if self.max_memory is not None:
-            given["max_memory"] = validate.size("--max-memory", self.max_memory)
-        if self.settings is not None:
-            from zoscope.spec import parse_settings
-
-            given["settings"] = parse_settings(self.settings)
-        return given
-
-
-FORMATS = ("text", "json", "junit", "github", "sarif", "markdown")
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 WORKSPACE_VARIABLE = "GITHUB_WORKSPACE"
 FROM_REPOSITORY = ("github", "sarif")
@@ -221,105 +104,44 @@ def _append_summary(text: str) -> None:
         raise UsageError(f"{SUMMARY_VARIABLE}: cannot append to {file} ({error.strerror}).") from None
 
 
-Config = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="CONFIG",
-        help="zoscope.yaml, or a pyproject.toml with \\[tool.zoscope]. Left out: that of this folder, unless --spec.",
-        show_default=False,
-    ),
-]
-Only = Annotated[
-    list[str] | None, typer.Option("--only", metavar="NAME", help="Only the check of this name; repeatable.")
-]
-HfArgs = Annotated[
-    Path | None,
-    typer.Option("--hf-args", metavar="FILE", help="TrainingArguments, JSON or YAML, that override the configuration."),
-]
-Format = Annotated[
-    str | None,
-    typer.Option("--format", metavar=" | ".join(FORMATS), help="Format of stdout.", rich_help_panel="Output"),
-]
-Json = Annotated[bool, typer.Option("--json", help="The same as --format json.", rich_help_panel="Output")]
-Output = Annotated[
-    list[str] | None,
-    typer.Option(metavar="FORMAT=FILE", help="Write this format to FILE too; repeatable.", rich_help_panel="Output"),
-]
-Schema = Annotated[
-    bool,
-    typer.Option("--schema", help="Print the JSON Schema of the configuration and exit.", rich_help_panel="Output"),
-]
-BaselineFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--baseline", metavar="FILE", help="Earlier thresholds to compare with.", rich_help_panel="Baseline and cache"
-    ),
-]
-MaxDrop = Annotated[
-    str,
-    typer.Option("--max-drop", help="Largest fall of a threshold allowed.", rich_help_panel="Baseline and cache"),
-]
-UpdateBaseline = Annotated[
-    bool,
-    typer.Option("--update-baseline", help="Write --baseline instead.", rich_help_panel="Baseline and cache"),
-]
-CacheFolder = Annotated[
-    Path | None,
-    typer.Option("--cache", metavar="DIR", help="Keep measurements here.", rich_help_panel="Baseline and cache"),
-]
-
-
-@flatten
-def command(
-    overrides: OverrideOptions,
-    config: Config = None,
-    only: Only = None,
-    hf_args: HfArgs = None,
-    format: Format = None,
-    json_output: Json = False,
-    output: Output = None,
-    schema: Schema = False,
-    baseline: BaselineFile = None,
-    max_drop: MaxDrop = "20%",
-    update_baseline: UpdateBaseline = False,
-    cache: CacheFolder = None,
-    quiet: Quiet = False,
-) -> None:
+@takes_options("check")
+def command(given: Given) -> None:
     """CI gate: is each configured step size inside the stable range?
 
     Exits 0 when all checks pass or warn, 1 when one fails, 3 when one could not be measured, 2 when a spec or the
     configuration is wrong; of several the worst, in the order 2 > 3 > 1 > 0. Every check runs.
     """
-    if schema:
+    if given.schema:
         from zoscope.config.keys import schema_text
 
         sys.stdout.write(schema_text())
         return
-    shown = _format(format, json_output)
-    files = targets(output or [], default=shown)
-    replaced = _replaced(baseline) if update_baseline else None
-    given = overrides.given()
+    shown = _format(given.format, given.json)
+    files = targets(given.output or [], default=shown)
+    replaced = _replaced(given.baseline) if given.update_baseline else None
+    options = _overrides(given)
+    progress = measuring(max_hvps=options.get("max_hvps", 600), rtol=options.get("rtol", 0.02), quiet=given.quiet)
     try:
-        with measuring(max_hvps=given.get("max_hvps", 600), rtol=given.get("rtol", 0.02), quiet=quiet) as on_progress:
+        with progress as on_progress:
             report = zoscope.check(
-                config,
-                only=only or (),
-                hf_args=hf_args,
-                baseline=None if update_baseline else baseline,
-                max_drop=fraction(max_drop),
-                cache=cache,
+                given.config,
+                only=given.only or (),
+                hf_args=given.hf_args,
+                baseline=None if given.update_baseline else given.baseline,
+                max_drop=fraction(given.max_drop),
+                cache=given.cache,
                 on_progress=on_progress,
-                **given,
+                **options,
             )
     except ConfigError as error:
         _annotate(error, shown, files)
         raise
     write_all(report, files)
-    if baseline is not None and update_baseline:
+    if given.baseline is not None and given.update_baseline:
         from zoscope.analysis.check import baseline_document
 
-        document = baseline_document(report, earlier=replaced, keep_absent=bool(only))
-        write_whole(baseline, json.dumps(document, indent=2, allow_nan=False) + "\n", option="--baseline")
+        document = baseline_document(report, earlier=replaced, keep_absent=bool(given.only))
+        write_whole(given.baseline, json.dumps(document, indent=2, allow_nan=False) + "\n", option="--baseline")
     if shown == "text":
         PipeConsole().print(report)
     else:
@@ -327,6 +149,19 @@ def command(
     sys.stdout.flush()
     if report.exit_code:
         raise typer.Exit(report.exit_code)
+
+
+def _overrides(given: Given) -> dict[str, Any]:
+    """What overrides every check of the configuration, or makes up one check without a file."""
+    options = given.overrides()
+    for name in ("betas", "max_memory"):  # texts here, and other values in a file
+        if name in options:
+            options[name] = checked(OPTIONS[name], options[name])
+    if "settings" in options:
+        from zoscope.spec import parse_settings
+
+        options["settings"] = parse_settings(options["settings"])
+    return options
 
 
 def _format(given: str | None, as_json: bool) -> str:

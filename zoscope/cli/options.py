@@ -1,126 +1,79 @@
-"""Groups of options as dataclasses, spread over the command line of the commands that take them."""
+"""The table of options as parameters of commands."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Argument, Option
+from typer import Argument
+from typer import Option as Declared
 
-from zoscope.cli import validate
 from zoscope.cli.output import load_torch
+from zoscope.cli.validate import checked
+from zoscope.options import FAMILIES, Flag, Option, Several, left_open, options_of, shown, single
 
 if TYPE_CHECKING:
     from zoscope.spec import LoadedSpec
 
-
-def flatten(function: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter whose type is an options dataclass by the fields of that dataclass.
-
-    Typer sees one flat signature; the command receives the built, and thereby validated, groups.
-
-    Args:
-        function: A command. Names of fields and parameters must be unique over its groups.
-
-    Returns:
-        A command with the flat signature.
-    """
-    hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, type[Any]] = {}
-    flat: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        hint = hints[parameter.name]
-        if is_dataclass(hint) and isinstance(hint, type):
-            groups[parameter.name] = hint
-            flat += _parameters_of(hint)
-        else:
-            flat.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
-
-    @functools.wraps(function)
-    def command(**values: Any) -> None:
-        built = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        function(**built, **values)
-
-    command.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
-    return command
-
-
-def _parameters_of(group: type[Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(group)
-    ]
-
-
-METHODS = ("auto", "dense", "deflated-slq")
-CURVATURES = ("hessian", "ggn", "forward")
-DTYPES = ("auto", "float32", "float64", "bfloat16")
-DIRECTIONS = ("gaussian", "sphere")
-HVPS = ("auto", "double-backward", "batched", "forward-over-reverse", "linearize")
-THRESHOLDS = ("exact", "descent", "horizon", "binding")
-FAMILIES = ("gd", "gdm", "adam")
-OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
-
-_problem, _measurement, _optimizer, _output = (
-    partial(Option, rich_help_panel=panel) for panel in ("Problem", "Measurement", "Optimizer", "Output")
+RULE = ("beta", "betas", "eps", "preconditioner", "directions", "queries")
+MEASURE = (
+    "rtol",
+    "max_hvps",
+    "method",
+    "curvature",
+    "hvp",
+    "device",
+    "dtype",
+    "seed",
+    "micro_batch",
+    "max_memory",
+    "shard_basis",
 )
 
-Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress and no warnings on stderr.")]
-Threshold = Annotated[
-    str,
-    _optimizer(
-        "--threshold",
-        metavar=" | ".join(THRESHOLDS),
-        help="The threshold to go by: infinite time, first step, planned steps, or the smaller of the last two.",
-    ),
-]
 
+class Given:
+    """The options of a command, by name: checked, but for those that a file may say, too.
 
-@dataclass(frozen=True)
-class ProblemOptions:
-    """Which problem: SPEC and what changes it."""
+    Args:
+        command: Name of the command.
+        values: What its parameters were called with.
+    """
 
-    spec: Annotated[
-        str | None,
-        Argument(
-            metavar="SPEC",
-            help="path/to/model.py, path/to/model.py:name or package.module:name (default name: problem). Left out: "
-            "'problem' of ./zoscope.yaml or of the table tool.zoscope in ./pyproject.toml, else ./model.py.",
-            show_default=False,
-        ),
-    ] = None
-    settings: Annotated[
-        list[str] | None,
-        _problem(
-            "--set", metavar="KEY=VALUE", help="Keyword argument for the spec's callable, a YAML scalar; repeatable."
-        ),
-    ] = None
-    params: Annotated[
-        str | None,
-        _problem("--params", metavar="REGEX", help="Only parameters whose name matches."),
-    ] = None
-    checkpoint: Annotated[
-        Path | None,
-        _problem("--checkpoint", metavar="FILE", help="Weights to load first: a state_dict, .pt or .safetensors."),
-    ] = None
+    def __init__(self, command: str, values: Mapping[str, Any]) -> None:
+        kept = left_open(command)
+        self.command = command
+        self.values = {
+            option.name: values[option.name] if option.name in kept else checked(option, values[option.name])
+            for _, option in options_of(command)
+        }
 
-    def __post_init__(self) -> None:
-        if self.params is not None:
-            validate.regex("--params", self.params)
-        if self.checkpoint is not None:
-            validate.existing("--checkpoint", self.checkpoint)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def take(self, *names: str) -> dict[str, Any]:
+        """Some of them, as keyword arguments."""
+        return {name: self.values[name] for name in names}
+
+    def overrides(self) -> dict[str, Any]:
+        """Those that a file may say, too, as far as they were given."""
+        return {name: self.values[name] for name in left_open(self.command) if self.values[name] is not None}
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Optimizers without their ``zo-``, once each, in the order given; all of them when none is."""
+        return tuple(dict.fromkeys(name.removeprefix("zo-") for name in self.optimizer or FAMILIES))
+
+    @property
+    def out(self) -> OutputOptions:
+        """Where the result goes."""
+        return OutputOptions(self.json, self.output, self.quiet)
 
     def load(self) -> LoadedSpec:
         """The problem; from here on torch is loaded. Its ``display`` says where a SPEC that was left out came from."""
@@ -136,182 +89,52 @@ class ProblemOptions:
         return replace(loaded, display=f"{loaded.display} ({found})")
 
 
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How the curvature is measured."""
+def takes_options(command: str) -> Callable[[Callable[[Given], None]], Callable[..., None]]:
+    """Give a function the options of a command: Typer sees parameters, the function their checked values."""
+    kept = left_open(command)
+    parameters = [_parameter(command, panel, option, option.name in kept) for panel, option in options_of(command)]
 
-    rtol: Annotated[
-        float,
-        _measurement(help="Relative 95 % half-width wanted for the thresholds."),
-    ] = 0.02
-    max_hvps: Annotated[int, _measurement(help="Most Hessian-vector products to spend per operator.")] = 600
-    method: Annotated[
-        str,
-        _measurement(metavar=" | ".join(METHODS), help="Dense eigenvalues or stochastic quadrature."),
-    ] = "auto"
-    curvature: Annotated[
-        str,
-        _measurement(
-            metavar=" | ".join(CURVATURES),
-            help="Hessian, Gauss-Newton matrix, or, for bounds alone, forward passes only (no second derivatives).",
-        ),
-    ] = "hessian"
-    hvp: Annotated[
-        str,
-        _measurement(metavar=" | ".join(HVPS), help="How Hessian-vector products are computed."),
-    ] = "auto"
-    device: Annotated[str, _measurement(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto"
-    dtype: Annotated[
-        str,
-        _measurement(metavar=" | ".join(DTYPES), help="Floating-point type of the copy that is measured."),
-    ] = "auto"
-    seed: Annotated[int, _measurement(help="Seed of every random number drawn.")] = 0
-    micro_batch: Annotated[
-        int | None,
-        _measurement(
-            metavar="N",
-            help="Examples per forward and backward pass (default: the batches as they are).",
-            show_default=False,
-        ),
-    ] = None
-    max_memory: Annotated[
-        str | None,
-        _measurement(
-            metavar="SIZE",
-            help="Most memory that this process may hold, such as 2GB: cuts the batches, keeps fewer vectors.",
-            show_default=False,
-        ),
-    ] = None
-    strict: Annotated[
-        bool,
-        _measurement("--strict", help="Exit 3 when the precision of --rtol was not reached."),
-    ] = False
-    shard_basis: Annotated[
-        bool,
-        _measurement(
-            "--shard-basis",
-            help="With torchrun: spread the Lanczos vectors over the processes, which saves memory on the first.",
-        ),
-    ] = False
+    def decorate(function: Callable[[Given], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            defaults = {parameter.name: parameter.default for parameter in parameters}
+            function(Given(command, {**defaults, **values}))
 
-    def __post_init__(self) -> None:
-        validate.shard_basis(self.shard_basis)
-        validate.relative("--rtol", self.rtol)
-        validate.at_least("--max-hvps", self.max_hvps, 1)
-        validate.choice("--method", self.method, METHODS)
-        validate.choice("--curvature", self.curvature, CURVATURES)
-        validate.choice("--hvp", self.hvp, HVPS)
-        validate.device("--device", self.device)
-        validate.choice("--dtype", self.dtype, DTYPES)
-        validate.at_least("--seed", self.seed, 0)
-        if self.micro_batch is not None:
-            validate.at_least("--micro-batch", self.micro_batch, 1)
-        self._bytes()
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
 
-    def _bytes(self) -> int | None:
-        return None if self.max_memory is None else validate.size("--max-memory", self.max_memory)
-
-    def kwargs(self) -> dict[str, Any]:
-        """As keyword arguments of the functions that measure; ``strict`` is left to the command."""
-        return {
-            "rtol": self.rtol,
-            "max_hvps": self.max_hvps,
-            "method": self.method,
-            "curvature": self.curvature,
-            "hvp": self.hvp,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seed": self.seed,
-            "micro_batch": self.micro_batch,
-            "max_memory": self._bytes(),
-        }
+    return decorate
 
 
-@dataclass(frozen=True)
-class RuleOptions:
-    """Which optimizers, their constants, and the gradient estimate that feeds them."""
-
-    optimizer: Annotated[
-        list[str] | None,
-        _optimizer(metavar=" | ".join(OPTIMIZERS), help="Optimizer; repeatable.", show_default=False),
-    ] = None
-    beta: Annotated[float, _optimizer(help="Momentum of GDM.")] = 0.9
-    betas: Annotated[str, _optimizer(metavar="B1,B2", help="Both coefficients of Adam.")] = "0.9,0.999"
-    eps: Annotated[float, _optimizer(help="ε of Adam.")] = 1e-8
-    preconditioner: Annotated[
-        str,
-        _optimizer(
-            metavar="expected|state:FILE",
-            help="Adam's preconditioner: its expected value here, or from a saved optimizer state.",
-        ),
-    ] = "expected"
-    directions: Annotated[
-        str,
-        _optimizer(metavar=" | ".join(DIRECTIONS), help="Law of the random directions."),
-    ] = "gaussian"
-    queries: Annotated[int, _optimizer(metavar="Q", help="Two-point queries averaged per step.")] = 1
-
-    def __post_init__(self) -> None:
-        for name in self.optimizer or ():
-            validate.choice("--optimizer", name, OPTIMIZERS)
-        validate.momentum("--beta", self.beta)
-        validate.pair("--betas", self.betas)
-        validate.positive("--eps", self.eps)
-        validate.preconditioner("--preconditioner", self.preconditioner)
-        validate.choice("--directions", self.directions, DIRECTIONS)
-        validate.at_least("--queries", self.queries, 1)
-
-    @property
-    def families(self) -> tuple[str, ...]:
-        """Optimizers without their ``zo-``, once each, in the order given; all of them when none is."""
-        return tuple(dict.fromkeys(name.removeprefix("zo-") for name in self.optimizer or FAMILIES))
-
-    def kwargs(self) -> dict[str, Any]:
-        """As keyword arguments, without the optimizers themselves: one command takes several, another one."""
-        return {
-            "beta": self.beta,
-            "betas": validate.pair("--betas", self.betas),
-            "eps": self.eps,
-            "preconditioner": self.preconditioner,
-            "directions": self.directions,
-            "queries": self.queries,
-        }
-
-
-@dataclass(frozen=True)
-class OptimizerOptions(RuleOptions):
-    """The same with the training that is planned."""
-
-    steps: Annotated[int, _optimizer(metavar="N", help="Training steps planned: the horizon.")] = 1000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate.at_least("--steps", self.steps, 1)
-
-    def kwargs(self) -> dict[str, Any]:
-        """As keyword arguments; see `RuleOptions.kwargs`."""
-        return {"steps": self.steps, **super().kwargs()}
+def _parameter(command: str, panel: str, option: Option, is_open: bool) -> inspect.Parameter:
+    domain = option.domain
+    default = None if is_open else shown(option.default) if isinstance(option.default, tuple) else option.default
+    kind: Any = list[single(domain).type] if isinstance(domain, Several) else domain.type  # type: ignore[misc]
+    help = option.help
+    shows = option.default is not None and not isinstance(domain, Flag)
+    if command == "track" and is_open and shows:  # Typer would use parentheses
+        help += f" [dim]\\[default: {shown(option.default)}][/]"
+    declared: dict[str, Any] = {"help": help, "metavar": option.metavar, "show_default": default is not None}
+    if panel == "Arguments":
+        declaration = Argument(**declared)
+    else:
+        declaration = Declared(*option.flags, **declared, rich_help_panel=None if panel == "Options" else panel)
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind if default is not None else kind | None, declaration],
+    )
 
 
 @dataclass(frozen=True)
 class OutputOptions:
     """Where the result goes and in which form."""
 
-    json: Annotated[bool, _output("--json", help="One JSON document on stdout and nothing else.")] = False
-    output: Annotated[
-        Path | None,
-        _output(
-            metavar="FILE",
-            help="Write the result to FILE too, whole or not at all; JSON with --json or a .json name, else text.",
-        ),
-    ] = None
-    quiet: Quiet = False
-
-    def __post_init__(self) -> None:
-        if self.output is not None:
-            from zoscope.cli.output import check_writable
-
-            check_writable(self.output)
+    json: bool = False
+    output: Path | None = None
+    quiet: bool = False
 
     @property
     def file_format(self) -> Literal["json", "text"]:

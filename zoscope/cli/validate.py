@@ -1,22 +1,35 @@
-"""Checks of option values. Each raises a ``UsageError`` of one paragraph that names the option."""
+"""Checks of option values, by the table of options. Each raises a ``UsageError`` of one paragraph with the option."""
 
 import difflib
-import math
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from zoscope.errors import UsageError
+from zoscope.options import DEVICE, MOMENTUM, Option, Real, Several, Single, Whole, Words
 
 
-def choice(option: str, value: str, allowed: Sequence[str]) -> Any:
-    """``value``, which must be one of ``allowed``; otherwise the error names the nearest.
+def checked(option: Option, value: Any) -> Any:
+    """A value of the command line as the rest of the program takes it; ``None`` where the option was not given."""
+    if value is None:
+        return None
+    if isinstance(option.domain, Several):
+        return [_checked(option.flag, option.domain.item, item) for item in value]
+    return _checked(option.flag, option.domain, value)
 
-    Returns:
-        ``value``, as ``Any``: where it goes the type is a ``Literal`` of the names in ``allowed``.
-    """
+
+def _checked(option: str, domain: Single, value: Any) -> Any:
+    if isinstance(domain, Words):
+        return choice(option, value, domain.names)
+    if isinstance(domain, Whole | Real):
+        return number(option, value, domain)
+    form = getattr(domain, "form", "")
+    return FORMS[form](option, value) if form else value
+
+
+def choice(option: str, value: str, allowed: Sequence[str]) -> str:
+    """``value``, which must be one of ``allowed``; otherwise the error names the nearest."""
     if value in allowed:
         return value
     near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.5)
@@ -24,27 +37,12 @@ def choice(option: str, value: str, allowed: Sequence[str]) -> Any:
     raise UsageError(f"{option}: unknown value '{value}'. Expected one of {', '.join(allowed)}.{hint}")
 
 
-def positive(option: str, value: float) -> float:
-    """A finite number above 0."""
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"{option}: got {value:g}. Expected a finite number above 0.")
-    return value
-
-
-def relative(option: str, value: float) -> float:
-    """A relative precision, strictly between 0 and 1."""
-    if not 0 < value < 1:
-        raise UsageError(
-            f"{option}: got {value:g}. Expected a relative precision strictly between 0 and 1, such as 0.02 for 2 %; "
-            "an exact answer needs --method dense."
-        )
-    return value
-
-
-def at_least(option: str, value: int, least: int) -> int:
-    """An integer not below ``least``."""
-    if value < least:
-        raise UsageError(f"{option}: got {value}. Expected an integer of at least {least}.")
+def number(option: str, value: float, domain: Whole | Real) -> float:
+    """A number in range."""
+    expected = domain.expected(value)
+    if expected is not None:
+        got = value if isinstance(domain, Whole) else f"{value:g}"
+        raise UsageError(f"{option}: got {got}. Expected {expected}.")
     return value
 
 
@@ -60,28 +58,40 @@ def size(option: str, text: str) -> int:
     return found
 
 
-def momentum(option: str, value: float) -> float:
-    """A momentum coefficient in [0, 1)."""
-    if not 0 <= value < 1:
-        raise UsageError(f"{option}: got {value:g}. Expected a number in [0, 1), such as 0.9.")
-    return value
-
-
 def pair(option: str, text: str) -> tuple[float, float]:
-    """``B1,B2``, two momentum coefficients in [0, 1)."""
-    parts = text.split(",")
+    """``B1,B2``, two momentum coefficients."""
     try:
-        first, second = (float(part) for part in parts)
+        first, second = (float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(
             f"{option}: got '{text}'. Expected two numbers in [0, 1) with a comma between them, such as 0.9,0.999."
         ) from None
-    return momentum(option, first), momentum(option, second)
+    return number(option, first, MOMENTUM), number(option, second, MOMENTUM)
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers above 0 with commas between them."""
+    try:
+        return tuple(number(option, float(part), Real()) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"{option}: got '{text}'. Expected numbers above 0 with commas between them, such as 0.8,1.25."
+        ) from None
+
+
+def steps(option: str, text: str) -> int | None:
+    """A number of steps; ``None`` for auto."""
+    if text == "auto":
+        return None
+    try:
+        return int(number(option, int(text), Whole()))
+    except ValueError:
+        raise UsageError(f"{option}: got '{text}'. Expected 'auto' or a whole number of at least 1.") from None
 
 
 def device(option: str, value: str) -> str:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:i``; whether it exists is for the measurement to find out."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+    if not re.fullmatch(DEVICE.pattern or "", value):
         raise UsageError(f"{option}: unknown device '{value}'. Expected auto, cpu, cuda or cuda:i, such as cuda:0.")
     return value
 
@@ -116,18 +126,24 @@ def regex(option: str, pattern: str) -> str:
     return pattern
 
 
-def shard_basis(wanted: bool) -> None:
-    """Have the processes of this job hold slices of Lanczos vectors, or not.
+def picture(option: str, path: Path) -> Path:
+    """A picture that can be drawn and written."""
+    from zoscope.cli.output import check_picture
 
-    Raises:
-        UsageError: If there is only one.
-    """
-    runtime = sys.modules.get("zoscope.runtime")  # loaded wherever there are several
-    ranks = None if runtime is None else runtime.current_ranks()
-    if ranks is not None:
-        ranks.shard_basis = wanted
-    elif wanted:
-        raise UsageError(
-            "--shard-basis spreads Lanczos vectors over several processes, and this is one by itself. Start it with "
-            "torchrun --nproc-per-node N -m zoscope …, or leave the option out."
-        )
+    check_picture(path, option=option)
+    return path
+
+
+def output(option: str, path: Path) -> Path:
+    """A file that can be written."""
+    from zoscope.cli.output import check_writable
+
+    check_writable(path, option=option)
+    return path
+
+
+FORMS: dict[str, Callable[[str, Any], Any]] = {
+    check.__name__: check
+    for check in (size, pair, numbers, steps, device, preconditioner, existing, regex, picture, output)
+}
+"""What reads a text or a path of each form."""

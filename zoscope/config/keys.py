@@ -12,6 +12,7 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from zoscope import options
 from zoscope.config.sources import InvalidError, Issue, Node, nearest, shorten, suggest
 
 # ruff: noqa: D102 - every kind has the two methods that the protocol documents
@@ -106,11 +107,8 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Integer:
+class Integer(options.Whole):
     """A whole number within bounds, both included."""
-
-    low: int
-    high: int
 
     def read(self, node: Node, name: str) -> int:
         value = node.value
@@ -156,13 +154,8 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Number:
-    """A finite number; ``low`` and ``high`` are included unless ``open_low`` / ``open_high``."""
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
+class Number(options.Real):
+    """A finite number in a range."""
 
     def read(self, node: Node, name: str) -> float:
         value = node.value
@@ -172,18 +165,9 @@ class Number:
             number = float(value)
         except OverflowError:
             number = math.inf
-        above = number > self.low if self.open_low else number >= self.low
-        below = number < self.high if self.open_high else number <= self.high
-        if not (math.isfinite(number) and above and below):
+        if not self.contains(number):
             raise InvalidError.at(node, f"{name} must be {self.range}, got {shorten(value)}.")
         return number
-
-    @property
-    def range(self) -> str:
-        """The interval in words."""
-        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
-        high = f"below {self.high:g}" if self.open_high else f"at most {self.high:g}"
-        return f"{low} and {high}"
 
     def schema(self) -> Schema:
         return {
@@ -363,88 +347,67 @@ class ListOf:
         return {"type": "array", "items": self.section.schema(), "minItems": 1, "maxItems": self.max_items}
 
 
-OPTIMIZERS = ("gd", "gdm", "adam", "zo-gd", "zo-gdm", "zo-adam")
-THRESHOLDS = ("binding", "exact", "descent", "horizon")
-SCHEDULES = ("constant", "linear", "cosine")
+def kind_of(domain: options.Domain) -> Kind:
+    """What reads the values that an option takes."""
+    if isinstance(domain, options.Words):
+        return Choice(domain.names)
+    if isinstance(domain, options.Whole):
+        return Integer(domain.low, domain.high)
+    if isinstance(domain, options.Real):
+        return Number(domain.low, domain.high, domain.open_low, domain.open_high)
+    if isinstance(domain, options.Flag):
+        return Flag()
+    form = getattr(domain, "form", "")
+    if isinstance(domain, options.Text) and form not in FORMS:
+        return Text(domain.max_length, domain.pattern)
+    return FORMS[form]
 
-_LR = Number(0.0, 1e9, open_low=True)
-_UNIT = Number(0.0, 1.0, open_low=True, open_high=True)
-_BETA = Number(0.0, 1.0, open_high=True)
-_PRECONDITIONER = Text(pattern=r"expected|state:.+")
-_SPEC_DOC = "path/to/model.py, path/to/model.py:name or package.module:name; paths are relative to this file."
+
+def key_of(name: str, *, kind: Kind | None = None, key: str = "", use: str = "file") -> Key:
+    """The key of a file for an option of the table.
+
+    Args:
+        name: Name of the option.
+        kind: What reads it, where a file may say more than the command line.
+        key: Its name in a file, where it has another one there.
+        use: The command whose options these are.
+    """
+    option = options.OPTIONS[name].of(use)
+    default = list(option.default) if isinstance(option.default, tuple) else option.default
+    return Key(key or name, kind or kind_of(option.domain), option.help, default)
+
+
+def _keys(names: str) -> tuple[Key, ...]:
+    return tuple(map(key_of, names.split()))
+
+
+LR, BETA = kind_of(options.LR), kind_of(options.MOMENTUM)
+FORMS: dict[str, Kind] = {"regex": Regex(), "size": Size(), "pair": Pair(BETA)}
 
 SCHEDULE = Section(
     (
-        Key("schedule", Choice(SCHEDULES), "Shape of the learning-rate schedule.", required=True),
-        Key("peak", _LR, "Highest learning rate of the schedule; the one that is checked.", required=True),
-        Key("warmup", Number(0.0, 1e9), "Warm-up: steps, or a fraction of the steps when below 1.", 0),
+        Key("schedule", Choice(options.SCHEDULES), "Shape of the learning-rate schedule.", required=True),
+        Key("peak", LR, "Highest learning rate of the schedule; the one that is checked.", required=True),
+        Key("warmup", Number(0.0, 1e9, open_low=False), "Warm-up: steps, or a fraction of the steps when below 1.", 0),
     )
 )
-
-OPTIMIZER = Section(
-    (
-        Key("name", Choice(OPTIMIZERS), "Optimizer; the zo- ones estimate gradients from loss values."),
-        Key("lr", OneOf(_LR, SCHEDULE), "Learning rate, or a schedule of which the peak is checked."),
-        Key("beta", _BETA, "Momentum of gdm.", 0.9),
-        Key("betas", Pair(_BETA), "Decay rates of Adam.", [0.9, 0.999]),
-        Key("eps", Number(0.0, 1.0, open_low=True), "Adam's epsilon.", 1e-8),
-    )
-)
-
-ESTIMATOR = Section(
-    (
-        Key("directions", Choice(("gaussian", "sphere")), "Law of the perturbation directions.", "gaussian"),
-        Key("queries", Integer(1, 1_000_000), "Directions averaged per step.", 1),
-        Key("mu", Number(0.0, 1e3, open_low=True), "Perturbation scale of the two-point estimate.", 1e-3),
-        Key("batch_size", Integer(1, 2**31), "Examples per step of training, where that is fewer than the data."),
-    )
-)
-
-HVPS = ("auto", "double-backward", "batched", "forward-over-reverse", "linearize")
-
+OPTIMIZER = Section((key_of("optimizer", key="name"), key_of("lr", kind=OneOf(LR, SCHEDULE)), *_keys("beta betas eps")))
+ESTIMATOR = Section(_keys("directions queries mu batch_size"))
 CURVATURE = Section(
     (
-        Key(
-            "rtol",
-            Number(0.0, 1.0, open_low=True, open_high=True),
-            "Relative 95 % half-width wanted for the threshold.",
-            0.02,
-        ),
-        Key("max_hvps", Integer(1, 10_000_000), "Budget of Hessian-vector products.", 600),
-        Key("kind", Choice(("hessian", "ggn", "forward")), "Curvature matrix, or loss values only.", "hessian"),
-        Key("method", Choice(("auto", "dense", "deflated-slq")), "How the spectrum is measured.", "auto"),
-        Key("hvp", Choice(HVPS), "How Hessian-vector products are computed.", "auto"),
-        Key("device", Text(32, pattern=r"auto|cpu|cuda(:[0-9]+)?"), "auto, cpu, cuda or cuda:N.", "auto"),
-        Key("dtype", Choice(("auto", "float32", "float64", "bfloat16")), "Floating-point type.", "auto"),
-        Key("seed", Integer(0, 2**63 - 1), "Seed of the probe vectors.", 0),
-        Key(
-            "preconditioner",
-            Text(pattern=r"expected|state:.+"),
-            "Adam's preconditioner: expected, or state:FILE.",
-            "expected",
-        ),
-        Key("micro_batch", Integer(1, 2**31), "Most examples in memory at once."),
-        Key("max_memory", Size(), "Most bytes that the process may hold, or text such as 2GB."),
-        Key("strict", Flag(), "Fail when the wanted precision is not reached.", False),
+        *_keys("rtol max_hvps"),
+        key_of("curvature", key="kind"),
+        *_keys("method hvp device dtype seed preconditioner micro_batch max_memory shard_basis strict"),
     )
 )
-
-POLICY = Section(
-    (
-        Key("threshold", Choice(THRESHOLDS), "Which threshold a zo- optimizer is held against.", "binding"),
-        Key("margin", Number(0.0, 1.0, open_low=True), "Pass when lr <= margin x lower end of the 95 % interval.", 0.8),
-        Key("on_warn", Choice(("pass", "fail")), "What an lr between the margin and the upper end does.", "pass"),
-        Key("probe", Flag(), "Also run a short training probe at this lr.", False),
-    )
-)
+POLICY = Section(_keys("threshold margin on_warn probe"))
 
 _SHARED = (
-    Key("spec", Text(), _SPEC_DOC),
-    Key("set", Arguments(), "Keyword arguments for the callable that the spec names."),
-    Key("checkpoint", Text(), "State dict to load: .pt or .safetensors, relative to this file."),
-    Key("params", Regex(), "Regular expression that selects parameters by name."),
+    key_of("spec"),
+    key_of("settings", kind=Arguments(), key="set"),
+    *_keys("checkpoint params"),
     Key("optimizer", OPTIMIZER, "The optimizer that training will use."),
-    Key("steps", Integer(1, 1_000_000_000), "Training steps planned: the horizon.", 1000),
+    key_of("steps"),
     Key("estimator", ESTIMATOR, "The zeroth-order gradient estimate."),
     Key("curvature", CURVATURE, "How the curvature is measured."),
     Key("policy", POLICY, "When the check passes."),
@@ -455,7 +418,7 @@ CHECK = Section((Key("name", Text(200), "Name of the check, unique in the file."
 
 ROOT = Section(
     (
-        Key("problem", Text(), f"Spec used where none is given: {_SPEC_DOC}"),
+        Key("problem", Text(), f"Spec used where none is given: {key_of('spec').doc}"),
         Key("defaults", DEFAULTS, "Values that every check starts from."),
         Key("checks", ListOf(CHECK), "The checks; every one runs."),
     ),

@@ -239,6 +239,7 @@ class CurvatureConfig:
     preconditioner: str
     micro_batch: int | None
     max_memory: int | None
+    shard_basis: bool
     strict: bool
 
 

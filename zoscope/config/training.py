@@ -12,33 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoscope.config.keys import (
-    CURVATURE,
-    ESTIMATOR,
-    HVPS,
-    OPTIMIZER,
-    SCHEDULE,
-    Arguments,
-    Choice,
-    Integer,
-    Key,
-    Kind,
-    Number,
-    Regex,
-    Schema,
-    Section,
-    Text,
-    plain,
-)
+from zoscope.config.keys import LR, SCHEDULE, Arguments, Integer, Key, Kind, Schema, Section, Text, key_of, plain
 from zoscope.config.load import Piecewise, Schedule, StepSizes, absolute_spec, parse_step_sizes, shown_path, step_sizes
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, nearest, read_yaml, suggest
 from zoscope.errors import UsageError
+from zoscope.options import MOST, left_open
 
 # ruff: noqa: D102 - every kind has the two methods that the protocol documents
-
-
-_LR = Number(0.0, 1e9, open_low=True)
-_MOST = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -50,18 +30,18 @@ class LearningRate:
             if isinstance(node.value, str):
                 return parse_step_sizes(node.value)
             if not isinstance(node.value, Mapping):
-                return Schedule("constant", _LR.read(node, name))
+                return Schedule("constant", LR.read(node, name))
             if any(key in node.value for key in SCHEDULE.names):
                 values = SCHEDULE.read(node, name)
                 return Schedule(values["schedule"], values["peak"], values.get("warmup", 0.0))
             starts = [_step(key, entry, name) for key, entry in node.value.items()]
-            return step_sizes(starts, [_LR.read(entry, f"{name}.{key}") for key, entry in node.value.items()])
+            return step_sizes(starts, [LR.read(entry, f"{name}.{key}") for key, entry in node.value.items()])
         except ValueError as error:
             raise InvalidError.at(node, f"{name}: {error}.") from None
 
     def schema(self) -> Schema:
-        steps = {"type": "object", "patternProperties": {"^[0-9]+$": _LR.schema()}, "additionalProperties": False}
-        return {"oneOf": [_LR.schema(), {"type": "string"}, steps, SCHEDULE.schema()]}
+        steps = {"type": "object", "patternProperties": {"^[0-9]+$": LR.schema()}, "additionalProperties": False}
+        return {"oneOf": [LR.schema(), {"type": "string"}, steps, SCHEDULE.schema()]}
 
 
 def _step(key: str, entry: Node, name: str) -> int:
@@ -85,14 +65,10 @@ class Interval:
                     node, f"{name} must be a number of steps, auto or adaptive; got {node.described}."
                 )
             return node.value
-        return Integer(1, _MOST).read(node, name)
+        return Integer(1, MOST).read(node, name)
 
     def schema(self) -> Schema:
-        return {"oneOf": [Integer(1, _MOST).schema(), {"enum": ["auto", "adaptive"]}]}
-
-
-def _taken(section: Section, *names: str) -> tuple[Key, ...]:
-    return tuple(key for key in section.keys if key.name in names)
+        return {"oneOf": [Integer(1, MOST).schema(), {"enum": ["auto", "adaptive"]}]}
 
 
 @dataclass(frozen=True)
@@ -133,34 +109,14 @@ def _varied() -> list[str]:
     return [key for key in KINDS if key not in FIXED]
 
 
+SPECIAL: dict[str, Kind] = {"lr": LearningRate(), "every": Interval()}
+"""What a file may say in more ways than the command line."""
+
 TRACK = Section(
     (
-        Key("spec", Text(), "path/to/model.py[:name] or package.module:name; paths are relative to this file."),
-        Key("set", Arguments(), "Keyword arguments for the callable that the spec names."),
-        Key("checkpoint", Text(), "State dict to start from: .pt or .safetensors, relative to this file."),
-        Key("params", Regex(), "Regular expression that selects parameters by name."),
-        Key("optimizer", Choice(("gd", "gdm", "adam", "zo-gd", "zo-gdm", "zo-adam")), "Optimizer.", "zo-gd"),
-        Key("lr", LearningRate(), "Step size: a number, steps with numbers, or a schedule."),
-        Key("steps", Integer(1, _MOST), "Steps to train.", 1000),
-        Key("every", Interval(), "Steps between measurements: a number, auto or adaptive.", "auto"),
-        *_taken(OPTIMIZER, "beta", "betas", "eps"),
-        *_taken(ESTIMATOR, "directions", "queries", "mu", "batch_size"),
-        Key("target_loss", Number(-1e300, 1e300), "Stop at this loss."),
-        Key("divergence", Number(1.0, 1e300, open_low=True), "Stop at this multiple of the first loss.", 1e6),
-        Key("max_seconds", Number(0.0, 1e12, open_low=True), "Stop after so long; the run can be resumed."),
-        Key("checkpoint_every", Integer(1, _MOST), "Steps between checkpoints, besides those at measurements."),
-        Key("forward_every", Integer(1, _MOST), "Steps between observations from loss values alone."),
-        Key("rtol", Number(0.0, 1.0, open_low=True, open_high=True), "Half-width wanted of every measurement.", 0.05),
-        Key("max_hvps", Integer(1, 10_000_000), "Most Hessian-vector products of a measurement.", 150),
-        Key("curvature", Choice(("hessian", "ggn")), "Curvature matrix.", "hessian"),
-        *_taken(CURVATURE, "method", "device", "dtype", "seed", "micro_batch", "max_memory"),
-        Key(
-            "hvp",
-            Choice(HVPS),
-            "How Hessian-vector products are computed.",
-            "auto",
-        ),
-        Key("run", Text(), "Folder of the run, relative to the working folder."),
+        key_of("spec", kind=Text(), use="track"),
+        key_of("settings", kind=Arguments(), key="set", use="track"),
+        *(key_of(name, kind=SPECIAL.get(name), use="track") for name in left_open("track") if name != "settings"),
         Key("sweep", Grid(), "Options with lists of values; one run for each combination."),
     ),
     free_prefix="x-",
