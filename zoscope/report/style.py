@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import JustifyMethod, RenderableType
 
-    from zoscope.analysis.result import MeasuredResult
+    from zoscope.result import MeasuredResult
 
 MISSING = "–"
 INFINITE = "∞"
