@@ -74,6 +74,8 @@ class JsonObject:
 class RichResult(JsonObject):
     """A result with tables of its own, which ``zoscope.report`` makes."""
 
+    warnings: tuple[Notice, ...] = ()
+
     def __rich__(self) -> RenderableType:
         """Tables for the terminal."""
         from zoscope.report import render  # late, as whoever wants numbers needs no tables
