@@ -25,8 +25,9 @@ ALLOWED = {
     "spec": {"problem", "runtime"},
     "curvature": {"optim", "problem", "runtime", "theory"},  # forward passes along the optimizers' directions
     "optim": {"problem", "runtime", "theory"},
-    "analysis": {"config", "curvature", "optim", "problem", "runtime", "spec", "theory"},
-    "report": {"analysis", "config", "curvature", "problem", "theory"},
+    "result": {"report", "theory"},  # of the report only what finds the tables of a result
+    "analysis": {"config", "curvature", "optim", "problem", "result", "runtime", "spec", "theory"},
+    "report": {"analysis", "config", "curvature", "problem", "result", "theory"},
     "integrations": {"analysis", "problem", "runtime"},
 }
 FREE = {"cli", "__init__", "__main__"}
@@ -61,16 +62,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(node.module)
 
 
-# A result that shows itself imports its report when it is asked to, and not before.
-def shows_itself(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and (
-        node.name in ("__rich__", "__str__") or node.name.startswith("_repr_")
-    )
-
-
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    if shows_itself(node):
-        return
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         for child in node.orelse:
             yield from run_time_nodes(child)

@@ -17,11 +17,11 @@ from zoscope.analysis.check import _judged
 from zoscope.analysis.check_runner import CheckMeasurement
 from zoscope.analysis.measurement import MeasuredOperator, Slope, ThresholdQuery, optimizer_row
 from zoscope.analysis.minibatch import BatchSpread, MiniBatchModel
-from zoscope.analysis.result import ProblemInfo
 from zoscope.analysis.thresholds import OptimizerBounds, Verdict
 from zoscope.config.load import EMPTY, build_checks, override_tree
 from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.errors import UsageError
+from zoscope.result import ProblemInfo
 from zoscope.theory.minibatch import HessianNoise
 from zoscope.theory.quadratic import GradientMeasure
 from zoscope.theory.rules import GAUSSIAN, OPTIMIZERS, update_rule

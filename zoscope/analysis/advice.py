@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from zoscope.analysis.thresholds import FAR_APART, Binding, Outlook, ThresholdName, Verdict, ci95, number, pair
+from zoscope.analysis.thresholds import FAR_APART, Binding, Outlook, Pair, ThresholdName, Verdict, ci95
+from zoscope.result import JsonObject
 from zoscope.theory.quadratic import GradientMeasure
 from zoscope.theory.stability import Version, horizon_curve
 
@@ -42,7 +43,7 @@ APART = 0.8
 
 
 @dataclass(frozen=True)
-class Limit:
+class Limit(JsonObject):
     """What a step size is compared with, param²/loss, and its 95 % interval; ``inf`` for "stable at every step size".
 
     Args:
@@ -53,6 +54,8 @@ class Limit:
         error: 95 % half-width of ``value`` itself. An interval may be wider: it spans every threshold that counts.
         edge: Where runs are expected to leave, without the caution of a provisional limit; ``value`` by default.
     """
+
+    keys = "name value ci95"
 
     name: str
     value: float
@@ -70,9 +73,10 @@ class Limit:
         """Whether the ends of the 95 % interval of the threshold itself are far apart."""
         return math.isfinite(self.value) and self.value + self.error > FAR_APART * (self.value - self.error)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {"name": self.name, "value": number(self.value), "ci95": pair((self.low, self.high))}
+    @property
+    def ci95(self) -> Pair:
+        """The 95 % interval."""
+        return self.low, self.high
 
 
 @dataclass(frozen=True)

@@ -12,59 +12,30 @@ from zoscope.analysis import notices
 from zoscope.analysis.measurement import Measurement, ThresholdQuery, measure_problem, optimizer_row
 from zoscope.analysis.notices import Growth, growth_notices, measure_growth
 from zoscope.analysis.request import Progress, Request, rule_names, sharded_basis, subject_of
-from zoscope.analysis.result import MeasuredResult, ProblemInfo
-from zoscope.analysis.thresholds import (
-    Binding,
-    Horizon,
-    OptimizerBounds,
-    Outlook,
-    ThresholdName,
-    Verdict,
-    ci95,
-    estimate_dict,
-    number,
-)
+from zoscope.analysis.thresholds import OptimizerBounds
 from zoscope.errors import NumericalError
 from zoscope.problem import OWN_DTYPE, Notice
+from zoscope.result import JsonObject, MeasuredResult, ProblemInfo, pick
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from zoscope.analysis.advice import Threshold
-    from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
+    from zoscope.curvature.slq import Curvature, ForwardCurvature
     from zoscope.problem import Objective, Problem
     from zoscope.theory.rules import Directions
 
-__all__ = [
-    "SCHEMA",
-    "Binding",
-    "BoundsResult",
-    "Estimator",
-    "Horizon",
-    "OptimizerBounds",
-    "Outlook",
-    "ThresholdName",
-    "Verdict",
-    "ci95",
-    "curvature_dict",
-    "eigenvalue_dict",
-    "number",
-]
-
-SCHEMA = "zoscope.bounds/1"
+CURVATURE = """
+    trace frobenius_sq lambda_max lambda_min trace_positive negative_mass effective_rank method hvp num_hvps seconds
+"""
+"""What is told of a measured operator."""
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(JsonObject):
     """The zeroth-order gradient estimate: direction law and number of averaged queries."""
 
     directions: Literal["gaussian", "sphere"] = "gaussian"
     queries: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {"directions": self.directions, "queries": self.queries}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +51,8 @@ class BoundsResult(MeasuredResult):
         forward: The Hessian as forward passes see it, where only those were made; ``curvature`` is empty then.
     """
 
+    schema = "zoscope.bounds/1"
+
     steps: int
     rtol: float
     curvature: Mapping[str, Curvature]
@@ -87,18 +60,13 @@ class BoundsResult(MeasuredResult):
     estimator: Estimator
     forward: ForwardCurvature | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The document ``zoscope.bounds/1``: JSON numbers, strings and null only."""
-        fields = {
-            "steps": self.steps,
-            "rtol": self.rtol,
-            "checks": {"num_hvps": self.num_check_hvps},
-            "curvature": {name: curvature_dict(entry) for name, entry in self.curvature.items()}
-            | ({} if self.forward is None else {"hessian": _forward_dict(self.forward)}),
-            "optimizers": {name: entry.to_dict() for name, entry in self.optimizers.items()},
-            "estimator": self.estimator.to_dict(),
-        }
-        return self.document(SCHEMA, fields)
+    def body(self) -> dict[str, Any]:
+        """What only this kind of result has."""
+        curvature = {name: pick(entry, CURVATURE) for name, entry in self.curvature.items()}
+        if self.forward is not None:
+            curvature["hessian"] = _forward_dict(self.forward)
+        found = {"checks": {"num_hvps": self.num_check_hvps}, "curvature": curvature}
+        return pick(self, "steps rtol") | found | pick(self, "optimizers estimator")
 
     @property
     def num_check_hvps(self) -> int:
@@ -111,54 +79,11 @@ class BoundsResult(MeasuredResult):
         batches = {row.operator: row.minibatch.num_hvps for row in self.optimizers.values() if row.minibatch}
         return self.num_hvps - sum(c.num_hvps for c in self.curvature.values()) - sum(batches.values())
 
-    def __rich__(self) -> RenderableType:
-        """Tables for the terminal."""
-        from zoscope.report.bounds import render
-
-        return render(self)
-
-
-def eigenvalue_dict(eigenvalue: Eigenvalue) -> dict[str, Any]:
-    """The JSON object of an eigenvalue."""
-    return {
-        "value": number(eigenvalue.value),
-        "residual": number(eigenvalue.residual),
-        "converged": eigenvalue.converged,
-    }
-
-
-def curvature_dict(curvature: Curvature) -> dict[str, Any]:
-    """The JSON object of a measured operator."""
-    return {
-        "trace": estimate_dict(curvature.trace),
-        "frobenius_sq": estimate_dict(curvature.frobenius_sq),
-        "lambda_max": eigenvalue_dict(curvature.lambda_max),
-        "lambda_min": eigenvalue_dict(curvature.lambda_min),
-        "trace_positive": estimate_dict(curvature.trace_positive),
-        "negative_mass": number(curvature.negative_mass),
-        "effective_rank": number(curvature.effective_rank),
-        "method": curvature.method,
-        "hvp": curvature.hvp,
-        "num_hvps": curvature.num_hvps,
-        "seconds": number(curvature.seconds),
-    }
-
 
 def _forward_dict(found: ForwardCurvature) -> dict[str, Any]:
     unknown = ("lambda_max", "lambda_min", "trace_positive", "negative_mass", "effective_rank")
-    return {
-        "trace": estimate_dict(found.trace),
-        "frobenius_sq": estimate_dict(found.frobenius_sq),
-        **dict.fromkeys(unknown),
-        "rayleigh": None if found.rayleigh is None else estimate_dict(found.rayleigh),
-        "gradient_sq": estimate_dict(found.gradient_sq),
-        "step": number(found.step),
-        "step_disagreement": number(found.disagreement),
-        "method": found.method,
-        "num_hvps": found.num_hvps,
-        "num_evaluations": found.num_evaluations,
-        "seconds": number(found.seconds),
-    }
+    more = "rayleigh gradient_sq step step_disagreement=disagreement method num_hvps num_evaluations seconds"
+    return pick(found, "trace frobenius_sq") | dict.fromkeys(unknown) | pick(found, more)
 
 
 def bounds(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoscope.analysis.advice import DOUBTS, GATE, SHORT, Limit, joined, stand
-from zoscope.analysis.check_results import SCHEMA, BaselineComparison, CheckReport, CheckResult, CheckStatus
+from zoscope.analysis.check_results import BaselineComparison, CheckReport, CheckResult, CheckStatus
 from zoscope.analysis.check_runner import Cache, CheckMeasurement, CheckRunner, Failure
 from zoscope.config.load import (
     COMMAND_LINE,
@@ -127,7 +127,7 @@ def load_baseline(file: Path) -> Baseline:
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        if document["schema"] != SCHEMA:
+        if document["schema"] != CheckReport.schema:
             raise ValueError
         entries = {str(entry["name"]): _checked(entry) for entry in document["checks"]}
     except FileNotFoundError:
@@ -136,7 +136,8 @@ def load_baseline(file: Path) -> Baseline:
         raise UsageError(f"--baseline: cannot read {file} ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(
-            f"--baseline: {file} is not a document {SCHEMA}. Write it with --update-baseline, or with --format json."
+            f"--baseline: {file} is not a document {CheckReport.schema}. Write it with --update-baseline, or with "
+            "--format json."
         ) from None
     return Baseline(entries)
 
@@ -157,7 +158,7 @@ def baseline_document(report: CheckReport, *, earlier: Baseline | None, keep_abs
             entries[check.name] = {key: document[key] for key in _KEPT}
         elif check.name in before:
             entries[check.name] = dict(before[check.name])
-    return {"schema": SCHEMA, "zoscope": report.version, "checks": list(entries.values())}
+    return {"schema": CheckReport.schema, "zoscope": report.version, "checks": list(entries.values())}
 
 
 def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:

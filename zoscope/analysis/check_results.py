@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoscope._version import __version__
-from zoscope.analysis.result import RichResult
+from zoscope.result import JsonObject, RichResult
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from zoscope.analysis.advice import Limit
-
-SCHEMA = "zoscope.check/1"
 
 CheckStatus = Literal["pass", "warn", "fail", "error"]
 SEVERITY: tuple[CheckStatus, ...] = ("pass", "warn", "fail", "error")
@@ -23,12 +18,8 @@ EXIT_ORDER = (0, 1, 3, 2)
 """Exit codes from mildest to worst: a broken spec says less than a failed measurement, and that less than a "no"."""
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
 @dataclass(frozen=True)
-class BaselineComparison:
+class BaselineComparison(JsonObject):
     """A threshold against an earlier one.
 
     Args:
@@ -38,18 +29,16 @@ class BaselineComparison:
         message: One sentence.
     """
 
+    keys = "before drop failed"
+
     before: float | None
     drop: float | None
     failed: bool
     message: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {"before": _number(self.before), "drop": _number(self.drop), "failed": self.failed}
-
 
 @dataclass(frozen=True)
-class CheckResult:
+class CheckResult(JsonObject):
     """The outcome of one check.
 
     Args:
@@ -72,6 +61,12 @@ class CheckResult:
         details: The user's own traceback lines on an error in their code.
         seconds: Time of the measurement, shared by checks that share it.
         cached: Whether the measurement came from the cache.
+    """
+
+    keys = """
+        name spec optimizer lr threshold=threshold.value threshold_name=threshold.name ci95=threshold.ci95
+        error=threshold.error ratio provisional status message largest_lr exit_code settings file line notices seconds
+        cached baseline? probe?
     """
 
     name: str
@@ -99,36 +94,10 @@ class CheckResult:
         """``lr`` over the threshold; 0 where nothing limits the step size."""
         return None if self.threshold is None else self.threshold.ratio(self.lr)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        threshold = self.threshold
-        document = {
-            "name": self.name,
-            "spec": self.spec,
-            "optimizer": self.optimizer,
-            "lr": self.lr,
-            "threshold": None if threshold is None else _number(threshold.value),
-            "threshold_name": None if threshold is None else threshold.name,
-            "ci95": None if threshold is None else [_number(threshold.low), _number(threshold.high)],
-            "error": None if threshold is None else _number(threshold.error),
-            "ratio": _number(self.ratio),
-            "provisional": bool(self.doubts),
-            "status": self.status,
-            "message": self.message,
-            "largest_lr": _number(self.largest_lr),
-            "exit_code": self.exit_code,
-            "settings": dict(self.settings),
-            "file": self.file,
-            "line": self.line,
-            "notices": list(self.notices),
-            "seconds": _number(self.seconds),
-            "cached": self.cached,
-        }
-        if self.baseline is not None:
-            document["baseline"] = self.baseline.to_dict()
-        if self.probe is not None:
-            document["probe"] = dict(self.probe)
-        return document
+    @property
+    def provisional(self) -> bool:
+        """Whether there is a reason to doubt the threshold."""
+        return bool(self.doubts)
 
 
 @dataclass(frozen=True)
@@ -141,6 +110,9 @@ class CheckReport(RichResult):
         seconds: Wall-clock time of everything.
         version: Version of zoscope.
     """
+
+    schema = "zoscope.check/1"
+    keys = "schema zoscope=version config checks status exit_code seconds"
 
     checks: tuple[CheckResult, ...]
     config: str | None = None
@@ -165,21 +137,3 @@ class CheckReport(RichResult):
     def counts(self) -> dict[CheckStatus, int]:
         """How many checks ended in each status."""
         return {status: sum(check.status == status for check in self.checks) for status in SEVERITY}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The document ``zoscope.check/1``: JSON numbers, strings and null only."""
-        return {
-            "schema": SCHEMA,
-            "zoscope": self.version,
-            "config": self.config,
-            "checks": [check.to_dict() for check in self.checks],
-            "status": self.status,
-            "exit_code": self.exit_code,
-            "seconds": _number(self.seconds),
-        }
-
-    def __rich__(self) -> RenderableType:
-        """A table for the terminal."""
-        from zoscope.report.check import render
-
-        return render(self)

@@ -13,7 +13,6 @@ import torch
 
 from zoscope._version import __version__
 from zoscope.analysis.request import Method, sharded_basis, subject_of
-from zoscope.analysis.result import RichResult
 from zoscope.curvature.finite_difference import Stencil
 from zoscope.curvature.forward import CHECKS, GROUP, LEAST_DIRECTIONS, LEAST_GROUPS, PILOTS
 from zoscope.curvature.ggn import GGNOperator
@@ -21,21 +20,18 @@ from zoscope.curvature.operators import HessianOperator, LinearOperator, ShardOp
 from zoscope.curvature.slq import BLOCK, DENSE_LIMIT, MANY_STEPS
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import OWN_DTYPE, Objective
+from zoscope.result import JsonObject, RichResult, pick
 from zoscope.runtime import available_memory, is_out_of_memory, peak_bytes, release_memory
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from zoscope.problem import Problem
-
-SCHEMA = "zoscope.estimate/1"
 
 SHARE = 0.8
 """Part of the free memory that a recommendation may fill."""
 
 
 @dataclass(frozen=True)
-class KindCost:
+class KindCost(JsonObject):
     """Cost of one kind of curvature.
 
     Args:
@@ -84,16 +80,14 @@ class KindCost:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
+        available = self.problem is None
         return {
-            "available": self.problem is None,
+            "available": available,
             "problem": self.problem,
-            "num_hvps": self.products if self.problem is None else None,
-            "num_hvps_most": self.most if self.problem is None else None,
-            "seconds_per_hvp": self.seconds_each,
-            "seconds": self.seconds,
-            "bytes": self.total_bytes,
-            "bytes_fixed": self.fixed_bytes,
-            "bytes_per_micro_batch": self.batch_bytes,
+            "num_hvps": self.products if available else None,
+            "num_hvps_most": self.most if available else None,
+            **pick(self, "seconds_per_hvp=seconds_each seconds"),
+            **pick(self, "bytes=total_bytes bytes_fixed=fixed_bytes bytes_per_micro_batch=batch_bytes"),
         }
 
 
@@ -130,24 +124,14 @@ class CostEstimate(RichResult):
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.estimate/1``."""
         return {
-            "schema": SCHEMA,
+            "schema": "zoscope.estimate/1",
             "zoscope": __version__,
-            "spec": self.spec,
-            "device": self.device,
-            "dtype": self.dtype,
-            "problem": {"num_params": self.num_params, "num_examples": self.num_examples},
-            "timed_examples": self.timed_examples,
-            "seconds_per_evaluation": self.seconds_forward,
-            "bytes_available": self.available,
+            **pick(self, "spec device dtype"),
+            "problem": pick(self, "num_params num_examples"),
+            **pick(self, "timed_examples seconds_per_evaluation=seconds_forward bytes_available=available"),
             "curvature": {cost.kind: cost.to_dict() for cost in self.kinds},
             "recommended": {"curvature": self.recommended, "reason": self.reason},
         }
-
-    def __rich__(self) -> RenderableType:
-        """A table for the terminal."""
-        from zoscope.report.bounds import render_cost
-
-        return render_cost(self)
 
 
 def recommended(kinds: Sequence[KindCost], *, available: int) -> tuple[str, str]:

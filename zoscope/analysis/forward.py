@@ -18,12 +18,12 @@ from zoscope.analysis.measurement import batch_size_of
 from zoscope.analysis.minibatch import ForwardMiniBatch, require_whole
 from zoscope.analysis.notices import jump_notice
 from zoscope.analysis.request import propagated, relative_half_width
-from zoscope.analysis.result import ProblemInfo
 from zoscope.analysis.thresholds import Binding, ForwardBounds, OptimizerBounds, Verdict
 from zoscope.curvature.forward import ROUGH, mean_of, measure_forward, ratio_of
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice
 from zoscope.problem.objective import Examples
+from zoscope.result import ProblemInfo
 from zoscope.theory.minibatch import spread_of_batches
 from zoscope.theory.quadratic import along_gradient, descent_threshold
 from zoscope.theory.rules import update_rule

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoscope.analysis.advice import Advisor, judge
-from zoscope.analysis.thresholds import Horizon, OptimizerBounds, Pair, Verdict, ci95
+from zoscope.analysis.thresholds import Horizon, OptimizerBounds, Pair, Verdict, ci95, outer_ci95
 from zoscope.curvature.lanczos import rounding
 from zoscope.curvature.nonsmooth import NOTHING, PROBES, Jump, Nonsmooth, jump_of, nonsmooth_curvature
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
@@ -257,7 +257,7 @@ def _horizon(curvature: Curvature, question: ThresholdQuery, *, rule: UpdateRule
         steps=question.steps,
         lower=planned.lower.value,
         upper=planned.upper.value,
-        ci95=(ci95(planned.lower)[0], ci95(planned.upper)[1]),
+        ci95=outer_ci95(planned),
         curve=curve,
     )
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zoscope.analysis.thresholds import Pair, ci95, point_dict
 from zoscope.curvature.minibatch import Eigenpairs, GradientNoise, gradient_noise, hessian_noise
 from zoscope.curvature.operators import ExampleMean, LinearOperator, ShardOperator
 from zoscope.curvature.preconditioner import expected_diagonal
 from zoscope.errors import UsageError
 from zoscope.problem.objective import Examples
+from zoscope.result import JsonObject, encode, pick
 from zoscope.runtime import spawn_generators
 from zoscope.theory.minibatch import MiniBatchCondition, spread_of_batches
 from zoscope.theory.spectrum import Estimate, widening
@@ -95,7 +97,7 @@ class MiniBatchModel:
 
 
 @dataclass(frozen=True)
-class ForwardMiniBatch:
+class ForwardMiniBatch(JsonObject):
     """What forward passes know of mini-batches of B examples, drawn anew at every step.
 
     Args:
@@ -122,25 +124,20 @@ class ForwardMiniBatch:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object: that of `MiniBatchBounds`, null where a spectrum is needed, and more."""
-        from zoscope.analysis.thresholds import estimate_dict
-
         return {
-            "batch_size": self.batch_size,
-            "examples": self.examples,
+            **pick(self, "batch_size examples"),
             "horizon": {"steps": self.steps, "lower": None, "upper": None, "ci95": [None, None]},
             "exact": None,
             "exact_ci95": None,
-            "descent": None if self.descent is None else estimate_dict(self.descent),
-            "num_hvps": self.num_hvps,
-            "lower": {**estimate_dict(self.lower), "assumes": "no example has negative curvature"},
-            "upper": {**estimate_dict(self.upper), "assumes": None},
-            "noise_sq": estimate_dict(self.noise_sq),
-            "hessian_spread_sq": estimate_dict(self.hessian_spread_sq),
+            **pick(self, "descent num_hvps"),
+            "lower": encode(self.lower) | {"assumes": "no example has negative curvature"},
+            "upper": encode(self.upper) | {"assumes": None},
+            **pick(self, "noise_sq hessian_spread_sq"),
         }
 
 
 @dataclass(frozen=True)
-class MiniBatchBounds:
+class MiniBatchBounds(JsonObject):
     """Thresholds with mini-batches of B examples, drawn anew at every step without replacement within a step.
 
     Args:
@@ -153,6 +150,8 @@ class MiniBatchBounds:
         model: For other numbers of steps.
     """
 
+    keys = "batch_size examples horizon exact=exact.value exact_ci95 descent num_hvps"
+
     batch_size: int
     examples: int
     horizon: HorizonPoint
@@ -161,25 +160,14 @@ class MiniBatchBounds:
     num_hvps: int
     model: MiniBatchModel = field(repr=False, compare=False)
 
+    @property
+    def exact_ci95(self) -> Pair | None:
+        """95 % interval of the infinite-time threshold."""
+        return None if self.exact is None else ci95(self.exact)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
-        from zoscope.analysis.thresholds import ci95, estimate_dict, number
-
-        point = self.horizon
-        return {
-            "batch_size": self.batch_size,
-            "examples": self.examples,
-            "horizon": {
-                "steps": point.steps,
-                "lower": number(point.lower.value),
-                "upper": number(point.upper.value),
-                "ci95": [number(ci95(point.lower)[0]), number(ci95(point.upper)[1])],
-            },
-            "exact": None if self.exact is None else number(self.exact.value),
-            "exact_ci95": None if self.exact is None else [number(end) for end in ci95(self.exact)],
-            "descent": None if self.descent is None else estimate_dict(self.descent),
-            "num_hvps": self.num_hvps,
-        }
+        return super().to_dict() | {"horizon": point_dict(self.horizon)}
 
 
 Array = NDArray[np.float64]

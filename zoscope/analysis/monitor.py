@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zoscope.analysis.thresholds import number
 from zoscope.analysis.track_measuring import Measurer, Moment
 from zoscope.analysis.track_results import TrackRequest
 from zoscope.config.load import Schedule
 from zoscope.errors import UsageError
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 from zoscope.problem.core import Measurable
+from zoscope.result import JsonObject
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate, require_count, require_positive
 from zoscope.theory.stability import Interval, forward_only_bounds
@@ -133,7 +133,7 @@ LEAST = 8
 
 
 @dataclass(frozen=True)
-class ForwardRecord:
+class ForwardRecord(JsonObject):
     """What the last directions say of the threshold.
 
     Args:
@@ -148,6 +148,11 @@ class ForwardRecord:
         ratio: ``lr / upper``.
     """
 
+    keys = """
+        step loss lr trace=trace.value trace_stderr=trace.stderr frobenius_sq directions lower upper=upper.value
+        upper_stderr=upper.stderr ratio
+    """
+
     step: int
     loss: float
     lr: float
@@ -157,22 +162,6 @@ class ForwardRecord:
     lower: float
     upper: Estimate
     ratio: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "step": self.step,
-            "loss": number(self.loss),
-            "lr": self.lr,
-            "trace": number(self.trace.value),
-            "trace_stderr": number(self.trace.stderr),
-            "frobenius_sq": number(self.frobenius_sq),
-            "directions": self.directions,
-            "lower": number(self.lower),
-            "upper": number(self.upper.value),
-            "upper_stderr": number(self.upper.stderr),
-            "ratio": number(self.ratio),
-        }
 
 
 class ForwardMonitor:

@@ -41,11 +41,11 @@ from zoscope.analysis.probe_runs import (
     summarise,
 )
 from zoscope.analysis.request import Progress, Request, sharded_basis, subject_of
-from zoscope.analysis.result import ProblemInfo
 from zoscope.curvature.operators import LinearOperator, Preconditioned, gradient
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice
 from zoscope.problem.core import measurable
+from zoscope.result import ProblemInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

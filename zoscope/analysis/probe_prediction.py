@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoscope.analysis.measurement import MeasuredOperator, ThresholdQuery, curvature_operator, optimizer_row
 from zoscope.analysis.probe_results import ProbedThreshold
-from zoscope.analysis.thresholds import ci95
+from zoscope.analysis.thresholds import ci95, outer_ci95
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.operators import gradient
 from zoscope.curvature.slq import averaged_rule
@@ -334,7 +334,7 @@ def forecast(
         horizon, horizon_ci95 = (row.horizon.lower, row.horizon.upper), row.horizon.ci95
     if row.minibatch is not None:
         point, exact = row.minibatch.horizon, row.minibatch.exact
-        horizon, horizon_ci95 = (point.lower.value, point.upper.value), (ci95(point.lower)[0], ci95(point.upper)[1])
+        horizon, horizon_ci95 = (point.lower.value, point.upper.value), outer_ci95(point)
         descent_value = None if row.minibatch.descent is None else row.minibatch.descent.value
     threshold = ProbedThreshold(
         name="assumed" if request.assume_threshold else name,

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zoscope.analysis.bounds import Estimator
 from zoscope.analysis.request import Request
-from zoscope.analysis.result import MeasuredResult
-from zoscope.analysis.thresholds import Pair, number
+from zoscope.analysis.thresholds import Pair
 from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
+from zoscope.result import JsonObject, MeasuredResult, pick
 from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments
 from zoscope.theory.spectrum import require_count, require_positive
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from zoscope.theory.rules import UpdateRule
 
 ProbeProgress = Callable[[str, int, int], None]
@@ -136,7 +134,7 @@ class ProbeRequest:
 
 
 @dataclass(frozen=True)
-class ProbedThreshold:
+class ProbedThreshold(JsonObject):
     """The threshold under test and those beside it; step sizes in param²/loss.
 
     Args:
@@ -149,6 +147,8 @@ class ProbedThreshold:
         descent: Descent threshold.
     """
 
+    keys = "name value exact ci95=exact_ci95 horizon horizon_ci95 descent"
+
     name: str
     value: float
     exact: float | None
@@ -157,21 +157,9 @@ class ProbedThreshold:
     horizon_ci95: Pair | None
     descent: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "name": self.name,
-            "value": number(self.value),
-            "exact": number(self.exact),
-            "ci95": _pair(self.exact_ci95),
-            "horizon": _pair(self.horizon),
-            "horizon_ci95": _pair(self.horizon_ci95),
-            "descent": number(self.descent),
-        }
-
 
 @dataclass(frozen=True)
-class EdgePoint:
+class EdgePoint(JsonObject):
     """One step size of the bisection.
 
     Args:
@@ -181,6 +169,8 @@ class EdgePoint:
         left_at: Their median step; ``None`` unless the majority did.
         blow_up: Predicted time to blow-up, full and positive version.
     """
+
+    keys = "lr diverged replicas left_at blow_up_predicted=blow_up"
 
     lr: float
     diverged: int
@@ -193,19 +183,9 @@ class EdgePoint:
         """Whether half of the replicas diverged."""
         return 2 * self.diverged >= self.replicas
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "lr": self.lr,
-            "diverged": self.diverged,
-            "replicas": self.replicas,
-            "left_at": number(self.left_at),
-            "blow_up_predicted": [number(end) for end in self.blow_up],
-        }
-
 
 @dataclass(frozen=True)
-class Edge:
+class Edge(JsonObject):
     """The empirical edge: where half of the replicas diverge within ``steps``.
 
     Args:
@@ -222,6 +202,10 @@ class Edge:
         end: Curvature where the first replica to leave, at the smallest step size at which half of them did, was last
             in the valley.
         sharpened: Whether the threshold had come down past that step size by then.
+    """
+
+    keys = """
+        lo hi value steps ratio_to_exact ratio_to_horizon predicted ratio_to_predicted found points end sharpened
     """
 
     lo: float
@@ -241,34 +225,13 @@ class Edge:
         """``value`` over ``predicted``: what the landscape adds to the quadratic model."""
         return None if self.predicted is None or not self.found else self.value / self.predicted
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "lo": number(self.lo),
-            "hi": number(self.hi),
-            "value": number(self.value),
-            "steps": self.steps,
-            "ratio_to_exact": number(self.ratio_to_exact),
-            "ratio_to_horizon": _pair(self.ratio_to_horizon),
-            "predicted": number(self.predicted),
-            "ratio_to_predicted": number(self.ratio_to_predicted),
-            "found": self.found,
-            "points": [point.to_dict() for point in self.points],
-            "end": None if self.end is None else self.end.to_dict(),
-            "sharpened": self.sharpened,
-        }
-
-
-def _pair(pair: Pair | None) -> list[float | None] | None:
-    return None if pair is None else [number(end) for end in pair]
-
 
 RunVerdict = Literal["stable", "diverged", "sharpened", "inconclusive", "falls", "rises"]
 Variant = Literal["first-order", "zeroth-order", "frozen", "adaptive"]
 
 
 @dataclass(frozen=True)
-class EndState:
+class EndState(JsonObject):
     """The curvature measured again, where a replica was last seen in the valley.
 
     Args:
@@ -287,17 +250,6 @@ class EndState:
     lambda_max: float
     term: float
     preconditioner_mean: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "step": self.step,
-            "threshold": number(self.threshold),
-            "trace": number(self.trace),
-            "lambda_max": number(self.lambda_max),
-            "term": number(self.term),
-            "preconditioner_mean": number(self.preconditioner_mean),
-        }
 
 
 @dataclass(frozen=True)
@@ -318,7 +270,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class PredictionError:
+class PredictionError(JsonObject):
     """The predicted loss curve against the replicas' mean.
 
     Args:
@@ -328,6 +280,8 @@ class PredictionError:
         measured_change: Mean change of the replicas.
         stderr: Its standard error.
     """
+
+    keys = "step predicted_change quadratic_change measured_change stderr relative"
 
     step: int
     predicted_change: float
@@ -342,20 +296,9 @@ class PredictionError:
             return None
         return abs(self.predicted_change - self.measured_change) / abs(self.measured_change)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "step": self.step,
-            "predicted_change": number(self.predicted_change),
-            "quadratic_change": number(self.quadratic_change),
-            "measured_change": number(self.measured_change),
-            "stderr": number(self.stderr),
-            "relative": number(self.relative),
-        }
-
 
 @dataclass(frozen=True)
-class ProbeRun:
+class ProbeRun(JsonObject):
     """All replicas at one step size.
 
     Args:
@@ -402,48 +345,6 @@ class ProbeRun:
     curves: Curves = field(repr=False)
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "lr": self.lr,
-            "ratio": number(self.ratio),
-            "side": self.side,
-            "variant": self.variant,
-            "rate_predicted": number(self.rate_predicted),
-            "growth_predicted": number(self.growth_predicted),
-            "steps": self.steps,
-            "steps_done": self.steps_done,
-            "replicas": self.replicas,
-            "diverged": self.diverged,
-            "left_at": number(self.left_at),
-            "loss_start": number(self.loss_start),
-            "loss_end": number(self.loss_end),
-            "verdict": self.verdict,
-            "as_predicted": self.as_predicted,
-            "reason": self.reason,
-            "prediction": None if self.prediction is None else self.prediction.to_dict(),
-            "end": None if self.end is None else self.end.to_dict(),
-            "seconds": number(self.seconds),
-        }
-
-
-__all__ = [
-    "SCHEMA",
-    "Curves",
-    "Edge",
-    "EdgePoint",
-    "EndState",
-    "Outcome",
-    "PredictionError",
-    "ProbeInterruptedError",
-    "ProbeResult",
-    "ProbeRun",
-    "ProbedThreshold",
-    "RunVerdict",
-    "Variant",
-]
-
-SCHEMA = "zoscope.probe/1"
 
 Outcome = Literal["confirmed", "refuted", "inconclusive"]
 
@@ -467,6 +368,8 @@ class ProbeResult(MeasuredResult):
         interrupted: Whether it was cut short.
     """
 
+    schema = "zoscope.probe/1"
+
     optimizer: str
     settings: Mapping[str, Any]
     estimator: Estimator | None
@@ -485,29 +388,10 @@ class ProbeResult(MeasuredResult):
         """Whether the threshold was confirmed."""
         return self.outcome == "confirmed"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The document ``zoscope.probe/1``: JSON numbers, strings and null only."""
-        fields = {
-            "optimizer": self.optimizer,
-            **self.settings,
-            "estimator": None if self.estimator is None else self.estimator.to_dict(),
-            "linearized": self.linearized,
-            "growth": number(self.growth),
-            "threshold": self.threshold.to_dict(),
-            "runs": [run.to_dict() for run in self.runs],
-            "edge": None if self.edge is None else self.edge.to_dict(),
-            "confirmed": self.confirmed,
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "interrupted": self.interrupted,
-        }
-        return self.document(SCHEMA, fields)
-
-    def __rich__(self) -> RenderableType:
-        """Tables for the terminal."""
-        from zoscope.report.probe import render
-
-        return render(self)
+    def body(self) -> dict[str, Any]:
+        """What only this kind of result has."""
+        found = "estimator linearized growth threshold runs edge confirmed outcome reason interrupted"
+        return pick(self, "optimizer") | dict(self.settings) | pick(self, found)
 
 
 class ProbeInterruptedError(KeyboardInterrupt):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,32 +12,27 @@ import numpy as np
 import torch
 
 from zoscope.analysis import notices
-from zoscope.analysis.bounds import curvature_dict, eigenvalue_dict
+from zoscope.analysis.bounds import CURVATURE
 from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient
 from zoscope.analysis.request import Progress, Request, sharded_basis, subject_of
-from zoscope.analysis.result import MeasuredResult, ProblemInfo
-from zoscope.analysis.thresholds import estimate_dict, number
 from zoscope.curvature.moments import measure_moments
 from zoscope.curvature.slq import DEFLATION_TOLERANCE, measure
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice
+from zoscope.result import JsonObject, MeasuredResult, ProblemInfo, encode, pick
 from zoscope.theory.density import Known, decades, density, finest_density
 from zoscope.theory.spectrum import require_count
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from zoscope.curvature.nonsmooth import Jump
     from zoscope.curvature.slq import Curvature, Eigenvalue, Moments
     from zoscope.problem import Objective, Problem
     from zoscope.theory.density import Decade, Density
     from zoscope.theory.spectrum import Array, Estimate, SampledSpectrum
 
-SCHEMA = "zoscope.spectrum/1"
-
 
 @dataclass(frozen=True)
-class LayerTrace:
+class LayerTrace(JsonObject):
     """The share of a layer in the trace.
 
     Args:
@@ -51,15 +46,6 @@ class LayerTrace:
     num_params: int
     trace: Estimate
     share: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "name": self.name,
-            "num_params": self.num_params,
-            "trace": estimate_dict(self.trace),
-            "share": number(self.share),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +64,8 @@ class SpectrumResult(MeasuredResult):
         layers: Trace by layer, in the order of the parameters; ``None`` where it was not asked for.
     """
 
+    schema = "zoscope.spectrum/1"
+
     rtol: float
     operator: str
     curvature: Curvature
@@ -88,25 +76,16 @@ class SpectrumResult(MeasuredResult):
     decades: tuple[Decade, ...]
     layers: tuple[LayerTrace, ...] | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The document ``zoscope.spectrum/1``: JSON numbers, strings and null only."""
-        fields = {
+    def body(self) -> dict[str, Any]:
+        """What only this kind of result has."""
+        return {
             "rtol": self.rtol,
-            "curvature": {self.operator: curvature_dict(self.curvature)},
-            "top": [eigenvalue_dict(eigenvalue) for eigenvalue in self.top],
-            "bottom": [eigenvalue_dict(eigenvalue) for eigenvalue in self.bottom],
-            "outliers": _numbers(self.outliers),
+            "curvature": {self.operator: pick(self.curvature, CURVATURE)},
+            **pick(self, "top bottom outliers"),
             "density": _density(self.density),
-            "decades": [_decade(part) for part in self.decades],
-            "layers": None if self.layers is None else [layer.to_dict() for layer in self.layers],
+            "decades": [pick(part, "lower upper count sum=total") for part in self.decades],
+            "layers": encode(self.layers),
         }
-        return self.document(SCHEMA, fields)
-
-    def __rich__(self) -> RenderableType:
-        """Tables for the terminal."""
-        from zoscope.report.spectrum import render
-
-        return render(self)
 
 
 def _density(density: Density) -> dict[str, Any]:
@@ -114,28 +93,10 @@ def _density(density: Density) -> dict[str, Any]:
     return {
         "unit": "eigenvalues per decade, smoothed",
         "axis": "asinh(eigenvalue / (2 scale)) / ln 10",
-        "scale": number(density.scale),
-        "bandwidth": density.bandwidth,
-        "error": number(density.error),
-        "position": _numbers(density.positions),
-        "eigenvalue": _numbers(density.eigenvalues),
-        "value": _numbers(density.values),
-        "lower": _numbers(np.maximum(low, 0.0)),
-        "upper": _numbers(np.maximum(high, 0.0)),
+        **pick(density, "scale bandwidth error position=positions eigenvalue=eigenvalues value=values"),
+        "lower": encode(np.maximum(low, 0.0)),
+        "upper": encode(np.maximum(high, 0.0)),
     }
-
-
-def _decade(part: Decade) -> dict[str, Any]:
-    return {
-        "lower": number(part.lower),
-        "upper": number(part.upper),
-        "count": estimate_dict(part.count),
-        "sum": estimate_dict(part.total),
-    }
-
-
-def _numbers(values: Sequence[float] | Array) -> list[float | None]:
-    return [number(float(value)) for value in values]
 
 
 DENSITY_TOLERANCE = 5.0
@@ -392,9 +353,6 @@ def _notices(objective: Objective, request: Request, curvature: Curvature, jump:
     yield from objective.warnings
 
 
-MOMENTS_SCHEMA = "zoscope.moments/1"
-
-
 @dataclass(frozen=True, kw_only=True)
 class MomentsResult(MeasuredResult):
     """Trace, norm and λ_max of a problem's curvature matrix; the other fields are those of every `Measured` result.
@@ -405,28 +363,16 @@ class MomentsResult(MeasuredResult):
         moments: What was measured.
     """
 
+    schema = "zoscope.moments/1"
+
     rtol: float
     operator: str
     moments: Moments
 
-    def to_dict(self) -> dict[str, Any]:
-        """The document ``zoscope.moments/1``: JSON numbers, strings and null only."""
-        found = self.moments
-        entry = {
-            "trace": estimate_dict(found.trace),
-            "frobenius_sq": estimate_dict(found.frobenius_sq),
-            "lambda_max": eigenvalue_dict(found.lambda_max),
-            "pieces": found.pieces,
-            "num_hvps": found.num_hvps,
-            "seconds": number(found.seconds),
-        }
-        return self.document(MOMENTS_SCHEMA, {"rtol": self.rtol, "curvature": {self.operator: entry}})
-
-    def __rich__(self) -> RenderableType:
-        """Tables for the terminal."""
-        from zoscope.report.spectrum import render_moments
-
-        return render_moments(self)
+    def body(self) -> dict[str, Any]:
+        """What only this kind of result has."""
+        found = pick(self.moments, "trace frobenius_sq lambda_max pieces num_hvps seconds")
+        return {"rtol": self.rtol, "curvature": {self.operator: found}}
 
 
 def moments(

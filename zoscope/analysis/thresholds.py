@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from zoscope.result import JsonObject, encode, pick
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
@@ -22,24 +23,8 @@ Pair = tuple[float, float]
 FAR_APART = 3.0
 """Ratio of the ends of a threshold from which it is shown as a range: no number between them is known."""
 
-
-def number(value: float | None) -> float | None:
-    """A JSON number: ``None`` for what is not defined or not finite."""
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def pair(ends: Pair | None) -> list[float | None] | None:
-    """The JSON array of an interval."""
-    return None if ends is None else [number(end) for end in ends]
-
-
-def estimate_dict(estimate: Estimate) -> dict[str, float | None]:
-    """The JSON object of a number with its error."""
-    return {
-        "value": number(estimate.value),
-        "stderr": number(estimate.stderr),
-        "quadrature": number(estimate.quadrature),
-    }
+ASSUMED = "H is positive semidefinite"
+"""What the lower bound of forward passes takes for granted."""
 
 
 def ci95(estimate: Estimate) -> Pair:
@@ -48,8 +33,18 @@ def ci95(estimate: Estimate) -> Pair:
     return max(low, 0.0), high
 
 
+def outer_ci95(point: HorizonPoint) -> Pair:
+    """From the lower 95 % end of the full version to the upper one of the positive version."""
+    return ci95(point.lower)[0], ci95(point.upper)[1]
+
+
+def point_dict(point: HorizonPoint) -> dict[str, Any]:
+    """The JSON object of η*(T) at one horizon."""
+    return pick(point, "steps lower=lower.value upper=upper.value") | {"ci95": encode(outer_ci95(point))}
+
+
 @dataclass(frozen=True)
-class Horizon:
+class Horizon(JsonObject):
     """Stable for how many steps: η*(N).
 
     Args:
@@ -73,37 +68,19 @@ class Horizon:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
-        return {
-            "steps": self.steps,
-            "lower": number(self.lower),
-            "upper": number(self.upper),
-            "ci95": pair(self.ci95),
-            "curve": [
-                {
-                    "steps": point.steps,
-                    "lower": number(point.lower.value),
-                    "upper": number(point.upper.value),
-                    "ci95": pair((ci95(point.lower)[0], ci95(point.upper)[1])),
-                }
-                for point in self.curve
-            ],
-        }
+        return super().to_dict() | {"curve": [point_dict(point) for point in self.curve]}
 
 
 @dataclass(frozen=True)
-class Binding:
+class Binding(JsonObject):
     """The threshold that a run of the planned length meets first; ``inf`` when nothing limits the step size."""
 
     name: ThresholdName
     value: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {"name": self.name, "value": number(self.value)}
-
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(JsonObject):
     """What a given step size does in the planned number of steps.
 
     Args:
@@ -129,21 +106,9 @@ class Verdict:
     doubling: Pair | None
     descends: bool | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return {
-            "lr": self.lr,
-            "steps": self.steps,
-            "ratio": number(self.ratio),
-            "outlook": self.outlook,
-            "blow_up": pair(self.blow_up),
-            "doubling": pair(self.doubling),
-            "descends": self.descends,
-        }
-
 
 @dataclass(frozen=True)
-class ForwardBounds:
+class ForwardBounds(JsonObject):
     """What forward passes alone say of an optimizer's thresholds, with error bars.
 
     Args:
@@ -167,15 +132,18 @@ class ForwardBounds:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
-        return {
-            "lower": {**estimate_dict(self.lower), "assumes": "H is positive semidefinite"},
-            "upper": {**estimate_dict(self.upper), "assumes": None},
-            "descent": {**estimate_dict(self.descent), "assumes": None},
-        }
+        found = pick(self, "lower upper descent")
+        return {key: entry | {"assumes": ASSUMED if key == "lower" else None} for key, entry in found.items()}
+
+
+ZEROTH_ORDER = """
+    lower=zo_lower upper=zo_upper lower_tight upper_tight ci95=zo_ci95 tight_ci95 exact=exact.value exact_ci95 horizon
+    descent descent_ci95 binding limit recommended recommended_range provisional doubts recommended_reason predicted_lr
+"""
 
 
 @dataclass(frozen=True)
-class OptimizerBounds:
+class OptimizerBounds(JsonObject):
     """Step-size bounds of one update rule, first- and zeroth-order.
 
     Args:
@@ -272,42 +240,14 @@ class OptimizerBounds:
             return None
         return self.fo / self.binding.value if math.isfinite(self.binding.value) else None
 
+    @property
+    def provisional(self) -> bool:
+        """Whether there is a reason to doubt the recommendation."""
+        return bool(self.doubts)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object."""
-        document: dict[str, Any] = {
-            "operator": self.operator,
-            **self.settings,
-            "fo": number(self.fo),
-            "zo": self._zeroth_order(),
-        }
-        if self.commutator is not None:
-            document["commutator"] = estimate_dict(self.commutator)
-        if self.forward is not None:
-            document["forward"] = self.forward.to_dict()
-        if self.verdict is not None:
-            document["verdict"] = self.verdict.to_dict()
-        return document
-
-    def _zeroth_order(self) -> dict[str, Any]:
-        minibatch = self.minibatch if self.forward is None else self.forward.minibatch
-        return {
-            "lower": number(self.zo_lower),
-            "upper": number(self.zo_upper),
-            "lower_tight": number(self.lower_tight),
-            "upper_tight": number(self.upper_tight),
-            "ci95": pair(self.zo_ci95),
-            "tight_ci95": pair(self.tight_ci95),
-            "exact": None if self.exact is None else number(self.exact.value),
-            "exact_ci95": pair(self.exact_ci95),
-            "horizon": None if self.horizon is None else self.horizon.to_dict(),
-            "descent": number(self.descent),
-            "descent_ci95": pair(self.descent_ci95),
-            "binding": None if self.binding is None else self.binding.to_dict(),
-            "limit": None if self.limit is None else self.limit.to_dict(),
-            "recommended": number(self.recommended),
-            "recommended_range": pair(self.recommended_range),
-            "provisional": bool(self.doubts),
-            "doubts": list(self.doubts),
-            "recommended_reason": self.recommended_reason,
-            "predicted_lr": number(self.predicted_lr),
-        } | ({} if minibatch is None else {"minibatch": minibatch.to_dict()})
+        found = self if self.forward is None else self.forward
+        zeroth_order = pick(self, ZEROTH_ORDER) | pick(found, "minibatch?")
+        first = pick(self, "operator") | dict(self.settings) | pick(self, "fo")
+        return first | {"zo": zeroth_order} | pick(self, "commutator? forward? verdict?")

@@ -20,15 +20,12 @@ from zoscope.config.training import TRACK
 from zoscope.errors import NumericalError, UsageError, ZoscopeError
 from zoscope.problem import Notice
 from zoscope.problem.core import measurable
+from zoscope.result import RichResult, pick
 from zoscope.theory.spectrum import require_positive
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from zoscope.problem import Problem
     from zoscope.theory.rules import Directions
-
-COMPARISON_SCHEMA = "zoscope.track-comparison/1"
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(RichResult):
     """Runs side by side.
 
     Args:
@@ -68,34 +65,17 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         """The document without measurements."""
-        return {
-            "schema": COMPARISON_SCHEMA,
-            "runs": [
-                {"label": entry.label, "error": entry.error}
-                | ({} if entry.result is None else {"folder": _shown(entry.result), **entry.result.summary()})
-                for entry in self.entries
-            ],
-        }
+        return self._document(lambda run: {"folder": None if run.folder is None else str(run.folder), **run.summary()})
 
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.track-comparison/1``: for every run its ``zoscope.track/1``."""
-        return {
-            "schema": COMPARISON_SCHEMA,
-            "runs": [
-                {"label": entry.label, "error": entry.error} | ({} if entry.result is None else entry.result.to_dict())
-                for entry in self.entries
-            ],
-        }
+        return self._document(TrackResult.to_dict)
 
-    def __rich__(self) -> RenderableType:
-        """A table for the terminal."""
-        from zoscope.report.track import render_comparison
-
-        return render_comparison(self)
-
-
-def _shown(result: TrackResult) -> str | None:
-    return None if result.folder is None else str(result.folder)
+    def _document(self, of: Callable[[TrackResult], dict[str, Any]]) -> dict[str, Any]:
+        runs = [
+            pick(entry, "label error") | ({} if entry.result is None else of(entry.result)) for entry in self.entries
+        ]
+        return {"schema": "zoscope.track-comparison/1", "runs": runs}
 
 
 def compare(folders: Sequence[Path]) -> Comparison:

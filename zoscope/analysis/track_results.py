@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from zoscope._version import __version__
-from zoscope.analysis.thresholds import number
 from zoscope.optim.directions import check_law
 from zoscope.options import MATRICES, OPTIMIZERS
+from zoscope.result import JsonObject, RichResult, encode, pick
 from zoscope.theory.rules import Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import require_count, require_positive
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from torch import Tensor
 
     from zoscope.config.load import StepSizes
@@ -130,7 +129,7 @@ def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(JsonObject):
     """One measurement. Numbers that are not defined or not finite are ``None``.
 
     Curvature is that of the operator that the optimizer acts through: H in loss/param², for Adam ``P⁻¹H``.
@@ -223,24 +222,12 @@ class Record:
         """Whether the curvature has risen to what the step size allows: ``threshold ≤ 1.1 upper``."""
         return self.threshold is not None and self.upper is not None and self.threshold <= 1.1 * self.upper
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object; never NaN or Infinity."""
-        return {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
-
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Record:
         """What ``to_dict`` wrote; keys of newer versions are left out."""
         known = {entry.name for entry in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
         return cls(**{key: value for key, value in values.items() if key in known})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 SCHEMA = "zoscope.track/1"
@@ -251,7 +238,7 @@ OVER: tuple[str, ...] = ("finished", "target", "diverged")
 
 
 @dataclass(frozen=True)
-class Band:
+class Band(JsonObject):
     """How often the threshold term lies in ``[0.9 lower, 1.1 upper]`` once the curvature has risen to it.
 
     Args:
@@ -259,6 +246,8 @@ class Band:
         of: Measurements since the first one with ``threshold ≤ 1.1 upper``.
         since: Step of that one; ``None`` where the edge was never reached.
     """
+
+    keys = "inside of share since"
 
     inside: int
     of: int
@@ -280,7 +269,7 @@ def band_of(records: Sequence[Record]) -> Band:
 
 
 @dataclass(frozen=True)
-class TrackResult:
+class TrackResult(RichResult):
     """A run, or as much of it as there is.
 
     Args:
@@ -341,46 +330,22 @@ class TrackResult:
 
     def summary(self) -> dict[str, Any]:
         """The document without its measurements, as ``summary.json`` holds it."""
-        band = self.band
-        last = self.records[-1] if self.records else None
+        last = self.records[-1].loss if self.records else None
         return {
             "schema": SCHEMA,
-            "zoscope": self.version,
-            "spec": self.spec,
-            "optimizer": self.optimizer,
-            "status": self.status,
-            "reason": self.reason,
-            "steps": self.steps_done,
-            "loss": None if last is None else number(last.loss),
+            **pick(self, "zoscope=version spec optimizer status reason steps=steps_done"),
+            "loss": encode(last),
             "every": self.every,
             "measurements": len(self.records),
-            "in_band": {"inside": band.inside, "of": band.of, "share": band.share, "since": band.since},
-            "num_hvps": self.num_hvps,
-            "seconds": number(self.seconds),
-            "measuring_seconds": number(self.measuring_seconds),
-            "device": self.device,
-            "dtype": self.dtype,
-            "problem": {"num_params": self.num_params, "num_examples": self.num_examples},
-            "config": dict(self.config),
-            "warnings": [asdict(notice) for notice in self.warnings],
+            **pick(self, "in_band=band num_hvps seconds measuring_seconds device dtype"),
+            "problem": pick(self, "num_params num_examples"),
+            **pick(self, "config warnings"),
         }
 
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.track/1``: JSON numbers, strings and null only."""
         folder = None if self.folder is None else str(self.folder)
-        return self.summary() | {"folder": folder, "records": [record.to_dict() for record in self.records]}
-
-    def __rich__(self) -> RenderableType:
-        """Tables for the terminal."""
-        from zoscope.report.track import render
-
-        return render(self)
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        """The same tables for a notebook."""
-        from zoscope.report.style import to_html, to_text
-
-        return {"text/html": to_html(self), "text/plain": to_text(self)}
+        return self.summary() | {"folder": folder} | pick(self, "records")
 
 
 class TrackInterruptedError(KeyboardInterrupt):

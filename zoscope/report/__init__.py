@@ -1,1 +1,29 @@
 """How results look: dataclasses in, rich renderables out; nothing is computed here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zoscope.result import RichResult
+
+_HOME = {
+    "BoundsResult": "bounds.render",
+    "CostEstimate": "bounds.render_cost",
+    "CheckReport": "check.render",
+    "ProbeResult": "probe.render",
+    "SpectrumResult": "spectrum.render",
+    "MomentsResult": "spectrum.render_moments",
+    "TrackResult": "track.render",
+    "Comparison": "track.render_comparison",
+}
+
+
+def render(result: RichResult) -> RenderableType:
+    """The tables of a result, for ``rich``; their module is loaded on first use."""
+    module, name = _HOME[type(result).__name__].split(".")
+    shown: RenderableType = getattr(import_module(f"zoscope.report.{module}"), name)(result)
+    return shown

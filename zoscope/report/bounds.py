@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Group
+from rich.console import Console
 from rich.text import Text
 
 from zoscope.analysis.advice import SHORT
@@ -15,7 +14,10 @@ from zoscope.analysis.notices import PROVISIONAL
 from zoscope.report.style import (
     MISSING,
     OPTIMIZER_NAMES,
+    as_report,
     count,
+    counted,
+    curvature_of,
     digits_for,
     duration,
     error,
@@ -29,16 +31,18 @@ from zoscope.report.style import (
     step_range,
     step_size,
     step_size_at_most,
+    step_size_of,
     step_size_with_error,
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
-    from zoscope.analysis.bounds import BoundsResult, OptimizerBounds, Verdict
+    from zoscope.analysis.bounds import BoundsResult
     from zoscope.analysis.estimate import CostEstimate
     from zoscope.analysis.minibatch import MiniBatchBounds
+    from zoscope.analysis.thresholds import OptimizerBounds, Verdict
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.theory.spectrum import Estimate
     from zoscope.theory.stability import HorizonPoint
@@ -69,21 +73,17 @@ def curvature_table(result: BoundsResult) -> Table:
 
 
 def _curvature_rows(entries: list[Curvature]) -> Iterator[tuple[str, list[str]]]:
-    yield "trace", [_estimate(entry.trace) for entry in entries]
-    yield "  positive part", [_estimate(entry.trace_positive) for entry in entries]
+    yield "trace", [curvature_of(entry.trace) for entry in entries]
+    yield "  positive part", [curvature_of(entry.trace_positive) for entry in entries]
     yield "  negative mass", [quantity(entry.negative_mass, digits=3) for entry in entries]
     yield "λ_max", [_eigenvalue(entry.lambda_max) for entry in entries]
     yield "λ_min", [_eigenvalue(entry.lambda_min) for entry in entries]
-    yield "‖·‖_F²", [_estimate(entry.frobenius_sq) for entry in entries]
+    yield "‖·‖_F²", [curvature_of(entry.frobenius_sq) for entry in entries]
     yield "effective rank", [quantity(entry.effective_rank, digits=3) for entry in entries]
     yield "method", [entry.method for entry in entries]
     if any(entry.hvp for entry in entries):
         yield "products", [entry.hvp or "" for entry in entries]
     yield "cost", [f"{count(entry.num_hvps)} HVPs, {duration(entry.seconds)}" for entry in entries]
-
-
-def _estimate(estimate: Estimate) -> str:
-    return quantity_with_error(estimate.value, estimate.half_width)
 
 
 def _eigenvalue(eigenvalue: Eigenvalue) -> str:
@@ -228,8 +228,8 @@ def _table(result: BoundsResult) -> Table:
                 OPTIMIZER_NAMES[row.name],
                 Text(_minibatch_stable(row.minibatch), style="bold"),
                 _share(row, row.minibatch),
-                _maybe_estimate(row.minibatch.exact),
-                _maybe_estimate(row.minibatch.descent),
+                step_size_of(row.minibatch.exact),
+                step_size_of(row.minibatch.descent),
             )
     return table
 
@@ -246,16 +246,12 @@ def _share(row: OptimizerBounds, found: MiniBatchBounds) -> str:
     return quantity(found.horizon.upper.value / row.horizon.upper, digits=2)
 
 
-def _maybe_estimate(estimate: Estimate | None) -> str:
-    return MISSING if estimate is None else step_size_with_error(estimate.value, estimate.half_width)
-
-
 def forward_curvature_table(found: ForwardCurvature) -> Table:
     """What was measured, and how."""
     table = number_table("", "Hessian H")
-    table.add_row("trace", _forward_estimate(found.trace))
-    table.add_row("‖·‖_F²", _forward_estimate(found.frobenius_sq))
-    table.add_row("along the gradient", MISSING if found.rayleigh is None else _forward_estimate(found.rayleigh))
+    table.add_row("trace", curvature_of(found.trace))
+    table.add_row("‖·‖_F²", curvature_of(found.frobenius_sq))
+    table.add_row("along the gradient", MISSING if found.rayleigh is None else curvature_of(found.rayleigh))
     table.add_row("λ_max, λ_min", "not known")
     table.add_row("method", f"{found.method}, h = {quantity(found.step, digits=2)}")
     table.add_row("cost", f"{count(found.num_evaluations)} evaluations, {duration(found.seconds)}")
@@ -270,7 +266,9 @@ def forward_bounds_table(result: BoundsResult) -> Table:
     possible = result.forward is None or result.forward.trace.value >= 0  # whether H ⪰ 0 may be
     for name, row in result.optimizers.items():
         if row.forward is not None:
-            descent, upper, lower = (_step_size(e) for e in (row.forward.descent, row.forward.upper, row.forward.lower))
+            descent, upper, lower = (
+                step_size_of(e) for e in (row.forward.descent, row.forward.upper, row.forward.lower)
+            )
             table.add_row(OPTIMIZER_NAMES[name], descent, upper, lower if possible else MISSING)
     return table
 
@@ -295,8 +293,9 @@ def forward_batches_section(result: BoundsResult) -> Iterator[RenderableType]:
         justify="right",
     )
     for name, bounds in rows:
-        descent = MISSING if bounds.descent is None else _step_size(bounds.descent)
-        table.add_row(OPTIMIZER_NAMES[name], descent, _step_size(bounds.upper), _step_size(bounds.lower))
+        table.add_row(
+            OPTIMIZER_NAMES[name], step_size_of(bounds.descent), step_size_of(bounds.upper), step_size_of(bounds.lower)
+        )
     yield table
 
 
@@ -309,53 +308,37 @@ def forward_outlook(verdict: Verdict) -> str:
     }[verdict.outlook]
 
 
-def _forward_estimate(estimate: Estimate) -> str:
-    return quantity_with_error(estimate.value, estimate.half_width)
-
-
-def _step_size(estimate: Estimate) -> str:
-    return step_size_with_error(estimate.value, estimate.half_width)
-
-
 NAMES = {"hessian": "hessian", "ggn": "ggn", "forward": "forward (2 passes each)"}
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def render_cost(result: CostEstimate) -> RenderableType:
+@as_report
+def render_cost(result: CostEstimate, width: int) -> Iterator[RenderableType]:
     """Header, a row per kind, the recommendation."""
+    facts = [
+        f"{count(result.num_params)} parameters",
+        counted(result.num_examples, "example"),
+        f"{result.device} {result.dtype}",
+        f"{memory(result.available)} free",
+    ]
     head = Text.assemble((result.spec or "zoscope bounds --estimate", "bold"))
-    head.append(
-        f"\n{count(result.num_params)} parameters · {count(result.num_examples)} example"
-        f"{'' if result.num_examples == 1 else 's'} · {result.device} "
-        f"{result.dtype} · {memory(result.available)} free",
-        style="dim",
-    )
+    yield head.append(f"\n{' · '.join(facts)}", style="dim")
+    yield heading("Expected cost", f"from one micro-batch of {count(result.timed_examples)}")
     table = number_table(
         "--curvature", "products,\nabout", "at most", "seconds\neach", "seconds\nin all", "memory besides\nthe model"
     )
     for cost in result.kinds:
-        if cost.seconds_each is None or cost.seconds is None:
-            table.add_row(NAMES[cost.kind], *[MISSING] * 5)
-        else:
-            each = f"{cost.seconds_each:.2g} s"
-            table.add_row(
-                NAMES[cost.kind],
-                rough_count(cost.products),
-                count(cost.most),
-                each,
-                duration(cost.seconds),
-                memory(cost.total_bytes),
-            )
+        cells = [MISSING] * 5
+        if cost.seconds_each is not None and cost.seconds is not None:
+            each, seconds = f"{cost.seconds_each:.2g} s", duration(cost.seconds)
+            cells = [rough_count(cost.products), count(cost.most), each, seconds, memory(cost.total_bytes)]
+        table.add_row(NAMES[cost.kind], *cells)
+    yield table
+    yield Text(f"\nUse --curvature {result.recommended}: {result.reason}.")
     problems = [(cost.kind, cost.problem) for cost in result.kinds if cost.problem is not None]
-    parts: list[RenderableType] = [
-        head,
-        heading("Expected cost", f"from one micro-batch of {count(result.timed_examples)}"),
-        table,
-        Text(f"\nUse --curvature {result.recommended}: {result.reason}."),
-    ]
     if problems:
-        parts += [heading("Not available"), grid(problems)]
-    return Group(*parts)
+        yield heading("Not available")
+        yield grid(problems)
 
 
 def memory(size: int | None) -> str:
@@ -376,55 +359,34 @@ LITTLE_CURVATURE = "little-curvature"
 PAPER = "the paper's interval assumes H ⪰ 0"
 
 
-@dataclass(frozen=True)
-class BoundsReport:
-    """Lays a result out for the width that it is printed at.
-
-    Args:
-        result: What to show.
-        warnings: Whether to end with the warnings.
-    """
-
-    result: BoundsResult
-    warnings: bool = True
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Everything, top to bottom."""
-        result = self.result
-        yield _header(result, width=options.max_width)
-        yield heading("Curvature", "± is the half-width of the 95 % interval")
-        if result.forward is not None:
-            # Late, as are mini-batches: what only some results have takes time to load.
-            # MERGE
-
-            yield forward_curvature_table(result.forward)
-            yield heading("Step-size bounds", settings_line(result))
-            yield forward_bounds_table(result)
-            yield from forward_batches_section(result)
-        else:
-            yield curvature_table(result)
-            yield from _bounds(result, console, options)
-            yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
-            yield horizon_table(result)
-            if any(row.minibatch for row in result.optimizers.values()):
-                # MERGE
-
-                yield from minibatch_section(result)
-        yield heading(f"For {count(result.steps)} steps")
-        yield advice(result)
-        if any(row.verdict for row in result.optimizers.values()):
-            yield from verdicts(result)
-        told = [notice.message for notice in result.warnings if notice.code != PROVISIONAL]  # that is above
-        if self.warnings and told:
-            yield heading("Warnings")
-            yield grid(("•", message) for message in told)
+@as_report
+def render(result: BoundsResult, width: int) -> Iterator[RenderableType]:
+    """Everything, top to bottom."""
+    yield _header(result, width=width)
+    yield heading("Curvature", "± is the half-width of the 95 % interval")
+    if result.forward is not None:
+        yield forward_curvature_table(result.forward)
+        yield heading("Step-size bounds", settings_line(result))
+        yield forward_bounds_table(result)
+        yield from forward_batches_section(result)
+    else:
+        yield curvature_table(result)
+        yield from _bounds(result, width)
+        yield heading("Stable for how many steps", "η*(T): all eigenvalues – positive ones only")
+        yield horizon_table(result)
+        if any(row.minibatch for row in result.optimizers.values()):
+            yield from minibatch_section(result)
+    yield heading(f"For {count(result.steps)} steps")
+    yield advice(result)
+    if any(row.verdict for row in result.optimizers.values()):
+        yield from verdicts(result)
 
 
-def _bounds(result: BoundsResult, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+def _bounds(result: BoundsResult, width: int) -> Iterator[RenderableType]:
     """One table where it fits, else two: a number that is cut is worse than one further down."""
     wide = bounds_table(result)
     settings = settings_line(result)
-    if console.measure(wide, options=options.update(max_width=ROOMY)).maximum <= options.max_width:
+    if Console(width=ROOMY).measure(wide).maximum <= width:
         yield heading("Step-size bounds", "; ".join(filter(None, (settings, PAPER))))
         yield wide
     else:
@@ -432,11 +394,6 @@ def _bounds(result: BoundsResult, console: Console, options: ConsoleOptions) -> 
         yield planned_table(result)
         yield heading("Step-size bounds for infinite time", PAPER)
         yield infinite_time_table(result)
-
-
-def render(result: BoundsResult, *, warnings: bool = True) -> BoundsReport:
-    """The report of a result, for ``rich``; ``warnings=False`` leaves them to another stream."""
-    return BoundsReport(result, warnings=warnings)
 
 
 def _header(result: BoundsResult, *, width: int) -> RenderableType:
@@ -527,8 +484,6 @@ def _passes_horizon(verdict: Verdict) -> bool:
 def _outlook(verdict: Verdict) -> str:
     planned = count(verdict.steps)
     if verdict.blow_up is None:
-        # MERGE
-
         return forward_outlook(verdict)
     first, last = verdict.blow_up
     if not _passes_horizon(verdict):

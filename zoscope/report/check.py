@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -15,6 +16,8 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from zoscope.report.style import as_report
 
 if TYPE_CHECKING:
     from zoscope.analysis.check_results import CheckReport, CheckResult
@@ -201,13 +204,13 @@ def _uri(file: str) -> str:
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "bold magenta"}
 
 
-def render(report: CheckReport) -> RenderableType:
+@as_report
+def render(result: CheckReport, width: int) -> Iterator[RenderableType]:
     """Table, explanations, summary."""
-    parts: list[RenderableType] = [_table(report)]
-    parts += [_paragraph(check) for check in report.checks if _needs_words(check)]
-    parts += [_note(notice, names) for notice, names in shared_notices(report).items()]
-    parts.append(_summary(report))
-    return Group(*parts)
+    yield _table(result)
+    yield from (_paragraph(check) for check in result.checks if _needs_words(check))
+    yield from (_note(notice, names) for notice, names in shared_notices(result).items())
+    yield _summary(result)
 
 
 def _table(report: CheckReport) -> Table:

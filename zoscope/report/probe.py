@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from rich.text import Text
 from zoscope.report.style import (
     COLOURS,
     MISSING,
-    OPTIMIZER_NAMES,
+    as_report,
     count,
     gaps,
     grid,
@@ -20,6 +19,7 @@ from zoscope.report.style import (
     heading,
     new_figure,
     number_table,
+    optimizer_name,
     quantity,
     require_matplotlib,
     rough_count,
@@ -29,7 +29,7 @@ from zoscope.report.style import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
     from zoscope.analysis.probe_results import Edge, EndState, ProbeResult, ProbeRun
@@ -93,57 +93,31 @@ THRESHOLD_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class ProbeReport:
-    """Lays a probe out.
-
-    Args:
-        result: What to show.
-        warnings: Whether to end with the warnings.
-    """
-
-    result: ProbeResult
-    warnings: bool = True
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Everything, top to bottom."""
-        result = self.result
-        name = f"{result.spec or 'problem'}: {optimizer_name(result)}"
-        yield header(result, name, width=options.max_width)
-        yield heading("Predicted")
-        yield predictions(result)
-        if result.runs:
-            yield heading("Runs", "on the quadratic model" if result.linearized else "")
-            yield runs_table(result)
-            yield heading("What they say")
-            yield grid((_label(run), remark(run)) for run in result.runs)
-            ends = list(end_rows(result))
-            if ends:
-                yield heading("Curvature measured again at the end")
-                yield grid(ends)
-        if result.edge is not None:
-            yield heading("Edge", f"where half of the replicas diverge within {count(result.edge.steps)} steps")
-            yield edge_summary(result.edge)
-            yield edge_table(result.edge)
-            if result.edge.end is not None:
-                lowest = min(point.lr for point in result.edge.points if point.lost)
-                yield heading("Curvature measured again", "where the first run was last in the valley")
-                yield grid([(f"η {step_size(lowest)}", _end(result, result.edge.end, lowest))])
-        yield verdict_line(result)
-        if self.warnings and result.warnings:
-            yield heading("Warnings")
-            yield grid(("•", notice.message) for notice in result.warnings)
-
-
-def render(result: ProbeResult, *, warnings: bool = True) -> ProbeReport:
-    """The report of a result, for ``rich``; ``warnings=False`` leaves them to another stream."""
-    return ProbeReport(result, warnings=warnings)
-
-
-def optimizer_name(result: ProbeResult) -> str:
-    """``ZO-Adam`` for ``zo-adam``."""
-    family = OPTIMIZER_NAMES[result.optimizer.removeprefix("zo-")]
-    return f"ZO-{family}" if result.optimizer.startswith("zo-") else family
+@as_report
+def render(result: ProbeResult, width: int) -> Iterator[RenderableType]:
+    """Everything, top to bottom."""
+    name = f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}"
+    yield header(result, name, width=width)
+    yield heading("Predicted")
+    yield predictions(result)
+    if result.runs:
+        yield heading("Runs", "on the quadratic model" if result.linearized else "")
+        yield runs_table(result)
+        yield heading("What they say")
+        yield grid((_label(run), remark(run)) for run in result.runs)
+        ends = list(end_rows(result))
+        if ends:
+            yield heading("Curvature measured again at the end")
+            yield grid(ends)
+    if result.edge is not None:
+        yield heading("Edge", f"where half of the replicas diverge within {count(result.edge.steps)} steps")
+        yield edge_summary(result.edge)
+        yield edge_table(result.edge)
+        if result.edge.end is not None:
+            lowest = min(point.lr for point in result.edge.points if point.lost)
+            yield heading("Curvature measured again", "where the first run was last in the valley")
+            yield grid([(f"η {step_size(lowest)}", _end(result, result.edge.end, lowest))])
+    yield verdict_line(result)
 
 
 def predictions(result: ProbeResult) -> Table:

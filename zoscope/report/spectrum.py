@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,9 @@ from zoscope.report.bounds import OPERATOR_NAMES
 from zoscope.report.style import (
     COLOURS,
     MISSING,
+    as_report,
     count,
+    curvature_of,
     grid,
     header,
     heading,
@@ -30,7 +31,7 @@ from zoscope.report.style import (
 from zoscope.theory.density import position_of
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
     from zoscope.analysis.spectrum import LayerTrace, MomentsResult, SpectrumResult
@@ -155,77 +156,38 @@ NAME = "zoscope spectrum"
 NOT_CONVERGED = "*"
 
 
-@dataclass(frozen=True)
-class SpectrumReport:
-    """Lays a result out for the width that it is printed at.
-
-    Args:
-        result: What to show.
-        warnings: Whether to end with the warnings.
-    """
-
-    result: SpectrumResult
-    warnings: bool = True
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Everything, top to bottom."""
-        result = self.result
-        yield header(result, result.spec or NAME, width=options.max_width, how=[result.curvature.method])
-        yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
-        yield moments_table(result)
-        yield heading("Ends of the spectrum", "± is the residual: an eigenvalue lies that near")
-        yield ends_table(result)
-        yield from _remarks(result)
-        yield heading("Where the eigenvalues are", _resolution(result))
-        yield decades_table(result)
-        if result.layers is not None:
-            yield heading("Trace by layer", "from the same products")
-            yield layers_table(result.layers, result.curvature.trace)
-        if self.warnings and result.warnings:
-            yield heading("Warnings")
-            yield grid(("•", notice.message) for notice in result.warnings)
+@as_report
+def render(result: SpectrumResult, width: int) -> Iterator[RenderableType]:
+    """Everything, top to bottom."""
+    yield header(result, result.spec or NAME, width=width, how=[result.curvature.method])
+    yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
+    yield moments_table(result)
+    yield heading("Ends of the spectrum", "± is the residual: an eigenvalue lies that near")
+    yield ends_table(result)
+    yield from _remarks(result)
+    yield heading("Where the eigenvalues are", _resolution(result))
+    yield decades_table(result)
+    if result.layers is not None:
+        yield heading("Trace by layer", "from the same products")
+        yield layers_table(result.layers, result.curvature.trace)
 
 
-def render(result: SpectrumResult, *, warnings: bool = True) -> SpectrumReport:
-    """The report of a result, for ``rich``; ``warnings=False`` leaves them to another stream."""
-    return SpectrumReport(result, warnings=warnings)
-
-
-@dataclass(frozen=True)
-class MomentsReport:
-    """Lays a result of ``zoscope.moments`` out for the width that it is printed at.
-
-    Args:
-        result: What to show.
-        warnings: Whether to end with the warnings.
-    """
-
-    result: MomentsResult
-    warnings: bool = True
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Everything, top to bottom."""
-        result, found = self.result, self.result.moments
-        how = "the same probe vectors for all examples"
-        if found.pieces > 1:
-            how = f"probe vectors of their own for {found.pieces} pieces of the data"
-        yield header(result, result.spec or NAME, width=options.max_width, how=[how])
-        yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
-        yield grid(
-            [
-                ("λ_max", quantity_with_error(found.lambda_max.value, found.lambda_max.residual)),
-                ("trace", _estimate(found.trace)),
-                ("‖·‖_F²", _estimate(found.frobenius_sq)),
-            ]
-        )
-        if self.warnings and result.warnings:
-            yield heading("Warnings")
-            yield grid(("•", notice.message) for notice in result.warnings)
-
-
-def render_moments(result: MomentsResult, *, warnings: bool = True) -> MomentsReport:
-    """The report of a result of ``zoscope.moments``, for ``rich``."""
-    return MomentsReport(result, warnings=warnings)
+@as_report
+def render_moments(result: MomentsResult, width: int) -> Iterator[RenderableType]:
+    """Everything, top to bottom."""
+    found = result.moments
+    how = "the same probe vectors for all examples"
+    if found.pieces > 1:
+        how = f"probe vectors of their own for {found.pieces} pieces of the data"
+    yield header(result, result.spec or NAME, width=width, how=[how])
+    yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
+    yield grid(
+        [
+            ("λ_max", quantity_with_error(found.lambda_max.value, found.lambda_max.residual)),
+            ("trace", curvature_of(found.trace)),
+            ("‖·‖_F²", curvature_of(found.frobenius_sq)),
+        ]
+    )
 
 
 def moments_table(result: SpectrumResult) -> RenderableType:
@@ -233,10 +195,10 @@ def moments_table(result: SpectrumResult) -> RenderableType:
     curvature = result.curvature
     return grid(
         [
-            ("trace", _estimate(curvature.trace)),
-            ("  positive part", _estimate(curvature.trace_positive)),
+            ("trace", curvature_of(curvature.trace)),
+            ("  positive part", curvature_of(curvature.trace_positive)),
             ("  negative mass", quantity(curvature.negative_mass, digits=3)),
-            ("‖·‖_F²", _estimate(curvature.frobenius_sq)),
+            ("‖·‖_F²", curvature_of(curvature.frobenius_sq)),
             ("effective rank", quantity(curvature.effective_rank, digits=3)),
         ]
     )
@@ -280,7 +242,7 @@ def decades_table(result: SpectrumResult) -> Table:
     """Counts and sums, from the largest eigenvalues down."""
     table = number_table("λ", "how many", "their sum")
     for part in reversed(result.decades):
-        table.add_row(_interval(part), _count(part.count), _estimate(part.total))
+        table.add_row(_interval(part), _count(part.count), curvature_of(part.total))
     return table
 
 
@@ -298,11 +260,7 @@ def layers_table(layers: tuple[LayerTrace, ...], trace: Estimate) -> Table:
     table = number_table("", "parameters", "trace", "share")
     for layer in layers:
         share = MISSING if layer.share is None else f"{100 * layer.share:.1f} %"
-        table.add_row(Text(layer.name), count(layer.num_params), _estimate(layer.trace), share)
+        table.add_row(Text(layer.name), count(layer.num_params), curvature_of(layer.trace), share)
     table.add_section()
-    table.add_row("all", count(sum(layer.num_params for layer in layers)), _estimate(trace), "")
+    table.add_row("all", count(sum(layer.num_params for layer in layers)), curvature_of(trace), "")
     return table
-
-
-def _estimate(estimate: Estimate) -> str:
-    return quantity_with_error(estimate.value, estimate.half_width)

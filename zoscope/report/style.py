@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from decimal import ROUND_DOWN, Context
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -18,9 +20,51 @@ from zoscope.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import JustifyMethod, RenderableType
+    from rich.console import ConsoleOptions, JustifyMethod, RenderableType
 
-    from zoscope.analysis.result import MeasuredResult
+    from zoscope.result import MeasuredResult, RichResult
+    from zoscope.theory.spectrum import Estimate
+
+Result = TypeVar("Result", bound="RichResult")
+
+
+@dataclass(frozen=True)
+class Report(Generic[Result]):
+    """Lays a result out for the width that it is printed at.
+
+    Args:
+        result: What to show.
+        sections: ``sections(result, width)``: everything but the warnings, top to bottom.
+        warnings: Whether to end with the warnings.
+    """
+
+    result: Result
+    sections: Callable[[Result, int], Iterator[RenderableType]]
+    warnings: bool = True
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Everything, top to bottom."""
+        from zoscope.analysis.notices import PROVISIONAL  # late, as other users of this file have no result
+
+        yield from self.sections(self.result, options.max_width)
+        told = [notice.message for notice in self.result.warnings if notice.code != PROVISIONAL]  # that is above
+        if self.warnings and told:
+            yield heading("Warnings")
+            yield grid(("•", message) for message in told)
+
+
+def as_report(sections: Callable[[Result, int], Iterator[RenderableType]]) -> Callable[..., Report[Result]]:
+    """Turn the sections of a report into ``render(result, *, warnings=True)``.
+
+    With ``warnings=False`` they are left to another stream.
+    """
+
+    @wraps(sections)
+    def render(result: Result, *, warnings: bool = True) -> Report[Result]:
+        return Report(result, sections, warnings)
+
+    return render
+
 
 MISSING = "–"
 INFINITE = "∞"
@@ -32,6 +76,12 @@ POOR = 0.5
 """Relative error from which a number has one digit."""
 
 OPTIMIZER_NAMES = {"gd": "GD", "gdm": "GDM", "adam": "Adam"}
+
+
+def optimizer_name(name: str) -> str:
+    """``ZO-Adam`` for ``zo-adam``."""
+    family = OPTIMIZER_NAMES[name.removeprefix("zo-")]
+    return f"ZO-{family}" if name.startswith("zo-") else family
 
 
 def digits_for(value: float, half_width: float) -> int:
@@ -96,6 +146,16 @@ def quantity_with_error(value: float, half_width: float) -> str:
 def step_size_with_error(value: float, half_width: float) -> str:
     """A step size and its error."""
     return step_size(value, digits=digits_for(value, half_width)) + error(value, half_width)
+
+
+def curvature_of(estimate: Estimate) -> str:
+    """An estimated curvature and its error."""
+    return quantity_with_error(estimate.value, estimate.half_width)
+
+
+def step_size_of(estimate: Estimate | None) -> str:
+    """An estimated step size and its error."""
+    return MISSING if estimate is None else step_size_with_error(estimate.value, estimate.half_width)
 
 
 def step_range(low: float | None, high: float | None, *, digits: int = 3) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from rich.text import Text
 from zoscope.report.style import (
     COLOURS,
     MISSING,
-    OPTIMIZER_NAMES,
+    as_report,
     count,
     counted,
     duration,
@@ -26,6 +25,7 @@ from zoscope.report.style import (
     heading,
     new_figure,
     number_table,
+    optimizer_name,
     quantity,
     require_matplotlib,
     save,
@@ -33,7 +33,7 @@ from zoscope.report.style import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
     from zoscope.analysis.track import Comparison
@@ -223,35 +223,21 @@ LABEL, NUMBERS = 28, 62
 """Longest label, and the width of everything beside it."""
 
 
-@dataclass(frozen=True)
-class ComparisonReport:
-    """Lays runs out, one row each.
-
-    Args:
-        comparison: What to show.
-    """
-
-    comparison: Comparison
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """The table, what the columns are, what failed."""
-        yield heading("Runs", "each at its last measurement")
-        yield comparison_table(self.comparison, width=options.max_width)
-        same = differing(self.comparison)
-        if same and len(self.comparison.results) > 1:
-            yield Text(f"They differ in {', '.join(same)}.", style="dim")
-        ended = [(label, f"{r.status}: {r.reason}") for label, r in self.comparison.results if r.status != "finished"]
-        if ended:
-            yield heading("Not finished")
-            yield grid(ended)
-        if self.comparison.failed:
-            yield heading("Failed")
-            yield grid((entry.label, entry.error or "") for entry in self.comparison.failed)
-
-
-def render_comparison(comparison: Comparison) -> ComparisonReport:
-    """The report of a comparison, for ``rich``."""
-    return ComparisonReport(comparison)
+@as_report
+def render_comparison(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """The table, what the columns are, what failed."""
+    yield heading("Runs", "each at its last measurement")
+    yield comparison_table(comparison, width=width)
+    same = differing(comparison)
+    if same and len(comparison.results) > 1:
+        yield Text(f"They differ in {', '.join(same)}.", style="dim")
+    ended = [(label, f"{r.status}: {r.reason}") for label, r in comparison.results if r.status != "finished"]
+    if ended:
+        yield heading("Not finished")
+        yield grid(ended)
+    if comparison.failed:
+        yield heading("Failed")
+        yield grid((entry.label, entry.error or "") for entry in comparison.failed)
 
 
 def differing(comparison: Comparison) -> list[str]:
@@ -477,45 +463,19 @@ MOST_STEP_SIZES = 4
 STATUS_STYLES = {"finished": "bold green", "target": "bold green", "diverged": "bold red"}
 
 
-@dataclass(frozen=True)
-class TrackReport:
-    """Lays a run out.
-
-    Args:
-        result: What to show.
-        warnings: Whether to end with the warnings.
-    """
-
-    result: TrackResult
-    warnings: bool = True
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Everything, top to bottom."""
-        result = self.result
-        yield header(result)
-        if result.records:
-            shown = thinned(result.records)
-            remark = f"the term is {term_name(result)}"
-            if len(shown) < len(result.records):
-                remark = f"{len(shown)} of {count(len(result.records))}; {remark}"
-            yield heading("Measurements", remark)
-            yield table(result, shown)
-        yield Text()
-        yield grid(facts(result))
-        if self.warnings and result.warnings:
-            yield heading("Warnings")
-            yield grid(("•", notice.message) for notice in result.warnings)
-
-
-def render(result: TrackResult, *, warnings: bool = True) -> TrackReport:
-    """The report of a result, for ``rich``; ``warnings=False`` leaves them to another stream."""
-    return TrackReport(result, warnings=warnings)
-
-
-def optimizer_name(name: str) -> str:
-    """``ZO-Adam`` for ``zo-adam``."""
-    family = OPTIMIZER_NAMES[name.removeprefix("zo-")]
-    return f"ZO-{family}" if name.startswith("zo-") else family
+@as_report
+def render(result: TrackResult, width: int) -> Iterator[RenderableType]:
+    """Everything, top to bottom."""
+    yield header(result)
+    if result.records:
+        shown = thinned(result.records)
+        remark = f"the term is {term_name(result)}"
+        if len(shown) < len(result.records):
+            remark = f"{len(shown)} of {count(len(result.records))}; {remark}"
+        yield heading("Measurements", remark)
+        yield table(result, shown)
+    yield Text()
+    yield grid(facts(result))
 
 
 def header(result: TrackResult) -> Text:

@@ -8,9 +8,9 @@ import pytest
 from zoscope.analysis import measurement as rows
 from zoscope.analysis.bounds import BoundsResult, Estimator
 from zoscope.analysis.measurement import MeasuredOperator, ThresholdQuery, optimizer_row
-from zoscope.analysis.result import ProblemInfo
 from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.problem import Notice
+from zoscope.result import ProblemInfo
 from zoscope.theory.quadratic import GradientMeasure
 from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zoscope.analysis.result import ProblemInfo
 from zoscope.analysis.spectrum import LayerTrace, SpectrumResult
 from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.errors import UsageError
 from zoscope.problem import Notice
 from zoscope.report.spectrum import draw
 from zoscope.report.style import to_text
+from zoscope.result import ProblemInfo
 from zoscope.theory.density import decades, density
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 

@@ -1,0 +1,150 @@
+"""What every result has: its JSON document, the tables that it shows itself by, and of what it was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from zoscope._version import __version__
+from zoscope.theory.spectrum import Estimate
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zoscope.problem import Notice
+
+
+def encode(value: Any) -> Any:
+    """Plain JSON types: an object for a dataclass or a mapping, a list for a sequence or an array.
+
+    A number that is not finite is ``None``. A dataclass that is no `JsonObject` has its fields in order.
+    """
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, JsonObject):
+        return value.to_dict()
+    if isinstance(value, Estimate):
+        return pick(value, "value stderr quadrature")
+    if is_dataclass(value):
+        return pick(value, _shown(value))
+    if isinstance(value, Mapping):
+        return {key: encode(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return encode(value.tolist())
+    return [encode(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def pick(value: Any, keys: str) -> dict[str, Any]:
+    """The JSON object of some attributes.
+
+    Args:
+        value: What has them.
+        keys: Names with spaces between them. ``ci95=exact_ci95`` gives an attribute another name,
+            ``exact=exact.value`` reaches into one and is null where that is ``None``, and ``verdict?`` is left out
+            where it is ``None``.
+    """
+    found = {}
+    for entry in keys.split():
+        key, _, path = entry.partition("=")
+        inner = value
+        for name in (path or key.rstrip("?")).split("."):
+            inner = None if inner is None else getattr(inner, name)
+        if inner is not None or not key.endswith("?"):
+            found[key.rstrip("?")] = encode(inner)
+    return found
+
+
+def _shown(value: Any) -> str:
+    return " ".join(entry.name for entry in fields(value) if entry.repr)
+
+
+class JsonObject:
+    """A dataclass with a JSON object: of the attributes in ``keys``, or of all fields that its ``repr`` shows."""
+
+    keys: ClassVar[str] = ""
+    """What `pick` takes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object: numbers, strings and null only."""
+        return pick(self, self.keys or _shown(self))
+
+
+class RichResult(JsonObject):
+    """A result with tables of its own, which ``zoscope.report`` makes."""
+
+    warnings: tuple[Notice, ...] = ()
+
+    def __rich__(self) -> RenderableType:
+        """Tables for the terminal."""
+        from zoscope.report import render  # late, as whoever wants numbers needs no tables
+
+        return render(self)
+
+    def __str__(self) -> str:
+        """The same without colours."""
+        from zoscope.report.style import to_text
+
+        return to_text(self).rstrip()
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """The same for a notebook."""
+        from zoscope.report.style import to_html
+
+        return {"text/html": to_html(self), "text/plain": str(self)}
+
+
+@dataclass(frozen=True)
+class ProblemInfo(JsonObject):
+    """Where the curvature was measured.
+
+    Args:
+        num_params: Number of trained parameters ``d``.
+        num_examples: Examples in the batches; 1 for a problem that is a function.
+        loss: Mean loss.
+        grad_norm: ``‖g‖``, loss/param.
+    """
+
+    num_params: int
+    num_examples: int
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredResult(RichResult):
+    """The part that results of a measurement share.
+
+    Args:
+        spec: What was measured, as the header shows it; ``None`` for a problem without a name.
+        device: Device of the measurement.
+        dtype: Floating-point type of the measurement.
+        seed: Seed of every random number.
+        problem: Size of the problem, loss and gradient norm.
+        num_hvps: Hessian-vector products spent in all.
+        seconds: Wall-clock time of everything.
+        warnings: What to know before trusting a number.
+        version: Version of zoscope.
+    """
+
+    schema: ClassVar[str]
+
+    spec: str | None
+    device: str
+    dtype: str
+    seed: int
+    problem: ProblemInfo
+    num_hvps: int
+    seconds: float
+    warnings: tuple[Notice, ...] = ()
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document: JSON numbers, strings and null only."""
+        header = pick(self, "schema zoscope=version spec device dtype seed num_hvps seconds problem")
+        return header | self.body() | pick(self, "warnings")
+
+    def body(self) -> dict[str, Any]:
+        """What only this kind of result has."""
+        return pick(self, self.keys)
