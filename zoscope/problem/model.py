@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zoscope.problem.objective import Objective, Shard
     from zoscope.runtime import Ranks
 
+T = TypeVar("T")
 _BY_NAME = {"StochasticDepth": "stochastic depth", "DropPath": "stochastic depth", "_SpectralNorm": "spectral norm"}
 
 
@@ -344,17 +345,21 @@ class ShardedGroup:
         objective: The problem, with the parts of its parameters that are here.
     """
 
-    mirrored = True
-    follows = True
-
     def __init__(self, ranks: Ranks, objective: Objective) -> None:
         self.ranks = ranks
-        self.number = 0  # of the session
         self._objective = objective
 
-    def work(self, name: str, *args: Any) -> None:
-        """Announce what all ranks do together; on rank 0."""
-        self.ranks.broadcast("zoscope.problem.distributed:_work", self.number, False, name, *args)
+    def attempt(self, work: Callable[[], T]) -> T:
+        """Work that all ranks do together: losses, and what is wrong with them, are the same everywhere."""
+        try:
+            return work()
+        except NumericalError:
+            if self.ranks.leads:
+                raise
+            raise runtime.DroppedError from None
+        except Exception:
+            self.ranks.in_step = False  # the others may wait for this rank in the middle of a forward pass
+            raise
 
     @torch.no_grad()
     def value(self) -> float:
@@ -368,9 +373,6 @@ class ShardedGroup:
             loss = objective.loss(shard).detach().to(total)
             total += shard.weight * loss if index < len(shards) else 0.0
         return float(ranks.total(total))
-
-    def split(self, micro_batch: int) -> None:
-        """Nothing: every rank cuts its own shards."""
 
     def total(self, number: float) -> float:
         """Sum over ranks."""
