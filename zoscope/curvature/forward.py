@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ class DirectionSampler:
 
     def pilots(self, count: int) -> Callable[[float], list[Difference]]:
         """What tells the differences along the first ``count`` directions for any step."""
-        return lambda h: self._all("pilots", list(range(count)), h)
+        return lambda h: self._all(DirectionSampler.pilot, list(range(count)), h)
 
     def groups(self, size: int, *, first: int, checks: int, h: float, most: int) -> Iterator[Group]:
         """Groups of ``size`` directions each, from number ``first`` on, in order; a few may be measured in vain."""
@@ -197,14 +197,15 @@ class DirectionSampler:
         ahead = 1 if self._mirrored else self.ranks.size
         for start in range(0, most, ahead):
             firsts = [first + number * size for number in range(start, min(start + ahead, most))]
-            yield from self._all("groups", firsts, h, size, checks)
+            yield from self._all(DirectionSampler.group, firsts, h, size, checks)
 
-    def group(self, numbers: Sequence[int], *, checks: int, h: float) -> Group:
-        """One group of directions, by their numbers, of which the first ``checks`` are measured at h/2 too."""
+    def group(self, first: int, h: float, size: int, checks: int) -> Group:
+        """One group of directions, from number ``first`` on, of which the first ``checks`` are measured at h/2 too."""
+        numbers = range(first, first + size)
         if self._parts is None:
             return measure_group(self.stencil, numbers, checks=checks, h=h)
         objective = self.stencil.objective
-        generator = new_generator(np.random.SeedSequence(self._seed, spawn_key=(numbers[0], _OF_PARTS)), _CPU)
+        generator = new_generator(np.random.SeedSequence(self._seed, spawn_key=(first, _OF_PARTS)), _CPU)
         examples = Examples(objective)
         parts = examples.partition(self._parts, generator)
         scale = float(np.mean([spread_of_batches(examples.count, len(part)) for part in parts]))
@@ -221,23 +222,23 @@ class DirectionSampler:
         return self._attempt(lambda: jump_along(self.stencil))
 
     @collective
-    def _all(self, name: str, numbers: list[int], *args: float) -> list[Any]:
-        ranks, work = self.ranks, _WORK[name]
+    def _all(self, work: Callable[..., T], numbers: list[int], *args: float) -> list[T]:
+        ranks = self.ranks
         if self._mirrored:
             return self._attempt(lambda: [work(self, number, *args) for number in numbers])
 
-        def mine() -> list[Any]:
+        def mine() -> list[T]:
             self.stencil.reach(args[0])  # moves θ to a grid where it is large: the same on every rank
             return [work(self, number, *args) for number in numbers[ranks.rank :: ranks.size]]
 
         parts = ranks.gather(self._attempt(mine))
         return [parts[i % ranks.size][i // ranks.size] for i in range(len(numbers))] if parts else []
 
-    def pilot(self, number: int) -> Direction:
-        """One of the directions that are measured at many steps."""
+    def pilot(self, number: int, h: float) -> Difference:
+        """The differences along one of the directions that are measured at many steps."""
         while len(self._pilots) <= number:
             self._pilots.append(self.stencil.direction(len(self._pilots)))
-        return self._pilots[number]
+        return self.stencil.along(self._pilots[number], h)
 
 
 @contextmanager
@@ -257,17 +258,6 @@ def exploring(objective: Objective, *, seed: int, parts: int | None = None) -> I
 @collective
 def _sampler(objective: Objective, seed: int, parts: int | None) -> DirectionSampler:
     return objective.ranks.keep(DirectionSampler(objective, seed, parts))
-
-
-def _pilot(sampler: DirectionSampler, number: int, h: float) -> Difference:
-    return sampler.stencil.along(sampler.pilot(number), h)
-
-
-def _group(sampler: DirectionSampler, first: int, h: float, size: float, checks: float) -> Group:
-    return sampler.group(range(first, first + int(size)), checks=int(checks), h=h)
-
-
-_WORK: dict[str, Callable[..., object]] = {"pilots": _pilot, "groups": _group}
 
 
 def measure_group(

@@ -309,16 +309,15 @@ def _require_constant(objective: Objective, shard: Shard, claimed: dict[int, Ten
 
 
 def _looped(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
-    result = torch.zeros_like(vectors)
     if not grads:
-        return result
-    for vector, row in zip(vectors, result, strict=True):
-        parts = objective.unflatten(vector)
+        return torch.zeros_like(vectors)
+
+    def product(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         # The gradient of gᵀv rather than grad_outputs=v, for which torch imports its symbolic algebra: half a second.
         along = [g.flatten().dot(parts[i].flatten()) for g, i in zip(grads, curved, strict=True)]
-        columns = torch.autograd.grad(torch.stack(along).sum(), objective.params, retain_graph=True, allow_unused=True)
-        objective.flatten(columns, out=row)
-    return result
+        return torch.autograd.grad(torch.stack(along).sum(), objective.params, retain_graph=True, allow_unused=True)
+
+    return _one_by_one(objective, vectors, product)
 
 
 def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
@@ -348,14 +347,17 @@ def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int
     )
 
 
+def _one_by_one(objective: Objective, vectors: Tensor, product: Callable[[tuple[Tensor, ...]], Any]) -> Tensor:
+    result = torch.empty_like(vectors)
+    for vector, row in zip(vectors, result, strict=True):
+        objective.flatten(product(objective.unflatten(vector)), out=row)
+    return result
+
+
 def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -> Tensor:
     point = tuple(p.detach() for p in objective.params)
     gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
-    result = torch.empty_like(vectors)
-    for vector, row in zip(vectors, result, strict=True):
-        derivatives = jvp(gradient, (point,), (objective.unflatten(vector),))
-        objective.flatten(derivatives[1], out=row)
-    return result
+    return _one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
 
 
 def _linearized(objective: Objective, shard: Shard) -> Products:
@@ -364,15 +366,7 @@ def _linearized(objective: Objective, shard: Shard) -> Products:
     with warnings.catch_warnings(), _SquaredErrorByHand():
         warnings.simplefilter("ignore")  # about the tracing; the loss itself has warned before
         _, derivative = linearize(gradient, point)
-
-    @torch.no_grad()
-    def multiply(vectors: Tensor) -> Tensor:
-        result = torch.empty_like(vectors)
-        for vector, row in zip(vectors, result, strict=True):
-            objective.flatten(derivative(objective.unflatten(vector)), out=row)
-        return result
-
-    return multiply
+    return torch.no_grad()(lambda vectors: _one_by_one(objective, vectors, derivative))
 
 
 class _SquaredErrorByHand(TorchFunctionMode):
@@ -511,17 +505,6 @@ def gradient_sums(
 
     ranks.attempt(add_up)
     return ranks.collect(total), ranks.collect(squares)
-
-
-__all__ = [
-    "DENSE_BLOCK",
-    "DenseOperator",
-    "HessianOperator",
-    "LinearOperator",
-    "Preconditioned",
-    "ShardOperator",
-    "gradient",
-]
 
 
 class ShardOperator(LinearOperator, Twin):
@@ -731,9 +714,9 @@ class HessianOperator(ShardOperator):
     def _timed(self, vectors: Tensor) -> Tensor:
         """Keep the faster of two methods for blocks of vectors, of those that agree with double backward."""
         best, result = float("inf"), vectors
-        for method in ("double-backward", "batched"):
+        for method in METHODS[:2]:
             self.release()
-            previous, self.method = self.method, _as_method(method)
+            previous, self.method = self.method, method
             try:
                 super()._sum(vectors)  # allocates and builds what later calls reuse
                 begin = _now(self.device)
@@ -775,7 +758,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _as_method(name: str) -> HvpMethod:
-    return next(method for method in METHODS if method == name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import re
@@ -118,15 +117,16 @@ class Originals:
 
     Args:
         tensors: What to keep; they must stay where they are in memory.
+        aside: Whether large ones go elsewhere.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, aside: bool = True) -> None:
         self._tensors = [tensor.detach() for tensor in tensors]
         self._file: BinaryIO | None = None
         size = sum(t.numel() * t.element_size() for t in self._tensors)
         self._copies: list[_Copy] = []
         for tensor in self._tensors:
-            if size <= IN_MEMORY or not _flat(tensor):
+            if not aside or size <= IN_MEMORY or not _flat(tensor):
                 self._copies.append(_InMemory(tensor.clone()))
             elif tensor.device.type != "cpu":
                 self._copies.append(_InMemory(tensor.cpu()))
@@ -159,17 +159,6 @@ class Originals:
         self._copies.clear()
         if self._file is not None:
             self._file.close()
-
-
-@contextlib.contextmanager
-def kept(tensors: Sequence[Tensor]) -> Iterator[Originals]:
-    """Put tensors back on exit."""
-    originals = Originals(tensors)
-    try:
-        yield originals
-    finally:
-        originals.put_back()
-        originals.close()
 
 
 class _InMemory:
@@ -209,7 +198,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _put(tensor: Tensor, value: Tensor) -> None:
     # Only what changed: writing bumps the version counter, which would break graphs that the caller still holds.
-    if value.device != tensor.device or not torch.equal(tensor, value):
+    if tensor.layout != torch.strided or value.device != tensor.device or not torch.equal(tensor, value):
         tensor.copy_(value)
 
 
@@ -576,8 +565,7 @@ def restored(model: nn.Module, names: tuple[str, ...], *, aside: bool = False) -
         aside: Keep large parameters out of working memory meanwhile.
     """
     parameters = {name: local(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    originals = Originals([parameters[name] for name in names]) if aside else None
-    values = [] if aside else [(parameters[name], parameters[name].detach().clone()) for name in names]
+    originals = Originals([parameters[name] for name in names], aside=aside)
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -588,23 +576,14 @@ def restored(model: nn.Module, names: tuple[str, ...], *, aside: bool = False) -
     try:
         yield
     finally:
+        originals.put_back()
+        originals.close()
         with torch.no_grad():
-            if originals is not None:
-                originals.put_back()
-                originals.close()
-            for parameter, value in values:
-                _put_back(parameter, value)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
-                _put_back(buffer, value)
+                _put(buffer, value)
         for module, mode in modes:
             module.training = mode
-
-
-def _put_back(tensor: Tensor, value: Tensor) -> None:
-    # Only what changed: writing bumps the version counter, which would break graphs that the caller still holds.
-    if tensor.layout != torch.strided or not torch.equal(tensor, value):
-        tensor.copy_(value)
 
 
 @contextmanager

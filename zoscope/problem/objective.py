@@ -280,16 +280,19 @@ class Objective(Twin):
     @property
     def ranks(self) -> Ranks:
         """Those that share the work; ``ALONE`` also where a caller has put other shards in place for a while."""
+        group = self.process_group if self.mirrored else self._dealt
+        return ALONE if group is None else group.ranks
+
+    @property
+    def _dealt(self) -> ProcessGroup | None:
+        """What is for this rank, where these are the shards that were dealt out."""
         group = self.process_group
-        if group is None or (isinstance(group, ProcessGroup) and group.shards is not self.shards):
-            return ALONE
-        return group.ranks
+        return group if isinstance(group, ProcessGroup) and group.shards is self.shards else None
 
     @property
     def pieces(self) -> tuple[Shard, ...]:
         """What is differentiated here."""
-        group = self.process_group
-        return group.pieces if isinstance(group, ProcessGroup) and group.shards is self.shards else self.shards
+        return self.shards if self._dealt is None else self._dealt.pieces
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -313,10 +316,9 @@ class Objective(Twin):
     @collective
     def value(self) -> float:
         """Loss over all shards, accumulated in float64; may be infinite or NaN."""
-        group, ranks = self.process_group, self.ranks
-        if isinstance(group, ShardedGroup):
-            return group.value()
-        own = group.own if group is not None and ranks is not ALONE else self.shards
+        if isinstance(self.process_group, ShardedGroup):
+            return self.process_group.value()
+        ranks, own = self.ranks, self.shards if self._dealt is None else self._dealt.own
         part = ranks.attempt(lambda: self.value_of(own))
         return float(ranks.total(torch.tensor([part], dtype=torch.float64)))
 
@@ -418,11 +420,10 @@ class Objective(Twin):
 
     @collective
     def _split(self, micro_batch: int, indivisible: str | None) -> None:
-        group, ranks = self.process_group, self.ranks
-        shards = self.cut(micro_batch) if self.mirrored else ranks.attempt(lambda: self.cut(micro_batch))
-        self.shards = shards
+        group = self._dealt
+        self.shards = self.cut(micro_batch) if group is None else group.ranks.attempt(lambda: self.cut(micro_batch))
         self.splits.append(micro_batch)
-        if isinstance(group, ProcessGroup) and ranks is not ALONE:
+        if group is not None:
             group.deal_out(self, indivisible)
 
     def cut(self, micro_batch: int) -> tuple[Shard, ...]:

@@ -87,7 +87,8 @@ def _announce(ranks: Ranks, work: Callable[..., Any], args: tuple[Any, ...]) -> 
 
 def _follow(ranks: Ranks, message: bytes) -> None:
     gone, ranks.registry.next, kinds, body = pickle.loads(message)
-    ranks.registry.drop(gone)
+    for number in gone:
+        ranks.registry.items.pop(number, None)
     tensors = [ranks.share(torch.empty(shape, dtype=dtype, device=device)) for shape, dtype, device in kinds]
     work, args = _Reader(io.BytesIO(body), ranks, tensors).load()
     work(*args)
@@ -105,7 +106,7 @@ class _Writer(pickle.Pickler):
         if isinstance(item, Tensor):
             self.tensors.append(item.detach().contiguous())
             return ("tensor", len(self.tensors) - 1)
-        number = self._ranks.registry.number(item)
+        number = self._ranks.registry.numbers.get(id(item))
         if isinstance(item, Twin):
             if number is None:
                 return ("twin", self._ranks.registry.count(item), item.news(), (type(item), item.recipe()))
@@ -126,8 +127,8 @@ class _Reader(pickle.Unpickler):
         _, number, news, recipe = said
         if recipe is not None:
             kind, args = recipe
-            self._ranks.registry.put(number, kind(*args))
-        item = self._ranks.registry[number]
+            self._ranks.registry.items[number] = kind(*args)
+        item = self._ranks.registry.items[number]
         if news is not None:
             item.learn(news)
         return item

@@ -295,7 +295,7 @@ class Ranks:
         if self.leads:
             self.registry.count(item)
         else:
-            self.registry.put(self.registry.next, item)
+            self.registry.items[self.registry.next] = item
             self.registry.next += 1
         return item
 
