@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +23,9 @@ from zoscope.curvature.slq import ForwardCurvature, ForwardNoise, OnProgress
 from zoscope.errors import NumericalError, UsageError
 from zoscope.optim.directions import Direction, new_generator
 from zoscope.problem import Objective
-from zoscope.problem.distributed import ProcessGroup, WorkerSession
 from zoscope.problem.model import ShardedGroup
 from zoscope.problem.objective import Examples
-from zoscope.runtime import DroppedError, Ranks
+from zoscope.runtime import collective
 from zoscope.theory.minibatch import spread_of_batches
 from zoscope.theory.spectrum import Estimate, widening
 
@@ -160,25 +159,25 @@ class DirectionSampler:
     """Measures along numbered directions; the answer does not depend on how many ranks share them.
 
     Args:
-        stencil: On this rank.
-        process_group: The ranks; None for this process alone.
+        objective: Prepared with ``differentiable=False``.
+        seed: Seed of the directions, and of the parts.
         parts: Into how many random parts the examples are divided for every group, to see how they spread; None
             leaves that out.
-        seed: Seed of the parts.
     """
 
-    def __init__(
-        self,
-        stencil: Stencil,
-        process_group: ProcessGroup | ShardedGroup | None,
-        *,
-        parts: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.stencil = stencil
-        self._process_group = process_group
-        self._parts, self._seed = parts, seed
+    def __init__(self, objective: Objective, seed: int, parts: int | None = None) -> None:
+        self._objective, self._seed, self._parts = objective, seed, parts
+        self.ranks, self._mirrored = objective.ranks, objective.mirrored
         self._pilots: list[Direction] = []
+        self.stencil = self._attempt(lambda: Stencil(objective, seed=seed))
+
+    def _attempt(self, work: Callable[[], T]) -> T:
+        """This rank's part of some work: on all of the data, or on its part of the model together with the others."""
+        group = self._objective.process_group
+        if isinstance(group, ShardedGroup):
+            return group.attempt(work)
+        with self._objective.alone():
+            return self.ranks.attempt(work)
 
     @property
     def first_step(self) -> float:
@@ -190,22 +189,23 @@ class DirectionSampler:
 
     def pilots(self, count: int) -> Callable[[float], list[Difference]]:
         """What tells the differences along the first ``count`` directions for any step."""
-        return lambda h: self._all("pilots", list(range(count)), h)
+        return lambda h: self._all(DirectionSampler.pilot, list(range(count)), h)
 
     def groups(self, size: int, *, first: int, checks: int, h: float, most: int) -> Iterator[Group]:
         """Groups of ``size`` directions each, from number ``first`` on, in order; a few may be measured in vain."""
         self._pilots.clear()
-        ahead = 1 if self._process_group is None or self._process_group.mirrored else self._process_group.ranks.size
+        ahead = 1 if self._mirrored else self.ranks.size
         for start in range(0, most, ahead):
             firsts = [first + number * size for number in range(start, min(start + ahead, most))]
-            yield from self._all("groups", firsts, h, size, checks)
+            yield from self._all(DirectionSampler.group, firsts, h, size, checks)
 
-    def group(self, numbers: Sequence[int], *, checks: int, h: float) -> Group:
-        """One group of directions, by their numbers, of which the first ``checks`` are measured at h/2 too."""
+    def group(self, first: int, h: float, size: int, checks: int) -> Group:
+        """One group of directions, from number ``first`` on, of which the first ``checks`` are measured at h/2 too."""
+        numbers = range(first, first + size)
         if self._parts is None:
             return measure_group(self.stencil, numbers, checks=checks, h=h)
         objective = self.stencil.objective
-        generator = new_generator(np.random.SeedSequence(self._seed, spawn_key=(numbers[0], _OF_PARTS)), _CPU)
+        generator = new_generator(np.random.SeedSequence(self._seed, spawn_key=(first, _OF_PARTS)), _CPU)
         examples = Examples(objective)
         parts = examples.partition(self._parts, generator)
         scale = float(np.mean([spread_of_batches(examples.count, len(part)) for part in parts]))
@@ -215,22 +215,30 @@ class DirectionSampler:
 
     def jump(self) -> Jump | None:
         """Of a loss that is constant but for jumps; looked for by all ranks together where they share a model."""
-        if self._process_group is None or not self._process_group.mirrored:
-            return jump_along(self.stencil)
-        self._process_group.work("zoscope.curvature.forward:look_for_jump")
-        return _in_lockstep(self._process_group.ranks, lambda: jump_along(self.stencil))
+        return self._jump() if self._mirrored else jump_along(self.stencil)
 
-    def _all(self, name: str, numbers: list[int], *args: float) -> list[Any]:
-        if self._process_group is None:
-            return [_WORK[name](self, number, *args) for number in numbers]
-        self._process_group.work("zoscope.curvature.forward:explore", name, numbers, args)
-        return _share(self, self._process_group.ranks, name, numbers, args, mirrored=self._process_group.mirrored)
+    @collective
+    def _jump(self) -> Jump | None:
+        return self._attempt(lambda: jump_along(self.stencil))
 
-    def pilot(self, number: int) -> Direction:
-        """One of the directions that are measured at many steps."""
+    @collective
+    def _all(self, work: Callable[..., T], numbers: list[int], *args: float) -> list[T]:
+        ranks = self.ranks
+        if self._mirrored:
+            return self._attempt(lambda: [work(self, number, *args) for number in numbers])
+
+        def mine() -> list[T]:
+            self.stencil.reach(args[0])  # moves θ to a grid where it is large: the same on every rank
+            return [work(self, number, *args) for number in numbers[ranks.rank :: ranks.size]]
+
+        parts = ranks.gather(self._attempt(mine))
+        return [parts[i % ranks.size][i // ranks.size] for i in range(len(numbers))] if parts else []
+
+    def pilot(self, number: int, h: float) -> Difference:
+        """The differences along one of the directions that are measured at many steps."""
         while len(self._pilots) <= number:
             self._pilots.append(self.stencil.direction(len(self._pilots)))
-        return self._pilots[number]
+        return self.stencil.along(self._pilots[number], h)
 
 
 @contextmanager
@@ -242,86 +250,14 @@ def exploring(objective: Objective, *, seed: int, parts: int | None = None) -> I
         seed: Seed of the directions.
         parts: As for `DirectionSampler`.
     """
-    process_group = objective.process_group
-    if process_group is None or not process_group.follows:
-        yield DirectionSampler(Stencil(objective, seed=seed), None, parts=parts, seed=seed)
-        return
-    process_group.work("zoscope.curvature.forward:begin", seed, parts)
-    if not process_group.mirrored:
-        objective.process_group = None  # from here on a rank evaluates directions of its own, on all of the data
-    try:
-        yield DirectionSampler(_made(process_group.ranks, objective, seed), process_group, parts=parts, seed=seed)
-    finally:
-        objective.process_group = process_group
+    sampler = _sampler(objective, seed, parts)
+    with objective.alone():
+        yield sampler
 
 
-def _made(ranks: Ranks, objective: Objective, seed: int) -> Stencil:
-    together = _in_lockstep if isinstance(objective.process_group, ShardedGroup) else Ranks.attempt
-    return together(ranks, lambda: Stencil(objective, seed=seed))
-
-
-def begin(worker: WorkerSession, seed: int, parts: int | None) -> None:
-    """Make a stencil on another rank."""
-    worker.kept["sampler"] = DirectionSampler(_made(worker.ranks, worker.objective, seed), None, parts=parts, seed=seed)
-
-
-def explore(worker: WorkerSession, name: str, numbers: list[int], args: tuple[float, ...]) -> None:
-    """The part of another rank in what a sampler measures."""
-    process_group = worker.objective.process_group
-    _share(
-        worker.kept["sampler"],
-        worker.ranks,
-        name,
-        numbers,
-        args,
-        mirrored=process_group is not None and process_group.mirrored,
-    )
-
-
-def look_for_jump(worker: WorkerSession) -> None:
-    """The part of another rank in finding a jump."""
-    _in_lockstep(worker.ranks, lambda: jump_along(worker.kept["sampler"].stencil))
-
-
-def _share(
-    sampler: DirectionSampler, ranks: Ranks, name: str, numbers: list[int], args: tuple[float, ...], *, mirrored: bool
-) -> list[Any]:
-    def all_of_them() -> list[Any]:
-        return [_WORK[name](sampler, number, *args) for number in numbers]
-
-    if mirrored:
-        return _in_lockstep(ranks, all_of_them)
-
-    def mine() -> dict[int, Any]:
-        sampler.stencil.reach(args[0])  # moves θ to a grid where it is large: the same on every rank
-        return {n: _WORK[name](sampler, n, *args) for i, n in enumerate(numbers) if i % ranks.size == ranks.rank}
-
-    found = {number: item for part in ranks.gather(ranks.attempt(mine)) for number, item in part.items()}
-    return [found[number] for number in numbers] if ranks.leads else []
-
-
-def _in_lockstep(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Work that all ranks do with parts of one model: losses, and what is wrong with them, are the same everywhere."""
-    try:
-        return work()
-    except NumericalError:
-        if ranks.leads:
-            raise
-        raise DroppedError from None
-    except Exception:
-        ranks.in_step = False  # the others may wait for this rank in the middle of a forward pass
-        raise
-
-
-def _pilot(sampler: DirectionSampler, number: int, h: float) -> Difference:
-    return sampler.stencil.along(sampler.pilot(number), h)
-
-
-def _group(sampler: DirectionSampler, first: int, h: float, size: float, checks: float) -> Group:
-    return sampler.group(range(first, first + int(size)), checks=int(checks), h=h)
-
-
-_WORK: dict[str, Callable[..., object]] = {"pilots": _pilot, "groups": _group}
+@collective
+def _sampler(objective: Objective, seed: int, parts: int | None) -> DirectionSampler:
+    return objective.ranks.keep(DirectionSampler(objective, seed, parts))
 
 
 def measure_group(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +12,7 @@ from torch import Tensor
 
 from zoscope.curvature.operators import LinearOperator
 from zoscope.errors import NumericalError
-from zoscope.runtime import Ranks, is_limited
-
-if TYPE_CHECKING:
-    from zoscope.problem.distributed import ProcessGroup, WorkerSession
+from zoscope.runtime import Ranks, available_memory, collective, is_limited
 
 WIDTH = 2**22
 """Entries that are combined at a time, so that no second copy of a basis is needed."""
@@ -31,8 +25,6 @@ FEWEST_VECTORS = 24
 
 CHUNK = 2**14
 """Entries whose products are added up in the vectors' own type; the sums of chunks are added in float64."""
-
-_numbers = itertools.count()
 
 
 def vectors_that_fit(share: float, row: int, *, free: float) -> int:
@@ -47,6 +39,16 @@ def vectors_that_fit(share: float, row: int, *, free: float) -> int:
             f"for {FEWEST_VECTORS} of them. Raise it, select fewer parameters (--params), or use --curvature forward."
         )
     return int(share * free / row)
+
+
+def memory_for_vectors(ranks: Ranks, device: torch.device) -> int:
+    """Bytes for vectors that are kept: of rank 0, or of all ranks, each as much as the one with the least has."""
+    return int(ranks.size * _least(ranks, device.type)) if ranks.shard_basis else available_memory(device)
+
+
+@collective
+def _least(ranks: Ranks, device: str) -> float:
+    return ranks.smallest(available_memory(device) / (ranks.local_size if device == "cpu" else 1))
 
 
 def inner(rows: Tensor, others: Tensor) -> Tensor:
@@ -70,9 +72,8 @@ def lengths(vectors: Tensor) -> Tensor:
 def new_basis(operator: LinearOperator, start: Tensor, *, capacity: int) -> LocalBasis | SharedBasis:
     """Room for ``capacity`` vectors like ``start``, which is the first one, normalised."""
     unit = start / lengths(start[None])[0]
-    process_group = operator.process_group
-    if process_group is not None and process_group.ranks.shard_basis:
-        return SharedBasis(process_group, unit, capacity=capacity)
+    if operator.ranks.shard_basis:
+        return shared_basis(operator.ranks, capacity, len(unit), unit.dtype, unit.device.type, first=unit)
     return LocalBasis(unit, capacity=capacity)
 
 
@@ -96,7 +97,7 @@ class LocalBasis:
         """One vector ``(d,)``."""
         return self._rows[index]
 
-    def orthogonalise(self, vector: Tensor, count: int) -> tuple[float, float]:
+    def orthogonalise(self, count: int, *, vector: Tensor) -> tuple[float, float]:
         """Take the first ``count`` vectors out of another one, in place.
 
         Returns:
@@ -142,146 +143,95 @@ def _combined(rows: Tensor, mix: Tensor) -> Tensor:
 class SharedBasis:
     """Vectors of which each rank holds a slice of the coordinates: memory per rank falls as ranks are added.
 
-    Sums over coordinates are exchanged, a few numbers each; whole vectors only where a product takes one.
+    Sums over coordinates are exchanged, a few numbers each; whole vectors only where a product takes one. Rank 0 alone
+    has those, as keyword arguments and in what is returned.
 
     Args:
-        process_group: The ranks.
-        first: ``(d,)``, the first vector.
-        capacity: How many there will be at most.
+        ranks: The job.
+        capacity: How many vectors there will be at most.
+        dim: Their length d.
+        dtype: Their type.
+        device: Where they are.
     """
 
-    def __init__(self, process_group: ProcessGroup, first: Tensor, *, capacity: int) -> None:
-        self._process_group, self._dim, self._count = process_group, len(first), capacity
-        self.dtype, self.device = first.dtype, first.device
-        self._number = next(_numbers)
-        live = [*_live, self._number]
-        _live[self._number] = self
-        process_group.work("zoscope.curvature.lanczos:begin", self._number, live, capacity, len(first), self.dtype)
-        self._slice = process_group.ranks.attempt(
-            lambda: Slice(process_group.ranks, capacity, len(first), self.dtype, self.device)
-        )
-        self._tell("put")
-        self._slice.put(first)
+    def __init__(self, ranks: Ranks, capacity: int, dim: int, dtype: torch.dtype, device: str) -> None:
+        self.ranks, self.dtype, self.device = ranks, dtype, torch.device(device)
+        self._dim, self._width = dim, -(-dim // ranks.size)  # the last slice ends in zeros
+        self._rows = torch.zeros(capacity, self._width, dtype=dtype, device=device)
+        self._next = torch.zeros(self._width, dtype=dtype, device=device)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self.row(index) for index in range(self._count))
+        return (self.row(index) for index in range(len(self)))
 
+    def put(self, whole: Tensor | None) -> None:
+        """The first vector, ``(d,)``."""
+        self._rows[0] = self._dealt(1, None if whole is None else whole[None])[0]
+
+    @collective
     def row(self, index: int) -> Tensor:
         """See `LocalBasis.row`."""
-        self._tell("row", index)
-        return self._slice.row(index)[: self._dim]
+        return self._joined(self._rows[index : index + 1])[0]
 
-    def orthogonalise(self, vector: Tensor, count: int) -> tuple[float, float]:
+    @collective
+    def orthogonalise(self, count: int, *, vector: Tensor | None = None) -> tuple[float, float]:
         """See `LocalBasis.orthogonalise`; the vector itself is left as it is."""
-        self._tell("orthogonalise", count)
-        return self._slice.orthogonalise(count, vector)
+        known = self._rows[:count]
+        self._next = rest = self._dealt(1, None if vector is None else vector[None])[0]
+        along = 0.0
+        for turn in range(2):
+            products = self.ranks.total(inner(known, rest[None])[:, 0].cpu())
+            along = float(products[-1]) if turn == 0 else along
+            rest -= products.to(rest) @ known
+        square = self.ranks.total(rest.double().square().sum().cpu())
+        return along, float(square.sqrt())
 
+    @collective
     def append(self, index: int, length: float) -> None:
         """See `LocalBasis.append`."""
-        self._tell("append", index, length)
-        self._slice.append(index, length)
+        torch.div(self._next, length, out=self._rows[index])
 
+    @collective
     def combine(self, mix: Tensor) -> SharedBasis:
         """See `LocalBasis.combine`."""
-        self._tell("combine", mix.cpu())
-        self._slice.combine(mix)
-        self._count = len(mix)
+        self._rows = _combined(self._rows, mix)
         return self
 
     def project_out(self, vectors: Tensor, mix: Tensor | None = None) -> Tensor:
         """``vectors`` ``(b, d)`` less what lies along this basis, or along its combinations ``mix`` ``(n, k)``."""
-        mix = torch.eye(self._count) if mix is None else mix.cpu()
-        self._tell("project_out", mix, len(vectors))
-        return self._slice.project_out(mix, len(vectors), vectors)[:, : self._dim]
+        return self._project_out(len(vectors), torch.eye(len(self)) if mix is None else mix.cpu(), vectors=vectors)
+
+    @collective
+    def _project_out(self, number: int, mix: Tensor, *, vectors: Tensor | None = None) -> Tensor:
+        basis, mine = self._rows[: mix.shape[1]], self._dealt(number, vectors)
+        products = self.ranks.total(inner(mine, basis).cpu()) @ mix.double().T @ mix.double()
+        return self._joined(torch.addmm(mine, products.to(mine), basis, alpha=-1))
 
     def whole(self) -> Tensor:
         """All of it on rank 0, ``(q, d)``, for a caller that cannot do with less."""
         return torch.stack(list(self))
 
-    def _tell(self, name: str, *args: object) -> None:
-        self._process_group.work("zoscope.curvature.lanczos:act", self._number, name, args)
-
-
-_live: weakref.WeakValueDictionary[int, SharedBasis] = weakref.WeakValueDictionary()
-
-
-class Slice:
-    """One rank's coordinates of all vectors; every rank calls the same methods, and rank 0 has the whole vectors.
-
-    Args:
-        ranks: The job.
-        capacity: Number of vectors.
-        dim: Their length.
-        dtype: Their type.
-        device: Where they are.
-    """
-
-    def __init__(self, ranks: Ranks, capacity: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._ranks = ranks
-        self._width = -(-dim // ranks.size)  # the last slice ends in zeros
-        self._rows = torch.zeros(capacity, self._width, dtype=dtype, device=device)
-        self._next = torch.zeros(self._width, dtype=dtype, device=device)
-
-    def put(self, whole: Tensor | None = None) -> None:
-        """The first vector."""
-        self._rows[0] = self._dealt(1, None if whole is None else whole[None])[0]
-
-    def row(self, index: int) -> Tensor:
-        """One vector, on rank 0."""
-        return self._joined(self._rows[index : index + 1])[0]
-
-    def orthogonalise(self, count: int, whole: Tensor | None = None) -> tuple[float, float]:
-        """See `LocalBasis.orthogonalise`."""
-        known = self._rows[:count]
-        self._next = vector = self._dealt(1, None if whole is None else whole[None])[0]
-        along = 0.0
-        for turn in range(2):
-            products = self._ranks.total(inner(known, vector[None])[:, 0].cpu())
-            along = float(products[-1]) if turn == 0 else along
-            vector -= products.to(vector) @ known
-        square = self._ranks.total(vector.double().square().sum().cpu())
-        return along, float(square.sqrt())
-
-    def append(self, index: int, length: float) -> None:
-        """See `LocalBasis.append`."""
-        torch.div(self._next, length, out=self._rows[index])
-
-    def combine(self, mix: Tensor) -> None:
-        """See `LocalBasis.combine`."""
-        self._rows = _combined(self._rows, mix.to(self._rows))
-
-    def project_out(self, mix: Tensor, number: int, whole: Tensor | None = None) -> Tensor:
-        """Vectors ``(number, d)`` less their components along combinations of the first rows, on rank 0."""
-        basis, vectors = self._rows[: mix.shape[1]], self._dealt(number, whole)
-        products = self._ranks.total(inner(vectors, basis).cpu()) @ mix.double().T @ mix.double()
-        return self._joined(torch.addmm(vectors, products.to(vectors), basis, alpha=-1))
-
     def _dealt(self, number: int, whole: Tensor | None) -> Tensor:
-        mine = torch.empty(number, self._width, dtype=self._rows.dtype, device=self._rows.device)
+        mine = torch.empty(number, self._width, dtype=self.dtype, device=self.device)
         if whole is not None:
-            whole = torch.nn.functional.pad(whole, (0, self._width * self._ranks.size - whole.shape[1]))
-        return self._ranks.scatter(whole, mine)
+            whole = torch.nn.functional.pad(whole, (0, self._width * self.ranks.size - whole.shape[1]))
+        return self.ranks.scatter(whole, mine)
 
     def _joined(self, mine: Tensor) -> Tensor:
-        whole = self._ranks.join(mine)
-        return mine if whole is None else whole
+        whole = self.ranks.join(mine)
+        return mine if whole is None else whole[:, : self._dim]
 
 
-def begin(worker: WorkerSession, number: int, live: list[int], capacity: int, dim: int, dtype: torch.dtype) -> None:
-    """Make room on another rank, in place of bases that are gone."""
-    slices: dict[int, Slice] = worker.kept.setdefault("slices", {})
-    for old in set(slices) - set(live):
-        del slices[old]
-    device = worker.objective.device
-    slices[number] = worker.ranks.attempt(lambda: Slice(worker.ranks, capacity, dim, dtype, device))
-
-
-def act(worker: WorkerSession, number: int, name: str, args: tuple[object, ...]) -> None:
-    """Do on another rank what rank 0 does with its slice."""
-    getattr(worker.kept["slices"][number], name)(*args)
+@collective
+def shared_basis(
+    ranks: Ranks, capacity: int, dim: int, dtype: torch.dtype, device: str, *, first: Tensor | None = None
+) -> SharedBasis:
+    """Room on all ranks for vectors of which ``first``, ``(d,)``, is the first; see `SharedBasis`."""
+    basis = ranks.keep(ranks.attempt(lambda: SharedBasis(ranks, capacity, dim, dtype, device)))
+    basis.put(first)
+    return basis
 
 
 Array = NDArray[np.float64]
@@ -353,7 +303,7 @@ class Chain:
             if self.exhausted or k + 1 >= len(self._basis):
                 return
             w = self._operator.matmat(self._basis.row(k)[None])[0]
-            alpha, beta = self._basis.orthogonalise(w, k + 1)
+            alpha, beta = self._basis.orthogonalise(k + 1, vector=w)
             require_finite(alpha, beta)
             scale = max(map(abs, [*self._alphas, *self._betas, alpha]))
             self._alphas.append(alpha)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +19,20 @@ from torch.func import grad, jvp, linearize
 from torch.nn import _reduction, functional
 from torch.overrides import TorchFunctionMode
 
-from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import Objective, SecondDerivativesByHand, Shard
-from zoscope.problem.distributed import ProcessGroup, WorkerSession, examples_of
 from zoscope.problem.objective import Examples, Indices
-from zoscope.runtime import available_memory, held_memory, is_limited, is_out_of_memory, release_memory
+from zoscope.runtime import (
+    ALONE,
+    Ranks,
+    Twin,
+    available_memory,
+    collective,
+    held_memory,
+    is_limited,
+    is_out_of_memory,
+    release_memory,
+)
 from zoscope.runtime.autograd_errors import (
     NEARLY,
     NOT_DETERMINISTIC,
@@ -35,9 +42,6 @@ from zoscope.runtime.autograd_errors import (
     same,
     symmetric,
 )
-
-if TYPE_CHECKING:
-    from zoscope.runtime import Ranks
 
 DENSE_BLOCK = 64
 """Unit vectors multiplied at once when a whole matrix is formed."""
@@ -58,9 +62,9 @@ class LinearOperator(ABC):
     _matrix: Tensor | None = None
 
     @property
-    def process_group(self) -> ProcessGroup | None:
-        """The ranks that compute products together; None for this process alone."""
-        return None
+    def ranks(self) -> Ranks:
+        """Those that compute products together."""
+        return ALONE
 
     @property
     def hvp(self) -> str | None:
@@ -139,9 +143,9 @@ class Preconditioned(LinearOperator):
         self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
 
     @property
-    def process_group(self) -> ProcessGroup | None:
-        """That of M."""
-        return self._operator.process_group
+    def ranks(self) -> Ranks:
+        """Those of M."""
+        return self._operator.ranks
 
     @property
     def hvp(self) -> str | None:
@@ -305,16 +309,15 @@ def _require_constant(objective: Objective, shard: Shard, claimed: dict[int, Ten
 
 
 def _looped(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
-    result = torch.zeros_like(vectors)
     if not grads:
-        return result
-    for vector, row in zip(vectors, result, strict=True):
-        parts = objective.unflatten(vector)
+        return torch.zeros_like(vectors)
+
+    def product(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         # The gradient of gᵀv rather than grad_outputs=v, for which torch imports its symbolic algebra: half a second.
         along = [g.flatten().dot(parts[i].flatten()) for g, i in zip(grads, curved, strict=True)]
-        columns = torch.autograd.grad(torch.stack(along).sum(), objective.params, retain_graph=True, allow_unused=True)
-        objective.flatten(columns, out=row)
-    return result
+        return torch.autograd.grad(torch.stack(along).sum(), objective.params, retain_graph=True, allow_unused=True)
+
+    return _one_by_one(objective, vectors, product)
 
 
 def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
@@ -344,14 +347,17 @@ def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int
     )
 
 
+def _one_by_one(objective: Objective, vectors: Tensor, product: Callable[[tuple[Tensor, ...]], Any]) -> Tensor:
+    result = torch.empty_like(vectors)
+    for vector, row in zip(vectors, result, strict=True):
+        objective.flatten(product(objective.unflatten(vector)), out=row)
+    return result
+
+
 def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -> Tensor:
     point = tuple(p.detach() for p in objective.params)
     gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
-    result = torch.empty_like(vectors)
-    for vector, row in zip(vectors, result, strict=True):
-        derivatives = jvp(gradient, (point,), (objective.unflatten(vector),))
-        objective.flatten(derivatives[1], out=row)
-    return result
+    return _one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
 
 
 def _linearized(objective: Objective, shard: Shard) -> Products:
@@ -360,15 +366,7 @@ def _linearized(objective: Objective, shard: Shard) -> Products:
     with warnings.catch_warnings(), _SquaredErrorByHand():
         warnings.simplefilter("ignore")  # about the tracing; the loss itself has warned before
         _, derivative = linearize(gradient, point)
-
-    @torch.no_grad()
-    def multiply(vectors: Tensor) -> Tensor:
-        result = torch.empty_like(vectors)
-        for vector, row in zip(vectors, result, strict=True):
-            objective.flatten(derivative(objective.unflatten(vector)), out=row)
-        return result
-
-    return multiply
+    return torch.no_grad()(lambda vectors: _one_by_one(objective, vectors, derivative))
 
 
 class _SquaredErrorByHand(TorchFunctionMode):
@@ -406,50 +404,10 @@ def _reduced(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
     return (each, each.mean(), each.sum())[reduction] if reduction else each
 
 
-def products(process_group: ProcessGroup, operator: ShardOperator, vectors: Tensor) -> Tensor:
-    """``sum_s weight_s M_s v`` over the shards of all ranks for the rows of ``vectors`` ``(k, d)``; on rank 0."""
-    kind = type(operator)
-    shape = tuple(vectors.shape)
-    process_group.work(
-        "zoscope.curvature.operators:multiply", f"{kind.__module__}:{kind.__name__}", operator.settings, shape
-    )
-    process_group.ranks.share(vectors)
-    return _sum(process_group.ranks, operator, process_group.pieces, vectors)
-
-
-def multiply(worker: WorkerSession, kind: str, settings: tuple[object, ...], shape: tuple[int, int]) -> None:
-    """The part of another rank; ``settings`` tell one operator, and one state of it, from the next."""
-    operator, vectors = operator_of(worker, kind, settings), received(worker, shape)
-    _sum(worker.ranks, operator, worker.pieces, vectors)
-
-
-def operator_of(worker: WorkerSession, kind: str, settings: tuple[object, ...]) -> ShardOperator:
-    """The twin of rank 0's operator on another rank, from one piece of work to the next."""
-    kept: tuple[tuple[object, ...], ShardOperator] | None = worker.kept.get(kind)
-    if kept is None or kept[0] != settings:
-        operator: ShardOperator = runtime.named(kind)(worker.objective)
-        operator.apply(settings)
-        worker.kept[kind] = kept = (settings, operator)
-    return kept[1]
-
-
-def received(worker: WorkerSession, shape: tuple[int, ...]) -> Tensor:
-    """A tensor that rank 0 shares, of the parameters' dtype."""
-    objective = worker.objective
-    return worker.ranks.share(torch.empty(shape, dtype=objective.read().dtype, device=objective.device))
-
-
-def _sum(ranks: runtime.Ranks, operator: ShardOperator, own: tuple[Shard, ...], vectors: Tensor) -> Tensor:
-    part = ranks.attempt(lambda: operator.partial(vectors, own))
-    return ranks.collect(part)
-
-
 Array = NDArray[np.float64]
-Groups = Sequence[tuple[Shard, ...]]
-T = TypeVar("T")
 
 
-class ExampleMean(LinearOperator):
+class ExampleMean(LinearOperator, Twin):
     """A symmetric operator that is a mean over examples, and known on some of them too: M or ``P^-½ M P^-½``.
 
     Args:
@@ -462,6 +420,19 @@ class ExampleMean(LinearOperator):
         self._whole: LinearOperator = operator if diagonal is None else Preconditioned(operator, diagonal)
         self._scale = None if diagonal is None else diagonal.double().rsqrt().to(operator.dtype)
         self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
+
+    def recipe(self) -> tuple[ShardOperator, Tensor | None]:
+        """What it was made of."""
+        return self.base, self.diagonal
+
+    def news(self) -> ShardOperator:
+        """Those of M."""
+        return self.base
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of M."""
+        return self.base.ranks
 
     @property
     def num_hvps(self) -> int:
@@ -479,9 +450,7 @@ class ExampleMean(LinearOperator):
         return self.base.partial(vectors * self._scale, shards) * self._scale
 
 
-# --- on rank 0 ------------------------------------------------------------------------------------------------------
-
-
+@collective
 def coupling_and_spread(
     operator: ExampleMean, examples: Examples, groups: Sequence[Indices], values: Array, vectors: Tensor
 ) -> list[tuple[Array, Array]]:
@@ -494,162 +463,51 @@ def coupling_and_spread(
         values: ``(q,)`` eigenvalues of H.
         vectors: ``(q, d)`` their eigenvectors.
     """
-    process_group = operator.base.process_group
-    if process_group is None:
-        return _coupling(operator, _all(examples, groups), values, vectors)
-    _announce(process_group, "couple", operator, groups, values, tuple(vectors.shape))
-    process_group.ranks.share(vectors)
-    parts = process_group.ranks.gather(
-        process_group.ranks.attempt(
-            lambda: _coupling(operator, _own(process_group.ranks, examples, groups), values, vectors)
-        )
-    )
-    return [parts[number % len(parts)][number // len(parts)] for number in range(len(groups))]
+    mean = torch.as_tensor(values, dtype=operator.dtype, device=operator.device)[:, None] * vectors
+
+    def measured(group: Indices) -> tuple[Array, Array]:
+        away = operator.partial(vectors, examples.gather(group)) - mean
+        spread = away.double().square().sum(dim=1).cpu().numpy()
+        return (away @ vectors.T).double().square().cpu().numpy(), spread
+
+    ranks = operator.ranks
+    parts = ranks.gather(ranks.attempt(lambda: [measured(group) for group in groups[ranks.rank :: ranks.size]]))
+    return [parts[number % ranks.size][number // ranks.size] for number in range(len(groups))] if parts else []
 
 
+@collective
 def signed_sum(
     operator: ExampleMean, examples: Examples, groups: Sequence[Indices], signs: Sequence[float], vector: Tensor
 ) -> Tensor:
     """``Σ_g ξ_g H_g z`` for the groups g, their signs ξ and a vector z, ``(1, d)``."""
-    process_group = operator.base.process_group
-    if process_group is None:
-        return _signed(operator, _all(examples, groups), signs, vector)
-    _announce(process_group, "add_up", operator, groups, list(signs), tuple(vector.shape))
-    process_group.ranks.share(vector)
-    own = signs[:: process_group.ranks.size]  # rank 0 has the first group, and every size-th after it
-    part = process_group.ranks.attempt(
-        lambda: _signed(operator, _own(process_group.ranks, examples, groups), own, vector)
-    )
-    return process_group.ranks.collect(part)
+    ranks, total = operator.ranks, torch.zeros_like(vector)
+
+    def add_up() -> None:
+        for sign, group in list(zip(signs, groups, strict=True))[ranks.rank :: ranks.size]:
+            total.add_(operator.partial(vector, examples.gather(group)), alpha=sign)
+
+    ranks.attempt(add_up)
+    return ranks.collect(total)
 
 
+@collective
 def gradient_sums(
     objective: Objective, examples: Examples, groups: Sequence[Indices], signs: Sequence[float], mean: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``Σ_g ξ_g (g_g - g)`` and ``Σ_g (g_g - g)²`` for the groups' gradients, each ``(d,)``, the latter in float64."""
-    process_group = objective.process_group
-    if not isinstance(process_group, ProcessGroup) or not process_group.follows:
-        return _gradients(objective, _all(examples, groups), signs, mean)
-    process_group.work("zoscope.curvature.operators:add_up_gradients", list(groups), list(signs))
-    process_group.ranks.share(mean)
-    own = signs[:: process_group.ranks.size]
-    total, squares = process_group.ranks.attempt(
-        lambda: _gradients(objective, _own(process_group.ranks, examples, groups), own, mean)
-    )
-    return process_group.ranks.collect(total), process_group.ranks.collect(squares)
+    ranks, total, squares = objective.ranks, torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.float64)
+
+    def add_up() -> None:
+        for sign, group in list(zip(signs, groups, strict=True))[ranks.rank :: ranks.size]:
+            away = objective.gradient_of(examples.gather(group))[1] - mean
+            total.add_(away, alpha=sign)
+            squares.add_(away.double().square())
+
+    ranks.attempt(add_up)
+    return ranks.collect(total), ranks.collect(squares)
 
 
-def _announce(
-    process_group: ProcessGroup, work: str, operator: ExampleMean, groups: Sequence[Indices], *args: Any
-) -> None:
-    kind, scaled = type(operator.base), operator.diagonal is not None
-    name = f"{kind.__module__}:{kind.__name__}"
-    process_group.work(f"zoscope.curvature.operators:{work}", name, operator.base.settings, scaled, list(groups), *args)
-    if operator.diagonal is not None:
-        process_group.ranks.share(operator.diagonal)
-
-
-# --- on the others --------------------------------------------------------------------------------------------------
-
-
-def couple(
-    worker: WorkerSession,
-    kind: str,
-    settings: tuple[object, ...],
-    scaled: bool,
-    groups: list[Indices],
-    values: Array,
-    shape: tuple[int, ...],
-) -> None:
-    """The groups of another rank in `coupling_and_spread`."""
-    operator = _mean(worker, kind, settings, scaled)
-    vectors, own = received(worker, shape), groups[worker.ranks.rank :: worker.ranks.size]
-    part = worker.ranks.attempt(lambda: _coupling(operator, _all(examples_of(worker), own), values, vectors))
-    worker.ranks.gather(part)
-
-
-def add_up(
-    worker: WorkerSession,
-    kind: str,
-    settings: tuple[object, ...],
-    scaled: bool,
-    groups: list[Indices],
-    signs: list[float],
-    shape: tuple[int, ...],
-) -> None:
-    """The groups of another rank in `signed_sum`."""
-    operator = _mean(worker, kind, settings, scaled)
-    vector, mine = received(worker, shape), slice(worker.ranks.rank, None, worker.ranks.size)
-    part = worker.ranks.attempt(lambda: _signed(operator, _all(examples_of(worker), groups[mine]), signs[mine], vector))
-    worker.ranks.collect(part)
-
-
-def add_up_gradients(worker: WorkerSession, groups: list[Indices], signs: list[float]) -> None:
-    """The groups of another rank in `gradient_sums`."""
-    mean, mine = received(worker, (worker.objective.num_params,)), slice(worker.ranks.rank, None, worker.ranks.size)
-    total, squares = worker.ranks.attempt(
-        lambda: _gradients(worker.objective, _all(examples_of(worker), groups[mine]), signs[mine], mean)
-    )
-    worker.ranks.collect(total)
-    worker.ranks.collect(squares)
-
-
-def _mean(worker: WorkerSession, kind: str, settings: tuple[object, ...], scaled: bool) -> ExampleMean:
-    diagonal = received(worker, (worker.objective.num_params,)) if scaled else None
-    return ExampleMean(operator_of(worker, kind, settings), diagonal)
-
-
-# --- on every rank --------------------------------------------------------------------------------------------------
-
-
-def _all(examples: Examples, groups: Sequence[Indices]) -> Groups:
-    return [examples.gather(group) for group in groups]
-
-
-def _own(ranks: Ranks, examples: Examples, groups: Sequence[Indices]) -> Groups:
-    return _all(examples, groups[ranks.rank :: ranks.size])
-
-
-def _coupling(operator: ExampleMean, groups: Groups, values: Array, vectors: Tensor) -> list[tuple[Array, Array]]:
-    mean = torch.as_tensor(values, dtype=operator.dtype, device=operator.device)[:, None] * vectors
-    found = []
-    for group in groups:
-        away = operator.partial(vectors, group) - mean
-        spread = away.double().square().sum(dim=1).cpu().numpy()
-        found.append(((away @ vectors.T).double().square().cpu().numpy(), spread))
-    return found
-
-
-def _signed(operator: ExampleMean, groups: Groups, signs: Sequence[float], vector: Tensor) -> Tensor:
-    total = torch.zeros_like(vector)
-    for sign, group in zip(signs, groups, strict=True):
-        total.add_(operator.partial(vector, group), alpha=sign)
-    return total
-
-
-def _gradients(objective: Objective, groups: Groups, signs: Sequence[float], mean: Tensor) -> tuple[Tensor, Tensor]:
-    total, squares = torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.float64)
-    for sign, group in zip(signs, groups, strict=True):
-        away = objective.gradient_of(group)[1] - mean
-        total.add_(away, alpha=sign)
-        squares += away.double().square()
-    return total, squares
-
-
-_generations = itertools.count()
-
-__all__ = [
-    "DENSE_BLOCK",
-    "DenseOperator",
-    "HessianOperator",
-    "LinearOperator",
-    "Preconditioned",
-    "ShardOperator",
-    "gradient",
-]
-
-
-class ShardOperator(LinearOperator):
+class ShardOperator(LinearOperator, Twin):
     """``sum_s weight_s M_s``: micro-batches outside, vectors inside, so that a block takes one sweep of the data."""
 
     def __init__(self, objective: Objective) -> None:
@@ -657,13 +515,13 @@ class ShardOperator(LinearOperator):
         self.dim, self.device, self.dtype = objective.num_params, objective.device, objective.dtype
         self._count = 0
         self._graphs = Graphs(objective)
-        self._generation = next(_generations)
+        self._generation = 0
+        self._known: tuple[object, ...] = ()
 
     @property
-    def process_group(self) -> ProcessGroup | None:
-        """The ranks that hold the objective."""
-        process_group = self.objective.process_group
-        return process_group if isinstance(process_group, ProcessGroup) and process_group.follows else None
+    def ranks(self) -> Ranks:
+        """Those that hold the objective."""
+        return self.objective.ranks
 
     @property
     def num_hvps(self) -> int:
@@ -700,11 +558,10 @@ class ShardOperator(LinearOperator):
                     "device with more memory, fewer parameters (--params), or --curvature forward."
                 ) from ran_out
 
+    @collective
     def _sum(self, vectors: Tensor) -> Tensor:
-        process_group = self.process_group
-        if process_group is not None:
-            return products(process_group, self, vectors)
-        return self.partial(vectors, self.objective.shards)
+        part = self.ranks.attempt(lambda: self.partial(vectors, self.objective.pieces))
+        return self.ranks.collect(part)
 
     def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
         """What some shards contribute to the products, computed here."""
@@ -735,15 +592,21 @@ class ShardOperator(LinearOperator):
     def release(self) -> None:
         """Build graphs anew, here and elsewhere."""
         self._graphs.clear()
-        self._generation = next(_generations)
+        self._generation += 1
 
-    @property
-    def settings(self) -> tuple[object, ...]:
-        """What another process needs to compute the same products; a new value makes it build graphs anew."""
-        return (self._generation,)
+    def recipe(self) -> tuple[Objective]:
+        """The problem."""
+        return (self.objective,)
 
-    def apply(self, settings: tuple[object, ...]) -> None:
-        """Take over the settings of an operator in another process."""
+    def news(self) -> tuple[object, ...]:
+        """What another rank needs to compute the same products; a new value makes it build graphs anew."""
+        return self.objective, self._generation
+
+    def learn(self, news: tuple[object, ...]) -> None:
+        """Take over what rank 0 has settled."""
+        if news != self._known:
+            self._graphs.clear()
+        self._known = news
 
 
 class HessianOperator(ShardOperator):
@@ -771,14 +634,14 @@ class HessianOperator(ShardOperator):
         """The method in use."""
         return self.method
 
-    @property
-    def settings(self) -> tuple[object, ...]:
+    def news(self) -> tuple[object, ...]:
         """The method too."""
-        return (*super().settings, self.method)
+        return (*super().news(), self.method)
 
-    def apply(self, settings: tuple[object, ...]) -> None:
+    def learn(self, news: tuple[object, ...]) -> None:
         """Take over the method."""
-        self.method = next((m for m in METHODS if m == settings[1]), None)
+        super().learn(news)
+        self.method = next((m for m in METHODS if m == news[-1]), None)
 
     def _products(self, shard: Shard) -> Products:
         return shard_products(self.objective, shard, method=self.method or "double-backward")
@@ -851,9 +714,9 @@ class HessianOperator(ShardOperator):
     def _timed(self, vectors: Tensor) -> Tensor:
         """Keep the faster of two methods for blocks of vectors, of those that agree with double backward."""
         best, result = float("inf"), vectors
-        for method in ("double-backward", "batched"):
+        for method in METHODS[:2]:
             self.release()
-            previous, self.method = self.method, _as_method(method)
+            previous, self.method = self.method, method
             try:
                 super()._sum(vectors)  # allocates and builds what later calls reuse
                 begin = _now(self.device)
@@ -895,7 +758,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _as_method(name: str) -> HvpMethod:
-    return next(method for method in METHODS if method == name)

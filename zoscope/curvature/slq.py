@@ -23,6 +23,7 @@ from zoscope.curvature.lanczos import (
     SharedBasis,
     inner,
     lengths,
+    memory_for_vectors,
     project_out,
     require_finite,
     rounding,
@@ -31,7 +32,7 @@ from zoscope.curvature.lanczos import (
 from zoscope.curvature.nonsmooth import Jump
 from zoscope.curvature.operators import DenseOperator, LinearOperator, dense_eigenpairs, dense_eigenvalues
 from zoscope.errors import UsageError
-from zoscope.runtime import available_memory, spawn_generators
+from zoscope.runtime import spawn_generators
 from zoscope.theory.spectrum import ENDLESS, NORMAL, Estimate, SampledSpectrum, Spectrum, widening
 
 
@@ -937,7 +938,7 @@ class Sampling(ABC):
         """Steps of a chain: ``most``, a third of the products, or what memory holds; notes the last case."""
         op = self._operator
         row = op.dim * torch.empty((), dtype=op.dtype).element_size()
-        free = available_memory(op.device) if op.process_group is None else op.process_group.memory_for_vectors()
+        free = memory_for_vectors(op.ranks, op.device)
         fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1 - self._kept
         most = min(most, max(min(self._max_hvps, 2), self._max_hvps // 3), op.dim)
         if fits >= most:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from zoscope.optim.directions import Law, fill_rows, spawn_streams
 from zoscope.optim.perturbation import MiniBatchSurface, Surface
-from zoscope.optim.rules import FrozenAdam, Rule, new_state
-from zoscope.problem.distributed import ProcessGroup
+from zoscope.optim.rules import Rule, new_state
+from zoscope.runtime import collective
 
 if TYPE_CHECKING:
     from zoscope.problem import Objective
-    from zoscope.problem.distributed import WorkerSession
-    from zoscope.runtime import Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +122,13 @@ class Limits:
     left: float = math.inf
     valley: float = math.inf
     deadline: float | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the clock of another machine shows another time
+        return _limits, (self.left, self.valley, None if self.deadline is None else self.deadline - time.perf_counter())
+
+
+def _limits(left: float, valley: float, seconds: float | None) -> Limits:
+    return Limits(left, valley, None if seconds is None else time.perf_counter() + seconds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,49 +331,27 @@ def run_mini_batches(
         plan: How.
         on_step: Called with the number of replica steps just done, on this rank.
     """
-    process_group = objective.process_group
-    if not isinstance(process_group, ProcessGroup) or not process_group.follows or plan.replicas == 1:
+    if plan.replicas == 1:
         return run(surface, start, plan, together=False, on_step=on_step)
-    process_group.work("zoscope.optim.replicas:take_part", surface.batch_size, surface.seed, _packed(plan))
-    objective.process_group = None  # losses are this rank's own from here on
-    try:
-        parts = _dealt(process_group.ranks, surface, start, plan, on_step=on_step)
-    finally:
-        objective.process_group = process_group
+    parts = _dealt(objective, surface.batch_size, surface.seed, start, plan, surface=surface, on_step=on_step)
     return joined([part.to(start.device) for part in parts])
 
 
-def take_part(worker: WorkerSession, batch_size: int, seed: int, plan: ReplicaPlan) -> None:
-    """The replicas of another rank."""
-    objective = worker.objective
-    surface = MiniBatchSurface(objective, batch_size, seed=seed)
-    _dealt(worker.ranks, surface, objective.read(), _unpacked(plan, objective.device))
-
-
+@collective
 def _dealt(
-    ranks: Ranks, surface: Surface, start: Tensor, plan: ReplicaPlan, *, on_step: Callable[[int], None] | None = None
+    objective: Objective,
+    batch_size: int,
+    seed: int,
+    start: Tensor,
+    plan: ReplicaPlan,
+    *,
+    surface: MiniBatchSurface | None = None,
+    on_step: Tick | None = None,
 ) -> list[Trajectory]:
     """Run this rank's replicas; those of all ranks on rank 0, on the CPU, and nothing on the others."""
-    mine = np.array_split(np.arange(plan.replicas), ranks.size)[ranks.rank]
-    groups = [[int(replica)] for replica in mine]
-    parts = ranks.attempt(lambda: run_groups(surface, start, plan, groups=groups, on_step=on_step))
+    ranks = objective.ranks
+    surface = surface or MiniBatchSurface(objective, batch_size, seed=seed)
+    groups = [[int(replica)] for replica in np.array_split(np.arange(plan.replicas), ranks.size)[ranks.rank]]
+    with objective.alone():  # losses are this rank's own
+        parts = ranks.attempt(lambda: run_groups(surface, start, plan, groups=groups, on_step=on_step))
     return [part for found in ranks.gather([part.to(CPU) for part in parts]) for part in found]
-
-
-def _packed(plan: ReplicaPlan) -> ReplicaPlan:
-    """A plan that can travel: the clock of another machine shows another time."""
-    deadline = plan.limits.deadline
-    left = None if deadline is None else deadline - time.perf_counter()
-    return replace(plan, rule=_moved(plan.rule, CPU), limits=replace(plan.limits, deadline=left))
-
-
-def _unpacked(plan: ReplicaPlan, device: torch.device) -> ReplicaPlan:
-    left = plan.limits.deadline
-    deadline = None if left is None else left + time.perf_counter()
-    return replace(plan, rule=_moved(plan.rule, device), limits=replace(plan.limits, deadline=deadline))
-
-
-def _moved(rule: Rule, device: torch.device) -> Rule:
-    if not isinstance(rule, FrozenAdam):
-        return rule
-    return FrozenAdam([p.to(device) for p in rule.preconditioner], beta1=rule.beta1)

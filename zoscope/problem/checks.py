@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,8 @@ def check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
         SpecError: For a loss that is no scalar, has no gradient, is random, or ties the examples of shards together.
         NumericalError: For a loss or a gradient that is not finite.
     """
-    with ExitStack() as stack:
-        if differentiable:  # so that two evaluations agree, and what is in half precision is so by itself
-            stack.enter_context(runtime.without_autocast())
+    # So that two evaluations agree, and what is in half precision is so by itself.
+    with runtime.without_autocast() if differentiable else nullcontext():
         _check(objective, differentiable=differentiable, cut=cut)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from zoscope.errors import SpecError
 from zoscope.problem import data
 from zoscope.problem.data import CriterionLoss, LossFunction, Metric
-from zoscope.problem.distributed import ProcessGroup, WorkerSession, prepared
+from zoscope.problem.distributed import prepared
 from zoscope.problem.model import Selection, select, unwrapped
 from zoscope.problem.objective import Objective
 from zoscope.problem.session import AUTOCAST
-from zoscope.runtime import HALF, without_autocast
+from zoscope.runtime import HALF, collective, without_autocast
 
 
 class Problem:
@@ -77,7 +77,7 @@ class Problem:
         self.params = params
         self.batch_size_of = batch_size_of
         self.own_device_only = False
-        self.shared: int | None = None  # number under which the other processes of a job know this problem
+        self.shared: Problem | None = None  # the one that all ranks of a job have loaded
         self._source = batches
         self._batch_size = batch_size
 
@@ -328,24 +328,24 @@ def _follow(training: Objective, twin: Objective) -> None:
 @contextmanager
 def _others(objective: Objective) -> Iterator[None]:
     """The other ranks do without autocast too."""
-    process_group = objective.process_group
-    if not isinstance(process_group, ProcessGroup):
-        yield
-        return
-    process_group.work("zoscope.problem.core:begin")
+    _autocast(objective, False)
     try:
         yield
     finally:
-        if process_group.ranks.in_step:
-            process_group.work("zoscope.problem.core:end")
+        if objective.ranks.in_step:
+            _autocast(objective, True)
 
 
-def begin(worker: WorkerSession) -> None:
-    """Do without autocast, on another rank."""
-    context = worker.kept["autocast"] = without_autocast()
-    context.__enter__()
+_contexts: list[AbstractContextManager[None]] = []  # entered on another rank
 
 
-def end(worker: WorkerSession) -> None:
-    """Let autocast be again."""
-    worker.kept.pop("autocast").__exit__(None, None, None)
+@collective
+def _autocast(objective: Objective, allowed: bool) -> None:
+    """Have the other ranks do without autocast, or let it be again."""
+    if objective.ranks.leads:
+        return
+    if allowed:
+        _contexts.pop().__exit__(None, None, None)
+    else:
+        _contexts.append(without_autocast())
+        _contexts[-1].__enter__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import re
@@ -10,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from zoscope.problem.objective import Objective, Shard
     from zoscope.runtime import Ranks
 
+T = TypeVar("T")
 _BY_NAME = {"StochasticDepth": "stochastic depth", "DropPath": "stochastic depth", "_SpectralNorm": "spectral norm"}
 
 
@@ -117,15 +117,16 @@ class Originals:
 
     Args:
         tensors: What to keep; they must stay where they are in memory.
+        aside: Whether large ones go elsewhere.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, aside: bool = True) -> None:
         self._tensors = [tensor.detach() for tensor in tensors]
         self._file: BinaryIO | None = None
         size = sum(t.numel() * t.element_size() for t in self._tensors)
         self._copies: list[_Copy] = []
         for tensor in self._tensors:
-            if size <= IN_MEMORY or not _flat(tensor):
+            if not aside or size <= IN_MEMORY or not _flat(tensor):
                 self._copies.append(_InMemory(tensor.clone()))
             elif tensor.device.type != "cpu":
                 self._copies.append(_InMemory(tensor.cpu()))
@@ -158,17 +159,6 @@ class Originals:
         self._copies.clear()
         if self._file is not None:
             self._file.close()
-
-
-@contextlib.contextmanager
-def kept(tensors: Sequence[Tensor]) -> Iterator[Originals]:
-    """Put tensors back on exit."""
-    originals = Originals(tensors)
-    try:
-        yield originals
-    finally:
-        originals.put_back()
-        originals.close()
 
 
 class _InMemory:
@@ -208,7 +198,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _put(tensor: Tensor, value: Tensor) -> None:
     # Only what changed: writing bumps the version counter, which would break graphs that the caller still holds.
-    if value.device != tensor.device or not torch.equal(tensor, value):
+    if tensor.layout != torch.strided or value.device != tensor.device or not torch.equal(tensor, value):
         tensor.copy_(value)
 
 
@@ -344,17 +334,21 @@ class ShardedGroup:
         objective: The problem, with the parts of its parameters that are here.
     """
 
-    mirrored = True
-    follows = True
-
     def __init__(self, ranks: Ranks, objective: Objective) -> None:
         self.ranks = ranks
-        self.number = 0  # of the session
         self._objective = objective
 
-    def work(self, name: str, *args: Any) -> None:
-        """Announce what all ranks do together; on rank 0."""
-        self.ranks.broadcast("zoscope.problem.distributed:_work", self.number, False, name, *args)
+    def attempt(self, work: Callable[[], T]) -> T:
+        """Work that all ranks do together: losses, and what is wrong with them, are the same everywhere."""
+        try:
+            return work()
+        except NumericalError:
+            if self.ranks.leads:
+                raise
+            raise runtime.DroppedError from None
+        except Exception:
+            self.ranks.in_step = False  # the others may wait for this rank in the middle of a forward pass
+            raise
 
     @torch.no_grad()
     def value(self) -> float:
@@ -368,9 +362,6 @@ class ShardedGroup:
             loss = objective.loss(shard).detach().to(total)
             total += shard.weight * loss if index < len(shards) else 0.0
         return float(ranks.total(total))
-
-    def split(self, micro_batch: int) -> None:
-        """Nothing: every rank cuts its own shards."""
 
     def total(self, number: float) -> float:
         """Sum over ranks."""
@@ -574,8 +565,7 @@ def restored(model: nn.Module, names: tuple[str, ...], *, aside: bool = False) -
         aside: Keep large parameters out of working memory meanwhile.
     """
     parameters = {name: local(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    originals = Originals([parameters[name] for name in names]) if aside else None
-    values = [] if aside else [(parameters[name], parameters[name].detach().clone()) for name in names]
+    originals = Originals([parameters[name] for name in names], aside=aside)
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -586,23 +576,14 @@ def restored(model: nn.Module, names: tuple[str, ...], *, aside: bool = False) -
     try:
         yield
     finally:
+        originals.put_back()
+        originals.close()
         with torch.no_grad():
-            if originals is not None:
-                originals.put_back()
-                originals.close()
-            for parameter, value in values:
-                _put_back(parameter, value)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
-                _put_back(buffer, value)
+                _put(buffer, value)
         for module, mode in modes:
             module.training = mode
-
-
-def _put_back(tensor: Tensor, value: Tensor) -> None:
-    # Only what changed: writing bumps the version counter, which would break graphs that the caller still holds.
-    if tensor.layout != torch.strided or not torch.equal(tensor, value):
-        tensor.copy_(value)
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,15 +18,15 @@ from zoscope.errors import SpecError
 from zoscope.problem import pytree as nest
 from zoscope.problem.data import LossFunction, LossModule, Metric, examples_in, number_of_examples, pair, user_code
 from zoscope.problem.model import ShardedGroup, ShardedLoss, local
-
-if TYPE_CHECKING:
-    from zoscope.problem.distributed import ProcessGroup
+from zoscope.runtime import ALONE, Ranks, Twin, collective
 
 Indices = NDArray[np.int64]
 
 
-class Examples:
+class Examples(Twin):
     """The rows of all batches, which a mini-batch draws from; whole batches where those cannot be cut.
+
+    Their order is the same on every rank, however its batches were cut.
 
     Args:
         objective: The prepared problem.
@@ -44,6 +45,10 @@ class Examples:
             [np.stack([np.full(k, i), np.arange(k)], axis=1) for i, k in enumerate(rows)]
         ).astype(np.int64)
         self.count = len(self._units)
+
+    def recipe(self) -> tuple[Objective]:
+        """The problem."""
+        return (self._objective,)
 
     def partition(self, count: int, generator: torch.Generator) -> list[Indices]:
         """A random partition into ``count`` groups of nearly equal size, at most one per example."""
@@ -122,10 +127,65 @@ class Shard:
     rows: int | None
 
 
+CUT_WORK = 10_000_000
+"""Parameters times examples from which batches fewer than ranks are cut, for derivatives; below it does not pay."""
+
+
+class ProcessGroup:
+    """What a rank does of the work on a problem that every rank holds.
+
+    Args:
+        ranks: The job.
+
+    Attributes:
+        shards: Those that were dealt out.
+        own: Those that this rank evaluates.
+        pieces: What it differentiates: the same, or parts of all where there are fewer shards than ranks.
+    """
+
+    _holder: ProcessGroup | None = None  # whose parameters the other ranks have: sessions may share a model
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.shards: tuple[Shard, ...] = ()
+        self.own: tuple[Shard, ...] = ()
+        self.pieces: tuple[Shard, ...] = ()
+        self._sent: tuple[int, ...] = ()
+
+    def deal_out(self, objective: Objective, indivisible: str | None) -> None:
+        """Choose what is for this rank.
+
+        Losses stay those of whole shards: second differences of them would show how the batches were cut.
+        """
+        self.shards = objective.shards
+        size, rows, count = self.ranks.size, max((shard.rows or 1) for shard in self.shards), len(self.shards)
+        self.own = self.pieces = self._part(objective, self.shards)
+        enough = objective.num_params * objective.num_examples >= CUT_WORK
+        if enough and count < size and rows > 1 and indivisible is None:
+            with suppress(SpecError):  # batches that cannot be cut leave some ranks idle
+                self.pieces = self._part(objective, objective.cut(-(-rows // -(-size // count))))
+
+    def _part(self, objective: Objective, shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
+        """The largest shards first, each to the rank with the fewest examples so far; this rank's on the device."""
+        loads, own = [0] * self.ranks.size, []
+        for index in sorted(range(len(shards)), key=lambda i: -shards[i].examples):
+            rank = loads.index(min(loads))
+            loads[rank] += shards[index].examples
+            if rank == self.ranks.rank:
+                own.append(index)
+        return tuple(objective.placed(shards[index]) for index in sorted(own))
+
+    def has_moved(self, params: Sequence[Tensor]) -> bool:
+        """Whether parameters are others than those that the other ranks last got."""
+        before, self._sent = self._sent, tuple(p._version for p in params)
+        holder, ProcessGroup._holder = ProcessGroup._holder, self
+        return self._sent != before or holder is not self
+
+
 _ELSEWHERE = "Parameters are varied, and the loss has to be a number there too: inf or nan where there is none."
 
 
-class Objective:
+class Objective(Twin):
     """Loss over all batches, ``L(θ) = sum_s weight_s loss(shard_s)``, with θ the selected parameters as one vector.
 
     Made by :meth:`zoscope.Problem.prepare`; it works on the model in place and is valid inside that context only.
@@ -169,6 +229,7 @@ class Objective:
         self.indivisible: str | None = None  # why batches must not be cut, once that is known
         self.splits: list[int] = []  # micro-batches that they were cut into so far
         self.process_group: ProcessGroup | ShardedGroup | None = None  # other processes that hold the same problem
+        self.session: ExitStack | None = None  # what ends with it, on another rank
         self.metrics: Mapping[str, Metric] = {}
         self._loss = loss
         self.batch_size_of = batch_size_of
@@ -211,11 +272,55 @@ class Objective:
                 places.setdefault(id(parameter), []).append(f"{prefix}.{name}")
         return [places[id(parameter)] for parameter in self.params]
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether all ranks go through the same program with parts of one model."""
+        return isinstance(self.process_group, ShardedGroup)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that share the work; ``ALONE`` also where a caller has put other shards in place for a while."""
+        group = self.process_group if self.mirrored else self._dealt
+        return ALONE if group is None else group.ranks
+
+    @property
+    def _dealt(self) -> ProcessGroup | None:
+        """What is for this rank, where these are the shards that were dealt out."""
+        group = self.process_group
+        return group if isinstance(group, ProcessGroup) and group.shards is self.shards else None
+
+    @property
+    def pieces(self) -> tuple[Shard, ...]:
+        """What is differentiated here."""
+        return self.shards if self._dealt is None else self._dealt.pieces
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have every rank evaluate all of the data by itself, unless it has only a part of the model."""
+        group = self.process_group
+        self.process_group = group if self.mirrored else None
+        try:
+            yield
+        finally:
+            self.process_group = group
+
+    def news(self) -> Tensor | None:
+        """The parameters, where the other ranks have others."""
+        group = self.process_group
+        return self.read() if isinstance(group, ProcessGroup) and group.has_moved(self.params) else None
+
+    def learn(self, news: Tensor) -> None:
+        """Take the parameters of rank 0."""
+        self.write(news)
+
+    @collective
     def value(self) -> float:
         """Loss over all shards, accumulated in float64; may be infinite or NaN."""
-        if self.process_group is not None and self.process_group.follows:
+        if isinstance(self.process_group, ShardedGroup):
             return self.process_group.value()
-        return self.value_of(self.shards)
+        ranks, own = self.ranks, self.shards if self._dealt is None else self._dealt.own
+        part = ranks.attempt(lambda: self.value_of(own))
+        return float(ranks.total(torch.tensor([part], dtype=torch.float64)))
 
     @torch.no_grad()
     def value_of(self, shards: Sequence[Shard]) -> float:
@@ -226,11 +331,12 @@ class Objective:
                 total += shard.weight * self.loss(shard).detach().to(total)
         return float(total)
 
+    @collective
     def gradient(self) -> tuple[float, Tensor]:
         """Loss, accumulated in float64, and gradient ``(d,)`` over all shards, loss/param."""
-        if self.process_group is not None and self.process_group.follows and not self.process_group.mirrored:
-            return cast("ProcessGroup", self.process_group).gradient()
-        return self.gradient_of(self.shards)
+        ranks = self.ranks
+        loss, flat = ranks.attempt(lambda: self.gradient_of(self.pieces))
+        return float(ranks.total(torch.tensor([loss], dtype=torch.float64))), ranks.collect(flat)
 
     @torch.enable_grad()
     def gradient_of(self, shards: Sequence[Shard]) -> tuple[float, Tensor]:
@@ -310,11 +416,15 @@ class Objective:
         Raises:
             SpecError: If a batch has no leading dimension to cut along.
         """
-        following = self.process_group is not None and self.process_group.follows
-        self.shards = self.cut(micro_batch)
+        self._split(micro_batch, self.indivisible)
+
+    @collective
+    def _split(self, micro_batch: int, indivisible: str | None) -> None:
+        group = self._dealt
+        self.shards = self.cut(micro_batch) if group is None else group.ranks.attempt(lambda: self.cut(micro_batch))
         self.splits.append(micro_batch)
-        if self.process_group is not None and following:
-            self.process_group.split(micro_batch)
+        if group is not None:
+            group.deal_out(self, indivisible)
 
     def cut(self, micro_batch: int) -> tuple[Shard, ...]:
         """All shards in pieces of at most ``micro_batch`` rows; see `split`, which puts them in their place."""

@@ -1,6 +1,7 @@
 """Devices, precision, generators, memory, ranks: the only room that knows about CUDA and other processes."""
 
 from zoscope.runtime.autograd_errors import explain_autograd_error
+from zoscope.runtime.collective import Twin, collective, serve
 from zoscope.runtime.devices import (
     DTYPES,
     HALF,
@@ -27,25 +28,25 @@ from zoscope.runtime.memory import (
     release_memory,
 )
 from zoscope.runtime.process_group import (
+    ALONE,
     DroppedError,
     LostRankError,
     Ranks,
-    WorkerState,
     current_ranks,
     joined,
     joined_ranks,
-    named,
-    serve,
 )
 
 __all__ = [
+    "ALONE",
     "DTYPES",
     "HALF",
     "DroppedError",
     "LostRankError",
     "Ranks",
-    "WorkerState",
+    "Twin",
     "available_memory",
+    "collective",
     "current_ranks",
     "eager_mode",
     "explain_autograd_error",
@@ -57,7 +58,6 @@ __all__ = [
     "joined_ranks",
     "kept_memory",
     "memory_limit",
-    "named",
     "peak_bytes",
     "preserved_rng",
     "release_memory",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
 from zoscope.runtime.memory import is_out_of_memory
+from zoscope.runtime.registry import Registry
 
 
 class LostRankError(ZoscopeError):
@@ -195,7 +194,6 @@ GRACE = 10.0
 """Seconds that the watch is given to report a process whose connection broke."""
 
 _HEAD = 4096  # bytes of a message that travel in one operation; its length comes first
-_STOP = ""
 T = TypeVar("T")
 
 
@@ -208,15 +206,24 @@ class Ranks:
         control: Process group for messages between CPUs.
         shard_basis: Whether each rank holds a slice of Lanczos vectors, instead of rank 0 all of them.
         in_step: Whether all of them are known to be at the same place. False for good once one left an operation early.
+        together: Whether all of them are running a collective function, so that rank 0 need not announce another one.
+        registry: Objects of which each rank has its own.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.in_step = True
+        self.together = False
+        self.registry = Registry()
         self.shard_basis = False
         self.watch: Watch | None = None
         self.control = dist.new_group(backend="gloo", timeout=ENDLESS)
         self._tensors = dist.new_group(backend="nccl", timeout=ENDLESS) if self._a_gpu_each() else None
+
+    @property
+    def ranks(self) -> Ranks:
+        """Themselves: a collective function asks its first argument which ranks run it."""
+        return self
 
     @property
     def leads(self) -> bool:
@@ -234,9 +241,8 @@ class Ranks:
 
     # --- messages -------------------------------------------------------------------------------------------------
 
-    def broadcast(self, name: str, *args: Any) -> None:
-        """Announce a piece of work to the other ranks: ``module:function`` and its arguments."""
-        body = pickle.dumps((name, args))
+    def send(self, body: bytes) -> None:
+        """Send a message to the other ranks."""
         head = torch.zeros(_HEAD, dtype=torch.uint8)
         head[:8] = torch.frombuffer(bytearray(len(body).to_bytes(8, "little")), dtype=torch.uint8)
         short = body[: _HEAD - 8]
@@ -246,8 +252,8 @@ class Ranks:
             rest = torch.frombuffer(bytearray(body[len(short) :]), dtype=torch.uint8)
             self._meet(lambda: dist.broadcast(rest, 0, group=self.control))
 
-    def receive(self) -> tuple[str, tuple[Any, ...]]:
-        """Wait for what rank 0 announces."""
+    def receive(self) -> bytes:
+        """Wait for a message of rank 0."""
         head = torch.zeros(_HEAD, dtype=torch.uint8)
         self._meet(lambda: dist.broadcast(head, 0, group=self.control))
         raw = head.numpy().tobytes()
@@ -257,8 +263,7 @@ class Ranks:
             rest = torch.zeros(length - len(body), dtype=torch.uint8)
             self._meet(lambda: dist.broadcast(rest, 0, group=self.control))
             body += rest.numpy().tobytes()
-        name, args = pickle.loads(body)
-        return name, args
+        return body
 
     def attempt(self, work: Callable[[], T]) -> T:
         """Do this rank's part of some common work; where it fails on one rank it fails on all of them.
@@ -284,6 +289,15 @@ class Ranks:
             raise failure
         found = sorted((one for one in said if one is not None), key=lambda one: one.kind == "memory")
         raise found[0].error() if found[0].rank else failure or found[0].error()
+
+    def keep(self, item: T) -> T:
+        """Let what every rank has just made stand for that of the others, as long as rank 0's lives."""
+        if self.leads:
+            self.registry.count(item)
+        else:
+            self.registry.items[self.registry.next] = item
+            self.registry.next += 1
+        return item
 
     # --- numbers and tensors --------------------------------------------------------------------------------------
 
@@ -365,45 +379,42 @@ class Ranks:
         if self.watch is not None:
             self.watch.ending = True
         if self.in_step:
-            self.broadcast(_STOP, code)
+            self.send(bytes([code]))
         elif self.watch is not None:
             self.watch.send(code)
 
 
-@dataclass
-class WorkerState:
-    """What a rank other than 0 keeps from one piece of work to the next.
+class Alone(Ranks):
+    """A process of its own, which does the work of all ranks."""
 
-    Args:
-        ranks: The job.
-        problems: Those that were loaded, by number.
-        sessions: Those that are prepared, by number.
-    """
+    rank, size, in_step, shard_basis, together, watch = 0, 1, True, False, True, None
 
-    ranks: Ranks
-    problems: dict[int, Any] = field(default_factory=dict)
-    sessions: dict[int, Any] = field(default_factory=dict)
+    def __init__(self) -> None:
+        """Nothing to join."""
+
+    def attempt(self, work: Callable[[], T]) -> T:
+        """Do the work."""
+        return work()
+
+    def keep(self, item: T) -> T:
+        """The object itself."""
+        return item
+
+    def gather(self, item: Any) -> list[Any]:
+        """The one object."""
+        return [item]
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The numbers themselves."""
+        return numbers
+
+    def collect(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
 
 
-def serve(ranks: Ranks) -> int:
-    """Do what rank 0 announces, until it says stop; the exit code that goes with it."""
-    worker_state = WorkerState(ranks)
-    while True:
-        name, args = ranks.receive()
-        if name == _STOP:
-            if ranks.watch is not None:
-                ranks.watch.ending = True
-            return int(args[0])
-        try:
-            named(name)(worker_state, *args)
-        except DroppedError:
-            continue
-
-
-def named(name: str) -> Any:
-    """What ``module:attribute`` of this package stands for."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+ALONE = Alone()
+"""For what is not shared."""
 
 
 _current: list[Ranks] = []

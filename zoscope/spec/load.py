@@ -5,7 +5,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +137,6 @@ def load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-_numbers = itertools.count()  # of problems that several processes have loaded
 _MINIMAL = "problem = zoscope.Problem(model=..., batches=..., loss=...)"
 
 
@@ -174,25 +172,20 @@ def load_spec(
         UsageError: If the spec cannot be found.
         SpecError: If it cannot be loaded, or is not a problem.
     """
-    options: dict[str, Any] = {"settings": settings, "params": params, "checkpoint": checkpoint}
-    ranks = runtime.current_ranks()
-    if ranks is None:
-        return _loaded(spec, **options)
-    number = next(_numbers)
-    ranks.broadcast("zoscope.spec.load:follow", number, spec, options)
-    loaded = ranks.attempt(lambda: _loaded(spec, **options))
-    loaded.problem.shared = number
+    return _loaded(runtime.current_ranks() or runtime.ALONE, spec, settings or {}, params, checkpoint)
+
+
+@runtime.collective
+def _loaded(
+    ranks: runtime.Ranks, spec: str, settings: Mapping[str, Any], params: str | None, checkpoint: Path | None
+) -> LoadedSpec:
+    loaded = ranks.attempt(lambda: _read(spec, settings, params, checkpoint))
+    if ranks.size > 1:
+        loaded.problem.shared = ranks.keep(loaded.problem)
     return loaded
 
 
-def follow(worker_state: runtime.WorkerState, number: int, spec: str, options: dict[str, Any]) -> None:
-    """Load on another rank what rank 0 loads."""
-    worker_state.problems[number] = worker_state.ranks.attempt(lambda: _loaded(spec, **options)).problem
-
-
-def _loaded(
-    spec: str, *, settings: Mapping[str, Any] | None, params: str | None, checkpoint: Path | None
-) -> LoadedSpec:
+def _read(spec: str, settings: Mapping[str, Any], params: str | None, checkpoint: Path | None) -> LoadedSpec:
     target, name, named = split_spec(spec)
     source = existing(target) if isinstance(target, Path) else None
     folder = source.parent if source is not None else Path.cwd()
@@ -200,7 +193,7 @@ def _loaded(
         module = load_file(source) if source is not None else load_module(str(target))
         file = getattr(module, "__file__", None)
         value = _attribute(module, name, named=named, label=str(target))
-        problem = _problem_from(value, settings or {}, label=f"{name} in {target}")
+        problem = _problem_from(value, settings, label=f"{name} in {target}")
         problem.name = problem.name or (name if named else (source or Path(str(target))).stem)
         if params is not None:
             problem = problem.with_params(params)
