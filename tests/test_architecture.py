@@ -1,6 +1,7 @@
 """The rooms of the package and who may enter which."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,38 @@ def calls(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             yield node.lineno, ast.unparse(node.func)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for path in sources()
+    }
+    waiting = {}
+    for path in sources():
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        waiting[name] = {found for _, found in deep_imports(path, names)} - {name}
+    while leaves := [name for name, needed in waiting.items() if not needed & waiting.keys()]:
+        for name in leaves:
+            del waiting[name]
+    assert not waiting, f"these modules need one another: {sorted(waiting)}"
+
+
+def deep_imports(path: Path, names: set[str]) -> Iterator[tuple[int, str]]:
+    """As ``imports``, with the module itself where a name is taken out of a package."""
+    for node in run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield node.lineno, inner if inner in names else str(node.module)
+
+
+def test_classes_have_the_names_that_the_field_knows() -> None:
+    private = re.compile(
+        r"\b(Party|Crew|Desk|Mirror|Fates|Workbench|Forecast|class (Post|Ground|Apart|Beyond|Met|Shown))\b"
+    )
+    for path in sources():
+        found = private.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.relative_to(PACKAGE)}: {found.group()}"
 
 
 def test_only_the_command_line_exits_and_only_reports_print() -> None:

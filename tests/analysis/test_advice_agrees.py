@@ -12,12 +12,11 @@ from torch import nn
 import zoscope
 from zoscope.analysis import measurement as rows
 from zoscope.analysis.advice import GATE, Threshold
-from zoscope.analysis.bounds import BoundsResult, Estimator
 from zoscope.analysis.check import _judged
 from zoscope.analysis.check_runner import CheckMeasurement
 from zoscope.analysis.measurement import MeasuredOperator, Slope, ThresholdQuery, optimizer_row
 from zoscope.analysis.minibatch import BatchSpread, MiniBatchModel
-from zoscope.analysis.thresholds import OptimizerBounds, Verdict
+from zoscope.analysis.thresholds import BoundsResult, Estimator, OptimizerBounds, Verdict
 from zoscope.config.load import EMPTY, build_checks, override_tree
 from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.errors import UsageError

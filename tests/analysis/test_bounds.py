@@ -11,7 +11,7 @@ from torch import nn
 
 import zoscope
 from zoscope import NumericalError, Problem
-from zoscope.analysis.bounds import BoundsResult
+from zoscope.analysis.thresholds import BoundsResult
 from zoscope.theory.rules import OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition

@@ -33,8 +33,7 @@ from zoscope.problem import Problem
 from zoscope.theory.rules import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from zoscope.analysis.bounds import BoundsResult
-    from zoscope.analysis.thresholds import OptimizerBounds
+    from zoscope.analysis.thresholds import BoundsResult, OptimizerBounds
 
 MAX_DEPTH = 24
 _SCALARS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, Path)
@@ -686,8 +685,6 @@ class CheckRunner:
         """Where the cache keeps a result, or why it cannot; ``None`` without a cache."""
         if self.cache is None:
             return None
-        # MERGE
-
         try:
             return self.cache.key(loaded.fingerprint(), {**options, "hardware": _hardware(options)})
         except UncacheableError as reason:
@@ -745,8 +742,6 @@ class LoadedProblem:
 
     def fingerprint(self) -> str:
         """Hash of everything in the problem that a measurement depends on."""
-        # MERGE
-
         if self._fingerprint is None:
             self._fingerprint = problem_fingerprint(self.problem, source=self.source)
         return self._fingerprint

@@ -13,12 +13,11 @@ from torch import nn
 
 from zoscope.analysis import notices
 from zoscope.analysis.advice import MARGIN, forward_limit, recommended_by_forward, stand
-from zoscope.analysis.bounds import BoundsResult, Estimator
 from zoscope.analysis.measurement import batch_size_of
 from zoscope.analysis.minibatch import ForwardMiniBatch, require_whole
 from zoscope.analysis.notices import jump_notice
 from zoscope.analysis.request import propagated, relative_half_width
-from zoscope.analysis.thresholds import Binding, ForwardBounds, OptimizerBounds, Verdict
+from zoscope.analysis.thresholds import Binding, BoundsResult, Estimator, ForwardBounds, OptimizerBounds, Verdict
 from zoscope.curvature.forward import ROUGH, mean_of, measure_forward, ratio_of
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoscope.analysis import notices
-from zoscope.analysis.bounds import Estimator
 from zoscope.analysis.measurement import NO_SPECTRUM, Measurement, curvature_operator, measure_problem
 from zoscope.analysis.probe_prediction import (
     GradientFlow,
@@ -41,6 +40,7 @@ from zoscope.analysis.probe_runs import (
     summarise,
 )
 from zoscope.analysis.request import Progress, Request, sharded_basis, subject_of
+from zoscope.analysis.thresholds import Estimator
 from zoscope.curvature.operators import LinearOperator, Preconditioned, gradient
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice

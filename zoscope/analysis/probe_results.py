@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoscope.analysis.bounds import Estimator
 from zoscope.analysis.request import Request
-from zoscope.analysis.thresholds import Pair
+from zoscope.analysis.thresholds import Estimator, Pair
 from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.result import JsonObject, MeasuredResult, pick

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from zoscope.analysis import notices
-from zoscope.analysis.bounds import CURVATURE
 from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient
 from zoscope.analysis.request import Progress, Request, sharded_basis, subject_of
+from zoscope.analysis.thresholds import CURVATURE
 from zoscope.curvature.moments import measure_moments
 from zoscope.curvature.slq import DEFLATION_TOLERANCE, measure
 from zoscope.errors import NumericalError, UsageError

@@ -1,4 +1,4 @@
-"""The row of one optimizer: its thresholds, what binds, what a given step size would do."""
+"""What ``zoscope.bounds`` returns: by optimizer its thresholds, what binds, what a given step size would do."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoscope.result import JsonObject, encode, pick
+from zoscope.result import JsonObject, MeasuredResult, encode, pick
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
     from zoscope.analysis.advice import Advisor, Limit
     from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
+    from zoscope.curvature.slq import Curvature, ForwardCurvature
     from zoscope.theory.rules import UpdateRule
     from zoscope.theory.stability import HorizonPoint
 
@@ -251,3 +252,65 @@ class OptimizerBounds(JsonObject):
         zeroth_order = pick(self, ZEROTH_ORDER) | pick(found, "minibatch?")
         first = pick(self, "operator") | dict(self.settings) | pick(self, "fo")
         return first | {"zo": zeroth_order} | pick(self, "commutator? forward? verdict?")
+
+
+CURVATURE = """
+    trace frobenius_sq lambda_max lambda_min trace_positive negative_mass effective_rank method hvp num_hvps seconds
+"""
+"""What is told of a measured operator."""
+
+
+@dataclass(frozen=True)
+class Estimator(JsonObject):
+    """The zeroth-order gradient estimate: direction law and number of averaged queries."""
+
+    directions: Literal["gaussian", "sphere"] = "gaussian"
+    queries: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundsResult(MeasuredResult):
+    """Curvature and step-size bounds of a problem; the other fields are those of every `Measured` result.
+
+    Args:
+        steps: The planned number of training steps N.
+        rtol: Relative 95 % half-width asked for.
+        curvature: One entry per operator measured.
+        optimizers: One entry per update rule.
+        estimator: The zeroth-order gradient estimate.
+        forward: The Hessian as forward passes see it, where only those were made; ``curvature`` is empty then.
+    """
+
+    schema = "zoscope.bounds/1"
+
+    steps: int
+    rtol: float
+    curvature: Mapping[str, Curvature]
+    optimizers: Mapping[str, OptimizerBounds]
+    estimator: Estimator
+    forward: ForwardCurvature | None = None
+
+    def body(self) -> dict[str, Any]:
+        """What only this kind of result has."""
+        curvature = {name: pick(entry, CURVATURE) for name, entry in self.curvature.items()}
+        if self.forward is not None:
+            curvature["hessian"] = _forward_dict(self.forward)
+        found = {"checks": {"num_hvps": self.num_check_hvps}, "curvature": curvature}
+        return pick(self, "steps rtol") | found | pick(self, "optimizers estimator")
+
+    @property
+    def num_check_hvps(self) -> int:
+        """The part of ``num_hvps`` that no operator lists.
+
+        It went into whether products repeat, what kinks add to the trace, and how far P and H are from commuting.
+        """
+        if self.forward is not None:
+            return 0
+        batches = {row.operator: row.minibatch.num_hvps for row in self.optimizers.values() if row.minibatch}
+        return self.num_hvps - sum(c.num_hvps for c in self.curvature.values()) - sum(batches.values())
+
+
+def _forward_dict(found: ForwardCurvature) -> dict[str, Any]:
+    unknown = ("lambda_max", "lambda_min", "trace_positive", "negative_mass", "effective_rank")
+    more = "rayleigh gradient_sq step step_disagreement=disagreement method num_hvps num_evaluations seconds"
+    return pick(found, "trace frobenius_sq") | dict.fromkeys(unknown) | pick(found, more)

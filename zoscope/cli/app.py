@@ -70,8 +70,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without η prints '?' rather than a traceback
     given = sys.argv[1:] if args is None else args
-    # MERGE
-
     sys.exit(run_ranked(given) if is_ranked(os.environ) else run(given))
 
 

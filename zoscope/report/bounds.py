@@ -39,10 +39,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from zoscope.analysis.bounds import BoundsResult
     from zoscope.analysis.estimate import CostEstimate
     from zoscope.analysis.minibatch import MiniBatchBounds
-    from zoscope.analysis.thresholds import OptimizerBounds, Verdict
+    from zoscope.analysis.thresholds import BoundsResult, OptimizerBounds, Verdict
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.theory.spectrum import Estimate
     from zoscope.theory.stability import HorizonPoint

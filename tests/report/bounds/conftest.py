@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from zoscope.analysis import measurement as rows
-from zoscope.analysis.bounds import BoundsResult, Estimator
 from zoscope.analysis.measurement import MeasuredOperator, ThresholdQuery, optimizer_row
+from zoscope.analysis.thresholds import BoundsResult, Estimator
 from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.problem import Notice
 from zoscope.result import ProblemInfo
