@@ -86,7 +86,7 @@ class Timing:
         product_seconds: Seconds of a product of a peer, by itself; ``None`` for zoscope.
         projected: Whether ``seconds`` is the number of products times the seconds of one.
         errors: Largest relative error of each value over the rounds; empty where the run was projected.
-        nonsmooth: Rounds in which zoscope ended with wider intervals than asked for.
+        missed: Rounds in which zoscope ended with wider intervals than asked for.
         plan: Estimators and budgets of a peer.
     """
 
@@ -96,7 +96,7 @@ class Timing:
     product_seconds: float | None = None
     projected: bool = False
     errors: Values = field(default_factory=dict)
-    nonsmooth: int = 0
+    missed: int = 0
     plan: dict[str, object] = field(default_factory=dict)
 
 
@@ -294,7 +294,7 @@ class _Runs:
             product_seconds=single,
             projected=projected,
             errors=errors,
-            nonsmooth=sum(not run.reached for run in runs),
+            missed=sum(not run.reached for run in runs),
             plan=plan,
         )
 

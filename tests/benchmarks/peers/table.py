@@ -45,7 +45,7 @@ def _table(title: str, comparisons: Sequence[Comparison], *, moments: bool) -> T
 def _cells(timing: Timing, own: Timing) -> list[str]:
     errors = [f"{100 * value:.1f}" for value in timing.errors.values()]
     return [
-        timing.tool + (f" (wider intervals in {timing.missed} rounds)" if timing.nonsmooth else ""),
+        timing.tool + (f" (wider intervals in {timing.missed} rounds)" if timing.missed else ""),
         f"{timing.products:,}",
         "" if timing.product_seconds is None else f"{timing.product_seconds:.3g}",
         f"{'~ ' if timing.projected else ''}{timing.seconds:,.1f}",
