@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.curvature import slq as sampling
 from zoscope.curvature.operators import DenseOperator
 from zoscope.curvature.slq import measure
 from zoscope.errors import NumericalError, UsageError
@@ -107,7 +106,7 @@ def test_a_zero_vector_has_an_empty_measure():
 
 
 def test_little_memory_shortens_the_chain_and_says_so(monkeypatch):
-    monkeypatch.setattr(sampling, "available_memory", lambda device: 250_000)
+    monkeypatch.setattr("zoscope.curvature.lanczos.available_memory", lambda device: 250_000)
     found = measure(operator(network_like()), method="deflated-slq")
     assert any("fewer outliers are deflated" in note for note in found.notes)
     truth = float(network_like().sum())
