@@ -350,7 +350,7 @@ Outcome = Literal["confirmed", "refuted", "inconclusive"]
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(MeasuredResult):
-    """What a probe found; the other fields are those of every `Measured` result.
+    """What a probe found; the other fields are those of every `MeasuredResult`.
 
     Args:
         optimizer: Name as on the command line, such as ``zo-adam``.

@@ -50,7 +50,7 @@ class LayerTrace(JsonObject):
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumResult(MeasuredResult):
-    """Eigenvalues of a problem's curvature matrix; the other fields are those of every `Measured` result.
+    """Eigenvalues of a problem's curvature matrix; the other fields are those of every `MeasuredResult`.
 
     Args:
         rtol: Relative 95 % half-width asked for.
@@ -355,7 +355,7 @@ def _notices(objective: Objective, request: Request, curvature: Curvature, jump:
 
 @dataclass(frozen=True, kw_only=True)
 class MomentsResult(MeasuredResult):
-    """Trace, norm and λ_max of a problem's curvature matrix; the other fields are those of every `Measured` result.
+    """Trace, norm and λ_max of a problem's curvature matrix; the other fields are those of every `MeasuredResult`.
 
     Args:
         rtol: Relative 95 % half-width asked for of the trace; of ``‖·‖_F²`` it is three times as much.

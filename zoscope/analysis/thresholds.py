@@ -92,7 +92,7 @@ class Verdict(JsonObject):
             end, ``uncertain`` between them.
         blow_up: Steps from which the noise feeds itself, the earlier one of all eigenvalues and of the positive ones
             first; ``inf`` for never, ``None`` where the spectrum is not known and the outlook is about infinite time.
-            Beyond a few hundred steps negative curvature is not the source of noise that the first one takes it for.
+            After a few hundred steps negative curvature is not the source of noise that the first one takes it for.
         doubling: Steps after which the loss has doubled, in the mean over runs and in a typical run; ``inf`` for not
             within N; ``None`` where it is not predicted.
         descends: Whether the expected loss falls in the first step; ``None`` without a descent threshold or with
@@ -270,7 +270,7 @@ class Estimator(JsonObject):
 
 @dataclass(frozen=True, kw_only=True)
 class BoundsResult(MeasuredResult):
-    """Curvature and step-size bounds of a problem; the other fields are those of every `Measured` result.
+    """Curvature and step-size bounds of a problem; the other fields are those of every `MeasuredResult`.
 
     Args:
         steps: The planned number of training steps N.

@@ -398,7 +398,7 @@ def choose_step(
     """The step at which curvatures agree best with those at half of it.
 
     Truncation grows as h² and rounding as 1/h², four times as much at h/2, so that their balance shows as the least
-    disagreement, whatever the dtype and the curvature are. The search walks down that valley by factors of two. Beyond
+    disagreement, whatever the dtype and the curvature are. The search walks down that valley by factors of two. Past
     the size of the parameters there may be another valley, where the loss is smooth on its way to somewhere else: no
     step is longer than ``farthest``, unless the loss could not resolve its differences otherwise.
 

@@ -243,7 +243,7 @@ class DirectionSampler:
 
 @contextmanager
 def exploring(objective: Objective, *, seed: int, parts: int | None = None) -> Iterator[DirectionSampler]:
-    """A party of all ranks that hold an objective.
+    """A sampler on all ranks that hold an objective.
 
     Args:
         objective: Prepared with ``differentiable=False``.
