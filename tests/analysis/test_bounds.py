@@ -337,13 +337,13 @@ def test_the_document_is_that_of_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"optimizers": "gdx"}, "optimizer must be one of"),
-        ({"optimizers": [None]}, "optimizers must be names"),
+        ({"optimizers": "gdx"}, "optimizers must be one of"),
+        ({"optimizers": [None]}, "optimizers must be one of"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"beta": None}, "beta must be a number"),
-        ({"rtol": None}, "rtol must be finite"),
-        ({"eps": "small"}, "eps must be finite"),
-        ({"lr": -1.0}, "lr must be finite"),
+        ({"rtol": None}, "rtol must be a relative precision"),
+        ({"eps": "small"}, "eps must be a finite number"),
+        ({"lr": -1.0}, "lr must be a finite number"),
     ],
 )
 def test_a_bad_argument_is_named_with_what_was_expected(arguments: dict[str, Any], said: str) -> None:

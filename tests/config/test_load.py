@@ -90,7 +90,6 @@ def test_options_alone_make_one_check(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"lr": float("nan")}, "--lr must be above 0"),
         ({"optimizer": "zo-sgd"}, "Did you mean 'zo-gd'"),
         ({"max_hvps": 0}, "--max-hvps must be from 1"),
-        ({"learning_rate": 1.0}, "no option 'learning_rate'"),
         ({"spec": "m.py", "optimizer": "gd"}, "no optimizer.lr.*--lr"),
         ({"lr": 1.0, "optimizer": "gd"}, "no spec.*--spec"),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,11 +20,11 @@ from zoscope.theory.stability import Version, horizon_curve
 if TYPE_CHECKING:
     from zoscope.analysis.minibatch import MiniBatchModel
     from zoscope.analysis.thresholds import ForwardBounds
+    from zoscope.options import Threshold
     from zoscope.theory.rules import EstimatorMoments, UpdateRule
     from zoscope.theory.spectrum import Estimate, SampledSpectrum
     from zoscope.theory.stability import HorizonPoint
 
-Threshold = Literal["exact", "descent", "horizon", "binding"]
 
 MARGIN = 0.7
 """Share of the limit that is recommended. Runs at 0.8 of it have been seen to sharpen their way past it."""

@@ -18,17 +18,18 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoscope._version import __version__
-from zoscope.analysis.advice import FORWARD, Limit, Threshold, forward_limit
+from zoscope.analysis.advice import FORWARD, Limit, forward_limit
 from zoscope.analysis.notices import PROVISIONAL
 from zoscope.config.load import CheckConfig
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
+from zoscope.options import THRESHOLDS
 from zoscope.problem import Problem
 from zoscope.theory.rules import OPTIMIZERS
 
@@ -434,7 +435,7 @@ def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[i
     assert bounds.advisor is not None
     known: dict[int, dict[str, Held]] = {}
     for number in sorted(steps):
-        advice = bounds.advisor.for_each(number, get_args(Threshold))
+        advice = bounds.advisor.for_each(number, THRESHOLDS)
         known[number] = {name: Held(one.limit, one.doubts) for name, one in advice.items() if one.limit is not None}
     return OptimizerThresholds(first, known, minibatch=bounds.minibatch is not None)
 
@@ -523,24 +524,8 @@ def _constants(config: CheckConfig) -> Constants:
 
 
 def _measuring(config: CheckConfig) -> dict[str, Any]:
-    curvature = config.curvature
-    return {
-        "directions": config.estimator.directions,
-        "queries": config.estimator.queries,
-        "rtol": curvature.rtol,
-        "max_hvps": curvature.max_hvps,
-        "curvature": curvature.kind,
-        "method": curvature.method,
-        "hvp": curvature.hvp,
-        "device": curvature.device,
-        "dtype": curvature.dtype,
-        "seed": curvature.seed,
-        "micro_batch": curvature.micro_batch,
-        "max_memory": curvature.max_memory,
-        "shard_basis": curvature.shard_basis,
-        "strict": curvature.strict,
-        "batch_size": batch_size_of(config),
-    }
+    estimator = {"directions": config.estimator.directions, "queries": config.estimator.queries}
+    return {**estimator, **config.curvature.options(), "batch_size": batch_size_of(config)}
 
 
 def batch_size_of(config: CheckConfig) -> int | None:

@@ -38,10 +38,11 @@ from zoscope.theory.stability import (
 )
 
 if TYPE_CHECKING:
-    from zoscope.analysis.advice import Limit, Threshold
+    from zoscope.analysis.advice import Limit
     from zoscope.analysis.minibatch import Batches, BatchSpread, MiniBatchBounds
-    from zoscope.analysis.request import Request
+    from zoscope.analysis.request import MeasureRequest, Request
     from zoscope.curvature.slq import Curvature
+    from zoscope.options import Threshold
     from zoscope.problem import Objective
     from zoscope.theory.rules import EstimatorMoments, UpdateRule
 
@@ -394,7 +395,7 @@ def _counted(nonsmooth: Nonsmooth) -> Estimate:
     return replace(nonsmooth.trace, stderr=nonsmooth.trace.stderr * widening(PROBES - 1))
 
 
-def curvature_operator(objective: Objective, request: Request) -> LinearOperator:
+def curvature_operator(objective: Objective, request: MeasureRequest) -> LinearOperator:
     """The curvature matrix asked for; the one place that knows which there are.
 
     Raises:

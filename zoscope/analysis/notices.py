@@ -450,8 +450,3 @@ def precision_notices(
 
 def _number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def without_repeats(notices: Iterable[Notice]) -> tuple[Notice, ...]:
-    """Each message once, in order."""
-    return tuple(dict.fromkeys(notices))

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 import zoscope
-from zoscope.cli.options import MEASURE, RULE, Given, takes_options
+from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, loading, visible, warn
 from zoscope.errors import UsageError
 
@@ -19,22 +19,6 @@ if TYPE_CHECKING:
     from zoscope.analysis.probe_results import ProbeResult
 
 EXIT_CODES = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
-RUNS = (
-    "threshold",
-    "ratios",
-    "lr",
-    "growth",
-    "max_steps",
-    "max_seconds",
-    "replicas",
-    "mu",
-    "batch_size",
-    "edge",
-    "edge_rtol",
-    "linearized",
-    "assume_threshold",
-    "steps",
-)
 
 
 @takes_options("probe")
@@ -58,7 +42,7 @@ def command(given: Given) -> None:
                 spec=loaded.display,
                 on_progress=on_progress,
                 on_run=on_run,
-                **given.take(*RUNS, *RULE, *MEASURE, "strict"),
+                **given.keywords("probe", "optimizer"),
             )
         except ProbeInterruptedError as error:
             result, interrupted = error.result, True

@@ -124,15 +124,6 @@ class Integer(options.Whole):
         return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
 
-def bytes_of(text: str) -> int | None:
-    """Bytes, from a number with a unit or without: 500MB, 2 GiB, 1.5g, 4096; ``None`` for what is no size."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:([kmgt])?(i)?b?)", text.replace(" ", "").lower())
-    if found is None or (found[3] and not found[2]) or not float(found[1]) > 0:
-        return None
-    power = " kmgt".index(found[2] or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
 @dataclass(frozen=True)
 class Size:
     """A number of bytes, or text such as ``2GB``."""
@@ -140,7 +131,7 @@ class Size:
     def read(self, node: Node, name: str) -> int:
         found = node.value if isinstance(node.value, int) and not isinstance(node.value, bool) else None
         if isinstance(node.value, str):
-            found = bytes_of(node.value)
+            found = options.bytes_of(node.value)
         if found is None or found < 1:
             raise InvalidError.at(
                 node, f"{name} must be a size in bytes, or with a unit, such as 500MB or 2GB; got {node.described}."

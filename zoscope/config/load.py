@@ -242,6 +242,11 @@ class CurvatureConfig:
     shard_basis: bool
     strict: bool
 
+    def options(self) -> dict[str, Any]:
+        """The same as options of a measurement, by their names in Python; the preconditioner is the optimizer's."""
+        found = {**vars(self), "curvature": self.kind}
+        return {name: value for name, value in found.items() if name not in ("kind", "preconditioner")}
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
@@ -518,15 +523,9 @@ def shown_path(path: Path) -> str:
 
 
 def override_tree(options: Mapping[str, Any]) -> Node:
-    """Options of the command line as a piece of configuration; ``None`` means "not given".
-
-    Raises:
-        UsageError: On an option that does not exist.
-    """
+    """Options of the command line as a piece of configuration; ``None`` means "not given"."""
     tree: dict[str, Any] = {}
     for name, value in options.items():
-        if name not in OPTIONS:
-            raise UsageError(f"check has no option {shorten(name)}. {suggest(name, OPTIONS)}")
         if value is None:
             continue
         *sections, key = OPTIONS[name]

@@ -4,11 +4,9 @@ A rule is heavy ball with a scale; a new optimizer is one row of ``update_rule``
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from zoscope.options import Directions
 from zoscope.theory.spectrum import require_count, require_non_negative, require_positive
-
-Directions = Literal["gaussian", "sphere"]
 
 
 @dataclass(frozen=True)

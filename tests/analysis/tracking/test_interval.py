@@ -13,7 +13,7 @@ from .problems import network
 
 
 def request(**options):
-    return TrackRequest(**{"optimizer": "zo-gd", "lr": Schedule("constant", 1e-3), "steps": 10**6, **options})
+    return TrackRequest.of(**{"optimizer": "zo-gd", "lr": Schedule("constant", 1e-3), "steps": 10**6, **options})
 
 
 def share(interval, *, hvps, passes_per_step):
