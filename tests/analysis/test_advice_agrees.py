@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 import zoscope
+from zoscope import BoundsResult, OptimizerBounds, UsageError
 from zoscope.analysis import measurement as rows
-from zoscope.analysis.advice import GATE, Threshold
+from zoscope.analysis.advice import GATE
 from zoscope.analysis.check import _judged
 from zoscope.analysis.check_runner import CheckMeasurement
 from zoscope.analysis.measurement import MeasuredOperator, Slope, ThresholdQuery, optimizer_row
 from zoscope.analysis.minibatch import BatchSpread, MiniBatchModel
-from zoscope.analysis.thresholds import BoundsResult, Estimator, OptimizerBounds, Verdict
+from zoscope.analysis.thresholds import Estimator, Verdict
 from zoscope.config.load import EMPTY, build_checks, override_tree
 from zoscope.curvature.slq import Curvature, Eigenvalue
-from zoscope.errors import UsageError
+from zoscope.options import Threshold
 from zoscope.result import ProblemInfo
 from zoscope.theory.minibatch import HessianNoise
 from zoscope.theory.quadratic import GradientMeasure
@@ -121,7 +122,7 @@ class Case:
             problem=ProblemInfo(len(self.curvature.spectrum.fine.nodes), 64, 1.0, 1.0),
             curvature={"hessian": self.curvature},
             optimizers={name: self.row(name, "binding", STEPS[-1])},
-            estimator=Estimator(),
+            estimator=Estimator("gaussian", 1),
             num_hvps=0,
             seconds=0.0,
         )

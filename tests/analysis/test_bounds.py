@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope import NumericalError, Problem
-from zoscope.analysis.thresholds import BoundsResult
+from zoscope import BoundsResult, NumericalError, Problem
 from zoscope.theory.rules import OPTIMIZERS, update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition

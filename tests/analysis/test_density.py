@@ -8,8 +8,7 @@ from scipy.integrate import trapezoid
 from torch import nn
 
 import zoscope
-from zoscope import NumericalError, Problem
-from zoscope.analysis.spectrum import SpectrumResult
+from zoscope import NumericalError, Problem, SpectrumResult
 from zoscope.theory.density import density
 from zoscope.theory.spectrum import SampledSpectrum
 

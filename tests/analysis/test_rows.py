@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 
+from zoscope import Estimate
 from zoscope.analysis.measurement import HORIZONS, MeasuredOperator, ThresholdQuery, optimizer_row
 from zoscope.curvature.slq import Curvature, Eigenvalue
 from zoscope.theory.quadratic import GradientMeasure, QuadraticModel
 from zoscope.theory.rules import GAUSSIAN, OPTIMIZERS, update_rule
-from zoscope.theory.spectrum import Estimate, SampledSpectrum
+from zoscope.theory.spectrum import SampledSpectrum
 
 POSITIVE = np.geomspace(1e-3, 10, 30)
 INDEFINITE = np.concatenate([POSITIVE, -np.geomspace(1e-3, 1, 8)])

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from zoscope import UsageError
 from zoscope.cli.options import Given
-from zoscope.errors import UsageError
 from zoscope.options import COMMANDS, OPTIONS, options_of
 
 BAD = [

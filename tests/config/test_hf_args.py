@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from zoscope import UsageError
 from zoscope.config.load import EMPTY, CheckConfig, build_checks, override_tree
 from zoscope.config.sources import ConfigError
 from zoscope.config.training import SCHEDULERS, load_hf_args
-from zoscope.errors import UsageError
 
 MEZO = {
     "trainer": "zo_sgd",

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from zoscope import UsageError
 from zoscope.config.keys import OPTIONS
 from zoscope.config.load import EMPTY, CheckConfig, build_checks, find_config, load_document, override_tree
 from zoscope.config.sources import ConfigError
-from zoscope.errors import UsageError
 
 Load = Callable[..., tuple[CheckConfig, ...]]
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
+from zoscope import UsageError
 from zoscope.analysis.track_results import CONFIG as TRACK_CONFIG
 from zoscope.analysis.track_results import TrackRequest
 from zoscope.config.load import Piecewise, Schedule
 from zoscope.config.sources import ConfigError
 from zoscope.config.training import TRACK, plain_config, read_axis, read_sweep, read_track_config, read_track_option
-from zoscope.errors import UsageError
 from zoscope.options import KEYWORDS, left_open
 
 

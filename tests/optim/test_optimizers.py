@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import zoscope.optim.optimizers as module
-from zoscope.optim import ZOGD, ZOGDM, ZOAdam
+from zoscope import ZOGD, ZOGDM, ZOAdam
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 
 OPTIMIZERS = [ZOGD, ZOGDM, ZOAdam]

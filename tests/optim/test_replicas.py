@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.optim import ZOGD
+from zoscope import ZOGD
 from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, StackedSurface, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run, run_groups
 from zoscope.optim.rules import GD, GDM, Adam

@@ -21,7 +21,7 @@ from zoscope.analysis.track_results import TrackRequest, require_precision
 from zoscope.config.load import Schedule
 from zoscope.errors import UsageError
 from zoscope.optim.optimizers import ZeroOrderOptimizer
-from zoscope.options import OPTIMIZERS, MonitorOptions, checked_argument, keywords
+from zoscope.options import OPTIMIZERS, OPTIONS, MonitorOptions, checked_argument, keywords
 from zoscope.problem.core import Measurable
 from zoscope.result import JsonObject
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
@@ -199,7 +199,7 @@ class ForwardMonitor:
         every: int = 1,
         window: int = 200,
         name: str = "gd",
-        mu: float = 1e-3,
+        mu: float = OPTIONS["mu"].default,
         dimension: int | None = None,
         **constants: Any,
     ) -> None:

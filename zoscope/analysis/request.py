@@ -111,7 +111,7 @@ class MeasureRequest:
 
     rtol: float
     max_hvps: int
-    method: Method = "auto"
+    method: Method
     curvature: CurvatureKind
     hvp: Hvp
     device: str
@@ -155,7 +155,7 @@ class Request(RuleRequest):
 
     optimizers: tuple[str, ...]
     steps: int
-    preconditioner: str = "expected"
+    preconditioner: str
     threshold: Threshold
     lr: float | None = None
     batch_size: int | None = None

@@ -311,7 +311,7 @@ def moments(
         SpecError: If the problem cannot be measured.
         NumericalError: For values that are not finite, exhausted memory, or, with ``strict``, a precision not reached.
     """
-    request = MeasureRequest(**keywords("moments", options), on_progress=on_progress)
+    request = MeasureRequest(**keywords("moments", options), method="deflated-slq", on_progress=on_progress)
     with curvature_session(problem, request) as session:
         objective = session.objective
         loss, g = finite_gradient(objective)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.advice import Advisor, Limit
     from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
     from zoscope.curvature.slq import Curvature, ForwardCurvature
+    from zoscope.options import Directions
     from zoscope.theory.rules import UpdateRule
     from zoscope.theory.stability import HorizonPoint
 
@@ -264,8 +265,8 @@ CURVATURE = """
 class Estimator(JsonObject):
     """The zeroth-order gradient estimate: direction law and number of averaged queries."""
 
-    directions: Literal["gaussian", "sphere"] = "gaussian"
-    queries: int = 1
+    directions: Directions
+    queries: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 import zoscope
+from zoscope import Record
 from zoscope.analysis.track_loop import MEASURING_SHARE, PASSES_PER_HVP, MeasurementSchedule, automatic_interval
-from zoscope.analysis.track_results import Record, TrackRequest
+from zoscope.analysis.track_results import TrackRequest
 from zoscope.config.load import Schedule
 
 from .problems import network

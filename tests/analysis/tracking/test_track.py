@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import zoscope
-from zoscope.analysis.track_results import TrackInterruptedError
-from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope import NumericalError, SpecError, TrackInterruptedError, UsageError
 
 from .problems import network, quadratic
 
