@@ -30,7 +30,7 @@ from zoscope.curvature.slq import measure
 from zoscope.errors import NumericalError
 from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, Surface, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, run, run_mini_batches
-from zoscope.optim.rules import GD, GDM, Adam, FrozenAdam, Rule
+from zoscope.optim.rules import FrozenAdam, Rule, rule_from_options
 from zoscope.theory.stability import (
     StabilityCondition,
     Version,
@@ -92,12 +92,8 @@ class ProbeRunner:
     def rule(self, *, adaptive: bool) -> Rule:
         """The update rule of a run."""
         measure_request = self.request.measure
-        if self.request.family == "gd":
-            return GD()
-        if self.request.family == "gdm":
-            return GDM(beta=measure_request.beta)
         if adaptive or self.diagonal is None:
-            return Adam(betas=measure_request.betas, eps=measure_request.eps)
+            return rule_from_options(self.request.family, vars(measure_request))
         return FrozenAdam([self.diagonal], beta1=measure_request.betas[0])
 
     def replicas(self, *, adaptive: bool = False) -> int:
@@ -519,7 +515,7 @@ def probe_run(
 def _variant(runner: ProbeRunner, *, adaptive: bool) -> Variant:
     if adaptive:
         return "adaptive"
-    if runner.request.family == "adam":
+    if runner.request.rule.preconditioned:
         return "frozen"
     return "first-order" if runner.request.first_order else "zeroth-order"
 

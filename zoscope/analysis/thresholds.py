@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.advice import Advisor, Limit
     from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
     from zoscope.curvature.slq import Curvature, ForwardCurvature
+    from zoscope.registry import Directions
     from zoscope.theory.rules import UpdateRule
     from zoscope.theory.stability import HorizonPoint
 
@@ -264,7 +265,7 @@ CURVATURE = """
 class Estimator(JsonObject):
     """The zeroth-order gradient estimate: direction law and number of averaged queries."""
 
-    directions: Literal["gaussian", "sphere"] = "gaussian"
+    directions: Directions = "gaussian"
     queries: int = 1
 
 

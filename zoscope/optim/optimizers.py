@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zoscope.optim.directions import Block, Direction, Law, Seed, check_law, new_generator, partition
+from zoscope.optim.directions import Block, Direction, Seed, check_law, new_generator, partition
 from zoscope.optim.perturbation import Perturbation, Restore, choose_perturbation
 from zoscope.optim.rules import Rule, State, rule_from_options
+from zoscope.registry import Directions
+
+__all__ = ["ZOGD", "ZOGDM", "ZOAdam"]
 
 BLOCK_SIZE = 1 << 18  # entries of a direction that exist at a time: fits in a cache
 KEPT_SIZE = 1 << 20  # up to this many a direction is kept instead of being drawn again
@@ -26,6 +29,19 @@ class _Layout:
     blocks: list[Block]
     group_of: list[int]
     perturbation: Perturbation
+
+
+class QueryOptions(TypedDict, total=False):
+    """Keyword arguments that every zeroth-order optimizer takes; see `ZOGD` for what they mean."""
+
+    mu: float
+    queries: int
+    directions: Directions
+    seed: Seed
+    restore: Restore
+
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class ZeroOrderOptimizer(Optimizer):
@@ -46,14 +62,14 @@ class ZeroOrderOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         defaults: dict[str, Any],
         *,
-        mu: float,
-        queries: int,
-        directions: Law,
-        seed: Seed,
-        restore: Restore,
+        mu: float = 1e-3,
+        queries: int = 1,
+        directions: Directions = "gaussian",
+        seed: Seed = 0,
+        restore: Restore = "auto",
     ) -> None:
         if not defaults["lr"] >= 0.0:
             raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
@@ -177,10 +193,10 @@ class ZOGD(ZeroOrderOptimizer):
     Args:
         params: Parameters or groups of them, as for any PyTorch optimizer; all on one device.
         lr: Step size η, param²/loss; may differ between groups.
-        mu: Smoothing radius μ, in the parameters' unit.
-        queries: Directions averaged in each estimate.
-        directions: Their law: ``gaussian``, or ``sphere`` of radius √d.
-        seed: Seed of the direction stream.
+        mu: Smoothing radius μ, in the parameters' unit; 1e-3 by default.
+        queries: Directions averaged in each estimate; 1 by default.
+        directions: Their law: ``gaussian``, the default, or ``sphere`` of radius √d.
+        seed: Seed of the direction stream; 0 by default.
         restore: How parameters come back from a perturbation: ``auto``, ``snapshot`` (a copy) or ``fixed-point`` (no
             copy; rounds the parameters once to a grid on which perturbations are exact).
 
@@ -190,18 +206,8 @@ class ZOGD(ZeroOrderOptimizer):
 
     name = "gd"
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        *,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
-    ) -> None:
-        super().__init__(params, {"lr": lr}, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)
 
 
 class ZOGDM(ZeroOrderOptimizer):
@@ -211,11 +217,6 @@ class ZOGDM(ZeroOrderOptimizer):
         params: See `ZOGD`; so for the options not listed.
         lr: Step size η, param²/loss.
         beta: β in ``[0, 1)``.
-        mu: Smoothing radius.
-        queries: Directions per estimate.
-        directions: Their law.
-        seed: Seed of the direction stream.
-        restore: How parameters come back.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -223,20 +224,8 @@ class ZOGDM(ZeroOrderOptimizer):
 
     name = "gdm"
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        *,
-        beta: float = 0.9,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
-    ) -> None:
-        defaults = {"lr": lr, "beta": beta}
-        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+    def __init__(self, params: Parameters, lr: float, *, beta: float = 0.9, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta}, **query)
 
 
 class ZOAdam(ZeroOrderOptimizer):
@@ -247,11 +236,6 @@ class ZOAdam(ZeroOrderOptimizer):
         lr: Step size η.
         betas: β₁ and β₂, each in ``[0, 1)``.
         eps: ε ≥ 0, in the unit of the gradient.
-        mu: Smoothing radius.
-        queries: Directions per estimate.
-        directions: Their law.
-        seed: Seed of the direction stream.
-        restore: How parameters come back.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -261,16 +245,11 @@ class ZOAdam(ZeroOrderOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
+        **query: Unpack[QueryOptions],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps}
-        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, **query)

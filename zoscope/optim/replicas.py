@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.optim.directions import Law, fill_rows, spawn_streams
+from zoscope.optim.directions import fill_rows, spawn_streams
 from zoscope.optim.perturbation import MiniBatchSurface, Surface
 from zoscope.optim.rules import Rule, new_state
+from zoscope.registry import Directions
 from zoscope.runtime import collective
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class ZerothOrderEstimator:
     order: int = 0
     mu: float = 1e-3
     queries: int = 1
-    directions: Law = "gaussian"
+    directions: Directions = "gaussian"
 
 
 @dataclass(frozen=True)

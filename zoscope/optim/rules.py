@@ -4,12 +4,14 @@ The rules act on lists of tensors of any shape, element by element, so that one 
 slices of them, and a matrix that holds one replica per row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from zoscope.registry import optimizer_record
 
 State = dict[str, list[Tensor]]
 
@@ -129,18 +131,14 @@ class FrozenAdam:
 
 
 def rule_from_options(name: str, options: Mapping[str, Any]) -> Rule:
-    """The rule of an optimizer: ``gd``, ``gdm`` (option ``beta``) or ``adam`` (``betas``, ``eps``).
+    """The rule of an optimizer, with those of the options that its record names.
 
     Raises:
         ValueError: If the name is unknown or an option is out of range.
     """
-    if name == "gd":
-        return GD()
-    if name == "gdm":
-        return GDM(beta=options["beta"])
-    if name == "adam":
-        return Adam(betas=tuple(options["betas"]), eps=options["eps"])
-    raise ValueError(f"unknown optimizer {name!r}: expected gd, gdm or adam")
+    record = optimizer_record(name)
+    kind: Callable[..., Rule] = globals()[record.rule]
+    return kind(**{option: options[option] for option in record.options})
 
 
 def new_state(rule: Rule, params: Sequence[Tensor]) -> State:

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
 from zoscope.report.style import (
     COLOURS,
     MISSING,
@@ -77,7 +78,9 @@ def draw(result: TrackResult, paths: Sequence[Path], *, option: str = "--plot") 
         _mark_jumps(axes, result.records, named=axes is losses)
     losses.set_ylabel("loss")
     curvature.set_xlabel("step")
-    curvature.set_ylabel("curvature (loss/param²)" if "adam" not in result.optimizer else "curvature of P⁻¹H")
+    curvature.set_ylabel(
+        "curvature (loss/param²)" if not OPTIMIZERS[family_of(result.optimizer)].preconditioned else "curvature of P⁻¹H"
+    )
     figure.suptitle(f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}", fontsize="medium")
     for path in paths:
         save(figure, path, option=option)
@@ -132,7 +135,7 @@ def _draw_band(axes: Any, result: TrackResult) -> None:
     steps = [record.step for record in records]
     lower = gaps(record.lower for record in records)
     upper = gaps(record.upper for record in records)
-    first_order = not result.optimizer.startswith("zo-")
+    first_order = not is_zeroth_order(result.optimizer)
     if first_order:
         axes.plot(steps, lower, color=BLUE, linewidth=1.6, label="λ_max")
         axes.plot(steps, gaps(r.trace for r in records), color=ORANGE, linewidth=1.4, linestyle="-.", label="trace")
@@ -536,9 +539,10 @@ def _term(record: Record) -> Text:
 
 def term_name(result: TrackResult) -> str:
     """What the step size allows, as a formula."""
-    if result.optimizer == "zo-gdm":
-        return "2(1−β)/η"
-    return {"gdm": "2(1+β)/η", "adam": "2(1+β₁)/((1−β₁)η)"}.get(result.optimizer, "2/η")
+    options = OPTIMIZERS[family_of(result.optimizer)].options
+    if is_zeroth_order(result.optimizer):
+        return "2(1−β)/η" if "beta" in options else "2/η"
+    return "2(1+β)/η" if "beta" in options else "2(1+β₁)/((1−β₁)η)" if "betas" in options else "2/η"
 
 
 def _products(result: TrackResult) -> str:

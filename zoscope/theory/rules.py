@@ -1,14 +1,9 @@
-"""Update rules as theory sees them, and the second moment of a zeroth-order gradient estimate.
-
-A rule is heavy ball with a scale; a new optimizer is one row of ``update_rule``.
-"""
+"""Update rules as theory sees them, and the second moment of a zeroth-order gradient estimate."""
 
 from dataclasses import dataclass
-from typing import Literal
 
+from zoscope.registry import DIRECTIONS, Directions, optimizer_record
 from zoscope.theory.spectrum import require_count, require_non_negative, require_positive
-
-Directions = Literal["gaussian", "sphere"]
 
 
 @dataclass(frozen=True)
@@ -59,19 +54,15 @@ def estimator_moments(
     Source: derived in the README's theory section.
     """
     require_count("queries", queries)
-    if directions == "gaussian":
-        kappa = 1.0
-    elif directions == "sphere":
-        if dimension is None:
-            raise ValueError("sphere directions need the dimension d: pass dimension=d")
+    if directions not in DIRECTIONS:
+        raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, got {directions!r}")
+    law = DIRECTIONS[directions]
+    if law.needs_dimension and dimension is None:
+        raise ValueError(f"{directions} directions need the dimension d: pass dimension=d")
+    if dimension is not None:
         require_count("dimension", dimension)
-        kappa = dimension / (dimension + 2)
-    else:
-        raise ValueError(f"directions must be 'gaussian' or 'sphere', got {directions!r}")
+    kappa = law.kappa(dimension or 1)
     return EstimatorMoments(a=1 + (2 * kappa - 1) / queries, b=kappa / queries)
-
-
-OPTIMIZERS: tuple[str, ...] = ("gd", "gdm", "adam")
 
 
 @dataclass(frozen=True)
@@ -100,10 +91,10 @@ class UpdateRule:
 
 
 def update_rule(name: str, *, beta: float = 0.9, betas: tuple[float, float] = (0.9, 0.999)) -> UpdateRule:
-    """The row of an optimizer.
+    """The rule of an optimizer, from its record.
 
     Args:
-        name: ``"gd"``, ``"gdm"`` (the convention of ``torch.optim.SGD(momentum=β)``) or ``"adam"``.
+        name: Family of an optimizer; ``"gdm"`` has the convention of ``torch.optim.SGD(momentum=β)``.
         beta: Momentum of ``"gdm"``.
         betas: Adam's ``(β₁, β₂)``; only β₁ enters, because P is frozen.
 
@@ -115,12 +106,9 @@ def update_rule(name: str, *, beta: float = 0.9, betas: tuple[float, float] = (0
 
     Source: arXiv:2604.14669.
     """
-    if name == "gd":
-        return UpdateRule("gd")
-    if name == "gdm":
-        return UpdateRule("gdm", momentum=beta)
-    if name == "adam":
+    record = optimizer_record(name)
+    if "betas" in record.options:
         if not all(0 <= value < 1 for value in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas!r}")
-        return UpdateRule("adam", momentum=betas[0], lr_scale=1 - betas[0], preconditioned=True)
-    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+        return UpdateRule(name, betas[0], lr_scale=1 - betas[0], preconditioned=record.preconditioned)
+    return UpdateRule(name, beta if "beta" in record.options else 0.0, preconditioned=record.preconditioned)
