@@ -75,6 +75,10 @@ OPTIMIZERS: dict[str, OptimizerRecord] = {
             aliases=("zo_adam",),
             gradient_aliases=("adam", "adamw", *(f"adamw_{name}" for name in ADAMW)),
         ),
+        OptimizerRecord(
+            "signsgd", "SignSGD", "SignSGD", "ZOSignSGD", adapts="sign", first_order=False, aliases=("zo_sign_opt",)
+        ),
+        OptimizerRecord("normalized", "Normalized", "Normalized", "ZONormalized", adapts="slopes", first_order=False),
     )
 }
 

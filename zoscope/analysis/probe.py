@@ -150,6 +150,8 @@ class Session:
     def _mean_path(self, expected: Prediction, diagonal: Tensor | None) -> GradientFlow | None:
         """The path of the mean as long as the runs below the threshold follow it; others leave it soon."""
         below = [lr for lr in self._step_sizes(expected) if lr <= expected.threshold.value]
+        if not expected.model.rule.is_linear:
+            return None
         if self.request.first_order or self.request.linearized or expected.model.gradient is None or not below:
             return None
         end = flow_times(lr=max(below), steps=expected.steps, rule=expected.model.rule)[-1]

@@ -387,7 +387,7 @@ def end_state(
     Returns:
         The state, and whether the threshold came down past ``lr`` on the way: into or below the band there.
     """
-    if runner.request.linearized:
+    if runner.request.linearized or not forecast.model.rule.is_linear:
         return None, False
     left = [(step, index) for index, step in enumerate(trajectory.left) if step is not None]
     replica = min(left)[1] if left else 0
@@ -460,15 +460,14 @@ def probe_run(
     trajectory = runner.walk(lr, forecast=forecast, runs_left=runs_left, adaptive=adaptive, on_step=on_step)
     found = outcomes_of(trajectory, loss=forecast.model.loss, scale=forecast.scale)
     above = lr > forecast.threshold.value
-    descent = forecast.threshold.name == "descent"
-    if descent:
+    if forecast.threshold.name == "descent" or not forecast.model.rule.is_linear:
         verdict = descent_verdict(found, trajectory)
     else:
         verdict = growth_verdict(found, trajectory, noisy=forecast.row.minibatch is not None)
     end, sharpened = end_state(runner, forecast, trajectory, lr=lr, adaptive=adaptive)
     if sharpened and not above and verdict == "diverged" and not adaptive:
         verdict = "sharpened"
-    growth = None if forecast.row.minibatch is not None else forecast.growth(lr, trajectory.done)
+    growth = forecast.growth(lr, trajectory.done) if forecast.grows else None
     as_predicted, reason = judge_run(
         verdict,
         above=above,

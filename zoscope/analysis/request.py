@@ -81,6 +81,8 @@ def wanted_precision(
         return max((_of_rule(rule, sampled) for rule in rules), default=0.0)
 
     def _of_rule(rule: UpdateRule, sampled: SampledSpectrum) -> float:
+        if not rule.is_linear:  # all it depends on
+            return relative_half_width(sampled.trace_of(lambda x: x))
         versions: tuple[Version, ...] = ("full", "positive")
         planned = [StabilityCondition(rule, moments, steps, version) for version in versions]
         forever = StabilityCondition(rule, moments)

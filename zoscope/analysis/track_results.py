@@ -172,6 +172,7 @@ class Record(JsonObject):
         commutator: ``‖PH−HP‖_F/‖PH‖_F``.
         forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
             ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
+        floor: Gradient norm at which ``lr_next`` stalls, of optimizers whose steps do not shrink with the gradient.
     """
 
     step: int
@@ -208,6 +209,12 @@ class Record(JsonObject):
     preconditioner: tuple[float, float, float] | None = None
     commutator: float | None = None
     forward: Mapping[str, float | None] | None = None
+    floor: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; ``floor`` is left out where there is none."""
+        found = super().to_dict()
+        return found if self.floor is not None else {key: value for key, value in found.items() if key != "floor"}
 
     @property
     def in_band(self) -> bool | None:

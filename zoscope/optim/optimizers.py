@@ -1,5 +1,6 @@
 """Zeroth-order GD, momentum and Adam as PyTorch optimizers: two forward passes a query, no gradient."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict, Unpack
@@ -13,7 +14,7 @@ from zoscope.optim.perturbation import Perturbation, Restore, choose_perturbatio
 from zoscope.optim.rules import Rule, State, rule_from_options
 from zoscope.registry import Directions
 
-__all__ = ["ZOGD", "ZOGDM", "ZOAdam"]
+__all__ = ["ZOGD", "ZOGDM", "ZOAdam", "ZONormalized", "ZOSignSGD"]
 
 BLOCK_SIZE = 1 << 18  # entries of a direction that exist at a time: fits in a cache
 KEPT_SIZE = 1 << 20  # up to this many a direction is kept instead of being drawn again
@@ -77,7 +78,7 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"mu must be positive and finite, got {mu}")
         if queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
-        rule_from_options(self.name, defaults)
+        self._rule = rule_from_options(self.name, defaults)
         super().__init__(params, defaults)
         self.mu, self.queries, self.directions, self.restore = mu, queries, check_law(directions), restore
         devices = {p.device for group in self.param_groups for p in group["params"]}
@@ -114,7 +115,9 @@ class ZeroOrderOptimizer(Optimizer):
                 _restore(layout, direction, sign=-1)
             directions.append(direction)
         self.evaluations = tuple(evaluations)
-        self._update(layout, directions, [(f - g) / (2.0 * self.mu) / self.queries for f, g in evaluations])
+        slopes = [(f - g) / (2.0 * self.mu) for f, g in evaluations]
+        size = math.sqrt(sum(s * s for s in slopes) / self.queries) if self._rule.normalizes else 1.0
+        self._update(layout, directions, [s / (size or 1.0) / self.queries for s in slopes])
         return sum(0.5 * (f + g) for f, g in evaluations) / self.queries
 
     def _evaluate(self, layout: _Layout, direction: Direction, closure: Closure) -> tuple[float, float]:
@@ -253,3 +256,40 @@ class ZOAdam(ZeroOrderOptimizer):
         **query: Unpack[QueryOptions],
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, **query)
+
+
+class ZOSignSGD(ZeroOrderOptimizer):
+    """ZO-SignSGD: ``x ← x − η sign(ĝ)`` in every coordinate (Liu et al., ICLR 2019).
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η: how far every parameter moves, param.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "signsgd"
+
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)
+
+
+class ZONormalized(ZeroOrderOptimizer):
+    """Normalised ZO: ``x ← x − η ĝ/s``, s the root mean square of the slopes ``(f(θ+μu) − f(θ−μu))/(2μ)`` of a step.
+
+    That is FZOO (arXiv:2506.09034), which divides by the standard deviation of the losses of a step, in units in which
+    η does not depend on μ: η = FZOO's learning rate over μ. One query leaves the sign of its slope.
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η, param.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "normalized"
+
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)

@@ -297,19 +297,26 @@ class _Runner:
         return losses
 
     def _estimate(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        total, losses = self._query(rows)
+        total, losses, slopes = self._query(rows)
+        squares = slopes.square()
         for _ in range(self._estimator.queries - 1):
-            estimate, means = self._query(rows)
+            estimate, means, slopes = self._query(rows)
             total += estimate
             losses = losses + means
+            squares += slopes.square()
         queries = self._estimator.queries
-        return (total, losses) if queries == 1 else (total.div_(queries), losses / queries)
+        if queries > 1:
+            total, losses = total.div_(queries), losses / queries
+        if self._rule.normalizes:
+            size = (squares / queries).sqrt()
+            total /= size.where(size > 0, 1.0).to(total.dtype)[:, None]
+        return total, losses
 
-    def _query(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        """A two-point estimate along one direction per row."""
+    def _query(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """A two-point estimate along one direction per row, the loss, and the slope along it."""
         directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
         slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
-        return directions.mul_(slopes.to(directions.dtype)[:, None]), means
+        return directions.mul_(slopes.to(directions.dtype)[:, None]), means, slopes
 
 
 CPU = torch.device("cpu")

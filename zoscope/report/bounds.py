@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from zoscope.analysis.estimate import CostEstimate
     from zoscope.analysis.minibatch import MiniBatchBounds
-    from zoscope.analysis.thresholds import BoundsResult, OptimizerBounds, Verdict
+    from zoscope.analysis.thresholds import BoundsResult, Floor, OptimizerBounds, Verdict
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.theory.spectrum import Estimate
     from zoscope.theory.stability import HorizonPoint
@@ -384,6 +384,7 @@ def render(result: BoundsResult, width: int) -> Iterator[RenderableType]:
         yield horizon_table(result)
         if any(row.minibatch for row in result.optimizers.values()):
             yield from minibatch_section(result)
+    yield from floors(result)
     yield heading(f"For {count(result.steps)} steps")
     yield advice(result)
     if any(row.verdict for row in result.optimizers.values()):
@@ -402,6 +403,24 @@ def _bounds(result: BoundsResult, width: int) -> Iterator[RenderableType]:
         yield planned_table(result)
         yield heading("Step-size bounds for infinite time", PAPER)
         yield infinite_time_table(result)
+
+
+def floors(result: BoundsResult) -> Iterator[RenderableType]:
+    """Where runs of adaptive optimizers stall."""
+    rows = [(_name(row), row.floor) for row in result.optimizers.values() if row.floor is not None]
+    if rows:
+        yield heading("Floor of adaptive runs", "steps keep their size while ‖g‖ falls, until it stalls")
+        yield grid((name, _floor(found)) for name, found in rows)
+
+
+def _floor(found: Floor) -> Text:
+    here = quantity(found.grad_norm, digits=3)
+    if not math.isfinite(found.lr.value):
+        return Text(f"None from here: Tr H is not positive, and ‖g‖ = {here}.")
+    text = Text(f"lr below {step_size_of(found.lr)} keeps it below ‖g‖ = {here} here")
+    if found.asked is not None and found.grad_norm_at_lr is not None:
+        text.append(f"; lr = {found.asked:g} stalls at ‖g‖ = {quantity(found.grad_norm_at_lr, digits=2)}")
+    return text.append(".")
 
 
 def _header(result: BoundsResult, *, width: int) -> RenderableType:
@@ -478,7 +497,7 @@ def _verdict(verdict: Verdict, row: OptimizerBounds) -> Text:
         colour = "yellow"
     which = "provisional" if row.doubts else "binding"
     times = "" if verdict.ratio is None else f"{quantity(verdict.ratio, digits=3)} × the {which} threshold: "
-    text = Text.assemble(times, (_outlook(verdict), colour))
+    text = Text.assemble(times, (_outlook(verdict) if row.rule.is_linear else _towards_floor(verdict), colour))
     if verdict.descends is False:
         text.append("; the expected loss rises at first, since this is above the descent threshold")
     return text.append(".")
@@ -487,6 +506,12 @@ def _verdict(verdict: Verdict, row: OptimizerBounds) -> Text:
 def _passes_horizon(verdict: Verdict) -> bool:
     """Whether a run blows up by η*(N) of the positive part, whichever threshold was asked for."""
     return verdict.blow_up is not None and verdict.blow_up[1] <= verdict.steps
+
+
+def _towards_floor(verdict: Verdict) -> str:
+    if verdict.outlook == "stable":
+        return "the gradient falls to the floor"
+    return "the floor is near" if verdict.ratio is None or verdict.ratio <= 1 else "the gradient rises to the floor"
 
 
 def _outlook(verdict: Verdict) -> str:

@@ -472,7 +472,7 @@ def render(result: TrackResult, width: int) -> Iterator[RenderableType]:
     yield header(result)
     if result.records:
         shown = thinned(result.records)
-        remark = f"the term is {term_name(result)}"
+        remark = "‖g‖ stalls at the floor" if _stalls(result) else f"the term is {term_name(result)}"
         if len(shown) < len(result.records):
             remark = f"{len(shown)} of {count(len(result.records))}; {remark}"
         yield heading("Measurements", remark)
@@ -515,7 +515,8 @@ def thinned(records: Sequence[Record], most: int = MOST_ROWS) -> list[Record]:
 
 def table(result: TrackResult, records: Sequence[Record]) -> Table:
     """One row per measurement."""
-    columns = number_table("step", "loss", "η", "trace", "λ_max", "lower", "term", "upper", "η*", "η/η*")
+    about = ("‖g‖", "floor") if _stalls(result) else ("lower", "term", "upper", "η*", "η/η*")
+    columns = number_table("step", "loss", "η", "trace", "λ_max", *about)
     for record in records:
         columns.add_row(
             count(record.step),
@@ -523,13 +524,28 @@ def table(result: TrackResult, records: Sequence[Record]) -> Table:
             step_size(record.lr),
             quantity(record.trace, digits=3),
             quantity(record.lambda_max, digits=3),
-            quantity(record.lower, digits=3),
-            _term(record),
-            quantity(record.upper, digits=3),
-            step_size(record.exact),
-            quantity(record.ratio, digits=2),
+            *(_against_floor(record) if _stalls(result) else _against_band(record)),
         )
     return columns
+
+
+def _stalls(result: TrackResult) -> bool:
+    """Whether the optimizer has a floor in place of a threshold."""
+    return any(record.floor is not None for record in result.records)
+
+
+def _against_floor(record: Record) -> tuple[str, str]:
+    return quantity(record.grad_norm, digits=3), quantity(record.floor, digits=3)
+
+
+def _against_band(record: Record) -> tuple[str | Text, ...]:
+    return (
+        quantity(record.lower, digits=3),
+        _term(record),
+        quantity(record.upper, digits=3),
+        step_size(record.exact),
+        quantity(record.ratio, digits=2),
+    )
 
 
 def _term(record: Record) -> Text:
@@ -569,7 +585,8 @@ def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
         Text(result.status, style=STATUS_STYLES.get(result.status, "bold yellow"))
         + Text(f": {result.reason}", style="default"),
     )
-    yield "band", _band(result)
+    if not _stalls(result):
+        yield "band", _band(result)
     share = f"{100 * result.measuring_seconds / result.seconds:.0f} %" if result.seconds > 0 else MISSING
     per = _products(result)
     yield "measuring", f"every {count(result.every)} steps, {count(result.num_hvps)} HVPs{per}, {share} of the time"
