@@ -25,7 +25,7 @@ from zoscope.theory.spectrum import require_positive
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
-    from zoscope.theory.rules import Directions
+    from zoscope.registry import Directions
 
 
 @dataclass(frozen=True)
