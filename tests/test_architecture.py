@@ -29,6 +29,7 @@ ALLOWED = {
     "optim": {"problem", "runtime", "theory"},
     "result": {"report", "theory"},  # of the report only what finds the tables of a result
     "analysis": {"config", "curvature", "optim", "problem", "result", "runtime", "spec", "theory"},
+    "planning": {"analysis", "config", "curvature", "optim", "problem", "result", "runtime", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "result", "theory"},
     "integrations": {"analysis", "problem", "runtime"},
 }

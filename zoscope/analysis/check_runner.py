@@ -1,4 +1,4 @@
-"""What a measurement depends on, as one hash: source, parameters, data, options and versions."""
+"""The measurements of a check: fingerprints of problems, what is kept of earlier ones, what is done anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to know before trusting numbers from forward passes."""
+"""``zoscope.bounds`` from forward passes alone: what they bound, with all examples and with mini-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of the gradient the descent threshold depends on."""
+"""What is measured of a problem, and the thresholds that follow for every optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A probe under way: what is known at any moment makes a result."""
+"""``zoscope.probe``: training runs on both sides of a threshold, which confirm or refute it."""
 
 from __future__ import annotations
 

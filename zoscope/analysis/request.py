@@ -1,4 +1,4 @@
-"""Errors of functions of two estimates."""
+"""What a measurement is asked for, and how precise it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop between two steps instead of in the middle of one."""
+"""A tracked run: steps, measurements between them, and how it stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: what a run takes at every step, and the peak, which stability asks for."""
+"""Checks and schedules as a configuration file says them."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class Direction:
         blocks: What it covers.
         generator: Its stream, or one for every device that the blocks are on; the direction moves it on once, while its
             blocks are asked for the first time, in order.
-        law: Directions of the direction.
+        law: Their law.
         keep: Hold on to the blocks instead of drawing them again; the numbers are the same.
         buffers: Where blocks are drawn, by dtype and device; directions that share them take turns.
     """

@@ -127,15 +127,17 @@ class ZeroOrderOptimizer(Optimizer):
             layout.perturbation.plus(index, direction.part(index))
         sign = 1
         try:
-            above = float(closure())
+            above = _detached(closure())
             for index in blocks:
                 layout.perturbation.minus(index, direction.part(index))
             sign = -1
-            below = float(closure())
+            below = _detached(closure())
         except BaseException:
             _restore(layout, direction, sign=sign)
             raise
-        return above, below
+        if isinstance(above, Tensor) and isinstance(below, Tensor):
+            above, below = torch.stack([above, below]).tolist()  # a device is waited for once
+        return float(above), float(below)
 
     def _update(self, layout: _Layout, directions: list[Direction], slopes: list[float]) -> None:
         """Bring the parameters back from the last query, block by block, and move them."""
@@ -183,6 +185,11 @@ class ZeroOrderOptimizer(Optimizer):
         stream = state.pop("stream")
         super().load_state_dict(state)
         self._generator.set_state(stream.cpu())
+
+
+def _detached(loss: float | Tensor) -> float | Tensor:
+    """A loss that stays as it is, wherever the closure writes the next one."""
+    return loss.detach().clone().reshape(()) if isinstance(loss, Tensor) else loss
 
 
 def _restore(layout: _Layout, direction: Direction, *, sign: int) -> None:

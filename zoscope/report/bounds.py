@@ -1,4 +1,4 @@
-"""The tables of numbers in the report of ``zoscope.bounds``."""
+"""The report of ``zoscope.bounds``: curvature, thresholds, horizons, mini-batches, and which step size to use."""
 
 from __future__ import annotations
 

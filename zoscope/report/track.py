@@ -1,4 +1,4 @@
-"""The picture of a run: its loss, and the threshold term between the two ends of the band; several runs overlaid."""
+"""The report of ``zoscope.track``: pictures of one run and of several, tables, lines and a live view on the way."""
 
 from __future__ import annotations
 
