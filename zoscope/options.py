@@ -257,7 +257,7 @@ _TABLE = (
         "expected|state:FILE", check="Adam's preconditioner.", file="Adam's preconditioner: expected, or state:FILE.",
     ),
     _option(
-        "directions", Words(tuple(DIRECTIONS)), "Law of the random directions.", "gaussian",
+        "directions", Words(tuple(DIRECTIONS)), "Law of the random directions; rademacher has entries ±1.", "gaussian",
         check="Law of the directions.", track="Law of the directions.", file="Law of the perturbation directions.",
     ),
     _option(

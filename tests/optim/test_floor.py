@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from zoscope.optim.directions import fill_rows
 from zoscope.optim.rules import new_state, rule_from_options
 from zoscope.registry import OPTIMIZERS
 from zoscope.theory.quadratic import gradient_floor
@@ -16,7 +17,7 @@ CONSTANTS = {"betas": (0.9, 0.99), "eps": 1e-12}
 ADAPTIVE = [name for name, record in OPTIMIZERS.items() if record.adapts]
 
 
-def stalled(name, *, queries, noise, start, steps):
+def stalled(name, *, queries, noise=0.0, law="gaussian", start, steps):
     """Root mean square of the gradient norm over the second half of a run, by replica."""
     random = torch.Generator().manual_seed(queries)
     eigenvalues = torch.linspace(0.5, 1.5, MODES, dtype=torch.float64)
@@ -33,7 +34,7 @@ def stalled(name, *, queries, noise, start, steps):
         if step > steps // 2:
             squares.append(g.square().sum(1))
         g = g + noise / math.sqrt(MODES) * normal()
-        directions = [normal() for _ in range(queries)]
+        directions = [fill_rows(torch.empty_like(x), law=law, streams=[random] * REPLICAS) for _ in range(queries)]
         slopes = [(u * g).sum(1) for u in directions]
         estimate = sum(c[:, None] * u for c, u in zip(slopes, directions, strict=True)) / queries
         if rule.normalizes:
@@ -47,8 +48,17 @@ def stalled(name, *, queries, noise, start, steps):
 def test_a_run_stalls_at_the_floor(name, queries):
     kappa = floor_factor(update_rule(name).adapts, estimator_moments(queries=queries))
     floor = gradient_floor(0.5 * kappa * LR * MODES)
-    seen = stalled(name, queries=queries, noise=0.0, start=floor, steps=2000) / floor
+    seen = stalled(name, queries=queries, start=floor, steps=2000) / floor
     # What is left out is the curvature along the gradient, at most 1.5, beside the Tr H / q of the noise.
+    left_out = 1.5 * queries / MODES
+    assert seen.mean() == pytest.approx(1.0, abs=4 * seen.std(ddof=1) / math.sqrt(REPLICAS) + left_out)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3])
+def test_the_sign_of_an_average_of_entries_of_one_size_has_a_floor_of_its_own(queries):
+    kappa = floor_factor("sign", estimator_moments("rademacher", queries=queries))
+    floor = gradient_floor(0.5 * kappa * LR * MODES)
+    seen = stalled("signsgd", queries=queries, law="rademacher", start=floor, steps=2000) / floor
     left_out = 1.5 * queries / MODES
     assert seen.mean() == pytest.approx(1.0, abs=4 * seen.std(ddof=1) / math.sqrt(REPLICAS) + left_out)
 

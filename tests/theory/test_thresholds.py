@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ortho_group
 
 from zoscope.registry import DEFAULT_FAMILIES
 from zoscope.theory.rules import estimator_moments, update_rule
@@ -123,3 +124,26 @@ def test_numbers_that_are_not_finite_are_refused(bad):
     ):
         with pytest.raises(ValueError, match="must be finite"):
             call()
+
+
+def test_with_entries_of_one_size_the_threshold_lies_between_that_of_gaussian_ones_and_twice_the_inverse_trace():
+    rng = np.random.default_rng(3)
+    eigenvalues = np.array([3.0, 1.0, 0.5, 0.2])
+    basis = ortho_group.rvs(4, random_state=rng)
+    hessian = (basis * eigenvalues) @ basis.T
+    pairs = [(i, j) for i in range(4) for j in range(i, 4)]
+
+    def radius(lr):
+        columns = []
+        for i, j in pairs:
+            moment = np.zeros((4, 4))
+            moment[i, j] = moment[j, i] = 1.0
+            signal = hessian @ moment @ hessian
+            noise = 2 * signal + np.trace(signal) * np.eye(4) - 2 * np.diag(np.diag(signal))
+            image = moment - lr * (hessian @ moment + moment @ hessian) + lr**2 * noise
+            columns.append([image[k, m] for k, m in pairs])
+        return np.abs(np.linalg.eigvals(np.array(columns))).max()
+
+    rule, moments = update_rule("gd"), estimator_moments("rademacher")
+    printed, most = StabilityCondition(rule, moments).threshold(Spectrum.of(eigenvalues)), 2 / eigenvalues.sum()
+    assert radius(printed) < 1 < radius(most)

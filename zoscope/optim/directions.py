@@ -41,13 +41,22 @@ def spawn_streams(seed: int, count: int, device: torch.device | str = "cpu") -> 
 def fill_rows(rows: Tensor, *, law: Directions, streams: Sequence[torch.Generator]) -> Tensor:
     """Draw one direction per row of ``rows`` ``(R, d)`` in place, row ``r`` from ``streams[r]``.
 
-    Gaussian directions have independent N(0, 1) entries; sphere directions are uniform on the sphere of radius √d.
+    Gaussian directions have independent N(0, 1) entries, Rademacher ones entries ±1; sphere directions are uniform on
+    the sphere of radius √d.
     """
     for row, stream in zip(rows, streams, strict=True):
-        row.normal_(generator=stream)
+        _fill(row, law, stream)
     if law == "sphere":
         rows.mul_(math.sqrt(rows.shape[1]) / rows.norm(dim=1, keepdim=True))
     return rows
+
+
+def _fill(entries: Tensor, law: Directions, stream: torch.Generator) -> None:
+    """Independent entries; those of the sphere are scaled to its radius afterwards."""
+    if law == "rademacher":
+        entries.bernoulli_(0.5, generator=stream).mul_(2.0).sub_(1.0)
+    else:
+        entries.normal_(generator=stream)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ class Direction:
     ) -> None:
         self._blocks = blocks
         self._generator = generator
+        self._law = law
         self._keep = keep
         self._kept: list[list[Tensor]] = []
         self._states: list[Tensor] = []
@@ -191,7 +201,7 @@ class Direction:
             flat = torch.empty(block.size, device=block.device, dtype=dtype)
         else:
             flat = buffer_for(block, dtype, self._blocks, self._buffers)
-        flat.normal_(generator=self._stream(index))
+        _fill(flat, self._law, self._stream(index))
         if self._scale != 1.0:
             flat.mul_(self._scale)
         parts = torch.split_with_sizes(flat, block.sizes)

@@ -14,6 +14,7 @@ class EstimatorMoments:
     Args:
         a: Weight of the signal; dimensionless, > 0.
         b: Weight of the isotropic noise that every mode receives from all others; dimensionless, ≥ 0.
+        binary: Whether the entries of directions are ±1: their sign is the entry itself.
 
     Raises:
         ValueError: If ``a`` is not positive or ``b`` is negative.
@@ -23,6 +24,7 @@ class EstimatorMoments:
 
     a: float
     b: float
+    binary: bool = False
 
     def __post_init__(self) -> None:
         require_positive("a", self.a)
@@ -47,7 +49,7 @@ def estimator_moments(
         dimension: Number of parameters d; needed for ``"sphere"``, ignored for ``"gaussian"``.
 
     Returns:
-        ``(1 + 1/q, 1/q)`` for Gaussian directions, ``(1 + (2κ-1)/q, κ/q)`` for the sphere.
+        ``(1 + 1/q, 1/q)`` for Gaussian directions and those of entries ±1, ``(1 + (2κ-1)/q, κ/q)`` for the sphere.
 
     Raises:
         ValueError: If the law is unknown, or ``queries`` or ``dimension`` is not a positive integer.
@@ -63,7 +65,7 @@ def estimator_moments(
     if dimension is not None:
         require_count("dimension", dimension)
     kappa = law.kappa(dimension or 1)
-    return EstimatorMoments(a=1 + (2 * kappa - 1) / queries, b=kappa / queries)
+    return EstimatorMoments(a=1 + (2 * kappa - 1) / queries, b=kappa / queries, binary=law.binary)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def floor_factor(adapts: Adaptivity, moments: EstimatorMoments) -> float:
     With q queries, ``E χ_q`` the mean norm of q standard normal numbers:
 
     * ``"second-moment"``, Adam: ``1/√q``. Its P is nearly ``‖g‖/√q`` on every parameter;
-    * ``"sign"`` of every coordinate: ``√(π/2) / E χ_q``, which is π/2 for one query;
+    * ``"sign"`` of every coordinate: ``√(π/2) / E χ_q``, which is π/2 for one query; ``√(π/(2q))`` where entries of
+      directions are ±1;
     * ``"slopes"``, divided by their root mean square: ``1/(√q E χ_q)``, which is ``√(π/2)`` for one query.
 
     Args:
@@ -143,5 +146,7 @@ def floor_factor(adapts: Adaptivity, moments: EstimatorMoments) -> float:
     queries = 1 / moments.b
     if adapts == "second-moment":
         return 1 / math.sqrt(queries)
+    if adapts == "sign" and moments.binary:
+        return math.sqrt(math.pi / (2 * queries))
     chi = math.sqrt(2) * math.exp(math.lgamma((queries + 1) / 2) - math.lgamma(queries / 2))
     return math.sqrt(math.pi / 2) / chi if adapts == "sign" else 1 / (math.sqrt(queries) * chi)
