@@ -12,13 +12,14 @@ import pytest
 import zoscope
 
 PACKAGE = Path(zoscope.__file__).parent
-FOUNDATION = {"errors", "_version", "options"}
+FOUNDATION = {"errors", "_version", "options", "registry"}
 
 # Which rooms of zoscope each room may import, beside itself and the foundation.
 ALLOWED = {
     "errors": set(),
     "_version": set(),
     "options": set(),
+    "registry": set(),
     "theory": set(),
     "config": {"theory"},
     "runtime": set(),
@@ -39,6 +40,7 @@ OUTSIDE = {
     "errors": set(),
     "_version": set(),
     "options": set(),
+    "registry": set(),
     "config": {"yaml", "numpy"},
 }
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoscope.registry import DIRECTIONS, NAMES
+
 MOST = 1_000_000_000
 """Most steps, and most of whatever else is counted."""
 
@@ -177,11 +179,8 @@ METHODS = ("auto", "dense", "deflated-slq")
 MATRICES = ("hessian", "ggn")
 CURVATURES = (*MATRICES, "forward")
 DTYPES = ("auto", "float32", "float64", "bfloat16")
-DIRECTIONS = ("gaussian", "sphere")
 HVPS = ("auto", "double-backward", "batched", "forward-over-reverse", "linearize")
 THRESHOLDS = ("exact", "descent", "horizon", "binding")
-FAMILIES = ("gd", "gdm", "adam")
-OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
 FORMATS = ("text", "json", "junit", "github", "sarif", "markdown")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -233,9 +232,9 @@ _TABLE = (
     ),
     # --- the optimizer and what feeds it
     _option(
-        "optimizer", Several(Words(OPTIMIZERS)), "Optimizer; repeatable.",
-        check=Use("Optimizer.", domain=Words(OPTIMIZERS)), track=Use("Optimizer.", "zo-gd", Words(OPTIMIZERS)),
-        file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(OPTIMIZERS)),
+        "optimizer", Several(Words(NAMES)), "Optimizer; repeatable.",
+        check=Use("Optimizer.", domain=Words(NAMES)), track=Use("Optimizer.", "zo-gd", Words(NAMES)),
+        file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(NAMES)),
     ),
     _option(
         "lr", LR, "Also judge this step size.", None, "LR",
@@ -258,8 +257,8 @@ _TABLE = (
         "expected|state:FILE", check="Adam's preconditioner.", file="Adam's preconditioner: expected, or state:FILE.",
     ),
     _option(
-        "directions", Words(DIRECTIONS), "Law of the random directions.", "gaussian", check="Law of the directions.",
-        track="Law of the directions.", file="Law of the perturbation directions.",
+        "directions", Words(tuple(DIRECTIONS)), "Law of the random directions.", "gaussian",
+        check="Law of the directions.", track="Law of the directions.", file="Law of the perturbation directions.",
     ),
     _option(
         "queries", Whole(1, 1_000_000), "Two-point queries averaged per step.", 1, "Q",

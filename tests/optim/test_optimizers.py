@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import zoscope.optim.optimizers as module
-from zoscope.optim import ZOGD, ZOGDM, ZOAdam
+from zoscope.optim import ZOGD, ZOGDM, ZOAdam, ZONormalized, ZOSignSGD
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 
-OPTIMIZERS = [ZOGD, ZOGDM, ZOAdam]
+OPTIMIZERS = [ZOGD, ZOGDM, ZOAdam, ZOSignSGD, ZONormalized]
 
 
 def closure_of(net: nn.Module, batch: tuple[Tensor, Tensor]):
@@ -66,7 +66,7 @@ def test_fixed_point_moves_the_parameters_once_by_less_than_float32_resolves_at_
 
 
 @pytest.mark.parametrize("directions", ["gaussian", "sphere"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if kind is not ZOSignSGD])  # rounding turns signs
 def test_small_blocks_and_fixed_point_take_the_same_steps(kind, directions, net, batch, monkeypatch):
     def run(**options):
         model = copy.deepcopy(net).double()

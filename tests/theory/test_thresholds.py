@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoscope.theory.rules import OPTIMIZERS, estimator_moments, update_rule
+from zoscope.registry import DEFAULT_FAMILIES
+from zoscope.theory.rules import estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import (
     Interval,
@@ -21,7 +22,7 @@ ROUNDING = 1e-12  # relative; a spectrum of one eigenvalue makes all bounds equa
 
 rules = st.builds(
     lambda name, beta: update_rule(name, beta=beta, betas=(beta, 0.999)),
-    st.sampled_from(OPTIMIZERS),
+    st.sampled_from(DEFAULT_FAMILIES),
     st.sampled_from([0.0, 0.5, 0.9, 0.99]),
 )
 estimators = st.builds(
@@ -90,7 +91,7 @@ def test_first_order_threshold(name, expected):
     assert fo_threshold(4.0, rule=update_rule(name, beta=0.8, betas=(0.8, 0.999))) == pytest.approx(expected / 4)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_many_queries_lead_to_the_first_order_threshold(name):
     rule, moments = update_rule(name), estimator_moments(queries=10**9)
     expected = pytest.approx(fo_threshold(2.0, rule=rule), rel=1e-6)
@@ -99,7 +100,7 @@ def test_many_queries_lead_to_the_first_order_threshold(name):
 
 def test_without_positive_curvature_nothing_is_bounded():
     nothing = Interval(math.inf, math.inf)
-    for rule in map(update_rule, OPTIMIZERS):
+    for rule in map(update_rule, DEFAULT_FAMILIES):
         assert fo_threshold(-1.0, rule=rule) == math.inf
         assert paper_bounds(-1.0, 0.0, rule=rule) == nothing
         assert tight_bounds(0.0, 0.0, 0.0, rule=rule) == nothing

@@ -15,19 +15,20 @@ from zoscope.analysis.request import Progress, Request, rule_names, sharded_basi
 from zoscope.analysis.thresholds import BoundsResult, Estimator, OptimizerBounds
 from zoscope.errors import NumericalError
 from zoscope.problem import OWN_DTYPE, Notice
+from zoscope.registry import DEFAULT_FAMILIES
 from zoscope.result import ProblemInfo
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
     from zoscope.analysis.advice import Threshold
     from zoscope.problem import Objective, Problem
-    from zoscope.theory.rules import Directions
+    from zoscope.registry import Directions
 
 
 def bounds(
     problem: Problem,
     *,
-    optimizers: Sequence[str] = ("gd", "gdm", "adam"),
+    optimizers: Sequence[str] = DEFAULT_FAMILIES,
     steps: int = 1000,
     rtol: float = 0.02,
     seed: int = 0,
@@ -60,7 +61,7 @@ def bounds(
 
     Args:
         problem: Model, batches and loss.
-        optimizers: Some of ``"gd"``, ``"gdm"``, ``"adam"``; first- and zeroth-order bounds come together.
+        optimizers: Names of optimizers, with ``zo-`` or without; first- and zeroth-order bounds come together.
         steps: Planned number of training steps N, the horizon of η*(N).
         rtol: Relative 95 % half-width wanted for η*(N), and for the infinite-time threshold where it is asked for or
             close to binding.
@@ -258,7 +259,7 @@ def _reach_notices(
     objective: Objective, request: Request, rows: dict[str, OptimizerBounds], info: ProblemInfo
 ) -> Iterable[Notice]:
     """Whether the noise of the step size asked about stays where the curvature was measured."""
-    row = next((row for row in rows.values() if not row.rule.preconditioned), None)
+    row = next((row for row in rows.values() if not row.rule.preconditioned and row.rule.is_linear), None)
     if request.lr is None or row is None or row.verdict is None or info.grad_norm == 0:
         return
     from zoscope.analysis.notices import measure_reach, noise_distance, reach_notices  # late: with --lr only

@@ -1,4 +1,4 @@
-"""What ``zoscope bounds --estimate`` returns."""
+"""What ``zoscope bounds`` would cost, by kind of curvature."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from zoscope.curvature.operators import HessianOperator, LinearOperator, ShardOp
 from zoscope.curvature.slq import BLOCK, DENSE_LIMIT, MANY_STEPS
 from zoscope.errors import NumericalError, SpecError, UsageError
 from zoscope.problem import OWN_DTYPE, Objective
+from zoscope.registry import DEFAULT_FAMILIES, OPTIMIZERS
 from zoscope.result import JsonObject, RichResult, pick
 from zoscope.runtime import available_memory, is_out_of_memory, peak_bytes, release_memory
 
@@ -162,7 +163,7 @@ SAMPLE = 6
 def estimate(
     problem: Problem,
     *,
-    optimizers: tuple[str, ...] = ("gd", "gdm", "adam"),
+    optimizers: tuple[str, ...] = DEFAULT_FAMILIES,
     rtol: float = 0.02,
     max_hvps: int = 600,
     seed: int = 0,
@@ -204,7 +205,7 @@ def estimate(
         SpecError, NumericalError: If not even the loss can be evaluated.
     """
     subject = subject_of(problem, params)
-    operators = len({"adam" if name == "adam" else "plain" for name in optimizers})
+    operators = len({OPTIMIZERS[name].preconditioned for name in optimizers})
     own = OWN_DTYPE if dtype == "auto" else dtype
     options: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "max_memory": max_memory}
     with (

@@ -11,8 +11,9 @@ from zoscope.analysis.request import Request
 from zoscope.analysis.thresholds import Estimator, Pair
 from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
+from zoscope.registry import NAMES, family_of, is_zeroth_order
 from zoscope.result import JsonObject, MeasuredResult, pick
-from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments
+from zoscope.theory.rules import EstimatorMoments
 from zoscope.theory.spectrum import require_count, require_positive
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 ProbeProgress = Callable[[str, int, int], None]
 
-PROBED: tuple[str, ...] = (*(f"zo-{name}" for name in OPTIMIZERS), *OPTIMIZERS)
 FIRST_ORDER = EstimatorMoments(1.0, 0.0)
 """The exact gradient as an estimate: ``E ĝĝᵀ = HΣH``, the limit of infinitely many queries."""
 
@@ -29,10 +29,10 @@ def check_optimizer(name: object) -> None:
     """Refuse what is not the name of an optimizer.
 
     Raises:
-        ValueError: If it is not one of ``PROBED``.
+        ValueError: If it is not one of ``NAMES``.
     """
-    if name not in PROBED:
-        raise ValueError(f"optimizer must be one of {', '.join(PROBED)}, got {name!r}")
+    if name not in NAMES:
+        raise ValueError(f"optimizer must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 def numbers(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
@@ -105,12 +105,12 @@ class ProbeRequest:
     @property
     def first_order(self) -> bool:
         """Whether the gradient itself is followed."""
-        return not self.optimizer.startswith("zo-")
+        return not is_zeroth_order(self.optimizer)
 
     @property
     def family(self) -> str:
-        """``gd``, ``gdm`` or ``adam``."""
-        return self.optimizer.removeprefix("zo-")
+        """Its name without ``zo-``."""
+        return family_of(self.optimizer)
 
     @property
     def rule(self) -> UpdateRule:

@@ -1,4 +1,4 @@
-"""Errors of functions of two estimates."""
+"""What a measurement is asked for, and how precise it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from zoscope.analysis.advice import Threshold
 from zoscope.errors import UsageError
 from zoscope.options import CURVATURES
-from zoscope.theory.rules import OPTIMIZERS, Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
+from zoscope.registry import FAMILIES, OPTIMIZERS, Directions, family_of
+from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate, require_count, require_non_negative, require_positive
 from zoscope.theory.stability import StabilityCondition, Version, estimates, thresholds
 
@@ -80,6 +81,8 @@ def wanted_precision(
         return max((_of_rule(rule, sampled) for rule in rules), default=0.0)
 
     def _of_rule(rule: UpdateRule, sampled: SampledSpectrum) -> float:
+        if not rule.is_linear:  # all it depends on
+            return relative_half_width(sampled.trace_of(lambda x: x))
         versions: tuple[Version, ...] = ("full", "positive")
         planned = [StabilityCondition(rule, moments, steps, version) for version in versions]
         forever = StabilityCondition(rule, moments)
@@ -135,7 +138,7 @@ class Request:
         if len(self.betas) != 2 or not all(map(_below_one, self.betas)):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not self.optimizers:
-            raise ValueError(f"optimizers is empty: expected some of {', '.join(OPTIMIZERS)}")
+            raise ValueError(f"optimizers is empty: expected some of {', '.join(FAMILIES)}")
         for name in self.optimizers:
             self.rule(name)
         require_count("steps", self.steps)
@@ -174,11 +177,7 @@ class Request:
 
     def settings(self, name: str) -> dict[str, Any]:
         """What identifies an optimizer in the result."""
-        if name == "gdm":
-            return {"beta": self.beta}
-        if name == "adam":
-            return {"betas": list(self.betas), "eps": self.eps, "preconditioner": self.preconditioner}
-        return {}
+        return OPTIMIZERS[name].settings(vars(self))
 
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of the gradient estimate."""
@@ -201,8 +200,8 @@ def rule_names(optimizers: str | Iterable[str]) -> tuple[str, ...]:
     """
     names = (optimizers,) if isinstance(optimizers, str) else tuple(optimizers)
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"optimizers must be names out of {', '.join(OPTIMIZERS)}, got {optimizers!r}")
-    return tuple(dict.fromkeys(name.removeprefix("zo-") for name in names))
+        raise ValueError(f"optimizers must be names out of {', '.join(FAMILIES)}, got {optimizers!r}")
+    return tuple(dict.fromkeys(family_of(name) for name in names))
 
 
 def subject_of(problem: Problem, params: str | None) -> Problem:

@@ -1,4 +1,4 @@
-"""Several runs side by side, read from their folders."""
+"""``zoscope.track``: one run or a sweep, followed to the end, and the comparison of runs from their folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zoscope.theory.spectrum import require_positive
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
-    from zoscope.theory.rules import Directions
+    from zoscope.registry import Directions
 
 
 @dataclass(frozen=True)

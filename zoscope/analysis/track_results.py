@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from zoscope._version import __version__
 from zoscope.optim.directions import check_law
-from zoscope.options import MATRICES, OPTIMIZERS
+from zoscope.options import MATRICES
+from zoscope.registry import NAMES, OPTIMIZERS, Directions, family_of, is_zeroth_order
 from zoscope.result import JsonObject, RichResult, encode, pick
-from zoscope.theory.rules import Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
+from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import require_count, require_positive
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class TrackRequest:
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        _require_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _require_one_of("optimizer", self.optimizer, NAMES)
         _require_one_of("curvature", self.curvature, MATRICES)
         _require_one_of("method", self.method, get_args(Method))
         check_law(self.directions)
@@ -92,13 +93,13 @@ class TrackRequest:
 
     @property
     def family(self) -> str:
-        """``gd``, ``gdm`` or ``adam``."""
-        return self.optimizer.removeprefix("zo-")
+        """Its name without ``zo-``."""
+        return family_of(self.optimizer)
 
     @property
     def first_order(self) -> bool:
         """Whether updates use the gradient itself."""
-        return not self.optimizer.startswith("zo-")
+        return not is_zeroth_order(self.optimizer)
 
     @property
     def rule(self) -> UpdateRule:
@@ -108,9 +109,7 @@ class TrackRequest:
     @property
     def settings(self) -> dict[str, Any]:
         """What identifies the optimizer beside its name."""
-        if self.family == "gdm":
-            return {"beta": self.beta}
-        return {"betas": list(self.betas), "eps": self.eps} if self.family == "adam" else {}
+        return OPTIMIZERS[self.family].settings(vars(self))
 
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of what the rule is fed with; a = 1, b = 0 for the gradient itself."""
@@ -173,6 +172,7 @@ class Record(JsonObject):
         commutator: ``‖PH−HP‖_F/‖PH‖_F``.
         forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
             ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
+        floor: Gradient norm at which ``lr_next`` stalls, of optimizers whose steps do not shrink with the gradient.
     """
 
     step: int
@@ -209,6 +209,12 @@ class Record(JsonObject):
     preconditioner: tuple[float, float, float] | None = None
     commutator: float | None = None
     forward: Mapping[str, float | None] | None = None
+    floor: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; ``floor`` is left out where there is none."""
+        found = super().to_dict()
+        return found if self.floor is not None else {key: value for key, value in found.items() if key != "floor"}
 
     @property
     def in_band(self) -> bool | None:

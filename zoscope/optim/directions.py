@@ -3,29 +3,26 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Law = Literal["gaussian", "sphere"]
-LAWS: tuple[str, ...] = get_args(Law)
+from zoscope.registry import DIRECTIONS, Directions
+
 Seed = int | np.random.SeedSequence
 Buffers = dict[tuple[torch.dtype, torch.device], Tensor]
 
 
-def check_law(name: str) -> Law:
+def check_law(name: str) -> Directions:
     """``name`` as a law of directions.
 
     Raises:
-        ValueError: If it is neither ``gaussian`` nor ``sphere``.
+        ValueError: If it is none.
     """
-    if name == "gaussian":
-        return "gaussian"
-    if name == "sphere":
-        return "sphere"
-    raise ValueError(f"unknown directions {name!r}: expected one of {', '.join(LAWS)}")
+    if name not in DIRECTIONS:
+        raise ValueError(f"unknown directions {name!r}: expected one of {', '.join(DIRECTIONS)}")
+    return DIRECTIONS[name].name
 
 
 def new_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
@@ -41,7 +38,7 @@ def spawn_streams(seed: int, count: int, device: torch.device | str = "cpu") -> 
     return [new_generator(child, device) for child in np.random.SeedSequence(seed).spawn(count)]
 
 
-def fill_rows(rows: Tensor, *, law: Law, streams: Sequence[torch.Generator]) -> Tensor:
+def fill_rows(rows: Tensor, *, law: Directions, streams: Sequence[torch.Generator]) -> Tensor:
     """Draw one direction per row of ``rows`` ``(R, d)`` in place, row ``r`` from ``streams[r]``.
 
     Gaussian directions have independent N(0, 1) entries; sphere directions are uniform on the sphere of radius √d.
@@ -139,7 +136,7 @@ class Direction:
         blocks: What it covers.
         generator: Its stream, or one for every device that the blocks are on; the direction moves it on once, while its
             blocks are asked for the first time, in order.
-        law: Law of the direction.
+        law: Their law.
         keep: Hold on to the blocks instead of drawing them again; the numbers are the same.
         buffers: Where blocks are drawn, by dtype and device; directions that share them take turns.
     """
@@ -149,7 +146,7 @@ class Direction:
         blocks: Sequence[Block],
         generator: torch.Generator | Mapping[torch.device, torch.Generator],
         *,
-        law: Law,
+        law: Directions,
         keep: bool,
         buffers: Buffers | None = None,
     ) -> None:
