@@ -91,7 +91,7 @@ class PerturbationScale(JsonObject):
         one_sided: Whether slopes are ``(f(θ+μu) − f(θ))/μ``.
         dtype: Coarsest dtype among the weights that were perturbed.
         updates: What rounding of the weights leaves of a step; ``None`` where no step size was given.
-        num_evaluations: Losses computed.
+        num_evaluations: Losses computed, of all examples or of a mini-batch, by all ranks.
         seconds: Wall-clock time.
     """
 
@@ -166,7 +166,7 @@ def perturbation_scale(
             measure = sampler.pilots(directions)
         tried, slopes, curvatures = _sweep(measure, tolerance)
         last_place = stencil.resolution / 2 / math.sqrt(12)
-        loss, evaluations = stencil.loss, stencil.evaluations
+        loss, evaluations = stencil.loss, stencil.centres + directions * (2 * len(tried) + minibatch)
     estimates = slopes + 0.5 * tried * curvatures if one_sided else slopes
     floor = last_place * (math.sqrt(2.0) if one_sided else math.sqrt(0.5)) / tried
     errors = _errors(slopes, estimates, floor)
