@@ -13,13 +13,14 @@ import zoscope
 import zoscope.options
 
 PACKAGE = Path(zoscope.__file__).parent
-FOUNDATION = {"errors", "_version", "options"}
+FOUNDATION = {"errors", "_version", "options", "registry"}
 
 # Which rooms of zoscope each room may import, beside itself and the foundation.
 ALLOWED = {
     "errors": set(),
     "_version": set(),
     "options": set(),
+    "registry": set(),
     "theory": set(),
     "config": {"theory"},
     "runtime": set(),
@@ -29,6 +30,7 @@ ALLOWED = {
     "optim": {"problem", "runtime", "theory"},
     "result": {"report", "theory"},  # of the report only what finds the tables of a result
     "analysis": {"config", "curvature", "optim", "problem", "result", "runtime", "spec", "theory"},
+    "planning": {"analysis", "config", "curvature", "optim", "problem", "result", "runtime", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "result", "theory"},
     "integrations": {"analysis", "problem", "runtime"},
 }
@@ -39,6 +41,7 @@ OUTSIDE = {
     "errors": set(),
     "_version": set(),
     "options": set(),
+    "registry": set(),
     "config": {"yaml", "numpy"},
 }
 

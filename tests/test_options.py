@@ -42,7 +42,7 @@ LITERALS = {
     options.MATRICES: "Matrix",
     options.CURVATURES: "CurvatureKind",
     options.DTYPES: "Dtype",
-    options.DIRECTIONS: "Directions",
+    tuple(options.DIRECTIONS): "Directions",
     options.HVPS: "Hvp",
     options.THRESHOLDS: "Threshold",
     ("pass", "fail"): 'Literal["pass", "fail"]',

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from zoscope._version import __version__
+from zoscope.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from zoscope.analysis.bounds import bounds as bounds
@@ -35,9 +36,7 @@ if TYPE_CHECKING:
     from zoscope.errors import SpecError as SpecError
     from zoscope.errors import UsageError as UsageError
     from zoscope.errors import ZoscopeError as ZoscopeError
-    from zoscope.optim import ZOGD as ZOGD
-    from zoscope.optim import ZOGDM as ZOGDM
-    from zoscope.optim import ZOAdam as ZOAdam
+    from zoscope.optim import *  # noqa: F403 - the names of its __all__
     from zoscope.problem import Notice as Notice
     from zoscope.problem import Problem as Problem
     from zoscope.theory.spectrum import Estimate as Estimate
@@ -68,50 +67,14 @@ _HOME = {
     "ForwardRecord": "zoscope.analysis.monitor",
     "Estimate": "zoscope.theory.spectrum",
     "Notice": "zoscope.problem",
-    "ZOGD": "zoscope.optim",
-    "ZOGDM": "zoscope.optim",
-    "ZOAdam": "zoscope.optim",
+    **{record.public: "zoscope.optim.optimizers" for record in OPTIMIZERS.values()},
     "ZoscopeError": "zoscope.errors",
     "UsageError": "zoscope.errors",
     "SpecError": "zoscope.errors",
     "NumericalError": "zoscope.errors",
 }
 
-__all__ = [
-    "ZOGD",
-    "ZOGDM",
-    "BoundsResult",
-    "CheckReport",
-    "CheckResult",
-    "Estimate",
-    "ForwardMonitor",
-    "ForwardRecord",
-    "MomentsResult",
-    "Notice",
-    "NumericalError",
-    "OptimizerBounds",
-    "ProbeInterruptedError",
-    "ProbeResult",
-    "ProbeRun",
-    "Problem",
-    "Record",
-    "RunFolderError",
-    "SpecError",
-    "SpectrumResult",
-    "StabilityMonitor",
-    "TrackInterruptedError",
-    "TrackResult",
-    "UsageError",
-    "ZOAdam",
-    "ZoscopeError",
-    "__version__",
-    "bounds",
-    "check",
-    "moments",
-    "probe",
-    "spectrum",
-    "track",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

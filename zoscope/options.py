@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 if TYPE_CHECKING:
     from zoscope.config.load import StepSizes
 
+from zoscope.registry import DIRECTIONS, NAMES, Directions
+
 MOST = 1_000_000_000
 """Most steps, and most of whatever else is counted."""
 
@@ -189,15 +191,12 @@ Method = Literal["auto", "dense", "deflated-slq"]
 Matrix = Literal["hessian", "ggn"]
 CurvatureKind = Literal["hessian", "ggn", "forward"]
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
-Directions = Literal["gaussian", "sphere"]
 Hvp = Literal["auto", "double-backward", "batched", "forward-over-reverse", "linearize"]
 Threshold = Literal["exact", "descent", "horizon", "binding"]
 
-METHODS, MATRICES, CURVATURES, DTYPES, DIRECTIONS, HVPS, THRESHOLDS = (
-    get_args(words) for words in (Method, Matrix, CurvatureKind, Dtype, Directions, Hvp, Threshold)
+METHODS, MATRICES, CURVATURES, DTYPES, HVPS, THRESHOLDS = (
+    get_args(words) for words in (Method, Matrix, CurvatureKind, Dtype, Hvp, Threshold)
 )
-FAMILIES = ("gd", "gdm", "adam")
-OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
 FORMATS = ("text", "json", "junit", "github", "sarif", "markdown")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -250,10 +249,10 @@ _TABLE = (
     ),
     # --- the optimizer and what feeds it
     _option(
-        "optimizer", Several(Words(OPTIMIZERS)), "Optimizer; repeatable.",
-        check=Use("Optimizer.", domain=Words(OPTIMIZERS)), track=Use("Optimizer.", "zo-gd", Words(OPTIMIZERS)),
-        probe_python=Use("Optimizer.", "zo-gd", Words(OPTIMIZERS)),
-        file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(OPTIMIZERS)),
+        "optimizer", Several(Words(NAMES)), "Optimizer; repeatable.",
+        check=Use("Optimizer.", domain=Words(NAMES)), track=Use("Optimizer.", "zo-gd", Words(NAMES)),
+        probe_python=Use("Optimizer.", "zo-gd", Words(NAMES)),
+        file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(NAMES)),
     ),
     _option(
         "lr", LR, "Also judge this step size.", None, "LR",
@@ -279,8 +278,8 @@ _TABLE = (
         "expected|state:FILE", check="Adam's preconditioner.", file="Adam's preconditioner: expected, or state:FILE.",
     ),
     _option(
-        "directions", Words(DIRECTIONS), "Law of the random directions.", "gaussian", check="Law of the directions.",
-        track="Law of the directions.", file="Law of the perturbation directions.",
+        "directions", Words(tuple(DIRECTIONS)), "Law of the random directions; rademacher has entries ±1.", "gaussian",
+        check="Law of the directions.", track="Law of the directions.", file="Law of the perturbation directions.",
     ),
     _option(
         "queries", Whole(1, 1_000_000), "Two-point queries averaged per step.", 1, "Q",

@@ -11,7 +11,8 @@ from torch import nn
 
 import zoscope
 from zoscope import BoundsResult, NumericalError, Problem
-from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope.registry import DEFAULT_FAMILIES
+from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition
 
@@ -133,7 +134,7 @@ def test_sampled_bounds_contain_the_exact_ones_and_reach_the_precision() -> None
     exact = measured(problem, method="dense")
     sampled = measured(problem, method="deflated-slq", max_hvps=300)
     assert "precision" not in {notice.code for notice in sampled.warnings}
-    for name in OPTIMIZERS:
+    for name in DEFAULT_FAMILIES:
         truth, found = exact.optimizers[name], sampled.optimizers[name]
         low, high = found.horizon.ci95
         assert low <= truth.horizon.upper <= high

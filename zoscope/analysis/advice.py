@@ -341,6 +341,8 @@ class Advisor:
         if self.gradient is None or lr is None or self.loss == 0:
             return 0.0
         step = lr * self.rule.lr_scale / (1 - self.rule.momentum)
+        if not self.rule.is_linear:
+            step /= math.sqrt(self.gradient.weights.sum())
         return decrease(self.gradient, step=step, steps=steps) / abs(self.loss)
 
 

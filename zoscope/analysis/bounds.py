@@ -167,7 +167,7 @@ def _reach_notices(
     objective: Objective, request: Request, rows: dict[str, OptimizerBounds], info: ProblemInfo
 ) -> Iterable[Notice]:
     """Whether the noise of the step size asked about stays where the curvature was measured."""
-    row = next((row for row in rows.values() if not row.rule.preconditioned), None)
+    row = next((row for row in rows.values() if not row.rule.preconditioned and row.rule.is_linear), None)
     if request.lr is None or row is None or row.verdict is None or info.grad_norm == 0:
         return
     from zoscope.analysis.notices import measure_reach, noise_distance, reach_notices  # late: with --lr only

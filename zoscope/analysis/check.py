@@ -31,6 +31,7 @@ from zoscope.config.sources import Node
 from zoscope.config.training import load_hf_args
 from zoscope.errors import UsageError
 from zoscope.options import CheckOptions, refuse_unknown
+from zoscope.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
@@ -475,12 +476,8 @@ def _identity(config: CheckConfig) -> dict[str, Any]:
 def _settings(config: CheckConfig) -> dict[str, Any]:
     """What a threshold depends on besides the problem; equal settings make thresholds comparable."""
     optimizer = config.optimizer
-    constants: dict[str, dict[str, Any]] = {
-        "gd": {},
-        "gdm": {"beta": optimizer.beta},
-        "adam": {"betas": list(optimizer.betas), "eps": optimizer.eps},
-    }
-    settings: dict[str, Any] = {**constants[optimizer.rule], "curvature": config.curvature.kind}
+    constants = OPTIMIZERS[optimizer.rule].settings(vars(optimizer))
+    settings: dict[str, Any] = {**constants, "curvature": config.curvature.kind}
     if optimizer.zeroth_order:
         estimator = config.estimator
         settings |= {"threshold": config.policy.threshold, "steps": config.steps}

@@ -1,4 +1,4 @@
-"""What a measurement depends on, as one hash: source, parameters, data, options and versions."""
+"""The measurements of a check: fingerprints of problems, what is kept of earlier ones, what is done anew."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from zoscope.config.load import CheckConfig
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
 from zoscope.options import THRESHOLDS
 from zoscope.problem import Problem
-from zoscope.theory.rules import OPTIMIZERS
+from zoscope.registry import FAMILIES, OPTIMIZERS
 
 if TYPE_CHECKING:
     from zoscope.analysis.thresholds import BoundsResult, OptimizerBounds
@@ -491,7 +491,7 @@ class Batch:
         for config in self.configs:
             options |= dict(_constants(config))
         exact = any(config.policy.threshold == "exact" for config in self._zeroth_order)
-        options["optimizers"] = tuple(rule for rule in OPTIMIZERS if rule in rules)
+        options["optimizers"] = tuple(rule for rule in FAMILIES if rule in rules)
         options["threshold"] = "exact" if exact else "binding"
         return options
 
@@ -514,13 +514,9 @@ def _place(config: CheckConfig, peers: Sequence[CheckConfig]) -> int:
 
 def _constants(config: CheckConfig) -> Constants:
     """What a measurement has to know of the update rule."""
-    optimizer = config.optimizer
-    if optimizer.rule == "gdm":
-        return (("beta", optimizer.beta),)
-    if optimizer.rule == "adam":
-        preconditioner = config.curvature.preconditioner
-        return (("betas", optimizer.betas), ("eps", optimizer.eps), ("preconditioner", preconditioner))
-    return ()
+    record = OPTIMIZERS[config.optimizer.rule]
+    constants = tuple((name, getattr(config.optimizer, name)) for name in record.options)
+    return (*constants, ("preconditioner", config.curvature.preconditioner)) if record.preconditioned else constants
 
 
 def _measuring(config: CheckConfig) -> dict[str, Any]:

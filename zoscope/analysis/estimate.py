@@ -1,4 +1,4 @@
-"""What ``zoscope bounds --estimate`` returns."""
+"""What ``zoscope bounds`` would cost, by kind of curvature."""
 
 from __future__ import annotations
 

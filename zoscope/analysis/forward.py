@@ -1,4 +1,4 @@
-"""What to know before trusting numbers from forward passes."""
+"""``zoscope.bounds`` from forward passes alone: what they bound, with all examples and with mini-batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoscope.problem import Notice
 from zoscope.problem.objective import Examples
 from zoscope.theory.minibatch import spread_of_batches
 from zoscope.theory.quadratic import along_gradient, descent_threshold
-from zoscope.theory.rules import update_rule
+from zoscope.theory.rules import floor_factor, update_rule
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.stability import forward_only_batches, forward_only_bounds, forward_only_horizon
 
@@ -365,17 +365,22 @@ def _row(
 ) -> OptimizerBounds:
     scale = preconditioner_scale(found.gradient_sq.value, request, moments) if rule.preconditioned else 1.0
     minibatch = None
-    if batches is not None:
+    if batches is not None and rule.is_linear:
         noisy = noisy_square(found, batches)
         noisy_scale = preconditioner_scale(noisy, request, moments) if rule.preconditioned else 1.0
         minibatch = batches.bounds(found, rule=rule, moments=moments, scale=noisy_scale, steps=request.steps)
 
     def ends(trace: float, frobenius_sq: float) -> tuple[float, float]:
+        if not rule.is_linear:
+            return math.inf, math.inf
         interval = forward_only_bounds(trace / scale, frobenius_sq / scale**2, rule=rule, moments=moments)
         return interval.lower, interval.upper
 
     def descent(trace: float, rayleigh: float) -> float:
-        return scale * descent_threshold(trace, rayleigh, moments=moments, rule=rule)
+        if rule.is_linear:
+            return scale * descent_threshold(trace, rayleigh, moments=moments, rule=rule)
+        pull = 0.5 * floor_factor(rule.adapts or "slopes", moments) * trace
+        return math.sqrt(max(found.gradient_sq.value, 0.0)) / pull if pull > 0 else math.inf
 
     moved = found.trace, found.frobenius_sq
     bounds = ForwardBounds(

@@ -21,8 +21,9 @@ from zoscope.analysis.track_results import TrackRequest, require_precision
 from zoscope.config.load import Schedule
 from zoscope.errors import UsageError
 from zoscope.optim.optimizers import ZeroOrderOptimizer
-from zoscope.options import OPTIMIZERS, OPTIONS, MonitorOptions, checked_argument, keywords
+from zoscope.options import OPTIONS, MonitorOptions, checked_argument, keywords
 from zoscope.problem.core import Measurable
+from zoscope.registry import OPTIMIZERS, family_of
 from zoscope.result import JsonObject
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate, require_count, require_positive
@@ -74,7 +75,7 @@ def setup_of(optimizer: Optimizer) -> OptimizerSetup:
     group = optimizer.param_groups[0]
     if isinstance(optimizer, ZeroOrderOptimizer):
         constants = {"queries": optimizer.queries, "directions": optimizer.directions, "mu": optimizer.mu}
-        constants |= {key: group[key] for key in ("beta", "betas", "eps") if key in group}
+        constants |= {key: group[key] for key in OPTIMIZERS[optimizer.name].options}
         return OptimizerSetup(f"zo-{optimizer.name}", constants)
     if isinstance(optimizer, torch.optim.SGD):
         if group["nesterov"] or group["dampening"]:
@@ -93,7 +94,7 @@ def setup_of(optimizer: Optimizer) -> OptimizerSetup:
 def differing(optimizer: Optimizer) -> tuple[str, ...]:
     """Constants in which parameter groups differ from the first one, beside the step size; that one's are used."""
     first, *others = optimizer.param_groups
-    names = ("momentum", "beta", "betas", "eps")
+    names = dict.fromkeys(("momentum", *(name for record in OPTIMIZERS.values() for name in record.options)))
     return tuple(name for name in names if any(group.get(name) != first.get(name) for group in others))
 
 
@@ -180,7 +181,7 @@ class ForwardMonitor:
         optimizer: ``zoscope.ZOGD``, ``ZOGDM`` or ``ZOAdam``; for a loop of your own ``None``, and call `observe`.
         every: Steps between observations; each costs one evaluation of the loss.
         window: Directions that the estimates are means of.
-        name: ``"gd"``, ``"gdm"`` or ``"adam"`` where there is no optimizer.
+        name: Name without ``zo-`` of an optimizer, such as ``"gdm"``, where there is none.
         mu: Smoothing radius where there is no optimizer.
         dimension: Number of trained parameters where there is no optimizer; matters for ``directions="sphere"`` only.
         **constants: ``beta``, ``betas``, ``queries``, ``directions`` where there is no optimizer.
@@ -212,7 +213,7 @@ class ForwardMonitor:
                     "zoscope.ZOGD, ZOGDM or ZOAdam, or None and observe()"
                 )
             setup = setup_of(optimizer)
-            name, constants = setup.name.removeprefix("zo-"), setup.constants
+            name, constants = family_of(setup.name), setup.constants
             mu = constants.pop("mu")
             dimension = sum(p.numel() for p in _trained(optimizer))
         require_positive("mu", mu)
@@ -513,7 +514,7 @@ class StabilityMonitor:
         return lr
 
     def _second_moment(self) -> tuple[Tensor | None, int]:
-        if self._optimizer is None or self._request.family != "adam":
+        if self._optimizer is None or not self._request.rule.preconditioned:
             return None, 0
         return second_moment(self._optimizer, self._problem.parameters())
 

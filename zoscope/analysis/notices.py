@@ -1,8 +1,9 @@
-"""How far the noise of zeroth-order steps takes the parameters, and whether the loss is still quadratic there.
+"""Notices: what a reader has to know before trusting a threshold, each with its measurement where it needs one.
 
-A step of size η along ``u ~ N(0, I)`` moves every parameter by about ``η‖g‖/√q``, so N of them by √N as much, in random
-directions: the run is where a random direction leads, at a distance that is known beforehand. Two more evaluations
-there say how far the loss rises; two nearer ones, along the same direction, what its curvature promised.
+How far the model reaches: a step of size η along ``u ~ N(0, I)`` moves every parameter by about ``η‖g‖/√q``, so N of
+them by √N as much, in random directions: the run is where a random direction leads, at a distance that is known
+beforehand. Two more evaluations there say how far the loss rises; two nearer ones, along the same direction, what its
+curvature promised.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A probe under way: what is known at any moment makes a result."""
+"""``zoscope.probe``: training runs on both sides of a threshold, which confirm or refute it."""
 
 from __future__ import annotations
 
@@ -149,6 +149,8 @@ class Session:
     def _mean_path(self, expected: Prediction, diagonal: Tensor | None) -> GradientFlow | None:
         """The path of the mean as long as the runs below the threshold follow it; others leave it soon."""
         below = [lr for lr in self._step_sizes(expected) if lr <= expected.threshold.value]
+        if not expected.model.rule.is_linear:
+            return None
         if self.request.first_order or self.request.linearized or expected.model.gradient is None or not below:
             return None
         end = flow_times(lr=max(below), steps=expected.steps, rule=expected.model.rule)[-1]
@@ -163,7 +165,7 @@ class Session:
     def _run_all(self, expected: Prediction, runner: ProbeRunner) -> None:
         lrs = self._step_sizes(expected)
         plan = [(lr, False) for lr in lrs]
-        if self.request.family == "adam" and not self.request.linearized:
+        if self.request.rule.preconditioned and not self.request.linearized:
             plan += [(lr, True) for lr in lrs]
         for done, (lr, adaptive) in enumerate(plan):
             label = f"{lr / expected.threshold.value:.3g} × threshold{', adaptive' if adaptive else ''}"

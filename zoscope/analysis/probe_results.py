@@ -11,6 +11,7 @@ from zoscope.analysis.thresholds import Estimator, Pair
 from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.options import ProbeOptions, keywords
+from zoscope.registry import family_of, is_zeroth_order
 from zoscope.result import JsonObject, MeasuredResult, pick
 from zoscope.theory.rules import EstimatorMoments
 
@@ -83,7 +84,7 @@ class ProbeRequest:
             ratios = () if lrs or found["edge"] else DEFAULT_RATIOS
         own = {entry.name for entry in fields(cls)} & found.keys()
         measured = {name: found[name] for name in found.keys() - own} | {"steps": found["steps"] or 1000}
-        measured["optimizers"] = (found["optimizer"].removeprefix("zo-"),)
+        measured["optimizers"] = (family_of(found["optimizer"]),)
         return cls(
             measure=Request(**measured, on_progress=on_progress),
             ratios=numbers(ratios),
@@ -100,12 +101,12 @@ class ProbeRequest:
     @property
     def first_order(self) -> bool:
         """Whether the gradient itself is followed."""
-        return not self.optimizer.startswith("zo-")
+        return not is_zeroth_order(self.optimizer)
 
     @property
     def family(self) -> str:
-        """``gd``, ``gdm`` or ``adam``."""
-        return self.optimizer.removeprefix("zo-")
+        """Its name without ``zo-``."""
+        return family_of(self.optimizer)
 
     @property
     def rule(self) -> UpdateRule:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from zoscope.errors import NumericalError, UsageError
-from zoscope.options import BoundsOptions, CurvatureKind, Directions, Hvp, Method, Threshold, keywords
+from zoscope.options import BoundsOptions, CurvatureKind, Hvp, Method, Threshold, keywords
+from zoscope.registry import DEFAULT_FAMILIES, FAMILIES, OPTIMIZERS, Directions, family_of
 from zoscope.result import ProblemInfo
-from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments, UpdateRule, estimator_moments, update_rule
+from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.stability import StabilityCondition, Version, estimates, thresholds
 
@@ -82,6 +83,8 @@ def wanted_precision(
         return max((_of_rule(rule, sampled) for rule in rules), default=0.0)
 
     def _of_rule(rule: UpdateRule, sampled: SampledSpectrum) -> float:
+        if not rule.is_linear:  # all it depends on
+            return relative_half_width(sampled.trace_of(lambda x: x))
         versions: tuple[Version, ...] = ("full", "positive")
         planned = [StabilityCondition(rule, moments, steps, version) for version in versions]
         forever = StabilityCondition(rule, moments)
@@ -162,7 +165,7 @@ class Request(RuleRequest):
 
     def __post_init__(self) -> None:
         if not self.optimizers:
-            raise ValueError(f"optimizers is empty: expected some of {', '.join(OPTIMIZERS)}")
+            raise ValueError(f"optimizers is empty: expected some of {', '.join(FAMILIES)}")
         _ = self.rules
 
     @classmethod
@@ -176,7 +179,7 @@ class Request(RuleRequest):
         found = keywords("bounds", options)
         asked = found["optimizers"]
         return cls(
-            **found | {"optimizers": rule_names(OPTIMIZERS if asked is None else asked)}, on_progress=on_progress
+            **found | {"optimizers": rule_names(DEFAULT_FAMILIES if asked is None else asked)}, on_progress=on_progress
         )
 
     @property
@@ -193,11 +196,7 @@ class Request(RuleRequest):
 
     def settings(self, name: str) -> dict[str, Any]:
         """What identifies an optimizer in the result."""
-        if name == "gdm":
-            return {"beta": self.beta}
-        if name == "adam":
-            return {"betas": list(self.betas), "eps": self.eps, "preconditioner": self.preconditioner}
-        return {}
+        return OPTIMIZERS[name].settings(vars(self))
 
     def precision(self, rules: list[UpdateRule], *, moments: EstimatorMoments) -> Precision:
         """The error that measuring an operator for these rules should bring down."""
@@ -207,7 +206,7 @@ class Request(RuleRequest):
 def rule_names(optimizers: str | Iterable[str]) -> tuple[str, ...]:
     """Update rules of the optimizers named, each once; ``"zo-gd"``, as the command line has it, is ``"gd"`` here."""
     names = (optimizers,) if isinstance(optimizers, str) else tuple(optimizers)
-    return tuple(dict.fromkeys(name.removeprefix("zo-") for name in names))
+    return tuple(dict.fromkeys(family_of(name) for name in names))
 
 
 def subject_of(problem: Problem, params: str | None) -> Problem:

@@ -1,4 +1,4 @@
-"""What ``zoscope.spectrum`` returns: a frozen dataclass whose ``to_dict`` is the document ``zoscope.spectrum/1``."""
+"""``zoscope.spectrum`` and ``zoscope.moments``: eigenvalue density, the ends of the spectrum, trace by layer."""
 
 from __future__ import annotations
 

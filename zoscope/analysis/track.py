@@ -1,4 +1,4 @@
-"""Several runs side by side, read from their folders."""
+"""``zoscope.track``: one run or a sweep, followed to the end, and the comparison of runs from their folders."""
 
 from __future__ import annotations
 

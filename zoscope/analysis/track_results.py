@@ -14,6 +14,7 @@ from zoscope.analysis.request import RuleRequest
 from zoscope.config.load import StepSizes, parse_step_sizes, step_sizes
 from zoscope.errors import NumericalError
 from zoscope.options import TrackOptions, keywords
+from zoscope.registry import family_of, is_zeroth_order
 from zoscope.result import JsonObject, RichResult, encode, pick
 from zoscope.theory.rules import EstimatorMoments
 
@@ -78,13 +79,13 @@ class TrackRequest(RuleRequest):
 
     @property
     def family(self) -> str:
-        """``gd``, ``gdm`` or ``adam``."""
-        return self.optimizer.removeprefix("zo-")
+        """Its name without ``zo-``."""
+        return family_of(self.optimizer)
 
     @property
     def first_order(self) -> bool:
         """Whether updates use the gradient itself."""
-        return not self.optimizer.startswith("zo-")
+        return not is_zeroth_order(self.optimizer)
 
     @property
     def rule(self) -> UpdateRule:
@@ -162,6 +163,7 @@ class Record(JsonObject):
         commutator: ``‖PH−HP‖_F/‖PH‖_F``.
         forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
             ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
+        floor: Gradient norm at which ``lr_next`` stalls, of optimizers whose steps do not shrink with the gradient.
     """
 
     step: int
@@ -198,6 +200,12 @@ class Record(JsonObject):
     preconditioner: tuple[float, float, float] | None = None
     commutator: float | None = None
     forward: Mapping[str, float | None] | None = None
+    floor: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; ``floor`` is left out where there is none."""
+        found = super().to_dict()
+        return found if self.floor is not None else {key: value for key, value in found.items() if key != "floor"}
 
     @property
     def in_band(self) -> bool | None:

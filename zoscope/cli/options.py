@@ -14,7 +14,8 @@ from typer import Option as Declared
 
 from zoscope.cli.output import load_torch
 from zoscope.cli.validate import checked
-from zoscope.options import FAMILIES, KEYWORDS, Flag, Option, Several, left_open, options_of, shown, single
+from zoscope.options import KEYWORDS, Flag, Option, Several, left_open, options_of, shown, single
+from zoscope.registry import DEFAULT_FAMILIES, family_of
 
 if TYPE_CHECKING:
     from zoscope.spec import LoadedSpec
@@ -55,7 +56,7 @@ class Given:
     @property
     def families(self) -> tuple[str, ...]:
         """Optimizers without their ``zo-``, once each, in the order given; all of them when none is."""
-        return tuple(dict.fromkeys(name.removeprefix("zo-") for name in self.optimizer or FAMILIES))
+        return tuple(dict.fromkeys(family_of(name) for name in self.optimizer or DEFAULT_FAMILIES))
 
     @property
     def out(self) -> OutputOptions:

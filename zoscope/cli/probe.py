@@ -14,6 +14,7 @@ import zoscope
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, loading, visible, warn
 from zoscope.errors import UsageError
+from zoscope.registry import is_zeroth_order
 
 if TYPE_CHECKING:
     from zoscope.analysis.probe_results import ProbeResult
@@ -27,7 +28,7 @@ def command(given: Given) -> None:
     names = given.optimizer or ["zo-gd"]
     if len(names) > 1:
         raise UsageError(f"--optimizer: got {', '.join(names)}. Expected one; probe them one at a time.")
-    if given.batch_size is not None and (given.linearized or not names[0].startswith("zo-")):
+    if given.batch_size is not None and (given.linearized or not is_zeroth_order(names[0])):
         raise UsageError("--batch-size is for zeroth-order runs on the loss itself. Leave it out here.")
     with loading(quiet=given.quiet):
         loaded = given.load()

@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -445,10 +444,5 @@ def config_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The schema as it ships, for editors: ``zoscope check --schema > zoscope.schema.json``."""
+    """The schema for editors: ``zoscope check --schema > zoscope.schema.json``."""
     return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
-
-
-def shipped_schema() -> str:
-    """The copy inside the package."""
-    return files("zoscope.config").joinpath("schema.json").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: what a run takes at every step, and the peak, which stability asks for."""
+"""Checks and schedules as a configuration file says them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from zoscope.config.keys import CHECK, DEFAULTS, OPTIONS, ROOT, OneOf, Section
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, read_pyproject, read_yaml, shorten, suggest
 from zoscope.errors import UsageError
+from zoscope.registry import family_of, is_zeroth_order
 
 
 class StepSizes(Protocol):
@@ -206,12 +207,12 @@ class OptimizerConfig:
     @property
     def zeroth_order(self) -> bool:
         """Whether gradients are estimated from loss values."""
-        return self.name.startswith("zo-")
+        return is_zeroth_order(self.name)
 
     @property
     def rule(self) -> str:
-        """Update rule: ``gd``, ``gdm`` or ``adam``."""
-        return self.name.removeprefix("zo-")
+        """Family of the optimizer, such as ``adam``."""
+        return family_of(self.name)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,20 @@
 """Zeroth-order GD, momentum and Adam as PyTorch optimizers: two forward passes a query, no gradient."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zoscope.optim.directions import Block, Direction, Law, Seed, check_law, new_generator, partition
+from zoscope.optim.directions import Block, Direction, Seed, check_law, new_generator, partition
 from zoscope.optim.perturbation import Perturbation, Restore, choose_perturbation
 from zoscope.optim.rules import Rule, State, rule_from_options
+from zoscope.registry import Directions
+
+__all__ = ["ZOGD", "ZOGDM", "ZOAdam", "ZONormalized", "ZOSignSGD"]
 
 BLOCK_SIZE = 1 << 18  # entries of a direction that exist at a time: fits in a cache
 KEPT_SIZE = 1 << 20  # up to this many a direction is kept instead of being drawn again
@@ -26,6 +30,19 @@ class _Layout:
     blocks: list[Block]
     group_of: list[int]
     perturbation: Perturbation
+
+
+class QueryOptions(TypedDict, total=False):
+    """Keyword arguments that every zeroth-order optimizer takes; see `ZOGD` for what they mean."""
+
+    mu: float
+    queries: int
+    directions: Directions
+    seed: Seed
+    restore: Restore
+
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class ZeroOrderOptimizer(Optimizer):
@@ -46,14 +63,14 @@ class ZeroOrderOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         defaults: dict[str, Any],
         *,
-        mu: float,
-        queries: int,
-        directions: Law,
-        seed: Seed,
-        restore: Restore,
+        mu: float = 1e-3,
+        queries: int = 1,
+        directions: Directions = "gaussian",
+        seed: Seed = 0,
+        restore: Restore = "auto",
     ) -> None:
         if not defaults["lr"] >= 0.0:
             raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
@@ -61,7 +78,7 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"mu must be positive and finite, got {mu}")
         if queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
-        rule_from_options(self.name, defaults)
+        self._rule = rule_from_options(self.name, defaults)
         super().__init__(params, defaults)
         self.mu, self.queries, self.directions, self.restore = mu, queries, check_law(directions), restore
         devices = {p.device for group in self.param_groups for p in group["params"]}
@@ -98,7 +115,9 @@ class ZeroOrderOptimizer(Optimizer):
                 _restore(layout, direction, sign=-1)
             directions.append(direction)
         self.evaluations = tuple(evaluations)
-        self._update(layout, directions, [(f - g) / (2.0 * self.mu) / self.queries for f, g in evaluations])
+        slopes = [(f - g) / (2.0 * self.mu) for f, g in evaluations]
+        size = math.sqrt(sum(s * s for s in slopes) / self.queries) if self._rule.normalizes else 1.0
+        self._update(layout, directions, [s / (size or 1.0) / self.queries for s in slopes])
         return sum(0.5 * (f + g) for f, g in evaluations) / self.queries
 
     def _evaluate(self, layout: _Layout, direction: Direction, closure: Closure) -> tuple[float, float]:
@@ -108,15 +127,17 @@ class ZeroOrderOptimizer(Optimizer):
             layout.perturbation.plus(index, direction.part(index))
         sign = 1
         try:
-            above = float(closure())
+            above = _detached(closure())
             for index in blocks:
                 layout.perturbation.minus(index, direction.part(index))
             sign = -1
-            below = float(closure())
+            below = _detached(closure())
         except BaseException:
             _restore(layout, direction, sign=sign)
             raise
-        return above, below
+        if isinstance(above, Tensor) and isinstance(below, Tensor):
+            above, below = torch.stack([above, below]).tolist()  # a device is waited for once
+        return float(above), float(below)
 
     def _update(self, layout: _Layout, directions: list[Direction], slopes: list[float]) -> None:
         """Bring the parameters back from the last query, block by block, and move them."""
@@ -166,6 +187,11 @@ class ZeroOrderOptimizer(Optimizer):
         self._generator.set_state(stream.cpu())
 
 
+def _detached(loss: float | Tensor) -> float | Tensor:
+    """A loss that stays as it is, wherever the closure writes the next one."""
+    return loss.detach().clone().reshape(()) if isinstance(loss, Tensor) else loss
+
+
 def _restore(layout: _Layout, direction: Direction, *, sign: int) -> None:
     for index in range(len(layout.blocks)):
         layout.perturbation.restore(index, direction.part(index), sign=sign)
@@ -177,10 +203,10 @@ class ZOGD(ZeroOrderOptimizer):
     Args:
         params: Parameters or groups of them, as for any PyTorch optimizer; all on one device.
         lr: Step size η, param²/loss; may differ between groups.
-        mu: Smoothing radius μ, in the parameters' unit.
-        queries: Directions averaged in each estimate.
-        directions: Their law: ``gaussian``, or ``sphere`` of radius √d.
-        seed: Seed of the direction stream.
+        mu: Smoothing radius μ, in the parameters' unit; 1e-3 by default.
+        queries: Directions averaged in each estimate; 1 by default.
+        directions: Their law: ``gaussian``, the default, or ``sphere`` of radius √d.
+        seed: Seed of the direction stream; 0 by default.
         restore: How parameters come back from a perturbation: ``auto``, ``snapshot`` (a copy) or ``fixed-point`` (no
             copy; rounds the parameters once to a grid on which perturbations are exact).
 
@@ -190,18 +216,8 @@ class ZOGD(ZeroOrderOptimizer):
 
     name = "gd"
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        *,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
-    ) -> None:
-        super().__init__(params, {"lr": lr}, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)
 
 
 class ZOGDM(ZeroOrderOptimizer):
@@ -211,11 +227,6 @@ class ZOGDM(ZeroOrderOptimizer):
         params: See `ZOGD`; so for the options not listed.
         lr: Step size η, param²/loss.
         beta: β in ``[0, 1)``.
-        mu: Smoothing radius.
-        queries: Directions per estimate.
-        directions: Their law.
-        seed: Seed of the direction stream.
-        restore: How parameters come back.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -223,20 +234,8 @@ class ZOGDM(ZeroOrderOptimizer):
 
     name = "gdm"
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        *,
-        beta: float = 0.9,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
-    ) -> None:
-        defaults = {"lr": lr, "beta": beta}
-        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+    def __init__(self, params: Parameters, lr: float, *, beta: float = 0.9, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta}, **query)
 
 
 class ZOAdam(ZeroOrderOptimizer):
@@ -247,11 +246,6 @@ class ZOAdam(ZeroOrderOptimizer):
         lr: Step size η.
         betas: β₁ and β₂, each in ``[0, 1)``.
         eps: ε ≥ 0, in the unit of the gradient.
-        mu: Smoothing radius.
-        queries: Directions per estimate.
-        directions: Their law.
-        seed: Seed of the direction stream.
-        restore: How parameters come back.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -261,16 +255,48 @@ class ZOAdam(ZeroOrderOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
+        **query: Unpack[QueryOptions],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps}
-        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, **query)
+
+
+class ZOSignSGD(ZeroOrderOptimizer):
+    """ZO-SignSGD: ``x ← x − η sign(ĝ)`` in every coordinate (Liu et al., ICLR 2019).
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η: how far every parameter moves, param.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "signsgd"
+
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)
+
+
+class ZONormalized(ZeroOrderOptimizer):
+    """Normalised ZO: ``x ← x − η ĝ/s``, s the root mean square of the slopes ``(f(θ+μu) − f(θ−μu))/(2μ)`` of a step.
+
+    That is FZOO (arXiv:2506.09034), which divides by the standard deviation of the losses of a step, in units in which
+    η does not depend on μ: η = FZOO's learning rate over μ. One query leaves the sign of its slope.
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η, param.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "normalized"
+
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.optim.directions import Law, fill_rows, spawn_streams
+from zoscope.optim.directions import fill_rows, spawn_streams
 from zoscope.optim.perturbation import MiniBatchSurface, Surface
 from zoscope.optim.rules import Rule, new_state
+from zoscope.registry import Directions
 from zoscope.runtime import collective
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class ZerothOrderEstimator:
     order: int = 0
     mu: float = 1e-3
     queries: int = 1
-    directions: Law = "gaussian"
+    directions: Directions = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -296,19 +297,26 @@ class _Runner:
         return losses
 
     def _estimate(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        total, losses = self._query(rows)
+        total, losses, slopes = self._query(rows)
+        squares = slopes.square()
         for _ in range(self._estimator.queries - 1):
-            estimate, means = self._query(rows)
+            estimate, means, slopes = self._query(rows)
             total += estimate
             losses = losses + means
+            squares += slopes.square()
         queries = self._estimator.queries
-        return (total, losses) if queries == 1 else (total.div_(queries), losses / queries)
+        if queries > 1:
+            total, losses = total.div_(queries), losses / queries
+        if self._rule.normalizes:
+            size = (squares / queries).sqrt()
+            total /= size.where(size > 0, 1.0).to(total.dtype)[:, None]
+        return total, losses
 
-    def _query(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        """A two-point estimate along one direction per row."""
+    def _query(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """A two-point estimate along one direction per row, the loss, and the slope along it."""
         directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
         slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
-        return directions.mul_(slopes.to(directions.dtype)[:, None]), means
+        return directions.mul_(slopes.to(directions.dtype)[:, None]), means, slopes
 
 
 CPU = torch.device("cpu")

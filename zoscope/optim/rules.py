@@ -4,12 +4,14 @@ The rules act on lists of tensors of any shape, element by element, so that one 
 slices of them, and a matrix that holds one replica per row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from zoscope.registry import optimizer_record
 
 State = dict[str, list[Tensor]]
 
@@ -19,9 +21,11 @@ class Rule(Protocol):
 
     Attributes:
         slots: Names of the tensors that the rule remembers for every parameter, each shaped like it and zero at first.
+        normalizes: Whether it takes estimates divided by the root mean square of their slopes.
     """
 
     slots: ClassVar[tuple[str, ...]]
+    normalizes: ClassVar[bool]
 
     def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
         """Move ``params`` in place.
@@ -41,10 +45,35 @@ class GD:
     """``x ← x − η g``."""
 
     slots: ClassVar[tuple[str, ...]] = ()
+    normalizes: ClassVar[bool] = False
 
     def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
         """See `Rule.update`."""
         torch._foreach_add_(list(params), list(grads), alpha=-lr)
+
+
+@dataclass(frozen=True)
+class Normalized(GD):
+    """``x ← x − η g/s``, s the root mean square of the slopes whose average g is: FZOO's step (arXiv:2506.09034).
+
+    FZOO divides by the standard deviation of the losses of a step. For central differences that is s up to μ and
+    terms of order μ². One-sided differences from f(θ) are taken about f(θ), not about their mean, so that two or three
+    queries cannot make s vanish by chance. One query leaves the sign of its slope.
+    """
+
+    normalizes: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class SignSGD:
+    """``x ← x − η sign(g)`` in every coordinate (ZO-SignSGD, Liu et al., ICLR 2019)."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    normalizes: ClassVar[bool] = False
+
+    def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
+        """See `Rule.update`."""
+        torch._foreach_add_(list(params), torch._foreach_sign(list(grads)), alpha=-lr)
 
 
 @dataclass(frozen=True)
@@ -57,6 +86,7 @@ class GDM:
 
     beta: float = 0.9
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
+    normalizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_unit("beta", self.beta)
@@ -83,6 +113,7 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    normalizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_unit("betas[0]", self.betas[0])
@@ -116,6 +147,7 @@ class FrozenAdam:
     preconditioner: Sequence[Tensor]
     beta1: float = 0.9
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    normalizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_unit("beta1", self.beta1)
@@ -129,18 +161,14 @@ class FrozenAdam:
 
 
 def rule_from_options(name: str, options: Mapping[str, Any]) -> Rule:
-    """The rule of an optimizer: ``gd``, ``gdm`` (option ``beta``) or ``adam`` (``betas``, ``eps``).
+    """The rule of an optimizer, with those of the options that its record names.
 
     Raises:
         ValueError: If the name is unknown or an option is out of range.
     """
-    if name == "gd":
-        return GD()
-    if name == "gdm":
-        return GDM(beta=options["beta"])
-    if name == "adam":
-        return Adam(betas=tuple(options["betas"]), eps=options["eps"])
-    raise ValueError(f"unknown optimizer {name!r}: expected gd, gdm or adam")
+    record = optimizer_record(name)
+    kind: Callable[..., Rule] = globals()[record.rule]
+    return kind(**{option: options[option] for option in record.options})
 
 
 def new_state(rule: Rule, params: Sequence[Tensor]) -> State:

@@ -1,4 +1,4 @@
-"""Cutting batches until they fit into a memory limit."""
+"""A prepared problem: its model on a device, its batches cut until they fit, everything put back at the end."""
 
 from __future__ import annotations
 

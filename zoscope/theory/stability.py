@@ -347,7 +347,9 @@ def thresholds(
     missing = [condition for condition in dict.fromkeys(conditions) if condition not in known]
     for condition in missing:
         part = condition._part(spectrum)
-        if condition.steps is None:
+        if not condition.rule.is_linear:
+            known[condition] = math.inf
+        elif condition.steps is None:
             known[condition] = condition._infinite_threshold(part, near.get(condition))
         elif condition.moments.b == 0 or part.frobenius_sq <= 0:
             known[condition] = math.inf
@@ -434,6 +436,8 @@ def _families(conditions: Sequence[StabilityCondition]) -> list[list[StabilityCo
 def _feedbacks(family: Sequence[StabilityCondition], nodes: Array, lrs: Sequence[float]) -> Array:
     """``φ_lr`` of each condition at its own step size, ``(conditions, n)``."""
     first = family[0]
+    if not first.rule.is_linear:
+        return np.zeros((len(family), nodes.size))
     positive = np.array([[condition.version == "positive"] for condition in family])
     z = first.rule.lr_scale * np.array(lrs)[:, None] * nodes
     z = np.where(positive, np.maximum(z, 0.0), z)
