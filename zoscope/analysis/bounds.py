@@ -17,12 +17,13 @@ from zoscope.errors import NumericalError
 from zoscope.problem import OWN_DTYPE, Notice
 from zoscope.registry import DEFAULT_FAMILIES
 from zoscope.result import ProblemInfo
+from zoscope.theory.quadratic import one_sided_mu
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
     from zoscope.analysis.advice import Threshold
     from zoscope.problem import Objective, Problem
-    from zoscope.registry import Directions
+    from zoscope.registry import Differences, Directions
 
 
 def bounds(
@@ -36,10 +37,13 @@ def bounds(
     dtype: str = "auto",
     max_hvps: int = 600,
     directions: Directions = "gaussian",
+    differences: Differences = "central",
     queries: int = 1,
     beta: float = 0.9,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
     curvature: Literal["hessian", "ggn", "forward"] = "hessian",
     preconditioner: str = "expected",
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
@@ -71,10 +75,13 @@ def bounds(
         max_hvps: Most Hessian-vector products per operator; with ``curvature="forward"`` most directions, two forward
             passes each.
         directions: Law of the zeroth-order perturbations, ``"gaussian"`` or ``"sphere"``.
+        differences: Loss differences: ``central``, or ``one-sided``, whose noise has a part of order μ.
         queries: Two-point queries averaged per step.
         beta: Momentum of ``"gdm"``, in the convention of ``torch.optim.SGD``.
         betas: Adam's ``(β₁, β₂)``.
         eps: Adam's ε.
+        dampening: τ of GDM's ``m ← βm + (1−τ)g``.
+        weight_decay: w of GD and GDM.
         curvature: ``"hessian"``; ``"ggn"`` for the Gauss-Newton matrix in its place; or ``"forward"`` for what forward
             passes alone say of H, in the memory of inference, and without derivatives of the loss.
         preconditioner: Adam's P: ``"expected"`` from the gradient here, or ``"state:FILE"``.
@@ -110,10 +117,13 @@ def bounds(
         seed=seed,
         max_hvps=max_hvps,
         directions=directions,
+        differences=differences,
         queries=queries,
         beta=beta,
         betas=betas,
         eps=eps,
+        dampening=dampening,
+        weight_decay=weight_decay,
         curvature=curvature,
         preconditioner=preconditioner,
         method=method,
@@ -169,11 +179,20 @@ def _result(
         problem=info,
         curvature={entry.operator: entry.curvature for entry in measurement.operators.values()},
         optimizers=rows,
-        estimator=Estimator(request.directions, request.queries),
+        estimator=Estimator(request.directions, request.queries, _one_sided_mu(request, measurement)),
         num_hvps=measurement.num_hvps + (0 if growth is None else growth.num_hvps),
         seconds=time.perf_counter() - started,
         warnings=warnings,
     )
+
+
+def _one_sided_mu(request: Request, measurement: Measurement) -> float | None:
+    """μ at which one-sided differences double the noise, by the trace of H; ``None`` for central ones, or without H."""
+    plain = [m for m in measurement.operators.values() if not m.operator.startswith("preconditioned")]
+    if request.differences == "central" or not plain:
+        return None
+    found = plain[0].curvature
+    return one_sided_mu(measurement.grad_norm, found.trace.value, found.frobenius_sq.value)
 
 
 def _rows(request: Request, measurement: Measurement, question: ThresholdQuery) -> dict[str, OptimizerBounds]:
@@ -239,9 +258,9 @@ def _notices(
     yield from notices.gradient_notices(rows.values())
     yield from notices.provisional_notices(rows.values())
     yield from _reach_notices(objective, request, rows, info)
-    commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)
-    if measurement.preconditioner is not None and commutator is not None:
-        yield from notices.preconditioner_notices(measurement.preconditioner, commutator)
+    adam = next((row for row in rows.values() if row.commutator is not None), None)
+    if measurement.preconditioner is not None and adam is not None and adam.commutator is not None:
+        yield from notices.preconditioner_notices(measurement.preconditioner, adam.commutator, adam)
     reached = _precision_reached(request, measurement, dimension=info.num_params)
     nonsmooth = tuple(
         notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=info.num_params)

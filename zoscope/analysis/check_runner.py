@@ -522,6 +522,7 @@ def _measuring(config: CheckConfig) -> dict[str, Any]:
     curvature = config.curvature
     return {
         "directions": config.estimator.directions,
+        "differences": config.estimator.differences,
         "queries": config.estimator.queries,
         "rtol": curvature.rtol,
         "max_hvps": curvature.max_hvps,

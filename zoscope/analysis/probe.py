@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.advice import Threshold
     from zoscope.problem import Objective, Problem
     from zoscope.problem.core import Measurable
-    from zoscope.registry import Directions
+    from zoscope.registry import Differences, Directions
 
 
 class Ticker:
@@ -226,7 +226,9 @@ class Session:
         if not self.request.first_order:
             yield from notices.curvature_notices(measured.curvature, expected.row, jump=self.measurement.jump)
         if self.measurement.preconditioner is not None and measured.commutator is not None:
-            yield from notices.preconditioner_notices(self.measurement.preconditioner, measured.commutator)
+            yield from notices.preconditioner_notices(
+                self.measurement.preconditioner, measured.commutator, expected.row
+            )
         if expected.steps < expected.wanted_steps:
             yield Notice(
                 "step-cap",
@@ -269,10 +271,13 @@ def probe(
     dtype: str = "auto",
     max_hvps: int = 600,
     directions: Directions = "gaussian",
+    differences: Differences = "central",
     queries: int = 1,
     beta: float = 0.9,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
     curvature: Literal["hessian", "ggn", "forward"] = "hessian",
     preconditioner: str = "expected",
     method: Literal["auto", "dense", "deflated-slq"] = "auto",
@@ -314,10 +319,13 @@ def probe(
         dtype: Floating-point type.
         max_hvps: Most Hessian-vector products for the first measurement.
         directions: Law of the perturbations.
+        differences: Loss differences: ``central``, or ``one-sided``, whose noise has a part of order μ.
         queries: Queries averaged per step.
         beta: Momentum of GDM.
         betas: Adam's ``(β₁, β₂)``.
         eps: Adam's ε.
+        dampening: τ of GDM's ``m ← βm + (1−τ)g``.
+        weight_decay: w of GD and GDM.
         curvature: Matrix in place of H.
         preconditioner: Adam's frozen P.
         method: How the spectrum is measured.
@@ -355,10 +363,13 @@ def probe(
             seed=seed,
             max_hvps=max_hvps,
             directions=directions,
+            differences=differences,
             queries=queries,
             beta=beta,
             betas=betas,
             eps=eps,
+            dampening=dampening,
+            weight_decay=weight_decay,
             curvature=curvature,
             preconditioner=preconditioner,
             method=method,

@@ -95,6 +95,8 @@ class ProbeRequest:
         for name, flag in (("edge", self.edge), ("linearized", self.linearized)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} must be True or False, got {flag!r}")
+        if self.linearized and self.measure.weight_decay:
+            raise ValueError("weight_decay is for runs on the loss itself: its quadratic model has no origin")
         if self.assume_threshold is not None:
             require_positive("assume_threshold", self.assume_threshold)
         if self.batch_size is not None:
@@ -129,6 +131,7 @@ class ProbeRequest:
             mu=self.mu,
             queries=self.measure.queries,
             directions=check_law(self.measure.directions),
+            one_sided=self.measure.differences == "one-sided",
         )
 
 

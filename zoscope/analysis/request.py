@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from zoscope.analysis.advice import Threshold
 from zoscope.errors import UsageError
 from zoscope.options import CURVATURES
-from zoscope.registry import FAMILIES, OPTIMIZERS, Directions, family_of
+from zoscope.registry import FAMILIES, OPTIMIZERS, Differences, Directions, family_of
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate, require_count, require_non_negative, require_positive
 from zoscope.theory.stability import StabilityCondition, Version, estimates, thresholds
@@ -131,6 +131,9 @@ class Request:
     strict: bool
     on_progress: Progress | None = field(repr=False)
     batch_size: int | None = None
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    differences: Differences = "central"
 
     def __post_init__(self) -> None:
         if not _below_one(self.beta):
@@ -155,6 +158,7 @@ class Request:
         if self.preconditioner != "expected" and not self.preconditioner.startswith(STATE_PREFIX):
             raise ValueError(f"preconditioner must be 'expected' or 'state:FILE', got {self.preconditioner!r}")
         _require_one_of("curvature", self.curvature, CURVATURES)
+        _require_one_of("differences", self.differences, get_args(Differences))
         _require_one_of("method", self.method, get_args(Method))
         _require_one_of("threshold", self.threshold, get_args(Threshold))
         self.moments(dimension=1)
@@ -173,7 +177,9 @@ class Request:
 
     def rule(self, name: str) -> UpdateRule:
         """The update rule of an optimizer."""
-        return update_rule(name, beta=self.beta, betas=self.betas)
+        return update_rule(
+            name, beta=self.beta, betas=self.betas, dampening=self.dampening, weight_decay=self.weight_decay
+        )
 
     def settings(self, name: str) -> dict[str, Any]:
         """What identifies an optimizer in the result."""

@@ -25,7 +25,7 @@ from zoscope.theory.spectrum import require_positive
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
-    from zoscope.registry import Directions
+    from zoscope.registry import Differences, Directions
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,12 @@ def track(
     mu: float = 1e-3,
     queries: int = 1,
     directions: Directions = "gaussian",
+    differences: Differences = "central",
     beta: float = 0.9,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
     batch_size: int | None = None,
     target_loss: float | None = None,
     divergence: float = 1e6,
@@ -295,11 +298,14 @@ def track(
         resume: Go on from the folder's checkpoint; the rest is the same as if the run had not stopped.
         overwrite: Replace a run that is there.
         mu: Smoothing radius of the estimate.
+        differences: Loss differences: ``central``, or ``one-sided``, whose noise has a part of order μ.
         queries: Queries averaged per step.
         directions: Law of the perturbations.
         beta: Momentum of GDM.
         betas: Adam's ``(β₁, β₂)``.
         eps: Adam's ε.
+        dampening: τ of GDM's ``m ← βm + (1−τ)g``.
+        weight_decay: w of GD and GDM.
         batch_size: Examples per step, drawn without replacement in every epoch; all by default. What is measured is
             always the loss of all examples.
         target_loss: Stop at this loss; with ``batch_size`` it is looked at when the run is measured.
@@ -344,9 +350,12 @@ def track(
         mu=mu,
         queries=queries,
         directions=directions,
+        differences=differences,
         beta=beta,
         betas=(betas[0], betas[1]),
         eps=eps,
+        dampening=dampening,
+        weight_decay=weight_decay,
         batch_size=batch_size,
         target_loss=target_loss,
         divergence=divergence,

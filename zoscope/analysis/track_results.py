@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from zoscope._version import __version__
 from zoscope.optim.directions import check_law
 from zoscope.options import MATRICES
-from zoscope.registry import NAMES, OPTIMIZERS, Directions, family_of, is_zeroth_order
+from zoscope.registry import NAMES, OPTIMIZERS, Differences, Directions, family_of, is_zeroth_order
 from zoscope.result import JsonObject, RichResult, encode, pick
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import require_count, require_positive
@@ -44,6 +44,9 @@ class TrackRequest:
     beta: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    differences: Differences = "central"
     batch_size: int | None = None
     target_loss: float | None = None
     divergence: float = 1e6
@@ -64,6 +67,9 @@ class TrackRequest:
         _require_one_of("curvature", self.curvature, MATRICES)
         _require_one_of("method", self.method, get_args(Method))
         check_law(self.directions)
+        _require_one_of("differences", self.differences, get_args(Differences))
+        if self.forward_every is not None and self.differences != "central":
+            raise ValueError("forward_every compares losses on both sides: expected differences='central'")
         for name in ("steps", "queries", "max_hvps"):
             require_count(name, getattr(self, name))
         for name in ("batch_size", "checkpoint_every", "forward_every", "micro_batch"):
@@ -104,7 +110,13 @@ class TrackRequest:
     @property
     def rule(self) -> UpdateRule:
         """The update rule as theory sees it."""
-        return update_rule(self.family, beta=self.beta, betas=self.betas)
+        return update_rule(
+            self.family,
+            beta=self.beta,
+            betas=self.betas,
+            dampening=self.dampening,
+            weight_decay=self.weight_decay,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from zoscope.registry import DEFAULT_FAMILIES, family_of
 if TYPE_CHECKING:
     from zoscope.spec import LoadedSpec
 
-RULE = ("beta", "betas", "eps", "preconditioner", "directions", "queries")
+RULE = ("beta", "dampening", "weight_decay", "betas", "eps", "preconditioner", "directions", "differences", "queries")
 MEASURE = (
     "rtol",
     "max_hvps",
