@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 if TYPE_CHECKING:
     from zoscope.config.load import StepSizes
 
-from zoscope.registry import DIRECTIONS, NAMES, Directions
+from zoscope.registry import DIRECTIONS, NAMES, Differences, Directions
 
 MOST = 1_000_000_000
 """Most steps, and most of whatever else is counted."""
@@ -268,6 +268,11 @@ _TABLE = (
         "betas", Text("pair"), "Both coefficients of Adam.", (0.9, 0.999), "B1,B2", check="Adam's coefficients.",
         file="Decay rates of Adam.",
     ),
+    _option("dampening", MOMENTUM, "Dampening τ of GDM.", 0.0, file="Dampening of gdm."),
+    _option(
+        "weight_decay", Real(high=1e9, open_low=False, hint="a finite number of at least 0"),
+        "Weight decay w of GD and GDM.", 0.0, file="Weight decay of gd and gdm.",
+    ),
     _option(
         "eps", Real(high=1.0), "ε of Adam.", 1e-8, file="Adam's epsilon.",
         python=Use(domain=Real(high=1.0, open_low=False, hint="a finite number of at least 0")),  # as torch has it
@@ -280,6 +285,10 @@ _TABLE = (
     _option(
         "directions", Words(tuple(DIRECTIONS)), "Law of the random directions; rademacher has entries ±1.", "gaussian",
         check="Law of the directions.", track="Law of the directions.", file="Law of the perturbation directions.",
+    ),
+    _option(
+        "differences", Words(get_args(Differences)),
+        "Loss differences: f(θ+μu) − f(θ−μu), or f(θ+μu) − f(θ).", "central",
     ),
     _option(
         "queries", Whole(1, 1_000_000), "Two-point queries averaged per step.", 1, "Q",
@@ -471,7 +480,7 @@ _TABLE = (
 
 OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
 
-_RULE = "optimizer beta betas eps preconditioner directions queries"
+_RULE = "optimizer beta dampening weight_decay betas eps preconditioner directions differences queries"
 _MEASURE = "rtol max_hvps method curvature hvp device dtype seed micro_batch max_memory strict shard_basis"
 _PROBLEM, _OUTPUT = "settings params checkpoint", "json output quiet"
 
@@ -504,8 +513,8 @@ COMMANDS: dict[str, dict[str, str]] = {
     "track": {
         "Arguments": "spec",
         "Problem": _PROBLEM,
-        "Training": "optimizer lr steps batch_size mu queries directions beta betas eps target_loss divergence "
-        "max_seconds seed",
+        "Training": "optimizer lr steps batch_size mu queries directions differences beta dampening weight_decay "
+        "betas eps target_loss divergence max_seconds seed",
         "Measurement": "every rtol max_hvps method curvature hvp device dtype micro_batch max_memory shard_basis "
         "strict forward_every",
         "Run folder": "checkpoint_every run config resume overwrite sweep plot tensorboard compare",
@@ -573,7 +582,10 @@ class RuleOptions(TypedDict, total=False):
     betas: tuple[float, float]
     eps: float
     directions: Directions
+    differences: Differences
     queries: int
+    dampening: float
+    weight_decay: float
 
 
 class BoundsOptions(ProblemOptions, RuleOptions, total=False):

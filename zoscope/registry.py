@@ -51,19 +51,27 @@ class OptimizerRecord:
         return (self.name, f"zo-{self.name}") if self.first_order else (f"zo-{self.name}",)
 
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some values that it depends on, as JSON has them; Adam's P is told by ``preconditioner``."""
+        """Those of some values that it depends on, as JSON has them; Adam's P is told by ``preconditioner``.
+
+        Dampening and weight decay are left out where they are 0.
+        """
         names = (*self.options, "preconditioner") if self.preconditioned else self.options
-        found = {name: values[name] for name in names if name in values}
+        found = {name: values[name] for name in names if name in values and (values[name] or name not in OFF)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
+
+OFF = ("dampening", "weight_decay")
+"""Constants that are not there where they are 0."""
 
 ADAMW = ("torch", "torch_fused", "torch_xla", "torch_npu_fused", "anyprecision", "hf")
 
 OPTIMIZERS: dict[str, OptimizerRecord] = {
     record.name: record
     for record in (
-        OptimizerRecord("gd", "GD", "GD", "ZOGD", aliases=("zo", "zo_sgd"), gradient_aliases=("sgd",)),
-        OptimizerRecord("gdm", "GDM", "GDM", "ZOGDM", ("beta",), aliases=("zo_sgd_mmt",)),
+        OptimizerRecord(
+            "gd", "GD", "GD", "ZOGD", ("weight_decay",), aliases=("zo", "zo_sgd"), gradient_aliases=("sgd",)
+        ),
+        OptimizerRecord("gdm", "GDM", "GDM", "ZOGDM", ("beta", "dampening", "weight_decay"), aliases=("zo_sgd_mmt",)),
         OptimizerRecord(
             "adam",
             "Adam",
@@ -116,6 +124,10 @@ def optimizer_record(name: str) -> OptimizerRecord:
 
 Directions = Literal["gaussian", "sphere", "rademacher"]
 """Names of the laws; the one list of them that type checkers read."""
+
+
+Differences = Literal["central", "one-sided"]
+"""``(f(θ+μu) − f(θ−μu))/(2μ)``, or ``(f(θ+μu) − f(θ))/μ``."""
 
 
 @dataclass(frozen=True)

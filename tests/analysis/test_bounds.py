@@ -12,9 +12,9 @@ from torch import nn
 import zoscope
 from zoscope import BoundsResult, NumericalError, Problem
 from zoscope.registry import DEFAULT_FAMILIES
-from zoscope.theory.rules import update_rule
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import StabilityCondition
+from zoscope.theory.stability import ModeCoupling, StabilityCondition
 
 POSITIVE = torch.logspace(-2, 1, 30, dtype=torch.float64)
 INDEFINITE = torch.cat([POSITIVE, -torch.logspace(-2, 0, 6, dtype=torch.float64)])
@@ -101,6 +101,25 @@ def test_a_stored_state_preconditions_as_well(tmp_path: Path) -> None:
     p = (1 - 0.9**3) * (model.weight.grad[0].abs() + 1e-8)  # every step saw the same gradient
     found = measured(problem, optimizers=("adam",), preconditioner=f"state:{tmp_path / 'adam.pt'}")
     assert found.curvature["preconditioned_hessian"].trace.value == pytest.approx(float((0.5 / p).sum()), rel=1e-8)
+
+
+def test_a_preconditioner_that_does_not_commute_is_taken_exactly(tmp_path: Path) -> None:
+    h, parameter = rotated(POSITIVE), nn.Parameter(start(30))
+    problem = Problem.from_function(lambda x: 1 + 0.5 * x @ h @ x, start(30))
+    optimizer = torch.optim.Adam([parameter], lr=0.0)
+    parameter.grad = torch.logspace(-1, 1, 30, dtype=torch.float64)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "adam.pt")
+    p = 0.1 * (parameter.grad + 1e-8)
+    found = measured(problem, optimizers=("adam",), preconditioner=f"state:{tmp_path / 'adam.pt'}", betas=(0.9, 0.999))
+    row, rule = found.optimizers["adam"], update_rule("adam")
+    eigenvalues, modes = torch.linalg.eigh(h / torch.outer(p.sqrt(), p.sqrt()))
+    coupling = (modes.T @ torch.diag(1 / p) @ modes) * (modes.T @ torch.diag(p) @ modes)
+    exact = ModeCoupling(eigenvalues.numpy(), coupling.numpy()).threshold(rule=rule, moments=GAUSSIAN)
+    commuting = StabilityCondition(rule).threshold(Spectrum.of(eigenvalues.numpy()))
+    assert row.exact.value == pytest.approx(exact, rel=1e-6)
+    assert row.exact_if_commuting == pytest.approx(commuting, rel=1e-6)
+    assert any(notice.code == "commutator" and "exactly" in notice.message for notice in found.warnings)
 
 
 def test_directions_and_queries_reach_the_bounds() -> None:

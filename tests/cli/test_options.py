@@ -42,7 +42,7 @@ BAD = [
     (["--preconditioner", "adam.pt"], "state:FILE"),
     (["--preconditioner", "state:"], "state:FILE"),
     (["--preconditioner", "state:nowhere.pt"], "nowhere.pt"),
-    (["--directions", "rademacher"], "sphere"),
+    (["--directions", "laplace"], "sphere"),
     (["--queries", "0"], "--queries"),
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),

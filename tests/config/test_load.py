@@ -108,6 +108,7 @@ def test_every_option_overrides_a_key_that_exists() -> None:
         "checkpoint": "w.pt", "directions": "sphere", "preconditioner": "expected", "device": "cpu", "dtype": "float32",
         "method": "dense", "hvp": "auto", "curvature": "ggn", "threshold": "exact", "on_warn": "fail", "probe": True,
         "strict": True, "shard_basis": True, "beta": 0.5, "eps": 0.1, "mu": 0.1, "margin": 0.5, "rtol": 0.5,
+        "dampening": 0.5, "differences": "central",
     }  # fmt: skip
     ad_hoc(**{name: values.get(name, 1) for name in OPTIONS})
 

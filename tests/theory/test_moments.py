@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from zoscope.registry import DIRECTIONS
+from zoscope.theory.quadratic import one_sided_mu
 from zoscope.theory.rules import GAUSSIAN, EstimatorMoments, estimator_moments
 
 
@@ -59,3 +60,18 @@ def test_bad_arguments_are_refused(arguments):
 def test_bad_constants_are_refused(a, b):
     with pytest.raises(ValueError, match="must be finite"):
         EstimatorMoments(a, b)
+
+
+def test_the_noise_of_one_sided_differences_doubles_at_the_mu_that_is_told():
+    """Along a coordinate without gradient, with many modes."""
+    d, samples, rng = 50, 40_000, np.random.default_rng(1)
+    eigenvalues, g = np.linspace(0.5, 1.5, d), np.zeros(d)
+    g[0] = 3.0
+    mu = one_sided_mu(3.0, eigenvalues.sum(), (eigenvalues**2).sum())
+    u = rng.standard_normal((samples, d))
+    estimate = (u @ g + 0.5 * mu * (u**2) @ eigenvalues) * u[:, -1]
+    square = estimate**2
+    last = eigenvalues[-1]
+    rest = (4 * eigenvalues.sum() * last + 8 * last**2) * mu**2 / 4  # what depends on the mode
+    stderr = square.std(ddof=1) / np.sqrt(samples)
+    assert square.mean() == pytest.approx(2 * 9.0 + rest, abs=4 * stderr)

@@ -15,6 +15,7 @@ from zoscope.analysis.thresholds import BoundsResult, Estimator, OptimizerBounds
 from zoscope.options import BoundsOptions
 from zoscope.problem import OWN_DTYPE, Notice
 from zoscope.result import ProblemInfo
+from zoscope.theory.quadratic import one_sided_mu
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _result(session: CurvatureSession, request: Request, measurement: Measuremen
         rtol=request.rtol,
         curvature={entry.operator: entry.curvature for entry in measurement.operators.values()},
         optimizers=rows,
-        estimator=Estimator(request.directions, request.queries),
+        estimator=Estimator(request.directions, request.queries, _one_sided_mu(request, measurement)),
         **session.header(
             loss=info.loss,
             grad_norm=info.grad_norm,
@@ -85,6 +86,15 @@ def _result(session: CurvatureSession, request: Request, measurement: Measuremen
             warnings=_notices(session, request, measurement, rows, seen, info),
         ),
     )
+
+
+def _one_sided_mu(request: Request, measurement: Measurement) -> float | None:
+    """μ at which one-sided differences double the noise, by the trace of H; ``None`` for central ones, or without H."""
+    plain = [m for m in measurement.operators.values() if not m.operator.startswith("preconditioned")]
+    if request.differences == "central" or not plain:
+        return None
+    found = plain[0].curvature
+    return one_sided_mu(measurement.grad_norm, found.trace.value, found.frobenius_sq.value)
 
 
 def _rows(request: Request, measurement: Measurement, question: ThresholdQuery) -> dict[str, OptimizerBounds]:
@@ -150,9 +160,9 @@ def _notices(
     yield from notices.gradient_notices(rows.values())
     yield from notices.provisional_notices(rows.values())
     yield from _reach_notices(objective, request, rows, info)
-    commutator = next((row.commutator for row in rows.values() if row.commutator is not None), None)
-    if measurement.preconditioner is not None and commutator is not None:
-        yield from notices.preconditioner_notices(measurement.preconditioner, commutator)
+    adam = next((row for row in rows.values() if row.commutator is not None), None)
+    if measurement.preconditioner is not None and adam is not None and adam.commutator is not None:
+        yield from notices.preconditioner_notices(measurement.preconditioner, adam.commutator, adam)
     reached = _precision_reached(request, measurement, dimension=info.num_params)
     yield from session.missed(
         notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=info.num_params)

@@ -520,7 +520,7 @@ def _constants(config: CheckConfig) -> Constants:
 
 
 def _measuring(config: CheckConfig) -> dict[str, Any]:
-    estimator = {"directions": config.estimator.directions, "queries": config.estimator.queries}
+    estimator = {name: getattr(config.estimator, name) for name in ("directions", "differences", "queries")}
     return {**estimator, **config.curvature.options(), "batch_size": batch_size_of(config)}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zoscope.analysis.advice import Advisor, judge
+from zoscope.analysis.notices import LARGE_COMMUTATOR
 from zoscope.analysis.thresholds import Floor, Horizon, OptimizerBounds, Pair, Verdict, ci95, outer_ci95
 from zoscope.curvature.lanczos import rounding
 from zoscope.curvature.nonsmooth import NOTHING, PROBES, Jump, Nonsmooth, jump_of, nonsmooth_curvature
@@ -29,6 +30,7 @@ from zoscope.theory.quadratic import GradientMeasure, QuadraticModel, descent_th
 from zoscope.theory.rules import floor_factor
 from zoscope.theory.spectrum import Estimate, widening
 from zoscope.theory.stability import (
+    ModeCoupling,
     OfMoments,
     StabilityCondition,
     fo_threshold,
@@ -133,6 +135,7 @@ class MeasuredOperator:
         commutator: Of a preconditioner with the Hessian.
         batches: How mini-batches spread around it, where a batch size was asked for.
         slope: What the descent threshold and the floor depend on; ``None`` for a zero gradient.
+        coupling: Of a preconditioner that does not commute with H, where all of it is known.
     """
 
     operator: str
@@ -141,6 +144,7 @@ class MeasuredOperator:
     commutator: Estimate | None = None
     batches: BatchSpread | None = None
     slope: Slope | None = None
+    coupling: ModeCoupling | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,9 @@ def optimizer_row(
     paper = paper_bounds(curvature.trace.value, largest, rule=rule, moments=moments)
     tight = tight_bounds(positive.trace, positive.frobenius_sq, max(largest, 0.0), rule=rule, moments=moments)
     falling = None if descent is None else descent.value
-    exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
+    exact, commuting = StabilityCondition(rule, moments).estimate(curvature.spectrum), None
+    if measured.coupling is not None:
+        commuting, exact = exact.value, Estimate(measured.coupling.threshold(rule=rule, moments=moments))
     horizon = _horizon(curvature, question, rule=rule)
     minibatch = None
     if measured.batches is not None:
@@ -241,6 +247,7 @@ def optimizer_row(
         limit=advice.limit,
         doubts=advice.doubts,
         advisor=advisor,
+        exact_if_commuting=commuting,
         floor=_floor(measured, question, rule=rule, settings=settings),
     )
 
@@ -317,6 +324,9 @@ def _predicted_lr(
     best = question.model(measured, rule).positive.best_lr(question.steps, upper=upper)
     return None if best is None or best >= 0.99 * upper else best
 
+
+MOST_COUPLED = 4096
+"""Largest dimension in which pairs of modes are followed."""
 
 SCALAR = 0.25
 """Distance of Adam's P from a multiple of the identity that is let pass, in units of the precision wanted."""
@@ -512,7 +522,19 @@ def _adam(
             + alike * kinks.half_width,
         )
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
-    return MeasuredOperator(name, curvature, measure, probes.commutator, spread, slope), slope
+    coupling = None
+    if curvature.method == "dense" and probes.commutator.value > LARGE_COMMUTATOR and base.dim <= MOST_COUPLED:
+        coupling = mode_coupling(scaled, p)
+    return MeasuredOperator(name, curvature, measure, probes.commutator, spread, slope, coupling), slope
+
+
+def mode_coupling(operator: LinearOperator, p: Tensor) -> ModeCoupling:
+    """Of a dense ``P^-½ H P^-½`` and the diagonal of P."""
+    eigenvalues, vectors = torch.linalg.eigh(operator.dense().double())
+    positive = eigenvalues > 0
+    vectors, scale = vectors[:, positive], p.double()[:, None]
+    coupling = (vectors.T @ (vectors / scale)) * (vectors.T @ (vectors * scale))
+    return ModeCoupling(eigenvalues[positive].cpu().numpy(), coupling.cpu().numpy())
 
 
 def _is_scalar(preconditioner: Preconditioner, request: Request) -> bool:

@@ -78,10 +78,14 @@ def setup_of(optimizer: Optimizer) -> OptimizerSetup:
         constants |= {key: group[key] for key in OPTIMIZERS[optimizer.name].options}
         return OptimizerSetup(f"zo-{optimizer.name}", constants)
     if isinstance(optimizer, torch.optim.SGD):
-        if group["nesterov"] or group["dampening"]:
-            raise ValueError("SGD with Nesterov momentum or dampening is not covered: expected plain or heavy-ball SGD")
-        beta = float(group["momentum"])
-        return OptimizerSetup("gdm", {"beta": beta}) if beta else OptimizerSetup("gd", {})
+        if group["nesterov"]:
+            raise ValueError("SGD with Nesterov momentum is not covered: expected plain or heavy-ball SGD")
+        decay = {"weight_decay": float(group["weight_decay"])}
+        if not group["momentum"]:
+            return OptimizerSetup("gd", decay)
+        return OptimizerSetup(
+            "gdm", {"beta": float(group["momentum"]), "dampening": float(group["dampening"]), **decay}
+        )
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         betas = tuple(float(beta) for beta in group["betas"])
         return OptimizerSetup("adam", {"betas": betas, "eps": float(group["eps"])})
@@ -212,6 +216,8 @@ class ForwardMonitor:
                     f"optimizer is a {type(optimizer).__name__}, which evaluates no two-point queries: expected "
                     "zoscope.ZOGD, ZOGDM or ZOAdam, or None and observe()"
                 )
+            if optimizer.one_sided:
+                raise ValueError("a ForwardMonitor needs losses on both sides: expected one_sided=False")
             setup = setup_of(optimizer)
             name, constants = family_of(setup.name), setup.constants
             mu = constants.pop("mu")

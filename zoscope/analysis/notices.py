@@ -409,7 +409,9 @@ def provisional_notices(rows: Iterable[OptimizerBounds]) -> Iterable[Notice]:
         )
 
 
-def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate) -> Iterable[Notice]:
+def preconditioner_notices(
+    preconditioner: Preconditioner, commutator: Estimate, row: OptimizerBounds | None = None
+) -> Iterable[Notice]:
     """On Adam's frozen P."""
     if preconditioner.collapsed > COLLAPSED:
         yield Notice(
@@ -418,7 +420,14 @@ def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate)
             "has collapsed to ε there, and its thresholds with it. They hold for this point; away from it v grows and "
             "lifts them.",
         )
-    if commutator.value > LARGE_COMMUTATOR:
+    if row is not None and row.exact_if_commuting is not None and row.exact is not None:
+        yield Notice(
+            "commutator",
+            f"P and H do not commute: ‖PH−HP‖/‖PH‖ = {100 * commutator.value:.0f} %. The infinite-time threshold takes "
+            f"that in, exactly; if they did, it would be {_number(row.exact_if_commuting)} in place of "
+            f"{_number(row.exact.value)}. η*(N) and the intervals assume that they do, and may be too high by as much.",
+        )
+    elif commutator.value > LARGE_COMMUTATOR:
         yield Notice(
             "commutator",
             f"P and H do not commute: ‖PH−HP‖/‖PH‖ = {100 * commutator.value:.0f} %. The thresholds of Adam assume "

@@ -220,7 +220,9 @@ class Session:
         if not self.request.first_order:
             yield from notices.curvature_notices(measured.curvature, expected.row, jump=self.measurement.jump)
         if self.measurement.preconditioner is not None and measured.commutator is not None:
-            yield from notices.preconditioner_notices(self.measurement.preconditioner, measured.commutator)
+            yield from notices.preconditioner_notices(
+                self.measurement.preconditioner, measured.commutator, expected.row
+            )
         if expected.steps < expected.wanted_steps:
             yield Notice(
                 "step-cap",

@@ -61,6 +61,8 @@ class ProbeRequest:
     def __post_init__(self) -> None:
         if not (self.ratios or self.lrs or self.edge):
             raise ValueError("nothing to run: give ratios, step sizes, or edge=True")
+        if self.linearized and self.measure.weight_decay:
+            raise ValueError("weight_decay is for runs on the loss itself: its quadratic model has no origin")
         if self.batch_size is not None and (self.first_order or self.linearized):
             raise ValueError("batch_size is for zeroth-order runs on the loss itself")
 
@@ -125,6 +127,7 @@ class ProbeRequest:
             mu=self.mu,
             queries=self.measure.queries,
             directions=check_law(self.measure.directions),
+            one_sided=self.measure.differences == "one-sided",
         )
 
 

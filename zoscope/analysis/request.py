@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from zoscope.errors import NumericalError, UsageError
 from zoscope.options import BoundsOptions, CurvatureKind, Hvp, Method, Threshold, keywords
-from zoscope.registry import DEFAULT_FAMILIES, FAMILIES, OPTIMIZERS, Directions, family_of
+from zoscope.registry import DEFAULT_FAMILIES, FAMILIES, OPTIMIZERS, Differences, Directions, family_of
 from zoscope.result import ProblemInfo
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate
@@ -138,10 +138,15 @@ class RuleRequest(MeasureRequest):
     eps: float
     directions: Directions
     queries: int
+    dampening: float
+    weight_decay: float
+    differences: Differences
 
     def rule_of(self, name: str) -> UpdateRule:
         """The update rule of an optimizer."""
-        return update_rule(name, beta=self.beta, betas=self.betas)
+        return update_rule(
+            name, beta=self.beta, betas=self.betas, dampening=self.dampening, weight_decay=self.weight_decay
+        )
 
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of the gradient estimate."""

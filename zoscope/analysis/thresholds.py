@@ -160,7 +160,7 @@ class ForwardBounds(JsonObject):
 ZEROTH_ORDER = """
     lower=zo_lower upper=zo_upper lower_tight upper_tight ci95=zo_ci95 tight_ci95 exact=exact.value exact_ci95 horizon
     descent descent_ci95 binding limit recommended recommended_range provisional doubts recommended_reason predicted_lr
-    floor?
+    exact_if_commuting? floor?
 """
 
 
@@ -196,6 +196,7 @@ class OptimizerBounds(JsonObject):
         descent_ci95: 95 % interval of ``descent``.
         limit: What ``recommended`` keeps below and ``verdict`` compares with.
         doubts: Codes of why the recommendation is provisional; empty where it is not.
+        exact_if_commuting: What ``exact`` would be if P and H commuted, where they do not and ``exact`` says so.
         floor: Where adaptive runs stall; ``None`` for other optimizers, for a zero gradient, and with a stored P.
         advisor: Advice for other numbers of steps and other thresholds; ``None`` where only forward passes were made.
     """
@@ -225,6 +226,7 @@ class OptimizerBounds(JsonObject):
     descent_ci95: Pair | None = None
     limit: Limit | None = None
     doubts: tuple[str, ...] = ()
+    exact_if_commuting: float | None = None
     floor: Floor | None = None
     advisor: Advisor | None = field(default=None, repr=False, compare=False)
 
@@ -285,10 +287,19 @@ CURVATURE = """
 
 @dataclass(frozen=True)
 class Estimator(JsonObject):
-    """The zeroth-order gradient estimate: direction law and number of averaged queries."""
+    """The zeroth-order gradient estimate: direction law and number of averaged queries.
+
+    Args:
+        directions: Law of the directions.
+        queries: Queries averaged.
+        one_sided_mu: With one-sided differences, μ at which the noise that they add is as large as that of directions.
+    """
+
+    keys = "directions queries one_sided_mu?"
 
     directions: Directions
     queries: int
+    one_sided_mu: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -353,6 +353,7 @@ class ZerothOrder:
 
 def _optimizer(objective: Objective, request: TrackRequest) -> ZeroOrderOptimizer:
     common: Any = {"mu": request.mu, "queries": request.queries, "directions": request.directions, "seed": request.seed}
+    common["one_sided"] = request.differences == "one-sided"
     record = OPTIMIZERS[request.family]
     constants = {name: getattr(request, name) for name in record.options}
     kind: Callable[..., ZeroOrderOptimizer] = getattr(optimizers, record.public)

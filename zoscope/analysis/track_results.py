@@ -14,7 +14,7 @@ from zoscope.analysis.request import RuleRequest
 from zoscope.config.load import StepSizes, parse_step_sizes, step_sizes
 from zoscope.errors import NumericalError
 from zoscope.options import TrackOptions, keywords
-from zoscope.registry import family_of, is_zeroth_order
+from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
 from zoscope.result import JsonObject, RichResult, encode, pick
 from zoscope.theory.rules import EstimatorMoments
 
@@ -55,6 +55,8 @@ class TrackRequest(RuleRequest):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.forward_every is not None and self.differences != "central":
+            raise ValueError("forward_every compares losses on both sides: expected differences='central'")
         if self.forward_every is not None and self.first_order:
             raise ValueError(
                 "forward_every watches the loss values of zeroth-order steps and needs a zo- optimizer, got "
@@ -91,6 +93,11 @@ class TrackRequest(RuleRequest):
     def rule(self) -> UpdateRule:
         """The update rule as theory sees it."""
         return self.rule_of(self.family)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies the optimizer beside its name."""
+        return OPTIMIZERS[self.family].settings(vars(self))
 
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of what the rule is fed with; a = 1, b = 0 for the gradient itself."""

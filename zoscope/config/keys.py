@@ -381,8 +381,14 @@ SCHEDULE = Section(
         Key("warmup", Number(0.0, 1e9, open_low=False), "Warm-up: steps, or a fraction of the steps when below 1.", 0),
     )
 )
-OPTIMIZER = Section((key_of("optimizer", key="name"), key_of("lr", kind=OneOf(LR, SCHEDULE)), *_keys("beta betas eps")))
-ESTIMATOR = Section(_keys("directions queries mu batch_size"))
+OPTIMIZER = Section(
+    (
+        key_of("optimizer", key="name"),
+        key_of("lr", kind=OneOf(LR, SCHEDULE)),
+        *_keys("beta dampening weight_decay betas eps"),
+    )
+)
+ESTIMATOR = Section(_keys("directions differences queries mu batch_size"))
 CURVATURE = Section(
     (
         *_keys("rtol max_hvps"),
@@ -423,7 +429,7 @@ OPTIONS = MappingProxyType(
         "params": ("params",),
         "optimizer": ("optimizer", "name"),
         "steps": ("steps",),
-        **{name: ("optimizer", name) for name in ("lr", "beta", "betas", "eps")},
+        **{name: ("optimizer", name) for name in OPTIMIZER.names if name != "name"},
         **{name: ("estimator", name) for name in ESTIMATOR.names},
         **{name: ("curvature", name) for name in CURVATURE.names if name != "kind"},
         "curvature": ("curvature", "kind"),

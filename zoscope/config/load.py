@@ -198,6 +198,8 @@ class OptimizerConfig:
     beta: float
     betas: tuple[float, float]
     eps: float
+    dampening: float = 0.0
+    weight_decay: float = 0.0
 
     @property
     def lr(self) -> float:
@@ -220,6 +222,7 @@ class EstimatorConfig:
     """The zeroth-order gradient estimate."""
 
     directions: str
+    differences: str
     queries: int
     mu: float
     batch_size: int | None
@@ -397,6 +400,8 @@ def _optimizer(values: Mapping[str, Any]) -> OptimizerConfig:
         beta=values["beta"],
         betas=(first, second),
         eps=values["eps"],
+        dampening=values["dampening"],
+        weight_decay=values["weight_decay"],
     )
 
 

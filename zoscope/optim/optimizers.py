@@ -40,6 +40,7 @@ class QueryOptions(TypedDict, total=False):
     directions: Directions
     seed: Seed
     restore: Restore
+    one_sided: bool
 
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -54,7 +55,8 @@ class ZeroOrderOptimizer(Optimizer):
     of a forward pass (for models above 64 MiB; smaller ones keep a copy, which is faster). Parameters that do not
     require gradients do not move.
 
-    ``evaluations`` holds the pairs ``(f(θ+μu), f(θ−μu))`` of the last step, one for each query.
+    ``evaluations`` holds the pairs ``(f(θ+μu), f(θ−μu))`` of the last step, one for each query; one-sided ones
+    ``(f(θ+μu), f(θ))``.
 
     The generator's state is part of ``state_dict()``: a run that is saved and resumed equals one that was not.
     """
@@ -71,6 +73,7 @@ class ZeroOrderOptimizer(Optimizer):
         directions: Directions = "gaussian",
         seed: Seed = 0,
         restore: Restore = "auto",
+        one_sided: bool = False,
     ) -> None:
         if not defaults["lr"] >= 0.0:
             raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
@@ -81,6 +84,7 @@ class ZeroOrderOptimizer(Optimizer):
         self._rule = rule_from_options(self.name, defaults)
         super().__init__(params, defaults)
         self.mu, self.queries, self.directions, self.restore = mu, queries, check_law(directions), restore
+        self.one_sided = one_sided
         devices = {p.device for group in self.param_groups for p in group["params"]}
         if len(devices) > 1:
             raise ValueError(f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}")
@@ -93,10 +97,12 @@ class ZeroOrderOptimizer(Optimizer):
         """Take one step.
 
         Args:
-            closure: Returns the loss as a scalar; called twice a query, without gradients; must not call ``backward``.
+            closure: Returns the loss as a scalar; called twice a query, or with one-sided differences once a query and
+                once more, without gradients; must not call ``backward``.
 
         Returns:
-            The mean of the losses seen, an estimate of the loss before the step (exact up to O(μ²)).
+            The mean of the losses seen, an estimate of the loss before the step (exact up to O(μ²)); with one-sided
+            differences that loss itself.
 
         Raises:
             ValueError: If there is no closure.
@@ -105,29 +111,39 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"{type(self).__name__}.step needs a closure that returns the loss")
         layout = self._current_layout()
         layout.perturbation.begin()
+        here = float(_detached(closure())) if self.one_sided else None
         keep = sum(b.size for b in layout.blocks) <= KEPT_SIZE and not layout.perturbation.overwrites
         directions: list[Direction] = []
         evaluations: list[tuple[float, float]] = []
         for query in range(self.queries):
             direction = Direction(layout.blocks, self._generator, law=self.directions, keep=keep)
-            evaluations.append(self._evaluate(layout, direction, closure))
+            evaluations.append(self._evaluate(layout, direction, closure, here))
             if query < self.queries - 1:
-                _restore(layout, direction, sign=-1)
+                _restore(layout, direction, sign=self._sign)
             directions.append(direction)
         self.evaluations = tuple(evaluations)
-        slopes = [(f - g) / (2.0 * self.mu) for f, g in evaluations]
+        slopes = [(f - g) / (self.mu if self.one_sided else 2.0 * self.mu) for f, g in evaluations]
         size = math.sqrt(sum(s * s for s in slopes) / self.queries) if self._rule.normalizes else 1.0
         self._update(layout, directions, [s / (size or 1.0) / self.queries for s in slopes])
-        return sum(0.5 * (f + g) for f, g in evaluations) / self.queries
+        return sum(0.5 * (f + g) for f, g in evaluations) / self.queries if here is None else here
 
-    def _evaluate(self, layout: _Layout, direction: Direction, closure: Closure) -> tuple[float, float]:
-        """``f(θ+μu)`` and ``f(θ−μu)``; parameters are left at the latter point."""
+    @property
+    def _sign(self) -> int:
+        """Side on which a query leaves the parameters."""
+        return 1 if self.one_sided else -1
+
+    def _evaluate(
+        self, layout: _Layout, direction: Direction, closure: Closure, here: float | None
+    ) -> tuple[float, float]:
+        """``f(θ+μu)`` and ``f(θ−μu)``, or ``f(θ)`` where that is given; parameters are left at the last point."""
         blocks = range(len(layout.blocks))
         for index in blocks:
             layout.perturbation.plus(index, direction.part(index))
         sign = 1
         try:
             above = _detached(closure())
+            if here is not None:
+                return float(above), here
             for index in blocks:
                 layout.perturbation.minus(index, direction.part(index))
             sign = -1
@@ -149,7 +165,7 @@ class ZeroOrderOptimizer(Optimizer):
             number = layout.group_of[index]
             group = self.param_groups[number]
             # Its last use: the estimate may take the place of the direction.
-            estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=-1)
+            estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=self._sign)
             torch._foreach_mul_(estimate, slopes[-1])
             for direction, slope in zip(directions[:-1], slopes[:-1], strict=True):
                 used = layout.perturbation.used(index, direction.part(index))
@@ -203,10 +219,13 @@ class ZOGD(ZeroOrderOptimizer):
     Args:
         params: Parameters or groups of them, as for any PyTorch optimizer; all on one device.
         lr: Step size η, param²/loss; may differ between groups.
+        weight_decay: w of ``ĝ + wx``, loss/param².
         mu: Smoothing radius μ, in the parameters' unit; 1e-3 by default.
         queries: Directions averaged in each estimate; 1 by default.
         directions: Their law: ``gaussian``, the default, or ``sphere`` of radius √d.
         seed: Seed of the direction stream; 0 by default.
+        one_sided: Differences ``(f(θ+μu) − f(θ))/μ``, one evaluation a query and one more, whose noise has a part of
+            order μ: small where μ ≪ 2‖g‖/Tr H, which ``zoscope.bounds(differences="one-sided")`` tells.
         restore: How parameters come back from a perturbation: ``auto``, ``snapshot`` (a copy) or ``fixed-point`` (no
             copy; rounds the parameters once to a grid on which perturbations are exact).
 
@@ -216,17 +235,21 @@ class ZOGD(ZeroOrderOptimizer):
 
     name = "gd"
 
-    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
-        super().__init__(params, {"lr": lr}, **query)
+    def __init__(
+        self, params: Parameters, lr: float, *, weight_decay: float = 0.0, **query: Unpack[QueryOptions]
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **query)
 
 
 class ZOGDM(ZeroOrderOptimizer):
-    """Zeroth-order gradient descent with momentum: ``m ← βm + ĝ; x ← x − ηm``.
+    """Zeroth-order gradient descent with momentum: ``m ← βm + (1−τ)(ĝ + wx); x ← x − ηm``.
 
     Args:
         params: See `ZOGD`; so for the options not listed.
         lr: Step size η, param²/loss.
         beta: β in ``[0, 1)``.
+        dampening: τ in ``[0, 1)``.
+        weight_decay: w, loss/param².
 
     Raises:
         ValueError: If an argument is out of range.
@@ -234,8 +257,18 @@ class ZOGDM(ZeroOrderOptimizer):
 
     name = "gdm"
 
-    def __init__(self, params: Parameters, lr: float, *, beta: float = 0.9, **query: Unpack[QueryOptions]) -> None:
-        super().__init__(params, {"lr": lr, "beta": beta}, **query)
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float,
+        *,
+        beta: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        **query: Unpack[QueryOptions],
+    ) -> None:
+        defaults = {"lr": lr, "beta": beta, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **query)
 
 
 class ZOAdam(ZeroOrderOptimizer):

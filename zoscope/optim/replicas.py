@@ -102,12 +102,14 @@ class ZerothOrderEstimator:
         mu: Smoothing radius μ, in the parameters' unit.
         queries: Directions averaged in an estimate.
         directions: Their law.
+        one_sided: Whether differences are those of ``f(θ+μu)`` and ``f(θ)``.
     """
 
     order: int = 0
     mu: float = 1e-3
     queries: int = 1
     directions: Directions = "gaussian"
+    one_sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,9 @@ class _Runner:
     def _query(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         """A two-point estimate along one direction per row, the loss, and the slope along it."""
         directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
-        slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
+        slopes, means = self._surface.slopes(
+            rows.theta, directions, self._estimator.mu, one_sided=self._estimator.one_sided
+        )
         return directions.mul_(slopes.to(directions.dtype)[:, None]), means, slopes
 
 

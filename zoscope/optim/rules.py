@@ -42,14 +42,22 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class GD:
-    """``x ← x − η g``."""
+    """``x ← x − η (g + wx)``.
 
+    Args:
+        weight_decay: w ≥ 0, loss/param².
+    """
+
+    weight_decay: float = 0.0
     slots: ClassVar[tuple[str, ...]] = ()
     normalizes: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        _check_decay(self.weight_decay)
+
     def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
         """See `Rule.update`."""
-        torch._foreach_add_(list(params), list(grads), alpha=-lr)
+        torch._foreach_add_(list(params), _decayed(params, grads, self.weight_decay), alpha=-lr)
 
 
 @dataclass(frozen=True)
@@ -78,24 +86,30 @@ class SignSGD:
 
 @dataclass(frozen=True)
 class GDM:
-    """``m ← βm + g; x ← x − ηm``, the convention of ``torch.optim.SGD(momentum=β)``.
+    """``m ← βm + (1−τ)(g + wx); x ← x − ηm``, the convention of ``torch.optim.SGD(momentum=β)``.
 
     Args:
         beta: β in ``[0, 1)``.
+        dampening: τ in ``[0, 1)``; the first step has it too, which ``torch.optim.SGD`` spares.
+        weight_decay: w ≥ 0, loss/param².
     """
 
     beta: float = 0.9
+    dampening: float = 0.0
+    weight_decay: float = 0.0
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
     normalizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_unit("beta", self.beta)
+        _check_unit("dampening", self.dampening)
+        _check_decay(self.weight_decay)
 
     def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
         """See `Rule.update`."""
         momentum = state["momentum"]
         torch._foreach_mul_(momentum, self.beta)
-        torch._foreach_add_(momentum, list(grads))
+        torch._foreach_add_(momentum, _decayed(params, grads, self.weight_decay), alpha=1.0 - self.dampening)
         torch._foreach_add_(list(params), momentum, alpha=-lr)
 
 
@@ -174,6 +188,19 @@ def rule_from_options(name: str, options: Mapping[str, Any]) -> Rule:
 def new_state(rule: Rule, params: Sequence[Tensor]) -> State:
     """Zeros for every slot of ``rule``."""
     return {slot: [torch.zeros_like(p, requires_grad=False) for p in params] for slot in rule.slots}
+
+
+def _decayed(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float) -> list[Tensor]:
+    """``g + wx``, in the place of g."""
+    found = list(grads)
+    if weight_decay:
+        torch._foreach_add_(found, list(params), alpha=weight_decay)
+    return found
+
+
+def _check_decay(value: float) -> None:
+    if not value >= 0.0:
+        raise ValueError(f"weight_decay must be at least 0, got {value}")
 
 
 def _check_unit(name: str, value: float) -> None:

@@ -98,7 +98,7 @@ def bounds_table(result: BoundsResult) -> Table:
     return table
 
 
-SYMBOLS = {"beta": "β", "betas": "β", "preconditioner": "P"}
+SYMBOLS = {"beta": "β", "dampening": "τ", "weight_decay": "w", "betas": "β", "preconditioner": "P"}
 """Settings that the report shows where they are not 0."""
 
 
@@ -428,6 +428,8 @@ def _header(result: BoundsResult, *, width: int) -> RenderableType:
     queries = "" if estimator.queries == 1 else f", {estimator.queries} queries per step"
     cost = "HVPs" if result.forward is None else "directions, two forward passes each"
     more = [f"{estimator.directions} directions{queries}"]
+    if estimator.one_sided_mu is not None:
+        more.append(f"one-sided differences: μ ≪ {quantity(estimator.one_sided_mu, digits=2)}")
     return header(result, result.spec or "zoscope bounds", width=width, cost=cost, more=more)
 
 

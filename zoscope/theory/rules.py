@@ -70,7 +70,7 @@ def estimator_moments(
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The iteration ``m ← βm + g; x ← x - (lr_scale·lr) m`` on the spectrum of M.
+    """The iteration ``m ← βm + g + wx; x ← x - (lr_scale·lr) m`` on the spectrum of M.
 
     Args:
         name: Name of the optimizer.
@@ -78,9 +78,11 @@ class UpdateRule:
         lr_scale: Factor from the user's learning rate to the step along ``m``.
         preconditioned: Whether M is ``P^-1/2 H P^-1/2`` with a frozen preconditioner P, not the Hessian itself.
         adapts: What its steps are divided by; see `floor_factor`.
+        weight_decay: w, loss/param²: a drift without noise. Descent thresholds, intervals, loss curves and mini-batches
+            leave it out.
 
     Raises:
-        ValueError: If β is outside ``[0, 1)`` or ``lr_scale`` is not positive.
+        ValueError: If β is outside ``[0, 1)``, ``lr_scale`` is not positive, or w is negative.
     """
 
     name: str
@@ -88,6 +90,7 @@ class UpdateRule:
     lr_scale: float = 1.0
     preconditioned: bool = False
     adapts: Adaptivity | None = None
+    weight_decay: float = 0.0
 
     @property
     def is_linear(self) -> bool:
@@ -98,15 +101,25 @@ class UpdateRule:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
         require_positive("lr_scale", self.lr_scale)
+        require_non_negative("weight_decay", self.weight_decay)
 
 
-def update_rule(name: str, *, beta: float = 0.9, betas: tuple[float, float] = (0.9, 0.999)) -> UpdateRule:
+def update_rule(
+    name: str,
+    *,
+    beta: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+) -> UpdateRule:
     """The rule of an optimizer, from its record.
 
     Args:
         name: Family of an optimizer; ``"gdm"`` has the convention of ``torch.optim.SGD(momentum=β)``.
         beta: Momentum of ``"gdm"``.
         betas: Adam's ``(β₁, β₂)``; only β₁ enters, because P is frozen.
+        dampening: τ of ``m ← βm + (1-τ)g``, which stretches every threshold by ``1/(1-τ)``.
+        weight_decay: w of ``g + wx``.
 
     Returns:
         The heavy-ball form; Adam's ``m ← β₁m + (1-β₁)g`` is the same iteration with ``lr_scale = 1 - β₁``.
@@ -121,7 +134,16 @@ def update_rule(name: str, *, beta: float = 0.9, betas: tuple[float, float] = (0
         if not all(0 <= value < 1 for value in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas!r}")
         return UpdateRule(name, betas[0], 1 - betas[0], record.preconditioned, record.adapts)
-    return UpdateRule(name, beta if "beta" in record.options else 0.0, 1.0, record.preconditioned, record.adapts)
+    if not 0 <= dampening < 1:
+        raise ValueError(f"dampening must be in [0, 1), got {dampening!r}")
+    return UpdateRule(
+        name,
+        beta if "beta" in record.options else 0.0,
+        1 - dampening if "dampening" in record.options else 1.0,
+        record.preconditioned,
+        record.adapts,
+        weight_decay if "weight_decay" in record.options else 0.0,
+    )
 
 
 def floor_factor(adapts: Adaptivity, moments: EstimatorMoments) -> float:
