@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -43,6 +43,7 @@ LITERALS = {
     options.CURVATURES: "CurvatureKind",
     options.DTYPES: "Dtype",
     tuple(options.DIRECTIONS): "Directions",
+    get_args(options.Differences): "Differences",
     options.HVPS: "Hvp",
     options.THRESHOLDS: "Threshold",
     ("pass", "fail"): 'Literal["pass", "fail"]',

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from zoscope import Estimate, Notice, OptimizerBounds
+from zoscope import Estimate, OptimizerBounds
 from zoscope.analysis import notices
 from zoscope.analysis.thresholds import Binding, Horizon
 from zoscope.curvature.preconditioner import Preconditioner
@@ -94,10 +94,3 @@ def test_a_preconditioner_that_breaks_an_assumption_is_announced(collapsed, comm
 @pytest.mark.parametrize(("reached", "expected"), [(0.02, []), (0.021, ["precision"]), (math.inf, ["precision"])])
 def test_a_missed_precision_is_announced(reached: float, expected: list[str]) -> None:
     assert codes(notices.precision_notices({"hessian": reached}, rtol=0.02, max_hvps=10, dimension=9000)) == expected
-
-
-def test_a_notice_is_given_once() -> None:
-    assert notices.without_repeats([Notice("a", "x"), Notice("b", "y"), Notice("a", "x")]) == (
-        Notice("a", "x"),
-        Notice("b", "y"),
-    )

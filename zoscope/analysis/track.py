@@ -383,9 +383,10 @@ def _start(going: Run, config: Mapping[str, Any], *, overwrite: bool) -> None:
         return
     stored = content.get("config", config)
     for key in sorted({*stored, *config}):
-        if stored.get(key) != config.get(key):
+        before = stored.get(key, DEFAULTS.get(key))  # a run of an earlier version has not all of today's options
+        if before != config.get(key):
             raise UsageError(
-                f"--resume {place.path}: {key} is {config.get(key)!r} in config.yaml, and was {stored.get(key)!r} when "
+                f"--resume {place.path}: {key} is {config.get(key)!r} in config.yaml, and was {before!r} when "
                 "the checkpoint was written. Put it back, or start a new run from checkpoint.pt with --checkpoint."
             )
     going.restore(content)

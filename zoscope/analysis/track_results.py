@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from zoscope.theory.rules import UpdateRule
 
 CONFIG = """
-    lr optimizer steps every mu queries directions beta betas eps batch_size target_loss divergence checkpoint_every
-    forward_every seed rtol max_hvps method curvature hvp device dtype micro_batch
+    lr optimizer steps every mu queries directions beta betas eps dampening weight_decay differences batch_size
+    target_loss divergence checkpoint_every forward_every seed rtol max_hvps method curvature hvp device dtype
+    micro_batch
 """
 """Options that make a run what it is, in the order in which ``config.yaml`` has them."""
 

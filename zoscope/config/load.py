@@ -198,8 +198,8 @@ class OptimizerConfig:
     beta: float
     betas: tuple[float, float]
     eps: float
-    dampening: float = 0.0
-    weight_decay: float = 0.0
+    dampening: float
+    weight_decay: float
 
     @property
     def lr(self) -> float:
