@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoscope.curvature.lanczos import Jacobi, Recurrences, project_out
 from zoscope.curvature.operators import ExampleMean, coupling_and_spread, gradient_sums, signed_sum
-from zoscope.curvature.slq import averaged_rule
+from zoscope.curvature.slq import gauss_rule
 from zoscope.problem import Objective, Shard
 from zoscope.problem.objective import Examples, Indices
 from zoscope.theory.minibatch import HessianNoise, spread_of_batches
@@ -173,9 +173,9 @@ def _rules(
 
 
 def _rule(chain: Jacobi, mass: float) -> Spectrum:
-    """Of a vector's spectral measure; nodes beyond the chain's own Ritz values are moved in."""
-    rule, ends = averaged_rule(chain), chain.eigh()[0][[0, -1]]
-    return Spectrum(np.clip(rule.nodes, *ends), mass * rule.weights)
+    """Of a vector's spectral measure; no node lies beyond the chain's Ritz values."""
+    rule = gauss_rule(chain)
+    return Spectrum(rule.nodes, mass * rule.weights)
 
 
 @dataclass(frozen=True)

@@ -284,24 +284,37 @@ LARGEST_TILT = 4.0
 """Most by which a weight grows, in units of itself, when a rule is tilted to moments that are better known."""
 
 
-def averaged_rule(jacobi: Jacobi) -> Spectrum:
-    """Average of the (k-1)-node Gauss and the k-node anti-Gauss rule; unit mass.
+def averaged_rule(jacobi: Jacobi, ends: tuple[float, float] | None = None) -> Spectrum:
+    """Average of the k-node rule of a stretched matrix and the (k-1)-node Gauss rule; unit mass.
+
+    With the square of the last off-diagonal stretched by ``s`` and weights of ``1/s`` and ``1 - 1/s`` the errors of the
+    two cancel up to degree 2k - 1: ``s = 2`` is the anti-Gauss rule, whose error is minus that of the Gauss rule, and
+    ``s = 1`` the k-node Gauss rule. The nodes move apart with s, which is as large as leaves them between the ends.
+    (Moving single nodes in would change the moments: by a lot where there is much mass, as in a bulk near zero.)
 
     Args:
         jacobi: Tridiagonal matrix of k ≥ 1 steps.
+        ends: An interval with all of its eigenvalues, where nodes may lie; anywhere when left out.
 
     Returns:
         ``2k - 1`` nodes; the k-node Gauss rule, which is exact, where the Krylov space is invariant.
 
-    Source: Laurie, Anti-Gaussian quadrature formulas, Math. Comp. 65 (1996).
+    Source: Laurie, Anti-Gaussian quadrature formulas, Math. Comp. 65 (1996); with weights: Ehrich, On stratified
+    extensions of Gauss-Laguerre and Gauss-Hermite quadrature formulas, J. Comput. Appl. Math. 140 (2002).
     """
     k = jacobi.size
     if k == 1 or jacobi.betas[-1] == 0:
         return gauss_rule(jacobi)
+    nodes, vectors = jacobi.head(k - 1).eigh()
+    stretch = 2.0
+    for end in ends or ():  # an end is a node where this stretch makes the determinant vanish
+        with np.errstate(divide="ignore", invalid="ignore"):
+            coupled = float(jacobi.betas[k - 2] ** 2 * np.sum(vectors[-1] ** 2 / (nodes - end)))
+        stretch = min(stretch, max(1.0, (jacobi.alphas[-1] - end) / coupled)) if coupled else stretch
     stretched = jacobi.betas.copy()
-    stretched[k - 2] *= np.sqrt(2)
-    parts = gauss_rule(jacobi.head(k - 1)), gauss_rule(Jacobi(jacobi.alphas, stretched))
-    return joined([(0.5, part) for part in parts])
+    stretched[k - 2] *= np.sqrt(stretch)
+    parts = gauss_rule(Jacobi(jacobi.alphas, stretched)), Spectrum(nodes, vectors[0] ** 2)
+    return joined([(1 / stretch, parts[0]), (1 - 1 / stretch, parts[1])])
 
 
 def tilted(rule: Spectrum, mean: float, square: float, *, end: float) -> tuple[Spectrum, Spectrum]:
@@ -455,8 +468,8 @@ class Complement:
 
     Args:
         exact: Deflated eigenvalues.
-        ends: Smallest and largest Ritz value known. The outermost nodes of anti-Gauss rules can lie beyond; they are
-            moved in, since long horizons amplify a spurious negative node exponentially.
+        ends: Smallest and largest Ritz value of the chain. No node lies beyond the Ritz values that are known: long
+            horizons amplify a spurious negative node exponentially.
         dimension: D, dimension of the complement.
         coupling: What the residuals of the deflated pairs change to second order.
         rounding: By how much rounding may move an eigenvalue, loss/param².
@@ -502,9 +515,10 @@ class Complement:
         if self.dimension == 0:
             return SampledSpectrum.exact(self.exact.nodes)
         assert self.fine is not None
-        ends = self._ends(self.fine)
-        fine, coarse = (_rule(jacobi, ends) for jacobi in (self.fine, self.fine.head(self.length)))
-        rules = [coarse, *(_rule(jacobi, ends) for jacobi in self.shorts)]
+        found = np.concatenate([self.ends, *(jacobi.eigh()[0] for jacobi in (self.fine, *self.shorts))])
+        ends = float(found.min()), float(found.max())
+        fine, coarse = (averaged_rule(jacobi, ends) for jacobi in (self.fine, self.fine.head(self.length)))
+        rules = [coarse, *(averaged_rule(jacobi, ends) for jacobi in self.shorts)]
         correction = self._scaled([(1.0, fine), (-1.0, coarse)])
         pooled = np.mean([_moments(j) for j in (self.fine, *self.shorts, *self.firsts)], axis=0)
         corrected = [(fine.trace_of(f) - coarse.trace_of(f)) for f in (_identity, np.square)]
@@ -528,10 +542,6 @@ class Complement:
             probes=tuple(self._scaled([(1.0, rule)]) for rule in rules),
         )
 
-    def _ends(self, fine: Jacobi) -> tuple[float, float]:
-        values, _ = fine.eigh()
-        return min(self.ends[0], float(values[0])), max(self.ends[1], float(values[-1]))
-
     def _quadrature(self, fine: Jacobi, ends: tuple[float, float]) -> list[tuple[Spectrum, ...]]:
         """How far the fine rule may be off, and how much the error of the short rule may differ between probes."""
         size = fine.size
@@ -547,9 +557,9 @@ class Complement:
     def _against(
         self, fine: Jacobi, ends: tuple[float, float], lengths: set[int], factor: float
     ) -> tuple[Spectrum, ...]:
-        whole = _rule(fine, ends)
+        whole = averaged_rule(fine, ends)
         return tuple(
-            self._scaled([(factor, _rule(fine.head(length), ends)), (-factor, whole)])
+            self._scaled([(factor, averaged_rule(fine.head(length), ends)), (-factor, whole)])
             for length in sorted({max(1, length) for length in lengths})
         )
 
@@ -559,11 +569,6 @@ class Complement:
 
 def _identity(nodes: np.ndarray) -> np.ndarray:
     return nodes
-
-
-def _rule(jacobi: Jacobi, ends: tuple[float, float]) -> Spectrum:
-    rule = averaged_rule(jacobi)
-    return Spectrum(np.clip(rule.nodes, *ends), rule.weights)
 
 
 def _moments(jacobi: Jacobi) -> tuple[float, float]:
