@@ -291,8 +291,8 @@ def test_the_plan_takes_single_products_for_moments_and_rules_for_a_kink():
 def test_spectra_without_outliers_are_covered_too(eigenvalues):
     op = DenseOperator(rotated(eigenvalues, seed=1))
     truth = float(eigenvalues.double().clamp_min(0).sum())
-    found = [measure(op, method="deflated-slq", max_hvps=400, seed=seed).trace_positive.interval for seed in range(20)]
-    assert sum(lo <= truth <= hi for lo, hi in found) >= 16  # P(fewer of 20) < 0.3 % at a true coverage of 95 %
+    found = [measure(op, method="deflated-slq", max_hvps=400, seed=seed).trace_positive.interval for seed in range(12)]
+    assert sum(lo <= truth <= hi for lo, hi in found) >= 9  # P(fewer of 12) < 1 % at a true coverage of 95 %
 
 
 def zero_heavy(size: int = 1500) -> torch.Tensor:
