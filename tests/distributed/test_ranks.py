@@ -35,7 +35,7 @@ COMMANDS = {
     "one batch": ["bounds", SPEC, "--set", "batch_size=37", "--max-hvps", "40", "--optimizer", "gd"],
     "cut for derivatives": ["bounds", f"{SPEC}:wide", "--max-hvps", "25", "--optimizer", "gd"],
     "micro-batches": ["bounds", SPEC, "--micro-batch", "3", "--max-hvps", "25", "--optimizer", "gd"],
-    "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "25", "--optimizer", "gd"],
+    "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "25"],
     "mini-batches": ["bounds", SPEC, "--batch-size", "5", "--max-hvps", "25", "--optimizer", "gd"],
     "mini-batches probed": [
         "probe",
