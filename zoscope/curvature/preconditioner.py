@@ -1,4 +1,4 @@
-"""Second moments from a saved ``torch.optim.Adam`` or ``AdamW`` state dict."""
+"""Adam's preconditioner: from a saved state or as expected, and the curvature that it leaves."""
 
 from __future__ import annotations
 

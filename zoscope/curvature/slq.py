@@ -12,11 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.curvature.lanczos import (
-    Array,
     Chain,
     Jacobi,
     Recurrences,
@@ -30,7 +28,7 @@ from zoscope.curvature.lanczos import (
     vectors_that_fit,
 )
 from zoscope.curvature.nonsmooth import Jump
-from zoscope.curvature.operators import DenseOperator, LinearOperator, dense_eigenpairs, dense_eigenvalues
+from zoscope.curvature.operators import Array, DenseOperator, LinearOperator, dense_eigenpairs, dense_eigenvalues
 from zoscope.errors import UsageError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.spectrum import ENDLESS, NORMAL, Estimate, SampledSpectrum, Spectrum, widening
@@ -106,7 +104,6 @@ Method = Literal["dense", "deflated-slq", "forward"]
 EIGENVALUE_TOLERANCE = 0.01
 """Residual of a converged eigenvalue, in units of its value."""
 
-
 NORM = 3.0
 """Half-width wanted of the norm, in units of that of the trace: what one product tells of it is about as much."""
 
@@ -181,9 +178,9 @@ class ForwardNoise:
         hessian_sq: ``E‖H_e − H‖_F²``.
     """
 
-    gradient_sq: NDArray[np.float64]
-    curvature: NDArray[np.float64]
-    slopes_sq: NDArray[np.float64]
+    gradient_sq: Array
+    curvature: Array
+    slopes_sq: Array
     gradient_error: float
     slopes_error: float
     hessian_sq: Estimate
@@ -279,7 +276,6 @@ def ritz_values(jacobi: Jacobi, *, dtype: torch.dtype) -> tuple[Eigenvalue, ...]
 DEFLATION_TOLERANCE = 0.05
 """Largest residual of a deflated Ritz pair, in units of its value: it enters traces by its square."""
 
-
 LARGEST_TILT = 4.0
 """Most by which a weight grows, in units of itself, when a rule is tilted to moments that are better known."""
 
@@ -346,10 +342,10 @@ def tilted(rule: Spectrum, mean: float, square: float, *, end: float) -> tuple[S
     return Spectrum(rule.nodes, rule.weights * (1.0 + share * tilt)), missing
 
 
-def gauss_rule(jacobi: Jacobi) -> Spectrum:
-    """The k-node Gauss rule of the measure behind a tridiagonal matrix; unit mass."""
+def gauss_rule(jacobi: Jacobi, *, mass: float = 1.0) -> Spectrum:
+    """The k-node Gauss rule of the measure behind a tridiagonal matrix; no node lies beyond its Ritz values."""
     nodes, vectors = jacobi.eigh()
-    return Spectrum(nodes, vectors[0] ** 2)
+    return Spectrum(nodes, mass * vectors[0] ** 2)
 
 
 @dataclass(frozen=True)
@@ -434,8 +430,7 @@ def measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int) -
         return Spectrum.of([])
     chain = Chain(operator, vector, capacity=steps)
     chain.extend(steps)
-    rule = gauss_rule(chain.jacobi)
-    return Spectrum(rule.nodes, squared * rule.weights)
+    return gauss_rule(chain.jacobi, mass=squared)
 
 
 SHORT_LENGTHS = (5, 8, 12, 20)
@@ -521,7 +516,7 @@ class Complement:
         rules = [coarse, *(averaged_rule(jacobi, ends) for jacobi in self.shorts)]
         correction = self._scaled([(1.0, fine), (-1.0, coarse)])
         pooled = np.mean([_moments(j) for j in (self.fine, *self.shorts, *self.firsts)], axis=0)
-        corrected = [(fine.trace_of(f) - coarse.trace_of(f)) for f in (_identity, np.square)]
+        corrected = fine.trace - coarse.trace, fine.frobenius_sq - coarse.frobenius_sq
         average, end = joined([(1.0 / len(rules), rule) for rule in rules]), max(map(abs, ends))
         sampled, missing = tilted(average, *(pooled - corrected), end=end)
         sampled = self._scaled([(1.0, sampled)])
@@ -565,10 +560,6 @@ class Complement:
 
     def _scaled(self, terms: Sequence[tuple[float, Spectrum]]) -> Spectrum:
         return joined([(factor * self.dimension, rule) for factor, rule in terms])
-
-
-def _identity(nodes: np.ndarray) -> np.ndarray:
-    return nodes
 
 
 def _moments(jacobi: Jacobi) -> tuple[float, float]:
@@ -986,7 +977,7 @@ AT_ONCE, ENTRIES = 16, 2**26
 """Most probe vectors that advance together, and most entries that they have beyond the usual block."""
 
 
-OnPairs = Callable[[NDArray[np.float64], Tensor], None]
+OnPairs = Callable[[Array, Tensor], None]
 """Called with eigenvalues ``(q,)`` and orthonormal eigenvectors ``(q, d)``, which are valid during the call."""
 
 
