@@ -58,7 +58,7 @@ def test_a_probe_needs_the_precision_asked_for_with_strict(zoscope_cli, wide: Pa
     assert zoscope_cli("probe", wide, "--method", "dense", "--optimizer", "gd", "--strict", "-q").code == 0
 
 
-def test_a_run_shows_its_result_before_strict_fails_it(zoscope_cli, wide: Path) -> None:
+def test_a_run_shows_its_result_before_strict_fails_it(zoscope_cli, without_pictures, wide: Path) -> None:
     args = ("track", wide, "--lr", "1e-4", "--steps", "2", "--every", "1", *COARSE, "-q")
     assert zoscope_cli(*args, "--run", "one").code == 0
     finished = zoscope_cli(*args, "--run", "two", "--strict")

@@ -22,23 +22,29 @@ def problem(scale=1.0):
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> Path:
+def drawn_spec(tmp_path: Path) -> Path:
     file = tmp_path / "model.py"
     file.write_text(SPEC)
     return file
+
+
+@pytest.fixture
+def spec(drawn_spec: Path, without_pictures: None) -> Path:
+    return drawn_spec
 
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(zoscope.__file__).parents[1])}
 SHORT = ("--lr", "0.01", "--steps", "20", "--every", "10")
 
 
-def test_a_run_prints_its_measurements_and_leaves_a_folder(zoscope_cli, spec, tmp_path) -> None:
-    finished = zoscope_cli("track", spec, "--optimizer", "zo-gd", *SHORT)
+def test_a_run_prints_its_measurements_and_leaves_a_folder(zoscope_cli, drawn_spec, tmp_path) -> None:
+    finished = zoscope_cli("track", drawn_spec, "--optimizer", "zo-gd", *SHORT)
     assert finished.code == 0, finished.err
     assert "in the band" in finished.out or "not reached" in finished.out
     assert "finished: all 20 steps are done" in finished.out
     run = tmp_path / "runs" / "model-zo-gd"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert {"plot.png", "plot.svg"} <= {path.name for path in run.iterdir()}
     assert yaml.safe_load((run / "config.yaml").read_text())["spec"] == "../../model.py"
     assert sum(line.startswith("step ") for line in finished.err.splitlines()) == 3
 

@@ -1,11 +1,17 @@
 """Test matrices built from their spectrum."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 
+@lru_cache(maxsize=8)
 def rotated(eigenvalues: Tensor, *, seed: int) -> Tensor:
-    """A symmetric matrix with these eigenvalues in a random basis: Rademacher probes are exact on diagonal ones."""
+    """A symmetric matrix with these eigenvalues in a random basis: Rademacher probes are exact on diagonal ones.
+
+    The same matrix for the same tensor: a decomposition takes longer than most of what is done with it.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(noise)[0]

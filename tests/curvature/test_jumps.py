@@ -73,9 +73,16 @@ def test_forward_passes_say_so(name):
     assert "piecewise-constant" in {notice.code for notice in found.warnings}
 
 
-def test_a_check_says_so():
-    report = zoscope.check(problem(STEPPED["floor"]), optimizer="zo-gd", lr=1e-3, device="cpu")
-    assert "piecewise constant" in " ".join(report.checks[0].notices)
+@pytest.mark.parametrize(("optimizer", "curvature"), [("zo-gd", "hessian"), ("gd", "hessian"), ("zo-gd", "forward")])
+def test_a_check_passes_no_step_size_and_says_so(optimizer, curvature):
+    options = {"optimizer": optimizer, "lr": 1e-3, "curvature": curvature, "device": "cpu"}
+    (found,) = zoscope.check(problem(STEPPED["floor"]), **options).checks
+    assert (found.status, found.exit_code, found.largest_lr) == ("warn", 0, None)
+    assert "piecewise constant" in found.message
+    assert "piecewise constant" in " ".join(found.notices)
+    assert found.doubts == ("piecewise-constant",)
+    strict = zoscope.check(problem(STEPPED["floor"]), on_warn="fail", **options).checks[0]
+    assert (strict.status, strict.exit_code) == ("fail", 1)
 
 
 def test_a_loss_of_which_a_part_has_jumps_is_measured_as_before():

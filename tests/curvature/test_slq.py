@@ -47,11 +47,50 @@ def test_gauss_rules_integrate_polynomials_up_to_twice_the_steps(power):
     assert rule.trace_of(lambda x: x**power) == pytest.approx(moment(EIGENVALUES, start, power), rel=1e-9)
 
 
-@pytest.mark.parametrize("power", range(6))
-def test_averaged_rules_integrate_what_both_of_their_parts_do(power):
+@pytest.mark.parametrize("ends", [None, (-0.5, 25.0), "its own"])
+def test_averaged_rules_integrate_as_much_wherever_their_nodes_may_lie(ends):
     chain, start = chain_of(EIGENVALUES, steps=4)
-    rule = averaged_rule(chain.jacobi)
-    assert rule.trace_of(lambda x: x**power) == pytest.approx(moment(EIGENVALUES, start, power), rel=1e-9)
+    values = chain.jacobi.eigh()[0]
+    ends = tuple(values[[0, -1]]) if ends == "its own" else ends
+    rule = averaged_rule(chain.jacobi, ends)
+    for power in range(8):
+        wanted = moment(EIGENVALUES, start, power)
+        assert rule.trace_of(lambda x, power=power: x**power) == pytest.approx(wanted, rel=1e-9)
+    assert (rule.weights >= 0).all()
+    if ends is not None:
+        assert rule.nodes.min() >= ends[0] - 1e-9
+        assert rule.nodes.max() <= ends[1] + 1e-9
+
+
+def test_averaged_rules_are_as_far_from_gauss_rules_as_the_ends_allow():
+    jacobi = chain_of(EIGENVALUES, steps=4)[0].jacobi
+    values = jacobi.eigh()[0]
+    free, held = averaged_rule(jacobi), averaged_rule(jacobi, (values[0] - 1e-3, 1e3))
+    assert averaged_rule(jacobi, (free.nodes.min() - 1, free.nodes.max() + 1)).nodes == pytest.approx(free.nodes)
+    assert held.nodes.min() == pytest.approx(values[0] - 1e-3)
+    own = averaged_rule(jacobi, (values[0], values[-1]))
+    assert own.nodes[own.weights > 1e-9] == pytest.approx(values)
+
+
+def test_a_bulk_near_zero_is_not_moved_out_of_it():
+    # Most of the mass of eigenvalues 1/k is near zero. Nodes that were moved in to the smallest Ritz value added to its
+    # trace, and the tilt to the true moments took that from the larger eigenvalues: 0.9 % here, with any vector.
+    values = 1.0 / np.arange(26, 2000)
+    operator, errors = DenseOperator(torch.diag(torch.from_numpy(values))), []
+
+    def bent(x):
+        return x * -np.expm1(-500 * x)
+
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randn(1, len(values), generator=generator, dtype=torch.float64)
+        (jacobi,) = Recurrences(operator, starts, deflated=starts[:0]).extend(10).jacobis()
+        rule = averaged_rule(jacobi, tuple(jacobi.eigh()[0][[0, -1]]))
+        found, missing = tilted(rule, values.mean(), np.square(values).mean(), end=float(values.max()))
+        errors.append(found.trace_of(bent) / bent(values).mean() - 1)
+        assert np.abs(missing.weights).max() < 1e-9
+    assert abs(np.mean(errors)) < 3 * np.std(errors, ddof=1) / np.sqrt(len(errors))
+    assert np.std(errors) < 0.005
 
 
 def test_averaged_rules_are_better_than_gauss_rules_at_a_kink():
@@ -252,8 +291,8 @@ def test_the_plan_takes_single_products_for_moments_and_rules_for_a_kink():
 def test_spectra_without_outliers_are_covered_too(eigenvalues):
     op = DenseOperator(rotated(eigenvalues, seed=1))
     truth = float(eigenvalues.double().clamp_min(0).sum())
-    found = [measure(op, method="deflated-slq", max_hvps=400, seed=seed).trace_positive.interval for seed in range(20)]
-    assert sum(lo <= truth <= hi for lo, hi in found) >= 16  # P(fewer of 20) < 0.3 % at a true coverage of 95 %
+    found = [measure(op, method="deflated-slq", max_hvps=400, seed=seed).trace_positive.interval for seed in range(12)]
+    assert sum(lo <= truth <= hi for lo, hi in found) >= 9  # P(fewer of 12) < 1 % at a true coverage of 95 %
 
 
 def zero_heavy(size: int = 1500) -> torch.Tensor:

@@ -22,7 +22,7 @@ COMMANDS = {
         "--method",
         "deflated-slq",
         "--max-hvps",
-        "60",
+        "30",
         "--optimizer",
         "gd",
         "--optimizer",
@@ -30,12 +30,12 @@ COMMANDS = {
     ],
     "dense": ["bounds", SPEC, "--method", "dense", "--optimizer", "gd"],
     "ggn": ["bounds", SPEC, "--curvature", "ggn", "--optimizer", "gd", "--max-hvps", "40"],
-    "forward": ["bounds", SPEC, "--curvature", "forward", "--max-hvps", "150"],
-    "float32": ["bounds", SPEC, "--set", "dtype=float32", "--max-hvps", "40", "--optimizer", "gd"],
+    "forward": ["bounds", SPEC, "--curvature", "forward", "--max-hvps", "60"],
+    "float32": ["bounds", SPEC, "--set", "dtype=float32", "--max-hvps", "25", "--optimizer", "gd"],
     "one batch": ["bounds", SPEC, "--set", "batch_size=37", "--max-hvps", "40", "--optimizer", "gd"],
     "cut for derivatives": ["bounds", f"{SPEC}:wide", "--max-hvps", "25", "--optimizer", "gd"],
     "micro-batches": ["bounds", SPEC, "--micro-batch", "3", "--max-hvps", "25", "--optimizer", "gd"],
-    "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "40"],
+    "probe": ["probe", SPEC, "--replicas", "1", "--steps", "15", "--lr", "0.01", "--max-hvps", "25"],
     "mini-batches": ["bounds", SPEC, "--batch-size", "5", "--max-hvps", "25", "--optimizer", "gd"],
     "mini-batches probed": [
         "probe",
@@ -106,7 +106,9 @@ def test_three_ranks_find_what_one_process_finds(three: dict[str, Any], name: st
 
 
 @pytest.mark.parametrize("optimizer", TRACKED)
-def test_three_ranks_share_the_mini_batches_of_a_run(three: dict[str, Any], tmp_path: Path, optimizer: str) -> None:
+def test_three_ranks_share_the_mini_batches_of_a_run(
+    three: dict[str, Any], without_pictures: None, tmp_path: Path, optimizer: str
+) -> None:
     assert run(tracked_in(tmp_path)[optimizer]) == 0
     one, many = measurements(tmp_path / optimizer), measurements(three["folder"] / optimizer)
     assert [record["step"] for record in one] == [0, 3, 6]

@@ -67,7 +67,9 @@ def test_a_spec_is_the_same_twice_other_with_another_seed_and_leaves_the_global_
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_configuration_runs_for_a_few_steps(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_runs_for_a_few_steps(
+    config: Path, without_pictures: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     values = read_track_config(config)
     spec = Path(values["spec"]).name
     folder = tmp_path / "run"

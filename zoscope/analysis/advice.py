@@ -235,8 +235,12 @@ DOUBTS = {
     "kinks": "the loss bends where the Hessian does not see it",
     "ends-apart": "negative curvature leaves η*(N) open",
     "little-curvature": "the curvature rises within the first steps",
+    "piecewise-constant": "the loss is piecewise constant",
 }
 """Why a recommendation is provisional, by the code of its notice or of the doubt."""
+
+JUMPS = "piecewise-constant"
+"""The doubt that leaves no threshold."""
 
 NAMES: dict[str, str] = {
     "horizon": "η*(N)",

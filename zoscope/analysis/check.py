@@ -11,7 +11,7 @@ from decimal import ROUND_DOWN, Context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from zoscope.analysis.advice import DOUBTS, GATE, SHORT, Limit, joined, stand
+from zoscope.analysis.advice import DOUBTS, GATE, JUMPS, SHORT, Limit, joined, stand
 from zoscope.analysis.check_results import BaselineComparison, CheckReport, CheckResult, CheckStatus
 from zoscope.analysis.check_runner import Cache, CheckMeasurement, CheckRunner, Failure
 from zoscope.config.load import (
@@ -66,7 +66,8 @@ def decide(
 ) -> Decision:
     """Hold a step size against the 95 % interval of a limit.
 
-    Pass: ``lr <= margin * low``. Fail: ``lr > high``. Between them: warn, which ``on_warn="fail"`` turns into a fail.
+    Pass: ``lr <= margin * low``. Fail: ``lr > high``. Between them, and where nothing is known: warn, which
+    ``on_warn="fail"`` turns into a fail.
 
     Args:
         lr: Step size, param²/loss.
@@ -77,6 +78,13 @@ def decide(
         doubts: Why the threshold is provisional.
     """
     largest = round_down(margin * limit.low)
+    if JUMPS in doubts:
+        message = f"{DOUBTS[JUMPS]}, so that no curvature says whether lr {lr:g} is stable."
+        return (
+            Decision("warn", message, None)
+            if on_warn != "fail"
+            else Decision("fail", f"{message} (on_warn: fail)", None)
+        )
     what = f"{PHRASES[limit.name]} {_interval(limit)}"
     if limit.name in ("horizon", "short-horizon"):
         what += f" for {steps if limit.name == 'horizon' else min(steps, SHORT)} steps"

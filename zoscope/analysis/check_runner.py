@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from zoscope._version import __version__
-from zoscope.analysis.advice import FORWARD, Limit, forward_limit
+from zoscope.analysis.advice import FORWARD, JUMPS, Limit, forward_limit
 from zoscope.analysis.notices import PROVISIONAL
 from zoscope.config.load import CheckConfig
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
@@ -313,11 +313,13 @@ class OptimizerThresholds:
         first_order: The first-order threshold; ``None`` where it is not known.
         zeroth_order: By number of steps and by policy: what ``bounds`` says there.
         minibatch: Whether they are those of mini-batches.
+        jumps: Whether the loss is piecewise constant, so that none of them says anything.
     """
 
     first_order: Limit | None
     zeroth_order: Mapping[int, Mapping[str, Held]] = field(default_factory=dict)
     minibatch: bool = False
+    jumps: bool = False
 
     def choose(self, policy: str, *, zeroth_order: bool, steps: int, curvature: str) -> Held:
         """What the policy names; the first-order threshold for a first-order optimizer.
@@ -325,11 +327,12 @@ class OptimizerThresholds:
         Raises:
             UsageError: If it cannot be known from this kind of curvature, or is not defined at this point.
         """
+        more = (JUMPS,) if self.jumps else ()
         if not zeroth_order and self.first_order is not None:
-            return Held(self.first_order)
+            return Held(self.first_order, more)
         known = self.zeroth_order.get(steps, {}) if zeroth_order else {}
         if policy in known and zeroth_order:
-            return known[policy]
+            return replace(known[policy], doubts=(*known[policy].doubts, *more))
         raise UsageError(
             f"the {policy if zeroth_order else 'fo'} threshold is not known here with curvature kind {curvature!r} "
             f"(known: {', '.join(known) or 'none'}). Choose one that is, as policy.threshold; forward passes know no "
@@ -345,6 +348,7 @@ class OptimizerThresholds:
                 for steps, known in self.zeroth_order.items()
             },
             "minibatch": self.minibatch,
+            "jumps": self.jumps,
         }
 
     @classmethod
@@ -359,7 +363,9 @@ class OptimizerThresholds:
             int(steps): {policy: Held(_limit(row), tuple(map(str, doubts))) for policy, (row, doubts) in rows.items()}
             for steps, rows in document["zeroth_order"].items()
         }
-        return cls(None if first is None else _limit(first), known, bool(document["minibatch"]))
+        return cls(
+            None if first is None else _limit(first), known, bool(document["minibatch"]), bool(document["jumps"])
+        )
 
 
 def _row(limit: Limit) -> list[float | str | None]:
@@ -428,16 +434,17 @@ class CheckMeasurement:
 
 
 def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[int]) -> OptimizerThresholds:
-    first = _first_order(result, bounds)
+    first, jumps = _first_order(result, bounds), any(notice.code == JUMPS for notice in result.warnings)
     if bounds.forward is not None:
         held: dict[str, Held] = {wanted: Held(forward_limit(wanted, bounds.forward)) for wanted in FORWARD}
-        return OptimizerThresholds(first, dict.fromkeys(steps, held), minibatch=bounds.forward.minibatch is not None)
+        cut = bounds.forward.minibatch is not None
+        return OptimizerThresholds(first, dict.fromkeys(steps, held), minibatch=cut, jumps=jumps)
     assert bounds.advisor is not None
     known: dict[int, dict[str, Held]] = {}
     for number in sorted(steps):
         advice = bounds.advisor.for_each(number, THRESHOLDS)
         known[number] = {name: Held(one.limit, one.doubts) for name, one in advice.items() if one.limit is not None}
-    return OptimizerThresholds(first, known, minibatch=bounds.minibatch is not None)
+    return OptimizerThresholds(first, known, minibatch=bounds.minibatch is not None, jumps=jumps)
 
 
 def _first_order(result: BoundsResult, bounds: OptimizerBounds) -> Limit | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from zoscope.analysis.thresholds import Pair, ci95, point_dict
 from zoscope.curvature.minibatch import Eigenpairs, GradientNoise, gradient_noise, hessian_noise
-from zoscope.curvature.operators import ExampleMean, LinearOperator, ShardOperator
+from zoscope.curvature.operators import LinearOperator, Preconditioned, ShardOperator
 from zoscope.curvature.preconditioner import expected_diagonal
 from zoscope.errors import UsageError
 from zoscope.problem.objective import Examples
@@ -278,7 +278,7 @@ class Batches:
         assert self._pairs is not None
         assert self._request.batch_size is not None
         before, gradients = self._base.num_hvps, self._gradient
-        operator = ExampleMean(self._base, diagonal)
+        operator = self._base if diagonal is None else Preconditioned(self._base, diagonal)
         noise, sweeps = hessian_noise(operator, self._examples, self._pairs, generator=self._generator)
         directions = gradients.vectors if diagonal is None else gradients.vectors / diagonal
         curved = (directions.double() * self._base.matmat(directions).double()).sum(dim=1).cpu().numpy()

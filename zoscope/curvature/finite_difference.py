@@ -9,10 +9,10 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.minibatch import Array, Division
+from zoscope.curvature.minibatch import Division
+from zoscope.curvature.operators import Array
 from zoscope.errors import NumericalError
 from zoscope.optim.directions import Block, Buffers, Direction, buffer_for, new_generator, partition
 from zoscope.optim.perturbation import SNAPSHOT_BYTES, FixedPoint, Perturbation
@@ -331,8 +331,6 @@ FLAT = 0.05
 UNITS = 8.0
 """Second differences of losses that are right to their resolution are wrong by about half so many of it."""
 
-_Array = NDArray[np.float64]
-
 
 @dataclass
 class _Trials:
@@ -344,12 +342,12 @@ class _Trials:
     reserve: int
     resolution: float
     spent: int = 0
-    found: dict[int, _Array] = field(default_factory=dict)
+    found: dict[int, Array] = field(default_factory=dict)
 
     def step(self, k: int) -> float:
         return math.ldexp(self.start, k)
 
-    def at(self, k: int) -> _Array:
+    def at(self, k: int) -> Array:
         if k not in self.found:
             self.found[k] = np.array([difference.curvature for difference in self.differences(self.step(k))])
             self.spent += len(self.found[k])

@@ -15,10 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from zoscope.curvature.finite_difference import Difference, Stencil, choose_step
 from zoscope.curvature.nonsmooth import Jump, jump_along
+from zoscope.curvature.operators import Array
 from zoscope.curvature.slq import ForwardCurvature, ForwardNoise, OnProgress
 from zoscope.errors import NumericalError, UsageError
 from zoscope.optim.directions import Direction, new_generator
@@ -44,7 +45,7 @@ def mean_of(values: ArrayLike) -> Estimate:
     if len(x) < 2:
         return Estimate(float(x.mean()), math.inf)
     stderr = float(x.std(ddof=1)) / math.sqrt(len(x))
-    return Estimate(float(x.mean()), stderr * _student(_freedom(x)))
+    return Estimate(float(x.mean()), stderr * widening(max(_freedom(x), 1.0)))
 
 
 def variance_of(values: ArrayLike) -> Estimate:
@@ -71,12 +72,12 @@ def ratio_of(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     ratio = float(a.mean() / b.mean())
     rest = a - ratio * b
     stderr = float(rest.std(ddof=1)) / (math.sqrt(len(a)) * float(b.mean()))
-    t = NORMAL_95 * _student(len(a) - 1)
+    t = NORMAL_95 * widening(len(a) - 1)
     arm = t + _skewness(rest) * (1 + 2 * t**2) / (6 * math.sqrt(len(a)))
     return Estimate(ratio, stderr * arm / NORMAL_95)
 
 
-def _skewness(x: NDArray[np.float64]) -> float:
+def _skewness(x: Array) -> float:
     """Size of the skewness, corrected for the smallness of the sample."""
     n, z = len(x), x - x.mean()
     second = float(np.mean(z**2))
@@ -85,7 +86,7 @@ def _skewness(x: NDArray[np.float64]) -> float:
     return abs(float(np.mean(z**3))) / math.pow(second, 1.5) * math.sqrt(n * (n - 1)) / (n - 2)
 
 
-def _freedom(x: NDArray[np.float64]) -> float:
+def _freedom(x: Array) -> float:
     """Degrees of freedom of a chi-square as uncertain as the sample variance: ``2 / (Var s² / σ⁴)``.
 
     ``Var s²/σ⁴ = 2/(n-1) + κ/n``. The sample kurtosis of skewed laws is too small; ``κ ≥ 1.5 skewness²`` holds in the
@@ -102,11 +103,6 @@ def _freedom(x: NDArray[np.float64]) -> float:
     return 2 / (2 / (n - 1) + excess / n)
 
 
-def _student(freedom: float) -> float:
-    return widening(max(freedom, 1.0))
-
-
-_Array = NDArray[np.float64]
 T = TypeVar("T")
 
 _TO_NONE = 4 / 3
@@ -130,7 +126,7 @@ class Noise:
     """
 
     gradient_sq: float
-    gradient_checks: _Array
+    gradient_checks: Array
     curvature: float
     hessian_sq: float
     hessian_shift: float
@@ -148,9 +144,9 @@ class Group:
         noise: How examples spread around their mean; ``None`` where that was not asked for.
     """
 
-    slopes: _Array
-    curvatures: _Array
-    checks: _Array
+    slopes: Array
+    curvatures: Array
+    checks: Array
     along_gradient: float
     noise: Noise | None = None
 
@@ -266,7 +262,7 @@ def measure_group(
     *,
     checks: int,
     h: float,
-    signs: _Array | None = None,
+    signs: Array | None = None,
     scale: float = 1.0,
 ) -> Group:
     """One group of directions.
@@ -285,7 +281,7 @@ def measure_group(
     halves = [_finite(stencil.along(u, h / 2), h / 2) for u in directions[:checks]]
     checked = np.stack([_columns(halves), np.stack([slopes, curvatures])[:, :checks]], axis=1)
 
-    def through(weights: _Array) -> float:
+    def through(weights: Array) -> float:
         """``vᵀHv`` for the vector of which ``weights`` are the products with the directions, from pairs of them."""
         norm, size = float(np.linalg.norm(weights)), len(weights)
         if norm == 0:
@@ -314,12 +310,12 @@ def measure_group(
     )
 
 
-def _disagreements(found: Sequence[Difference]) -> _Array:
+def _disagreements(found: Sequence[Difference]) -> Array:
     """Slopes and curvatures of the parts less those of all data, ``(2, k, n)``."""
     return np.stack([d.parts - np.array([[d.slope], [d.curvature]]) for d in found if d.parts is not None], axis=-1)
 
 
-def _columns(found: Sequence[Difference]) -> _Array:
+def _columns(found: Sequence[Difference]) -> Array:
     return np.array([[d.slope for d in found], [d.curvature for d in found]])
 
 
@@ -356,8 +352,6 @@ PARTS = 8
 
 ForwardPrecision = Callable[[ForwardCurvature], float]
 """Largest relative 95 % half-width among the quantities wanted."""
-
-"""Truncation at h over the change from h/2 to h."""
 
 
 def measure_forward(
@@ -508,7 +502,7 @@ def _of_trace(result: ForwardCurvature) -> float:
     return trace.half_width / abs(trace.value) if trace.value != 0 else math.inf
 
 
-def _moved(values: _Array) -> float:
+def _moved(values: Array) -> float:
     """How far a mean over directions may be from that at no step: squares of slopes change with either sign.
 
     Args:
@@ -518,7 +512,7 @@ def _moved(values: _Array) -> float:
     return _TO_NONE * (abs(float(change.mean())) + 1.96 * float(change.std(ddof=1)) / math.sqrt(len(change)))
 
 
-def _apart(values: _Array) -> float:
+def _apart(values: Array) -> float:
     """What single directions say of the errors at step h: by how much they differ at h/2, where truncation is 1/4.
 
     Not by how much their mean does: truncation mostly has one sign, which rounding or chance hides in a mean; and where

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.operators import LinearOperator
+from zoscope.curvature.operators import Array, LinearOperator
 from zoscope.errors import NumericalError
 from zoscope.runtime import Ranks, available_memory, collective, is_limited
 
@@ -234,7 +233,6 @@ def shared_basis(
     return basis
 
 
-Array = NDArray[np.float64]
 Rows = Tensor | SharedBasis
 """Vectors ``(q, d)``, in this process or in slices on all ranks."""
 

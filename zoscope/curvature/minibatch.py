@@ -6,18 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.curvature.lanczos import Jacobi, Recurrences, project_out
-from zoscope.curvature.operators import ExampleMean, coupling_and_spread, gradient_sums, signed_sum
-from zoscope.curvature.slq import averaged_rule
+from zoscope.curvature.lanczos import Recurrences, project_out
+from zoscope.curvature.operators import (
+    Array,
+    Preconditioned,
+    ShardOperator,
+    coupling_and_spread,
+    gradient_sums,
+    signed_sum,
+)
+from zoscope.curvature.slq import gauss_rule
 from zoscope.problem import Objective, Shard
 from zoscope.problem.objective import Examples, Indices
 from zoscope.theory.minibatch import HessianNoise, spread_of_batches
 from zoscope.theory.spectrum import Spectrum
-
-Array = NDArray[np.float64]
 
 
 class Division:
@@ -86,7 +90,7 @@ class Eigenpairs:
 
 
 def hessian_noise(
-    operator: ExampleMean, examples: Examples, pairs: Eigenpairs, *, generator: torch.Generator
+    operator: ShardOperator | Preconditioned, examples: Examples, pairs: Eigenpairs, *, generator: torch.Generator
 ) -> tuple[HessianNoise, int]:
     """Spread of the examples' Hessians, seen from eigenvectors and from random vectors.
 
@@ -95,7 +99,7 @@ def hessian_noise(
     with ``E wᵀf(H)w = Tr(P D P f(H))`` for every f at once: Lanczos from w is its quadrature rule.
 
     Args:
-        operator: H, as a mean over examples.
+        operator: H, or ``P^-½ H P^-½``.
         examples: What mini-batches draw from.
         pairs: Eigenpairs to follow one by one.
         generator: Of the groups, the signs and the probe vectors, on the operator's device.
@@ -133,7 +137,7 @@ def _groups(examples: Examples, generator: torch.Generator) -> tuple[list[Indice
 
 
 def _along(
-    operator: ExampleMean, examples: Examples, pairs: Eigenpairs, *, generator: torch.Generator
+    operator: ShardOperator | Preconditioned, examples: Examples, pairs: Eigenpairs, *, generator: torch.Generator
 ) -> tuple[Array, Array]:
     """Samples of coupling ``(k, q, q)`` and spread ``(k, q)`` along eigenvectors, one per group."""
     groups, scale = _groups(examples, generator)
@@ -141,7 +145,9 @@ def _along(
     return np.array(coupling) / scale, np.array(spread) / scale
 
 
-def _spread_vector(operator: ExampleMean, examples: Examples, pairs: Eigenpairs, generator: torch.Generator) -> Tensor:
+def _spread_vector(
+    operator: ShardOperator | Preconditioned, examples: Examples, pairs: Eigenpairs, generator: torch.Generator
+) -> Tensor:
     """``Σ_g ξ_g (H_g - H) z / √(k s_g)`` for a new partition, a new z and new signs; two products.
 
     z has coordinates ±1 along the eigenvectors, which carry most of the spread: their squares do not scatter.
@@ -162,20 +168,16 @@ def _signs(count: int, generator: torch.Generator) -> list[float]:
 
 
 def _rules(
-    operator: ExampleMean, vectors: Tensor, masses: Array, pairs: Eigenpairs, length: int
+    operator: ShardOperator | Preconditioned, vectors: Tensor, masses: Array, pairs: Eigenpairs, length: int
 ) -> tuple[tuple[Spectrum, ...], tuple[Spectrum, ...]]:
     if not masses.any():
         return (), ()
     chains = Recurrences(operator, vectors, deflated=pairs.vectors).extend(length).jacobis()
-    fine = tuple(_rule(chain, mass) for chain, mass in zip(chains, masses, strict=True))
-    short = tuple(_rule(c.head(max(1, (3 * c.size) // 4)), mass) for c, mass in zip(chains, masses, strict=True))
+    fine = tuple(gauss_rule(chain, mass=mass) for chain, mass in zip(chains, masses, strict=True))
+    short = tuple(
+        gauss_rule(c.head(max(1, (3 * c.size) // 4)), mass=mass) for c, mass in zip(chains, masses, strict=True)
+    )
     return fine, short
-
-
-def _rule(chain: Jacobi, mass: float) -> Spectrum:
-    """Of a vector's spectral measure; nodes beyond the chain's own Ritz values are moved in."""
-    rule, ends = averaged_rule(chain), chain.eigh()[0][[0, -1]]
-    return Spectrum(np.clip(rule.nodes, *ends), mass * rule.weights)
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,6 @@ def nonsmooth_curvature(objective: Objective, operator: LinearOperator, *, gener
         objective: The prepared problem; its parameters are the same afterwards.
         operator: Its Hessian.
         generator: Source of the directions.
-
     """
     vectors = torch.randn(PROBES, operator.dim, generator=generator, dtype=operator.dtype, device=operator.device)
     curvatures = (vectors * operator.matmat(vectors)).sum(dim=1).double().tolist()

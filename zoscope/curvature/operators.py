@@ -43,6 +43,8 @@ from zoscope.runtime.autograd_errors import (
     symmetric,
 )
 
+Array = NDArray[np.float64]
+
 DENSE_BLOCK = 64
 """Unit vectors multiplied at once when a whole matrix is formed."""
 
@@ -129,7 +131,7 @@ class DenseOperator(LinearOperator):
         return vectors @ self._matrix
 
 
-class Preconditioned(LinearOperator):
+class Preconditioned(LinearOperator, Twin):
     """``P^-½ M P^-½`` for a positive diagonal P: similar to ``P⁻¹M``, and symmetric.
 
     Args:
@@ -138,7 +140,7 @@ class Preconditioned(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator, diagonal: Tensor) -> None:
-        self._operator = operator
+        self._operator, self._diagonal = operator, diagonal
         self._scale = diagonal.double().rsqrt().to(operator.dtype)
         self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
 
@@ -161,12 +163,25 @@ class Preconditioned(LinearOperator):
         """Products with the rows of ``vectors``."""
         return self._operator.matmat(vectors * self._scale) * self._scale
 
+    def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
+        """What some shards of M contribute to the products, computed here."""
+        assert isinstance(self._operator, ShardOperator)
+        return self._operator.partial(vectors * self._scale, shards) * self._scale
+
+    def recipe(self) -> tuple[LinearOperator, Tensor]:
+        """What it was made of."""
+        return self._operator, self._diagonal
+
+    def news(self) -> LinearOperator:
+        """Those of M."""
+        return self._operator
+
     def dense(self) -> Tensor:
         """The whole matrix; reuses that of M."""
         return self._scale[:, None] * self._operator.dense() * self._scale
 
 
-def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], float]:
+def dense_eigenvalues(operator: LinearOperator) -> tuple[Array, float]:
     """All eigenvalues of a symmetric operator, computed in float64.
 
     Args:
@@ -202,7 +217,7 @@ def dense_eigenvalues(operator: LinearOperator) -> tuple[NDArray[np.float64], fl
     return torch.linalg.eigvalsh((double + double.T) / 2).cpu().numpy(), asymmetry
 
 
-def dense_eigenpairs(operator: LinearOperator) -> tuple[NDArray[np.float64], Tensor]:
+def dense_eigenpairs(operator: LinearOperator) -> tuple[Array, Tensor]:
     """All eigenvalues ``(d,)``, ascending, and the eigenvectors as rows ``(d, d)``, in the operator's type."""
     double = operator.dense().double()
     values, vectors = torch.linalg.eigh((double + double.T) / 2)
@@ -404,60 +419,18 @@ def _reduced(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
     return (each, each.mean(), each.sum())[reduction] if reduction else each
 
 
-Array = NDArray[np.float64]
-
-
-class ExampleMean(LinearOperator, Twin):
-    """A symmetric operator that is a mean over examples, and known on some of them too: M or ``P^-½ M P^-½``.
-
-    Args:
-        operator: M.
-        diagonal: ``(d,)`` diagonal of P, positive; ``None`` for M itself.
-    """
-
-    def __init__(self, operator: ShardOperator, diagonal: Tensor | None = None) -> None:
-        self.base, self.diagonal = operator, diagonal
-        self._whole: LinearOperator = operator if diagonal is None else Preconditioned(operator, diagonal)
-        self._scale = None if diagonal is None else diagonal.double().rsqrt().to(operator.dtype)
-        self.dim, self.device, self.dtype = operator.dim, operator.device, operator.dtype
-
-    def recipe(self) -> tuple[ShardOperator, Tensor | None]:
-        """What it was made of."""
-        return self.base, self.diagonal
-
-    def news(self) -> ShardOperator:
-        """Those of M."""
-        return self.base
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those of M."""
-        return self.base.ranks
-
-    @property
-    def num_hvps(self) -> int:
-        """Products with the whole of M computed so far."""
-        return self.base.num_hvps
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Products with the mean over all examples."""
-        return self._whole.matmat(vectors)
-
-    def partial(self, vectors: Tensor, shards: Sequence[Shard]) -> Tensor:
-        """Products with a weighted sum over some shards."""
-        if self._scale is None:
-            return self.base.partial(vectors, shards)
-        return self.base.partial(vectors * self._scale, shards) * self._scale
-
-
 @collective
 def coupling_and_spread(
-    operator: ExampleMean, examples: Examples, groups: Sequence[Indices], values: Array, vectors: Tensor
+    operator: ShardOperator | Preconditioned,
+    examples: Examples,
+    groups: Sequence[Indices],
+    values: Array,
+    vectors: Tensor,
 ) -> list[tuple[Array, Array]]:
     """``(v_iᵀ(H_g - H)v_j)²``, ``(q, q)``, and ``‖(H_g - H)v_i‖²``, ``(q,)``, for every group g.
 
     Args:
-        operator: H, as a mean over examples.
+        operator: H, or ``P^-½ H P^-½``.
         examples: What the groups are of.
         groups: A partition.
         values: ``(q,)`` eigenvalues of H.
@@ -477,7 +450,11 @@ def coupling_and_spread(
 
 @collective
 def signed_sum(
-    operator: ExampleMean, examples: Examples, groups: Sequence[Indices], signs: Sequence[float], vector: Tensor
+    operator: ShardOperator | Preconditioned,
+    examples: Examples,
+    groups: Sequence[Indices],
+    signs: Sequence[float],
+    vector: Tensor,
 ) -> Tensor:
     """``Σ_g ξ_g H_g z`` for the groups g, their signs ξ and a vector z, ``(1, d)``."""
     ranks, total = operator.ranks, torch.zeros_like(vector)

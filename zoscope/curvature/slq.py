@@ -12,11 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.curvature.lanczos import (
-    Array,
     Chain,
     Jacobi,
     Recurrences,
@@ -30,7 +28,7 @@ from zoscope.curvature.lanczos import (
     vectors_that_fit,
 )
 from zoscope.curvature.nonsmooth import Jump
-from zoscope.curvature.operators import DenseOperator, LinearOperator, dense_eigenpairs, dense_eigenvalues
+from zoscope.curvature.operators import Array, DenseOperator, LinearOperator, dense_eigenpairs, dense_eigenvalues
 from zoscope.errors import UsageError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.spectrum import ENDLESS, NORMAL, Estimate, SampledSpectrum, Spectrum, widening
@@ -106,7 +104,6 @@ Method = Literal["dense", "deflated-slq", "forward"]
 EIGENVALUE_TOLERANCE = 0.01
 """Residual of a converged eigenvalue, in units of its value."""
 
-
 NORM = 3.0
 """Half-width wanted of the norm, in units of that of the trace: what one product tells of it is about as much."""
 
@@ -181,9 +178,9 @@ class ForwardNoise:
         hessian_sq: ``E‖H_e − H‖_F²``.
     """
 
-    gradient_sq: NDArray[np.float64]
-    curvature: NDArray[np.float64]
-    slopes_sq: NDArray[np.float64]
+    gradient_sq: Array
+    curvature: Array
+    slopes_sq: Array
     gradient_error: float
     slopes_error: float
     hessian_sq: Estimate
@@ -279,29 +276,41 @@ def ritz_values(jacobi: Jacobi, *, dtype: torch.dtype) -> tuple[Eigenvalue, ...]
 DEFLATION_TOLERANCE = 0.05
 """Largest residual of a deflated Ritz pair, in units of its value: it enters traces by its square."""
 
-
 LARGEST_TILT = 4.0
 """Most by which a weight grows, in units of itself, when a rule is tilted to moments that are better known."""
 
 
-def averaged_rule(jacobi: Jacobi) -> Spectrum:
-    """Average of the (k-1)-node Gauss and the k-node anti-Gauss rule; unit mass.
+def averaged_rule(jacobi: Jacobi, ends: tuple[float, float] | None = None) -> Spectrum:
+    """Average of the k-node rule of a stretched matrix and the (k-1)-node Gauss rule; unit mass.
+
+    With the square of the last off-diagonal stretched by ``s`` and weights of ``1/s`` and ``1 - 1/s`` the errors of the
+    two cancel up to degree 2k - 1: ``s = 2`` is the anti-Gauss rule, whose error is minus that of the Gauss rule, and
+    ``s = 1`` the k-node Gauss rule. The nodes move apart with s, which is as large as leaves them between the ends.
+    (Moving single nodes in would change the moments: by a lot where there is much mass, as in a bulk near zero.)
 
     Args:
         jacobi: Tridiagonal matrix of k ≥ 1 steps.
+        ends: An interval with all of its eigenvalues, where nodes may lie; anywhere when left out.
 
     Returns:
         ``2k - 1`` nodes; the k-node Gauss rule, which is exact, where the Krylov space is invariant.
 
-    Source: Laurie, Anti-Gaussian quadrature formulas, Math. Comp. 65 (1996).
+    Source: Laurie, Anti-Gaussian quadrature formulas, Math. Comp. 65 (1996); with weights: Ehrich, On stratified
+    extensions of Gauss-Laguerre and Gauss-Hermite quadrature formulas, J. Comput. Appl. Math. 140 (2002).
     """
     k = jacobi.size
     if k == 1 or jacobi.betas[-1] == 0:
         return gauss_rule(jacobi)
+    nodes, vectors = jacobi.head(k - 1).eigh()
+    stretch = 2.0
+    for end in ends or ():  # an end is a node where this stretch makes the determinant vanish
+        with np.errstate(divide="ignore", invalid="ignore"):
+            coupled = float(jacobi.betas[k - 2] ** 2 * np.sum(vectors[-1] ** 2 / (nodes - end)))
+        stretch = min(stretch, max(1.0, (jacobi.alphas[-1] - end) / coupled)) if coupled else stretch
     stretched = jacobi.betas.copy()
-    stretched[k - 2] *= np.sqrt(2)
-    parts = gauss_rule(jacobi.head(k - 1)), gauss_rule(Jacobi(jacobi.alphas, stretched))
-    return joined([(0.5, part) for part in parts])
+    stretched[k - 2] *= np.sqrt(stretch)
+    parts = gauss_rule(Jacobi(jacobi.alphas, stretched)), Spectrum(nodes, vectors[0] ** 2)
+    return joined([(1 / stretch, parts[0]), (1 - 1 / stretch, parts[1])])
 
 
 def tilted(rule: Spectrum, mean: float, square: float, *, end: float) -> tuple[Spectrum, Spectrum]:
@@ -333,10 +342,10 @@ def tilted(rule: Spectrum, mean: float, square: float, *, end: float) -> tuple[S
     return Spectrum(rule.nodes, rule.weights * (1.0 + share * tilt)), missing
 
 
-def gauss_rule(jacobi: Jacobi) -> Spectrum:
-    """The k-node Gauss rule of the measure behind a tridiagonal matrix; unit mass."""
+def gauss_rule(jacobi: Jacobi, *, mass: float = 1.0) -> Spectrum:
+    """The k-node Gauss rule of the measure behind a tridiagonal matrix; no node lies beyond its Ritz values."""
     nodes, vectors = jacobi.eigh()
-    return Spectrum(nodes, vectors[0] ** 2)
+    return Spectrum(nodes, mass * vectors[0] ** 2)
 
 
 @dataclass(frozen=True)
@@ -421,8 +430,7 @@ def measure_of(operator: LinearOperator, vector: Tensor | None, *, steps: int) -
         return Spectrum.of([])
     chain = Chain(operator, vector, capacity=steps)
     chain.extend(steps)
-    rule = gauss_rule(chain.jacobi)
-    return Spectrum(rule.nodes, squared * rule.weights)
+    return gauss_rule(chain.jacobi, mass=squared)
 
 
 SHORT_LENGTHS = (5, 8, 12, 20)
@@ -455,8 +463,8 @@ class Complement:
 
     Args:
         exact: Deflated eigenvalues.
-        ends: Smallest and largest Ritz value known. The outermost nodes of anti-Gauss rules can lie beyond; they are
-            moved in, since long horizons amplify a spurious negative node exponentially.
+        ends: Smallest and largest Ritz value of the chain. No node lies beyond the Ritz values that are known: long
+            horizons amplify a spurious negative node exponentially.
         dimension: D, dimension of the complement.
         coupling: What the residuals of the deflated pairs change to second order.
         rounding: By how much rounding may move an eigenvalue, loss/param².
@@ -502,12 +510,13 @@ class Complement:
         if self.dimension == 0:
             return SampledSpectrum.exact(self.exact.nodes)
         assert self.fine is not None
-        ends = self._ends(self.fine)
-        fine, coarse = (_rule(jacobi, ends) for jacobi in (self.fine, self.fine.head(self.length)))
-        rules = [coarse, *(_rule(jacobi, ends) for jacobi in self.shorts)]
+        found = np.concatenate([self.ends, *(jacobi.eigh()[0] for jacobi in (self.fine, *self.shorts))])
+        ends = float(found.min()), float(found.max())
+        fine, coarse = (averaged_rule(jacobi, ends) for jacobi in (self.fine, self.fine.head(self.length)))
+        rules = [coarse, *(averaged_rule(jacobi, ends) for jacobi in self.shorts)]
         correction = self._scaled([(1.0, fine), (-1.0, coarse)])
         pooled = np.mean([_moments(j) for j in (self.fine, *self.shorts, *self.firsts)], axis=0)
-        corrected = [(fine.trace_of(f) - coarse.trace_of(f)) for f in (_identity, np.square)]
+        corrected = fine.trace - coarse.trace, fine.frobenius_sq - coarse.frobenius_sq
         average, end = joined([(1.0 / len(rules), rule) for rule in rules]), max(map(abs, ends))
         sampled, missing = tilted(average, *(pooled - corrected), end=end)
         sampled = self._scaled([(1.0, sampled)])
@@ -528,10 +537,6 @@ class Complement:
             probes=tuple(self._scaled([(1.0, rule)]) for rule in rules),
         )
 
-    def _ends(self, fine: Jacobi) -> tuple[float, float]:
-        values, _ = fine.eigh()
-        return min(self.ends[0], float(values[0])), max(self.ends[1], float(values[-1]))
-
     def _quadrature(self, fine: Jacobi, ends: tuple[float, float]) -> list[tuple[Spectrum, ...]]:
         """How far the fine rule may be off, and how much the error of the short rule may differ between probes."""
         size = fine.size
@@ -547,23 +552,14 @@ class Complement:
     def _against(
         self, fine: Jacobi, ends: tuple[float, float], lengths: set[int], factor: float
     ) -> tuple[Spectrum, ...]:
-        whole = _rule(fine, ends)
+        whole = averaged_rule(fine, ends)
         return tuple(
-            self._scaled([(factor, _rule(fine.head(length), ends)), (-factor, whole)])
+            self._scaled([(factor, averaged_rule(fine.head(length), ends)), (-factor, whole)])
             for length in sorted({max(1, length) for length in lengths})
         )
 
     def _scaled(self, terms: Sequence[tuple[float, Spectrum]]) -> Spectrum:
         return joined([(factor * self.dimension, rule) for factor, rule in terms])
-
-
-def _identity(nodes: np.ndarray) -> np.ndarray:
-    return nodes
-
-
-def _rule(jacobi: Jacobi, ends: tuple[float, float]) -> Spectrum:
-    rule = averaged_rule(jacobi)
-    return Spectrum(np.clip(rule.nodes, *ends), rule.weights)
 
 
 def _moments(jacobi: Jacobi) -> tuple[float, float]:
@@ -981,7 +977,7 @@ AT_ONCE, ENTRIES = 16, 2**26
 """Most probe vectors that advance together, and most entries that they have beyond the usual block."""
 
 
-OnPairs = Callable[[NDArray[np.float64], Tensor], None]
+OnPairs = Callable[[Array, Tensor], None]
 """Called with eigenvalues ``(q,)`` and orthonormal eigenvectors ``(q, d)``, which are valid during the call."""
 
 
