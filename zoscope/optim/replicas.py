@@ -143,6 +143,8 @@ class ReplicaPlan:
         replicas: Number R of direction streams; replica r sees the same directions however the replicas are run.
         seed: Seed that the streams are spawned from.
         limits: When to stop.
+        shape: Step size of a step, from 0, over ``lr``; ``None`` for a constant one.
+        weight_decay: w of ``ĝ + w θ``.
     """
 
     rule: Rule
@@ -152,6 +154,8 @@ class ReplicaPlan:
     replicas: int
     seed: int
     limits: Limits
+    shape: Callable[[float], float] | None = None
+    weight_decay: float = 0.0
 
 
 @dataclass
@@ -237,6 +241,7 @@ class _Runner:
         self._surface, self._start, self._on_step = surface, start, on_step
         self._rule, self._estimator, self._lr = plan.rule, plan.estimator, plan.lr
         self._steps, self._limits = plan.steps, plan.limits
+        self._shape, self._weight_decay = plan.shape, plan.weight_decay
 
     def run(self, streams: list[torch.Generator]) -> Trajectory:
         began, count, steps = time.perf_counter(), len(streams), self._steps
@@ -292,7 +297,10 @@ class _Runner:
             estimate, losses = self._surface.gradients(rows.theta)
         else:
             estimate, losses = self._estimate(rows)
-        self._rule.update([rows.theta], [estimate], rows.state, lr=self._lr, step=step)
+        if self._weight_decay:
+            estimate = estimate + self._weight_decay * rows.theta
+        lr = self._lr if self._shape is None else self._lr * self._shape(step - 1)
+        self._rule.update([rows.theta], [estimate], rows.state, lr=lr, step=step)
         return losses
 
     def _estimate(self, rows: _Rows) -> tuple[Tensor, Tensor]:
