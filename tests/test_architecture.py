@@ -26,8 +26,9 @@ ALLOWED = {
     "spec": {"problem", "runtime"},
     "curvature": {"optim", "problem", "runtime", "theory"},  # forward passes along the optimizers' directions
     "optim": {"problem", "runtime", "theory"},
+    "planning": {"curvature", "optim", "problem", "runtime", "theory"},
     "result": {"report", "theory"},  # of the report only what finds the tables of a result
-    "analysis": {"config", "curvature", "optim", "problem", "result", "runtime", "spec", "theory"},
+    "analysis": {"config", "curvature", "optim", "planning", "problem", "result", "runtime", "spec", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "result", "theory"},
     "integrations": {"analysis", "problem", "runtime"},
 }

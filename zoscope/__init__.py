@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.check import check as check
     from zoscope.analysis.monitor import ForwardMonitor as ForwardMonitor
     from zoscope.analysis.monitor import StabilityMonitor as StabilityMonitor
+    from zoscope.analysis.plan import plan as plan
     from zoscope.analysis.probe import probe as probe
     from zoscope.analysis.spectrum import moments as moments
     from zoscope.analysis.spectrum import spectrum as spectrum
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Problem": "zoscope.problem",
     "bounds": "zoscope.analysis.bounds",
+    "plan": "zoscope.analysis.plan",
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",
@@ -60,6 +62,7 @@ __all__ = [
     "bounds",
     "check",
     "moments",
+    "plan",
     "probe",
     "spectrum",
     "track",

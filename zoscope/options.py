@@ -174,6 +174,7 @@ def shown(value: Any) -> str:
 
 
 METHODS = ("auto", "dense", "deflated-slq")
+PLAN_METHODS = ("auto", "rehearsal", "replicas")
 MATRICES = ("hessian", "ggn")
 CURVATURES = (*MATRICES, "forward")
 DTYPES = ("auto", "float32", "float64", "bfloat16")
@@ -181,7 +182,8 @@ DIRECTIONS = ("gaussian", "sphere")
 HVPS = ("auto", "double-backward", "batched", "forward-over-reverse", "linearize")
 THRESHOLDS = ("exact", "descent", "horizon", "binding")
 FAMILIES = ("gd", "gdm", "adam")
-OPTIMIZERS = (*FAMILIES, *(f"zo-{name}" for name in FAMILIES))
+ZO_OPTIMIZERS = tuple(f"zo-{name}" for name in FAMILIES)
+OPTIMIZERS = (*FAMILIES, *ZO_OPTIMIZERS)
 FORMATS = ("text", "json", "junit", "github", "sarif", "markdown")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -201,7 +203,12 @@ SPECS = "path/to/model.py, path/to/model.py:name or package.module:name"
 def _option(
     name: str, domain: Domain, help: str, default: Any = None, metavar: str | None = None, /, **uses: Use | str
 ) -> Option:
-    flags = {"settings": ("--set",), "run": ("--run", "--output-dir"), "quiet": ("--quiet", "-q")}
+    flags = {
+        "settings": ("--set",),
+        "run": ("--run", "--output-dir"),
+        "quiet": ("--quiet", "-q"),
+        "verbose": ("--verbose", "-v"),
+    }
     read = {command: use if isinstance(use, Use) else Use(use) for command, use in uses.items()}
     return Option(name, domain, help, default, metavar, flags.get(name, (f"--{name.replace('_', '-')}",)), read)
 
@@ -234,6 +241,7 @@ _TABLE = (
     # --- the optimizer and what feeds it
     _option(
         "optimizer", Several(Words(OPTIMIZERS)), "Optimizer; repeatable.",
+        plan=Use("Optimizer.", "zo-gd", Words(ZO_OPTIMIZERS)),
         check=Use("Optimizer.", domain=Words(OPTIMIZERS)), track=Use("Optimizer.", "zo-gd", Words(OPTIMIZERS)),
         file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(OPTIMIZERS)),
     ),
@@ -272,13 +280,15 @@ _TABLE = (
     _option(
         "batch_size", EXAMPLES,
         "Examples per training step, where that is fewer than the data: adds the thresholds with mini-batches.", None,
-        "B", probe="Random batches of B examples (default: all examples).", check="Examples per step of training.",
+        "B", probe="Random batches of B examples (default: all examples).",
+        plan="Examples per step, drawn at random (default: all).", check="Examples per step of training.",
         track="Examples per step, without replacement in each epoch (default: all).",
         file="Examples per step of training, where that is fewer than the data.",
     ),
     _option(
         "steps", Whole(), "Training steps planned: the horizon.", 1000, "N",
         probe=Use("Steps of a run; auto is what the growth takes.", "auto", Text("steps"), "auto|N"),
+        plan="Steps of the run.",
         track=Use("Steps to train.", metavar=None),
     ),
     _option(
@@ -304,6 +314,10 @@ _TABLE = (
     ),
     _option(
         "method", Words(METHODS), "Dense eigenvalues or stochastic quadrature.", "auto", check="How it is measured.",
+        plan=Use(
+            "Rehearse runs with few gradients, or make real ones, which take none; auto is the cheaper one.",
+            domain=Words(PLAN_METHODS),
+        ),
         track="Dense eigenvalues or quadrature.", file="How the spectrum is measured.",
     ),
     _option(
@@ -359,7 +373,10 @@ _TABLE = (
         "max_seconds", Real(high=1e12), "Time for all runs.", 600.0,
         track=Use("Stop after so long; --resume goes on.", None),
     ),
-    _option("replicas", Whole(), "Independent direction streams.", 8),
+    _option(
+        "replicas", Whole(), "Independent direction streams.", 8,
+        plan=Use("Runs at every step size.", 4, Whole(2)),
+    ),
     _option("edge", FLAG, "Bisect for the empirical edge.", False),
     _option("edge_rtol", FRACTION, "Width of its bracket.", 0.05),
     _option("linearized", FLAG, "Run on the quadratic model at the start.", False),
@@ -367,8 +384,25 @@ _TABLE = (
     _option(
         "plot", Place("picture"), "Loss and distance over steps, as a picture (needs matplotlib).", None, "FILE",
         spectrum="Eigenvalue density as a picture: .png, .svg or .pdf (needs matplotlib).",
+        plan="Loss and risk over step sizes, and loss over steps, as a picture (needs matplotlib).",
         track="Also write the picture here; of several runs one over another. A run's own folder has it anyway.",
     ),
+    # --- a plan
+    _option(
+        "schedule", TEXT,
+        "Shape of the step size: constant, linear, cosine, or factors from a step on such as 1,2000:0.1.", "constant",
+        "SHAPE",
+    ),
+    _option(
+        "warmup", Real(high=1e9, open_low=False, hint="a number of steps, or a share of them below 1"),
+        "Warm-up in steps, or as a share of them when below 1.", 0.0,
+    ),
+    _option("compare_schedules", FLAG, "Also answer for the other schedules.", False),
+    _option(
+        "weight_decay", Real(high=1e3, open_low=False, hint="a finite number of at least 0"), "Weight decay.", 0.0
+    ),
+    _option("max_cost", Real(high=1e15), "Most forward passes over all examples to spend.", None, "PASSES"),
+    _option("verbose", FLAG, "Also show every step size tried.", False),
     # --- a spectrum
     _option("top", Whole(), "Largest and smallest eigenvalues to list.", 10, "K"),
     _option("by_layer", FLAG, "Split the trace by layer, at no further cost.", False),
@@ -432,7 +466,10 @@ _TABLE = (
     _option("baseline", Place(), "Earlier thresholds to compare with.", None, "FILE"),
     _option("max_drop", TEXT, "Largest fall of a threshold allowed.", "20%"),
     _option("update_baseline", FLAG, "Write --baseline instead.", False),
-    _option("cache", Place(), "Keep measurements here.", None, "DIR"),
+    _option(
+        "cache", Place(), "Keep measurements here.", None, "DIR",
+        plan="Keep runs here: a plan that was stopped goes on, and one that was made is there at once.",
+    ),
     # --- the result
     _option("json", FLAG, "One JSON document on stdout and nothing else.", False, check="The same as --format json."),
     _option(
@@ -465,6 +502,14 @@ COMMANDS: dict[str, dict[str, str]] = {
         "assume_threshold plot",
         "Measurement": _MEASURE,
         "Output": _OUTPUT,
+    },
+    "plan": {
+        "Arguments": "spec",
+        "Problem": _PROBLEM,
+        "Run": "optimizer steps batch_size schedule warmup weight_decay mu queries directions beta betas eps",
+        "Search": "method replicas max_cost compare_schedules cache plot",
+        "Measurement": "device dtype seed micro_batch max_memory",
+        "Output": f"verbose {_OUTPUT}",
     },
     "check": {
         "Check": f"spec settings checkpoint params optimizer lr steps {_RULE.partition(' ')[2]} mu batch_size",

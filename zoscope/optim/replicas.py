@@ -145,6 +145,7 @@ class ReplicaPlan:
         limits: When to stop.
         shape: Step size of a step, from 0, over ``lr``; ``None`` for a constant one.
         weight_decay: w of ``ĝ + w θ``.
+        records: Points of the recorded curve; each is a loss over all examples.
     """
 
     rule: Rule
@@ -156,6 +157,7 @@ class ReplicaPlan:
     limits: Limits
     shape: Callable[[float], float] | None = None
     weight_decay: float = 0.0
+    records: int = RECORDS
 
 
 @dataclass
@@ -241,7 +243,7 @@ class _Runner:
         self._surface, self._start, self._on_step = surface, start, on_step
         self._rule, self._estimator, self._lr = plan.rule, plan.estimator, plan.lr
         self._steps, self._limits = plan.steps, plan.limits
-        self._shape, self._weight_decay = plan.shape, plan.weight_decay
+        self._shape, self._weight_decay, self._records = plan.shape, plan.weight_decay, plan.records
 
     def run(self, streams: list[torch.Generator]) -> Trajectory:
         began, count, steps = time.perf_counter(), len(streams), self._steps
@@ -251,7 +253,7 @@ class _Runner:
         last, last_steps = theta.clone(), [0] * count
         moments = torch.zeros_like(theta) if "exp_avg_sq" in rows.state else None
         ceiling = min(self._limits.left, sys.float_info.max)
-        record, done, every = _Record(self._start, count), 0, max(1, steps // RECORDS)
+        record, done, every = _Record(self._start, count), 0, max(1, steps // self._records)
         record.add(0, rows, self._surface.values(rows.theta))
         for step in range(1, steps + 1):
             if self._limits.deadline is not None and time.perf_counter() > self._limits.deadline:
@@ -271,6 +273,7 @@ class _Runner:
                 for n in torch.nonzero(~alive).flatten().tolist():
                     left[rows.index[n]] = step
                 rows.keep(alive)
+                self._surface.keep(rows.index)
             done = step
             if self._on_step is not None:
                 self._on_step(max(len(rows.index), 1))

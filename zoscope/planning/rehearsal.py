@@ -38,7 +38,7 @@ Shape = Callable[[float], float]
 STIFF = 0.3
 """Most of ``ηKλ`` for curvature outside of the top space: explicit steps inflate the noise by half of it."""
 
-RANK = 32
+RANK = 48
 """Most directions that are followed exactly."""
 
 WORTH = 0.05
@@ -139,7 +139,9 @@ def coefficients(eta: Array, curvature: Array, *, steps: int, law: Law) -> Coeff
     drift = _stacked([[1 - eta * mean, -eta * beta, -eta], [mean, beta * one, one], [zero, zero, one]])
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows leaves, and is seen to
         t = np.linalg.matrix_power(drift, steps)
-        squares, spread = (np.linalg.matrix_power(_second(eta, mean, n, beta), steps) for n in (zero, lam**2 * (law.a - 1)))
+        squares, spread = (
+            np.linalg.matrix_power(_second(eta, mean, n, beta), steps) for n in (zero, lam**2 * (law.a - 1))
+        )
         xx, xm, mm = np.maximum(spread[..., 0, 3], 0.0), spread[..., 1, 3], np.maximum(spread[..., 2, 3], 0.0)
         low = np.sqrt(xx)
         mx = np.divide(xm, low, out=np.zeros_like(low), where=low > 0)
@@ -207,8 +209,10 @@ class TopSpace:
         rows = self.basis[places]
         if len(places) < count:
             outside = self.pending if self.pending is not None and self.turn % 4 else gradient
-            rows = torch.cat([rows, _unit(self._across(outside))[None]])
-            places.append(len(self.values))
+            across = self._across(outside)
+            if float(across.norm()) > 1e-4 * float(outside.norm()):  # below it is rounding
+                rows = torch.cat([rows, _unit(across)[None]])
+                places.append(len(self.values))
         return rows, places
 
     def _across(self, vectors: Tensor) -> Tensor:
@@ -250,7 +254,8 @@ class TopSpace:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
+    length: Tensor = vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
+    return vector / length
 
 
 @dataclass(frozen=True, eq=False)
@@ -445,7 +450,7 @@ class _Rehearsal:
             return None
         count = len(self._x)
         vectors, places = self._top.choose(self._previous, max(count, PRODUCTS), scale=self._along(scale))
-        if not bool(torch.isfinite(vectors).all()):
+        if not places or not bool(torch.isfinite(vectors).all()):
             return None
         rows = [(self._top.turn + n) % count for n in range(len(places))]
         # The width of the noise of a macro step, and no less than what rounding leaves visible.
@@ -470,7 +475,7 @@ class _Rehearsal:
 
     def _step(self, gradients: Tensor, *, eta: float, count: int, done: int) -> None:
         """K steps of all runs at once."""
-        law, x, q = self._law, self._x, self._top.basis
+        law, x = self._law, self._x
         squares = gradients.square()
         power = gradients.double().square().sum(dim=1, keepdim=True)
         fluctuating, along, across = self._numbers(count)
@@ -519,7 +524,9 @@ class _Rehearsal:
         if not len(q):
             return None, power
         eta = np.full((len(gradients), 1), rate) if isinstance(rate, float) else _numpy(rate @ q.square().T)
-        exact = coefficients(eta, np.broadcast_to(self._top.values, (len(gradients), len(q))), steps=count, law=self._law)
+        exact = coefficients(
+            eta, np.broadcast_to(self._top.values, (len(gradients), len(q))), steps=count, law=self._law
+        )
         g, total = _numpy(gradients @ q.T), _numpy(power)
         m = np.zeros_like(g) if self._m is None else _numpy(self._m @ q.T)
         gg, gm, mm = exact.fading

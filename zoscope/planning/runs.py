@@ -14,7 +14,7 @@ from torch import Tensor
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.operators import HessianOperator
 from zoscope.optim.directions import new_generator
-from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, choose_surface
+from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, choose_mini_batches, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run, run_mini_batches
 from zoscope.optim.rules import Rule
 from zoscope.planning.rehearsal import Law, Shape, TopSpace, rehearse
@@ -36,7 +36,7 @@ TOP = 20
 FEWEST_MACRO, MOST_MACRO = 50, 3200
 """Macro steps of the coarsest rehearsal, and of the finest."""
 
-LOOKS = 101
+LOOKS = 25
 """Times that real replicas are looked at with all examples."""
 
 DIRECTIONS = 8
@@ -110,7 +110,10 @@ class RealRuns:
         if question.batch_size is None:
             self._surface, self.why_not = choose_surface(objective, replicas=question.replicas, first_order=False)
         else:
-            self._surface, self.why_not = MiniBatchSurface(objective, question.batch_size, seed=question.seed), None
+            self._surface, self.why_not = (
+                choose_mini_batches(objective, question.batch_size, replicas=question.replicas, seed=question.seed),
+                None,
+            )
 
     @property
     def price(self) -> float:
@@ -130,6 +133,7 @@ class RealRuns:
             limits=Limits(left=ceiling),
             shape=question.shape,
             weight_decay=question.law.weight_decay,
+            records=LOOKS,
         )
         done = 0
 
@@ -222,7 +226,7 @@ def real_price(question: Question, share: float) -> float:
 
 
 def rehearsal_price(question: Question, share: float, *, macro: int) -> float:
-    """Forward passes over all examples that one rehearsed run takes: a product of the Hessian goes with each gradient."""
+    """Forward passes over all examples that one rehearsed run takes; a Hessian product goes with each gradient."""
     batches = 0.0 if question.batch_size is None else 2.0 * share
     return GRADIENT * macro * (2.0 + batches)
 

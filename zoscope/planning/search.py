@@ -20,6 +20,12 @@ Array = NDArray[np.float64]
 COARSE = 2.0
 """Factor between the first step sizes."""
 
+SETTLING = 8
+"""Most trials for the edges of single runs, once that of half of them is known."""
+
+BEYOND = 3.0
+"""How far from the edge of half of the runs the others' edges are looked for."""
+
 WIDEST = 4.0**9
 """How far from the first guess an edge is looked for, either way."""
 
@@ -80,18 +86,19 @@ class Edge:
     @property
     def found(self) -> bool:
         """Whether half of the runs leave somewhere."""
-        return 2 * int(np.isfinite(self.brackets[:, 1]).sum()) > len(self.brackets)
+        return len(self.logs) > 0 and 2 * len(self.logs) >= len(self.brackets)
 
     @property
     def logs(self) -> Array:
         """Logarithms of the edges of the runs that have one."""
         inside = (self.brackets[:, 0] > 0) & np.isfinite(self.brackets[:, 1])
-        return np.log(self.brackets[inside]).mean(axis=1)
+        found: Array = np.log(self.brackets[inside]).mean(axis=1)
+        return found
 
     @property
     def lr(self) -> float | None:
         """Step size at which half of the runs leave."""
-        return math.exp(float(self.logs.mean())) if self.found and len(self.logs) else None
+        return math.exp(float(self.logs.mean())) if self.found else None
 
     @property
     def scatter(self) -> float:
@@ -168,10 +175,18 @@ class Search:
         return self.edge()
 
     def settle(self, *, rtol: float) -> Edge:
-        """Bisect the edges of all runs, each to ``rtol``; one that was not met in between is at the end of a bracket."""
-        for _ in range(32):
+        """Find the edges of all runs, each to ``rtol`` as far as ``SETTLING`` more trials go."""
+        for _ in range(SETTLING):
             edge = self.edge()
-            wide = [pair for pair in edge.brackets if pair[0] > 0 and pair[1] / pair[0] > 1 + rtol and np.isfinite(pair[1])]
+            above, below = ~np.isfinite(edge.brackets[:, 1]), edge.brackets[:, 0] == 0
+            lrs = sorted(self.trials)
+            if above.any() and lrs[-1] < BEYOND * (edge.lr or lrs[-1]):
+                self.trial(1.4 * lrs[-1])
+                continue
+            if below.any() and lrs[0] > (edge.lr or lrs[0]) / BEYOND:
+                self.trial(lrs[0] / 1.4)
+                continue
+            wide = [pair for pair in edge.brackets if pair[0] > 0 and 1 + rtol < pair[1] / pair[0] < math.inf]
             if not wide:
                 return edge
             low, high = max(wide, key=lambda pair: pair[1] / pair[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoscope.optim.directions import new_generator
-from zoscope.optim.perturbation import SequentialSurface, StackedSurface, Surface
+from zoscope.optim.perturbation import SequentialSurface, StackedMiniBatchSurface, StackedSurface, Surface
 from zoscope.problem.objective import Examples
 
 if TYPE_CHECKING:
@@ -32,15 +32,21 @@ class ObjectiveGradients:
 
     def __init__(self, objective: Objective, *, batch_size: int | None, replicas: int, seed: int) -> None:
         self._objective, self._batch_size, self._replicas, self._seed = objective, batch_size, replicas, seed
-        self._examples = None if batch_size is None else Examples(objective)
         self._in_turn = SequentialSurface(objective)
-        self._surface = _surface(objective, replicas + 1)
+        self._surface = _surface(objective, 2 * replicas)
+        self._examples = None if batch_size is None else Examples(objective)
+        self._stacked: StackedMiniBatchSurface | None = None
+        if batch_size is not None and isinstance(self._surface, StackedSurface):
+            self._stacked = _stacked_batches(objective, batch_size, seed=seed, replicas=replicas)
         self.begin()
 
     def begin(self) -> None:
         """See `Gradients.begin`."""
-        keys = [np.random.SeedSequence(self._seed, spawn_key=(1, replica)) for replica in range(self._replicas)]
+        replicas = range(self._replicas)
+        keys = [np.random.SeedSequence(self._seed, spawn_key=(0, replica)) for replica in replicas]
         self._generators = [new_generator(key) for key in keys]
+        if self._stacked is not None:
+            self._stacked.begin(replicas)
 
     def full(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """See `Gradients.full`."""
@@ -55,12 +61,34 @@ class ObjectiveGradients:
         """See `Gradients.batch`."""
         if self._examples is None or self._batch_size is None:
             return None
+        if self._stacked is not None:
+            self._stacked.keep(replicas)
+            self._stacked.next_step()
+            with torch.enable_grad():
+                return self._stacked.batch_gradients(theta)
         rows = []
         for row, replica in zip(theta, replicas, strict=True):
             shards = self._examples.draw(self._batch_size, self._generators[replica])
             self._objective.write(row)
             rows.append(self._objective.gradient_of(shards)[1])
         return torch.stack(rows)
+
+
+def _stacked_batches(
+    objective: Objective, batch_size: int, *, seed: int, replicas: int
+) -> StackedMiniBatchSurface | None:
+    """Mini-batches of all runs differentiated together, where the model can do that."""
+    start = objective.read()
+    try:
+        surface = StackedMiniBatchSurface(objective, batch_size, seed=seed)
+        surface.begin(range(replicas))
+        with torch.enable_grad():
+            surface.batch_gradients(start.repeat(replicas, 1))
+    except Exception:  # what a user's model raises under vmap can be anything
+        return None
+    finally:
+        objective.write(start)
+    return surface
 
 
 def _surface(objective: Objective, rows: int) -> Surface:
