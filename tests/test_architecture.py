@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 
 import zoscope
+import zoscope.options
 
 PACKAGE = Path(zoscope.__file__).parent
-FOUNDATION = {"errors", "_version", "options"}
+FOUNDATION = {"errors", "_version", "options", "registry"}
 
 # Which rooms of zoscope each room may import, beside itself and the foundation.
 ALLOWED = {
     "errors": set(),
     "_version": set(),
     "options": set(),
+    "registry": set(),
     "theory": set(),
     "config": {"theory"},
     "runtime": set(),
@@ -26,7 +28,7 @@ ALLOWED = {
     "spec": {"problem", "runtime"},
     "curvature": {"optim", "problem", "runtime", "theory"},  # forward passes along the optimizers' directions
     "optim": {"problem", "runtime", "theory"},
-    "planning": {"curvature", "optim", "problem", "runtime", "theory"},
+    "planning": {"curvature", "optim", "problem", "result", "runtime", "theory"},
     "result": {"report", "theory"},  # of the report only what finds the tables of a result
     "analysis": {"config", "curvature", "optim", "planning", "problem", "result", "runtime", "spec", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "result", "theory"},
@@ -39,6 +41,7 @@ OUTSIDE = {
     "errors": set(),
     "_version": set(),
     "options": set(),
+    "registry": set(),
     "config": {"yaml", "numpy"},
 }
 
@@ -149,6 +152,60 @@ def test_classes_have_the_names_that_the_field_knows() -> None:
     for path in sources():
         found = private.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{path.relative_to(PACKAGE)}: {found.group()}"
+
+
+def defaults(path: Path) -> Iterator[tuple[int, str, ast.expr]]:
+    """Line, name and default of every parameter and of every field of a class."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args]
+            pairs = [*zip(reversed(arguments), reversed(node.args.defaults), strict=False)]
+            pairs += [
+                (arg, value) for arg, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value
+            ]
+            yield from ((node.lineno, argument.arg, value) for argument, value in pairs)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            yield node.lineno, node.target.id, node.value
+
+
+def test_every_option_is_declared_in_the_table_alone() -> None:
+    known = {
+        name: {option.default, *(use.default for use in option.uses.values())}
+        for name, option in zoscope.options.OPTIONS.items()
+    }
+    repeated = []
+    for path in sources():
+        if room_of(path) not in {"analysis", "cli", "config"}:
+            continue
+        for line, name, value in defaults(path):
+            if name in known and isinstance(value, ast.Constant) and type(value.value) in {str, int, float}:
+                repeated += [f"{path.relative_to(PACKAGE)}:{line} {name}"] if value.value in known[name] else []
+        for line, name in calls(path):  # `init` and --version are no measurements
+            if path.name not in {"app.py", "init.py"} and name.split(".")[-1] in {"Option", "Argument", "Declared"}:
+                assert path.relative_to(PACKAGE).as_posix() == "cli/options.py", f"{path.name}:{line}"
+    assert not repeated, "\n".join(repeated)
+
+
+PUBLIC = re.compile(r"from (zoscope\.[\w.]+) import (?:\(([^)]*)\)|([^\n]*))")
+
+
+def test_tests_and_examples_import_public_names_from_the_top() -> None:
+    root = PACKAGE.parent
+    if not (root / "tests").is_dir():
+        pytest.skip("installed without its tests")
+    for path in (*(root / "tests").rglob("*.py"), *(root / "examples").rglob("*.py")):
+        for found in PUBLIC.finditer(path.read_text(encoding="utf-8")):
+            names = {name.split(" as ")[0].strip() for name in (found[2] or found[3]).split(",")}
+            verbs = {
+                "bounds",
+                "check",
+                "moments",
+                "plan",
+                "probe",
+                "spectrum",
+                "track",
+            }  # modules have these names, too
+            assert not names & {*zoscope.__all__} - verbs, f"{path.relative_to(root)}: {found[0]}"
 
 
 def test_only_the_command_line_exits_and_only_reports_print() -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from zoscope.errors import SpecError, UsageError
-from zoscope.problem import Problem
+from zoscope import Problem, SpecError, UsageError
 from zoscope.problem import pytree as nest
 
 F64 = torch.float64

@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import zoscope
-from zoscope.errors import NumericalError, SpecError
-from zoscope.problem import Problem
+from zoscope import NumericalError, Problem, SpecError
 
 F64 = torch.float64
 

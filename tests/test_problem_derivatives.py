@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from zoscope import Problem
 from zoscope.curvature.operators import HessianOperator
-from zoscope.problem import Problem, SecondDerivativesByHand
+from zoscope.problem import SecondDerivativesByHand
 from zoscope.runtime.autograd_errors import node_names
 
 BY_HAND = "_ValueBackward"

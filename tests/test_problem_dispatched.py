@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import zoscope
+from zoscope import SpecError
 from zoscope.cli.app import run
-from zoscope.errors import SpecError
 from zoscope.optim.directions import partition
 from zoscope.problem.model import entrance
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.errors import SpecError
+from zoscope import SpecError
 from zoscope.problem.core import measurable
 from zoscope.runtime import without_autocast
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from zoscope.errors import SpecError
-from zoscope.problem import Objective, Problem
+from zoscope import Problem, SpecError
+from zoscope.problem import Objective
 
 F64 = torch.float64
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from zoscope import Estimate
 from zoscope.result import JsonObject, encode, pick
-from zoscope.theory.spectrum import Estimate
 
 
 @dataclass

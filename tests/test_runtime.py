@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoscope import runtime
-from zoscope.errors import UsageError
+from zoscope import UsageError, runtime
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoscope.errors import SpecError, UsageError
-from zoscope.problem import Problem
+from zoscope import Problem, SpecError, UsageError
 from zoscope.spec import LoadedSpec, load_spec, parse_settings, resolve_spec
 
 GOOD = """

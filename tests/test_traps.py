@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from zoscope import runtime
-from zoscope.errors import NumericalError, SpecError
-from zoscope.problem import Objective, Problem
+from zoscope import NumericalError, Problem, SpecError, runtime
+from zoscope.problem import Objective
 
 F64 = torch.float64
 

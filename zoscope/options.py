@@ -1,15 +1,25 @@
 """The one table of options: what each is called, which values it takes, what it is for, and which commands have it.
 
-The command line, the keys of configuration files and the messages about wrong values are made from it.
+The command line, the keys of configuration files, the keyword arguments of Python, the messages about wrong values and
+the reference page ``examples/guide/options.md`` are made from it.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import numbers
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+
+if TYPE_CHECKING:
+    from zoscope.config.load import StepSizes
+
+from zoscope.registry import DIRECTIONS, NAMES, Differences, Directions, is_zeroth_order
 
 MOST = 1_000_000_000
 """Most steps, and most of whatever else is counted."""
@@ -143,19 +153,14 @@ class Option:
         """Its name on the command line, as messages have it."""
         return self.flags[0].partition("/")[0]
 
-    def of(self, command: str) -> Option:
-        """The same as a command has it; ``file`` stands for the configuration of checks."""
-        use = self.uses.get(command, Use())
-        domain = self.domain if use.domain is _SAME else use.domain
+    def of(self, *places: str) -> Option:
+        """The same as a command has it, ``file`` being the configuration of checks; of several places the last wins."""
+        said: dict[str, Any] = {}
+        for place in places:
+            said |= {name: value for name, value in vars(self.uses.get(place, Use())).items() if value is not _SAME}
+        domain = said.pop("domain", self.domain)
         own = " | ".join(single(domain).names) if isinstance(single(domain), Words) else self.metavar
-        return Option(
-            self.name,
-            domain,
-            self.help if use.help is _SAME else use.help,
-            self.default if use.default is _SAME else use.default,
-            own if use.metavar is _SAME else use.metavar,
-            self.flags if use.flags is _SAME else use.flags,
-        )
+        return replace(self, **{"domain": domain, "metavar": own, "uses": {}, **said})
 
 
 def single(domain: Domain) -> Any:
@@ -173,19 +178,29 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-METHODS = ("auto", "dense", "deflated-slq")
-PLAN_METHODS = ("auto", "rehearsal", "replicas")
-MATRICES = ("hessian", "ggn")
-CURVATURES = (*MATRICES, "forward")
-DTYPES = ("auto", "float32", "float64", "bfloat16")
-DIRECTIONS = ("gaussian", "sphere")
-HVPS = ("auto", "double-backward", "batched", "forward-over-reverse", "linearize")
-THRESHOLDS = ("exact", "descent", "horizon", "binding")
-FAMILIES = ("gd", "gdm", "adam")
-ZO_OPTIMIZERS = tuple(f"zo-{name}" for name in FAMILIES)
-OPTIMIZERS = (*FAMILIES, *ZO_OPTIMIZERS)
+def bytes_of(text: str) -> int | None:
+    """Bytes, from a number with a unit or without: 500MB, 2 GiB, 1.5g, 4096; ``None`` for what is no size."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:([kmgt])?(i)?b?)", text.replace(" ", "").lower())
+    if found is None or (found[3] and not found[2]) or not float(found[1]) > 0:
+        return None
+    power = " kmgt".index(found[2] or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+Method = Literal["auto", "dense", "deflated-slq"]
+Matrix = Literal["hessian", "ggn"]
+CurvatureKind = Literal["hessian", "ggn", "forward"]
+Dtype = Literal["auto", "float32", "float64", "bfloat16"]
+Hvp = Literal["auto", "double-backward", "batched", "forward-over-reverse", "linearize"]
+PlanMethod = Literal["auto", "rehearsal", "replicas"]
+Threshold = Literal["exact", "descent", "horizon", "binding"]
+
+METHODS, PLAN_METHODS, MATRICES, CURVATURES, DTYPES, HVPS, THRESHOLDS = (
+    get_args(words) for words in (Method, PlanMethod, Matrix, CurvatureKind, Dtype, Hvp, Threshold)
+)
 FORMATS = ("text", "json", "junit", "github", "sarif", "markdown")
 SCHEDULES = ("constant", "linear", "cosine")
+ZO_NAMES = tuple(name for name in NAMES if is_zeroth_order(name))
 
 LR = Real(high=1e9)
 FRACTION = Real(
@@ -221,6 +236,7 @@ _TABLE = (
         "./pyproject.toml, else ./model.py.",
         None, "SPEC", check="Check this spec, without a file.",
         track=Use(f"{SPECS}; with --compare folders of runs.", domain=Several(TEXT)),
+        python=Use("Name of the problem in the result; its own by default.", domain=TEXT),
         file=f"{SPECS}; paths are relative to this file.",
     ),
     _option(
@@ -240,17 +256,18 @@ _TABLE = (
     ),
     # --- the optimizer and what feeds it
     _option(
-        "optimizer", Several(Words(OPTIMIZERS)), "Optimizer; repeatable.",
-        plan=Use("Optimizer.", "zo-gd", Words(ZO_OPTIMIZERS)),
-        check=Use("Optimizer.", domain=Words(OPTIMIZERS)), track=Use("Optimizer.", "zo-gd", Words(OPTIMIZERS)),
-        file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(OPTIMIZERS)),
+        "optimizer", Several(Words(NAMES)), "Optimizer; repeatable.",
+        plan=Use("Optimizer.", "zo-gd", Words(ZO_NAMES)),
+        check=Use("Optimizer.", domain=Words(NAMES)), track=Use("Optimizer.", "zo-gd", Words(NAMES)),
+        probe_python=Use("Optimizer.", "zo-gd", Words(NAMES)),
+        file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(NAMES)),
     ),
     _option(
         "lr", LR, "Also judge this step size.", None, "LR",
         probe=Use("An absolute step size; repeatable.", domain=Several(LR)), check="Step size to check.",
         track=Use(
             "Step size: a number, or 0.001,20000:0.007 for 0.007 from step 20,000 on. Schedules: in --config.",
-            domain=TEXT,
+            domain=Text("step sizes"),
         ),
         file="Learning rate, or a schedule of which the peak is checked.",
     ),
@@ -259,15 +276,27 @@ _TABLE = (
         "betas", Text("pair"), "Both coefficients of Adam.", (0.9, 0.999), "B1,B2", check="Adam's coefficients.",
         file="Decay rates of Adam.",
     ),
-    _option("eps", Real(high=1.0), "ε of Adam.", 1e-8, file="Adam's epsilon."),
+    _option("dampening", MOMENTUM, "Dampening τ of GDM.", 0.0, file="Dampening of gdm."),
+    _option(
+        "weight_decay", Real(high=1e9, open_low=False, hint="a finite number of at least 0"),
+        "Weight decay w of GD and GDM.", 0.0, file="Weight decay of gd and gdm.",
+    ),
+    _option(
+        "eps", Real(high=1.0), "ε of Adam.", 1e-8, file="Adam's epsilon.",
+        python=Use(domain=Real(high=1.0, open_low=False, hint="a finite number of at least 0")),  # as torch has it
+    ),
     _option(
         "preconditioner", Text("preconditioner", r"expected|state:.+"),
         "Adam's preconditioner: its expected value here, or from a saved optimizer state.", "expected",
         "expected|state:FILE", check="Adam's preconditioner.", file="Adam's preconditioner: expected, or state:FILE.",
     ),
     _option(
-        "directions", Words(DIRECTIONS), "Law of the random directions.", "gaussian", check="Law of the directions.",
-        track="Law of the directions.", file="Law of the perturbation directions.",
+        "directions", Words(tuple(DIRECTIONS)), "Law of the random directions; rademacher has entries ±1.", "gaussian",
+        check="Law of the directions.", track="Law of the directions.", file="Law of the perturbation directions.",
+    ),
+    _option(
+        "differences", Words(get_args(Differences)),
+        "Loss differences: f(θ+μu) − f(θ−μu), or f(θ+μu) − f(θ).", "central",
     ),
     _option(
         "queries", Whole(1, 1_000_000), "Two-point queries averaged per step.", 1, "Q",
@@ -290,6 +319,8 @@ _TABLE = (
         probe=Use("Steps of a run; auto is what the growth takes.", "auto", Text("steps"), "auto|N"),
         plan="Steps of the run.",
         track=Use("Steps to train.", metavar=None),
+        probe_python=Use("Steps of a run; by default what the growth takes.", None, Whole()),
+        StabilityMonitor_python=Use("Planned length of the training, for η* of the steps that remain.", None),
     ),
     _option(
         "threshold", Words(THRESHOLDS),
@@ -375,7 +406,7 @@ _TABLE = (
     ),
     _option(
         "replicas", Whole(), "Independent direction streams.", 8,
-        plan=Use("Runs at every step size.", 4, Whole(2)),
+        plan=Use("Runs at every step size; half as many where they are rehearsed.", 8, Whole(2)),
     ),
     _option("edge", FLAG, "Bisect for the empirical edge.", False),
     _option("edge_rtol", FRACTION, "Width of its bracket.", 0.05),
@@ -395,12 +426,9 @@ _TABLE = (
     ),
     _option(
         "warmup", Real(high=1e9, open_low=False, hint="a number of steps, or a share of them below 1"),
-        "Warm-up in steps, or as a share of them when below 1.", 0.0,
+        "Warm-up in steps, or as a share of them when below 1 (default: none).",
     ),
     _option("compare_schedules", FLAG, "Also answer for the other schedules.", False),
-    _option(
-        "weight_decay", Real(high=1e3, open_low=False, hint="a finite number of at least 0"), "Weight decay.", 0.0
-    ),
     _option("max_cost", Real(high=1e15), "Most forward passes over all examples to spend.", None, "PASSES"),
     _option("verbose", FLAG, "Also show every step size tried.", False),
     # --- a spectrum
@@ -414,10 +442,11 @@ _TABLE = (
     _option("target_loss", Real(-1e300, 1e300, open_low=False), "Stop at this loss.", None, "LOSS"),
     _option("divergence", Real(1.0, 1e300), "Stop at this multiple of the first loss.", 1e6),
     _option(
-        "every", TEXT,
+        "every", Text("interval"),
         "Steps between measurements; auto spends a fifth of all passes on them, adaptive measures more often "
         "while lr / threshold moves.",
         "auto", "auto|adaptive|K",
+        StabilityMonitor_python=Use("Steps between measurements, the first of which is made at step 0.", 1000, Whole()),
     ),
     _option(
         "forward_every", Whole(),
@@ -427,7 +456,7 @@ _TABLE = (
     _option(
         "run", TEXT,
         "Folder of the run (default: runs/SPEC-OPTIMIZER). Under torchrun say --output-dir: it claims --run.", None,
-        "DIR",
+        "DIR", python=Use("Folder of the run; nothing is written without one.", domain=Place()),
     ),
     _option(
         "config", Place(), "YAML file with options of the run; the command line wins.", None, "FILE",
@@ -436,7 +465,10 @@ _TABLE = (
             metavar="CONFIG",
         ),
     ),
-    _option("resume", Place(), "Go on with the run in this folder.", None, "DIR"),
+    _option(
+        "resume", Place(), "Go on with the run in this folder.", None, "DIR",
+        python=Use("Go on with the run in the folder; the rest is as if it had not stopped.", False, FLAG),
+    ),
     _option("overwrite", FLAG, "Replace the run that is in the folder.", False),
     _option(
         "sweep", Several(TEXT),
@@ -482,7 +514,7 @@ _TABLE = (
 
 OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
 
-_RULE = "optimizer beta betas eps preconditioner directions queries"
+_RULE = "optimizer beta dampening weight_decay betas eps preconditioner directions differences queries"
 _MEASURE = "rtol max_hvps method curvature hvp device dtype seed micro_batch max_memory strict shard_basis"
 _PROBLEM, _OUTPUT = "settings params checkpoint", "json output quiet"
 
@@ -506,7 +538,8 @@ COMMANDS: dict[str, dict[str, str]] = {
     "plan": {
         "Arguments": "spec",
         "Problem": _PROBLEM,
-        "Run": "optimizer steps batch_size schedule warmup weight_decay mu queries directions beta betas eps",
+        "Run": "optimizer steps batch_size schedule warmup mu directions differences queries beta dampening "
+        "weight_decay betas eps",
         "Search": "method replicas max_cost compare_schedules cache plot",
         "Measurement": "device dtype seed micro_batch max_memory",
         "Output": f"verbose {_OUTPUT}",
@@ -523,8 +556,8 @@ COMMANDS: dict[str, dict[str, str]] = {
     "track": {
         "Arguments": "spec",
         "Problem": _PROBLEM,
-        "Training": "optimizer lr steps batch_size mu queries directions beta betas eps target_loss divergence "
-        "max_seconds seed",
+        "Training": "optimizer lr steps batch_size mu queries directions differences beta dampening weight_decay "
+        "betas eps target_loss divergence max_seconds seed",
         "Measurement": "every rtol max_hvps method curvature hvp device dtype micro_batch max_memory shard_basis "
         "strict forward_every",
         "Run folder": "checkpoint_every run config resume overwrite sweep plot tensorboard compare",
@@ -558,3 +591,289 @@ def left_open(command: str) -> tuple[str, ...]:
     if command not in ONLY_HERE:
         return ()
     return tuple(option.name for _, option in options_of(command) if option.name not in ONLY_HERE[command].split())
+
+
+# --- keyword arguments of Python --------------------------------------------------------------------------------------
+
+
+class MeasureOptions(TypedDict, total=False):
+    """How every function measures, and where."""
+
+    rtol: float
+    max_hvps: int
+    hvp: Hvp
+    device: str
+    dtype: Dtype
+    seed: int
+    micro_batch: int | None
+    max_memory: int | str | None
+    strict: bool
+    shard_basis: bool
+
+
+class ProblemOptions(MeasureOptions, total=False):
+    """What is measured."""
+
+    params: str | None
+    spec: str | None
+
+
+class RuleOptions(TypedDict, total=False):
+    """Constants of an optimizer, and of what it is fed with."""
+
+    beta: float
+    betas: tuple[float, float]
+    eps: float
+    directions: Directions
+    differences: Differences
+    queries: int
+    dampening: float
+    weight_decay: float
+
+
+class BoundsOptions(ProblemOptions, RuleOptions, total=False):
+    """Keyword arguments of ``zoscope.bounds``."""
+
+    optimizers: str | Sequence[str] | None
+    method: Method
+    curvature: CurvatureKind
+    preconditioner: str
+    steps: int
+    threshold: Threshold
+    lr: float | None
+    batch_size: int | None
+
+
+class ProbeOptions(ProblemOptions, RuleOptions, total=False):
+    """Keyword arguments of ``zoscope.probe``."""
+
+    optimizer: str
+    method: Method
+    curvature: CurvatureKind
+    preconditioner: str
+    steps: int | None
+    threshold: Threshold
+    ratios: float | Sequence[float] | None
+    lr: float | Sequence[float] | None
+    growth: float
+    max_steps: int
+    max_seconds: float
+    replicas: int
+    mu: float
+    batch_size: int | None
+    edge: bool
+    edge_rtol: float
+    linearized: bool
+    assume_threshold: float | None
+
+
+class PlanOptions(RuleOptions, total=False):
+    """Keyword arguments of ``zoscope.plan``."""
+
+    params: str | None
+    spec: str | None
+    optimizer: str
+    steps: int
+    batch_size: int | None
+    schedule: str
+    warmup: float | None
+    mu: float
+    method: PlanMethod
+    replicas: int
+    max_cost: float | None
+    compare_schedules: bool
+    cache: str | PathLike[str] | None
+    device: str
+    dtype: Dtype
+    seed: int
+    micro_batch: int | None
+    max_memory: int | str | None
+
+
+class MomentsOptions(ProblemOptions, total=False):
+    """Keyword arguments of ``zoscope.moments``."""
+
+    curvature: Matrix
+
+
+class SpectrumOptions(MomentsOptions, total=False):
+    """Keyword arguments of ``zoscope.spectrum``."""
+
+    method: Method
+    top: int
+    by_layer: bool
+
+
+class MonitorOptions(MeasureOptions, RuleOptions, total=False):
+    """Keyword arguments of ``zoscope.StabilityMonitor``."""
+
+    every: int
+    steps: int | None
+    method: Method
+    curvature: Matrix
+    mu: float
+
+
+class _Training(TypedDict):
+    lr: float | str | StepSizes
+
+
+class TrackOptions(_Training, ProblemOptions, RuleOptions, total=False):
+    """Keyword arguments of ``zoscope.track``; a step size there has to be."""
+
+    optimizer: str
+    steps: int
+    every: int | Literal["auto", "adaptive"]
+    mu: float
+    batch_size: int | None
+    method: Method
+    curvature: Matrix
+    target_loss: float | None
+    divergence: float
+    max_seconds: float | None
+    checkpoint_every: int | None
+    forward_every: int | None
+    run: str | PathLike[str] | None
+    resume: bool
+    overwrite: bool
+
+
+class CheckOptions(MeasureOptions, RuleOptions, total=False):
+    """Keyword arguments of ``zoscope.check`` that override its configuration."""
+
+    spec: str | None
+    settings: Mapping[str, Any]
+    checkpoint: str | PathLike[str] | None
+    params: str | None
+    optimizer: str
+    lr: float | None
+    steps: int
+    mu: float
+    batch_size: int | None
+    method: Method
+    curvature: CurvatureKind
+    preconditioner: str
+    threshold: Threshold
+    margin: float
+    on_warn: Literal["pass", "fail"]
+    probe: bool
+
+
+KEYWORDS: dict[str, tuple[str, Any]] = {
+    "bounds": ("bounds", BoundsOptions),
+    "plan": ("plan", PlanOptions),
+    "probe": ("probe", ProbeOptions),
+    "check": ("check", CheckOptions),
+    "track": ("track", TrackOptions),
+    "spectrum": ("spectrum", SpectrumOptions),
+    "moments": ("spectrum", MomentsOptions),
+    "StabilityMonitor": ("track", MonitorOptions),
+}
+"""Public functions: the command whose options they share, and which of them they take."""
+
+RENAMED = {"optimizers": "optimizer"}
+"""Keyword arguments that are not called like their option."""
+
+
+def argument(function: str, name: str) -> Option:
+    """An option as a function of Python has it."""
+    return OPTIONS[RENAMED.get(name, name)].of(KEYWORDS[function][0], "python", f"{function}_python")
+
+
+def refuse_unknown(function: str, names: Iterable[str]) -> None:
+    """Refuse keyword arguments that a function does not take.
+
+    Raises:
+        TypeError: With the nearest one that it takes.
+    """
+    known = KEYWORDS[function][1].__annotations__
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f". Did you mean {near[0]!r}?" if near else f": it takes {', '.join(known)}"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def keywords(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a function by name: what was given, checked, and the defaults of the others.
+
+    Raises:
+        TypeError: For a keyword argument that it does not take, or one that it needs and was not given.
+        ValueError: For a value that is out of range.
+    """
+    refuse_unknown(function, given)
+    accepted = KEYWORDS[function][1]
+    for name in accepted.__required_keys__ - given.keys():
+        raise TypeError(f"{function}() needs the keyword argument {name!r}")
+    return {
+        name: checked_argument(function, name, given[name]) if name in given else argument(function, name).default
+        for name in accepted.__annotations__
+    }
+
+
+def checked_argument(function: str, name: str, value: Any) -> Any:
+    """A value of Python for an option of a function.
+
+    Raises:
+        ValueError: With what is expected in its place.
+    """
+    option = argument(function, name)
+    if value is None and option.default is None:
+        return None
+    wanted = expected(option.domain, value)
+    if wanted is not None:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    form = getattr(option.domain, "form", "")
+    if form == "size" and isinstance(value, str):
+        return bytes_of(value)
+    return tuple(value) if form == "pair" else value
+
+
+def expected(domain: Domain, value: Any) -> str | None:
+    """What is expected in place of a value of Python; ``None`` for one that a domain has."""
+    if isinstance(domain, Several):
+        items = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+        return next((wanted for item in items if (wanted := expected(domain.item, item)) is not None), None)
+    if isinstance(domain, Words):
+        found = str(value).removeprefix("torch.")  # a dtype of torch
+        return None if found in domain.names else f"one of {', '.join(domain.names)}"
+    if isinstance(domain, Flag):
+        return None if isinstance(value, bool) else "True or False"
+    if isinstance(domain, Whole):
+        counts = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return domain.expected(int(value) if counts else domain.low - 1)
+    if isinstance(domain, Real):
+        counts = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return domain.expected(float(value) if counts else math.nan)
+    return _expected_of_text(domain, value)
+
+
+def _expected_of_text(domain: Text | Place, value: Any) -> str | None:
+    form = domain.form
+    if form == "pair":
+        pair = tuple(value) if isinstance(value, Iterable) else ()
+        fits = len(pair) == 2 and all(expected(MOMENTUM, item) is None for item in pair)
+        return None if fits else "two numbers in [0, 1), such as (0.9, 0.999)"
+    if form == "size":
+        fits = bytes_of(value) is not None if isinstance(value, str) else expected(Whole(high=2**63), value) is None
+        return None if fits else "a size in bytes, or text with a unit, such as '2GB'"
+    if form == "numbers":
+        return expected(Several(Real()), value)
+    if form == "interval":
+        fits = value in ("auto", "adaptive") if isinstance(value, str) else expected(Whole(), value) is None
+        return None if fits else "a number of steps, 'auto' or 'adaptive'"
+    if form == "step sizes":
+        number = isinstance(value, numbers.Real)  # of others, whoever reads them says what is wrong
+        return expected(LR, value) if number else None
+    if domain.type is Path:
+        return None if isinstance(value, str | PathLike) else "a path"
+    if form == "preconditioner" and value == "state:":
+        return "'expected' or 'state:FILE'"
+    pattern = getattr(domain, "pattern", None)
+    if pattern and not re.fullmatch(pattern, str(value)):
+        return SAID[form]
+    return None if pattern or isinstance(value, str) else "text"
+
+
+SAID = {"device": "auto, cpu, cuda or cuda:i, such as cuda:0", "preconditioner": "'expected' or 'state:FILE'"}
+"""What a text that has to match a pattern is, in words."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from zoscope._version import __version__
 from zoscope.theory.spectrum import Estimate
@@ -110,6 +110,19 @@ class ProblemInfo(JsonObject):
     num_examples: int
     loss: float
     grad_norm: float
+
+
+class Header(TypedDict):
+    """The fields of a `MeasuredResult`."""
+
+    spec: str | None
+    device: str
+    dtype: str
+    seed: int
+    problem: ProblemInfo
+    num_hvps: int
+    seconds: float
+    warnings: tuple[Notice, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

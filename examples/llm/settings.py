@@ -13,17 +13,10 @@ import argparse
 import math
 
 import mezo
-import numpy as np
 
 import zoscope
-from zoscope.curvature.finite_difference import Stencil
-
-GRID = tuple(10.0 ** (k / 2) for k in range(-12, 1))
-"""Values of eps from 1e-6 to 1, two to a decade."""
-
-DIRECTIONS = 8
-TOLERANCE = 0.1
-"""Error of a slope, relative to the size of slopes, up to which an eps is called usable."""
+from zoscope import Estimate
+from zoscope.planning.mu import PerturbationScale, perturbation_scale
 
 PUBLISHED = {
     "full": "OPT-13B: lr 1e-7 to 1e-6, eps 1e-3, 20,000 steps; RoBERTa-large: lr 1e-6, eps 1e-3, 100,000 steps",
@@ -32,47 +25,17 @@ PUBLISHED = {
 }
 
 
-def slope_errors(problem: zoscope.Problem, *, dtype: str = "auto", seed: int = 0) -> tuple[list[float], list[float]]:
-    """How far two-point slopes are off for every eps of the grid, and by how much the loss rises at its two points.
-
-    The truth is taken from where neighbours on the grid agree best: errors of rounding fall as 1/eps along it, those of
-    curvature that changes grow as eps².
+def eps_range(problem: zoscope.Problem, *, batch_size: int | None, lr: float | None, dtype: str) -> PerturbationScale:
+    """The values of eps at which slopes are right, for steps on so many examples.
 
     Args:
         problem: What is trained.
+        batch_size: Examples of a step; None for all.
+        lr: Step size, for what rounding of weights in half precision leaves of a step.
         dtype: ``"own"`` for the weights as they are.
-        seed: Of the directions.
-
-    Returns:
-        Root mean square errors, relative to that of the slopes; and mean rises, relative to the loss.
     """
     with problem.prepare(dtype=dtype, differentiable=False) as objective:
-        stencil = Stencil(objective, seed=seed)
-        found = [
-            [stencil.along(direction, eps) for eps in GRID]
-            for direction in (stencil.direction() for _ in range(DIRECTIONS))
-        ]
-        loss = stencil.loss
-    slopes = np.array([[difference.slope for difference in row] for row in found])
-    bends = np.array([[difference.curvature for difference in row] for row in found])
-    steps = np.sqrt(np.mean(np.diff(slopes, axis=1) ** 2, axis=0))
-    best = int(np.nanargmin(steps[:-1] + steps[1:])) + 1
-    truth = slopes[:, best : best + 1]
-    errors = np.sqrt(np.mean((slopes - truth) ** 2, axis=0) / np.mean(truth**2))
-    return errors.tolist(), (0.5 * np.array(GRID) ** 2 * bends.mean(axis=0) / loss).tolist()
-
-
-def usable(errors: list[float]) -> tuple[float, float] | None:
-    """The smallest and the largest eps of the run of usable ones around the best."""
-    good = [error <= TOLERANCE for error in errors]
-    if not any(good):
-        return None
-    low = high = int(np.nanargmin(errors))
-    while low > 0 and good[low - 1]:
-        low -= 1
-    while high + 1 < len(good) and good[high + 1]:
-        high += 1
-    return GRID[low], GRID[high]
+        return perturbation_scale(objective, batch_size=batch_size, lr=lr)
 
 
 def main() -> None:
@@ -82,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tuning", default="full", choices=tuple(PUBLISHED))
     parser.add_argument("--steps", type=int, default=1000, help="training steps planned")
     parser.add_argument("--curvature", default="hessian", choices=("hessian", "forward"))
+    parser.add_argument("--batch-size", type=int, help="examples of a training step (default: all)")
     parser.add_argument("--max-hvps", type=int, default=300)
     options = parser.parse_args()
     problem = mezo.problem(options.model, options.tuning)
@@ -95,15 +59,25 @@ def main() -> None:
     if row.binding is not None and row.recommended is not None:
         limit, for_now = row.limit or row.binding, " for now" if row.doubts else ""
         print(f"lr   {limit.name} binds at {limit.value:.2g}: use lr ≤ {row.recommended:.2g}{for_now}")
-    errors, rises = slope_errors(problem, dtype="own" if options.curvature == "forward" else "auto")
-    span = usable(errors)
-    said = "none of the grid is usable" if span is None else f"usable from {span[0]:.1g} to {span[1]:.1g}"
-    print(f"eps  {said}: slopes off by at most {TOLERANCE:.0%}")
+    dtype = "own" if options.curvature == "forward" else "auto"
+    scale = eps_range(problem, batch_size=options.batch_size, lr=row.recommended, dtype=dtype)
+    said = f"usable from {_end(scale.lower, 'below 1e-6')} to {_end(scale.upper, 'above 1')}"
+    said = said if scale.usable else "none of those tried is usable"
+    print(f"eps  {said}: slopes off by at most {scale.tolerance:.0%}")
     print("     eps      slope off by  loss higher by")
-    for eps, error, rise in zip(GRID, errors, rises, strict=True):
+    for eps, error, rise in zip(scale.tried, scale.slope_errors, scale.loss_rises, strict=True):
         print(f"     {eps:<8.1g} {_percent(error):>12}  {_percent(rise):>14}")
+    if scale.updates is not None and scale.updates.matters:
+        print(
+            f"     In {scale.updates.dtype} rounding of the weights leaves {scale.updates.kept:.0%} of a step at "
+            f"lr {scale.updates.lr:.2g}: keep them in float32 besides, or take lr ≥ {scale.updates.least_lr:.2g}."
+        )
     if options.model not in ("opt", "roberta"):
         print(f"MeZO {PUBLISHED[options.tuning]}")
+
+
+def _end(end: Estimate | None, beyond: str) -> str:
+    return beyond if end is None else f"{end.value:.1g}"
 
 
 def _percent(share: float) -> str:

@@ -10,20 +10,22 @@ import torch
 from torch import nn
 
 import zoscope
+from zoscope import BoundsResult, OptimizerBounds, UsageError
 from zoscope.analysis import measurement as rows
-from zoscope.analysis.advice import GATE, Threshold
+from zoscope.analysis.advice import GATE
 from zoscope.analysis.check import _judged
 from zoscope.analysis.check_runner import CheckMeasurement
 from zoscope.analysis.measurement import MeasuredOperator, Slope, ThresholdQuery, optimizer_row
 from zoscope.analysis.minibatch import BatchSpread, MiniBatchModel
-from zoscope.analysis.thresholds import BoundsResult, Estimator, OptimizerBounds, Verdict
+from zoscope.analysis.thresholds import Estimator, Verdict
 from zoscope.config.load import EMPTY, build_checks, override_tree
 from zoscope.curvature.slq import Curvature, Eigenvalue
-from zoscope.errors import UsageError
+from zoscope.options import Threshold
+from zoscope.registry import DEFAULT_FAMILIES
 from zoscope.result import ProblemInfo
 from zoscope.theory.minibatch import HessianNoise
 from zoscope.theory.quadratic import GradientMeasure
-from zoscope.theory.rules import GAUSSIAN, OPTIMIZERS, update_rule
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 FACTORS = (0.3, 1.0, 1.1, 1.5, 10.0)
@@ -121,7 +123,7 @@ class Case:
             problem=ProblemInfo(len(self.curvature.spectrum.fine.nodes), 64, 1.0, 1.0),
             curvature={"hessian": self.curvature},
             optimizers={name: self.row(name, "binding", STEPS[-1])},
-            estimator=Estimator(),
+            estimator=Estimator("gaussian", 1),
             num_hvps=0,
             seconds=0.0,
         )
@@ -147,7 +149,7 @@ def cases() -> Iterator[Case]:
 
 
 @pytest.mark.parametrize("threshold", get_args(Threshold))
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_bounds_and_check_agree(name: str, threshold: str) -> None:
     doubted = compared = 0
     for case in cases():
@@ -202,7 +204,7 @@ def network(*, examples: int = 24) -> zoscope.Problem:
 
 @pytest.mark.parametrize(
     ("name", "batch_size"),
-    [(name, size) for name in OPTIMIZERS for size in (None, 8) if (name, size) != ("gdm", 8)],
+    [(name, size) for name in DEFAULT_FAMILIES for size in (None, 8) if (name, size) != ("gdm", 8)],
 )
 def test_they_agree_on_a_network_that_is_measured(name: str, batch_size: int | None) -> None:
     problem, shared = network(), {"steps": 400, "batch_size": batch_size, "device": "cpu", "method": "dense"}

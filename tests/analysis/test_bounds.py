@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope import NumericalError, Problem
-from zoscope.analysis.thresholds import BoundsResult
-from zoscope.theory.rules import OPTIMIZERS, update_rule
+from zoscope import BoundsResult, NumericalError, Problem
+from zoscope.registry import DEFAULT_FAMILIES
+from zoscope.theory.rules import GAUSSIAN, update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import StabilityCondition
+from zoscope.theory.stability import ModeCoupling, StabilityCondition
 
 POSITIVE = torch.logspace(-2, 1, 30, dtype=torch.float64)
 INDEFINITE = torch.cat([POSITIVE, -torch.logspace(-2, 0, 6, dtype=torch.float64)])
@@ -103,6 +103,25 @@ def test_a_stored_state_preconditions_as_well(tmp_path: Path) -> None:
     assert found.curvature["preconditioned_hessian"].trace.value == pytest.approx(float((0.5 / p).sum()), rel=1e-8)
 
 
+def test_a_preconditioner_that_does_not_commute_is_taken_exactly(tmp_path: Path) -> None:
+    h, parameter = rotated(POSITIVE), nn.Parameter(start(30))
+    problem = Problem.from_function(lambda x: 1 + 0.5 * x @ h @ x, start(30))
+    optimizer = torch.optim.Adam([parameter], lr=0.0)
+    parameter.grad = torch.logspace(-1, 1, 30, dtype=torch.float64)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "adam.pt")
+    p = 0.1 * (parameter.grad + 1e-8)
+    found = measured(problem, optimizers=("adam",), preconditioner=f"state:{tmp_path / 'adam.pt'}", betas=(0.9, 0.999))
+    row, rule = found.optimizers["adam"], update_rule("adam")
+    eigenvalues, modes = torch.linalg.eigh(h / torch.outer(p.sqrt(), p.sqrt()))
+    coupling = (modes.T @ torch.diag(1 / p) @ modes) * (modes.T @ torch.diag(p) @ modes)
+    exact = ModeCoupling(eigenvalues.numpy(), coupling.numpy()).threshold(rule=rule, moments=GAUSSIAN)
+    commuting = StabilityCondition(rule).threshold(Spectrum.of(eigenvalues.numpy()))
+    assert row.exact.value == pytest.approx(exact, rel=1e-6)
+    assert row.exact_if_commuting == pytest.approx(commuting, rel=1e-6)
+    assert any(notice.code == "commutator" and "exactly" in notice.message for notice in found.warnings)
+
+
 def test_directions_and_queries_reach_the_bounds() -> None:
     problem = quadratic(POSITIVE)
     one = measured(problem, optimizers=("gd",)).optimizers["gd"]
@@ -134,7 +153,7 @@ def test_sampled_bounds_contain_the_exact_ones_and_reach_the_precision() -> None
     exact = measured(problem, method="dense")
     sampled = measured(problem, method="deflated-slq", max_hvps=300)
     assert "precision" not in {notice.code for notice in sampled.warnings}
-    for name in OPTIMIZERS:
+    for name in DEFAULT_FAMILIES:
         truth, found = exact.optimizers[name], sampled.optimizers[name]
         low, high = found.horizon.ci95
         assert low <= truth.horizon.upper <= high
@@ -337,13 +356,13 @@ def test_the_document_is_that_of_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"optimizers": "gdx"}, "optimizer must be one of"),
-        ({"optimizers": [None]}, "optimizers must be names"),
+        ({"optimizers": "gdx"}, "optimizers must be one of"),
+        ({"optimizers": [None]}, "optimizers must be one of"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"beta": None}, "beta must be a number"),
-        ({"rtol": None}, "rtol must be finite"),
-        ({"eps": "small"}, "eps must be finite"),
-        ({"lr": -1.0}, "lr must be finite"),
+        ({"rtol": None}, "rtol must be a relative precision"),
+        ({"eps": "small"}, "eps must be a finite number"),
+        ({"lr": -1.0}, "lr must be a finite number"),
     ],
 )
 def test_a_bad_argument_is_named_with_what_was_expected(arguments: dict[str, Any], said: str) -> None:

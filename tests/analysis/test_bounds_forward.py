@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import zoscope
+from zoscope import NumericalError, UsageError
 from zoscope.analysis.estimate import KindCost, estimate, recommended
-from zoscope.errors import NumericalError, UsageError
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition

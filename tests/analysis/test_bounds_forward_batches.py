@@ -10,8 +10,8 @@ from torch import nn
 import zoscope
 from tests.analysis.test_bounds_minibatch import least_squares
 from tests.theory.minibatch_oracle import explicit_threshold
+from zoscope import UsageError
 from zoscope.curvature.forward import measure_forward
-from zoscope.errors import UsageError
 from zoscope.theory.minibatch import spread_of_batches
 from zoscope.theory.rules import GAUSSIAN, update_rule
 

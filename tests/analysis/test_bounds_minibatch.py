@@ -7,7 +7,7 @@ from torch import nn
 
 import zoscope
 from tests.theory.minibatch_oracle import Examples, explicit_threshold
-from zoscope.errors import UsageError
+from zoscope import UsageError
 from zoscope.theory.rules import GAUSSIAN, update_rule
 
 RATES = {"rtol": 0.05, "device": "cpu"}

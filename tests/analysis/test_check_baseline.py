@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from zoscope import CheckReport, CheckResult, UsageError
 from zoscope.analysis.advice import Limit
 from zoscope.analysis.check import Baseline, baseline_document, compare, load_baseline
-from zoscope.analysis.check_results import CheckReport, CheckResult
-from zoscope.errors import UsageError
 
 
 def result(

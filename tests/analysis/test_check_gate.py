@@ -4,11 +4,11 @@ import math
 import numpy as np
 import pytest
 
+from zoscope import CheckReport, CheckResult, UsageError
 from zoscope.analysis.advice import Limit
 from zoscope.analysis.check import decide, round_down
-from zoscope.analysis.check_results import EXIT_ORDER, CheckReport, CheckResult
+from zoscope.analysis.check_results import EXIT_ORDER
 from zoscope.analysis.check_runner import Held, OptimizerThresholds
-from zoscope.errors import UsageError
 
 EXACT = Limit("exact", 1.0, 0.9, 1.1, 0.1)
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import zoscope
+from zoscope import CheckReport, UsageError
 from zoscope.analysis.check import Decision
-from zoscope.analysis.check_results import CheckReport
-from zoscope.errors import UsageError
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition, fo_threshold

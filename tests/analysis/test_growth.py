@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import zoscope
+from zoscope import Estimate
 from zoscope.analysis.notices import FALL, GROWN, Growth, growth_notices, measure_growth
 from zoscope.curvature.operators import HessianOperator
-from zoscope.theory.spectrum import Estimate
 
 CODE = "little-curvature"
 

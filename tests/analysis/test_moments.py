@@ -34,7 +34,7 @@ def test_the_document_and_the_tables():
 
 
 def test_what_cannot_be_had():
-    with pytest.raises(UsageError, match="forward"):
+    with pytest.raises(ValueError, match="forward"):
         zoscope.moments(network(), curvature="forward")
     with pytest.raises(UsageError, match="--max-hvps 5"):
         zoscope.moments(network(), max_hvps=5)

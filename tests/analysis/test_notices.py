@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 
+from zoscope import Estimate, Notice, OptimizerBounds
 from zoscope.analysis import notices
-from zoscope.analysis.thresholds import Binding, Horizon, OptimizerBounds
+from zoscope.analysis.thresholds import Binding, Horizon
 from zoscope.curvature.preconditioner import Preconditioner
 from zoscope.curvature.slq import Curvature, Eigenvalue
-from zoscope.problem import Notice
 from zoscope.theory.rules import update_rule
-from zoscope.theory.spectrum import Estimate, SampledSpectrum
+from zoscope.theory.spectrum import SampledSpectrum
 
 CALM = Curvature(
     trace=Estimate(10.0),

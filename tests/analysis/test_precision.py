@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 
+from zoscope import Estimate
 from zoscope.analysis.request import relative_half_width, wanted_precision
 from zoscope.theory.rules import GAUSSIAN, update_rule
-from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 from zoscope.theory.stability import StabilityCondition, horizon_curve
 
 GD = update_rule("gd")

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.analysis.probe import probe
-from zoscope.analysis.probe_results import ProbeInterruptedError
-from zoscope.errors import NumericalError
+from zoscope import NumericalError, ProbeInterruptedError, probe
 from zoscope.report.probe import render
 
 

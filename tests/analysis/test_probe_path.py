@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import zoscope
-from zoscope.analysis.probe import probe
+from zoscope import probe
 from zoscope.analysis.probe_prediction import flow_times, follow_gradient
 from zoscope.theory.rules import update_rule
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import zoscope
-from zoscope.analysis.probe import probe
+from zoscope import probe
 
 pytestmark = pytest.mark.slow
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
+from zoscope import Estimate
 from zoscope.analysis.advice import APART, DOUBTS, GATE, MARGIN, Limit, Thresholds, advise, choose_binding, stand
 from zoscope.analysis.thresholds import Binding
-from zoscope.theory.spectrum import Estimate
 from zoscope.theory.stability import HorizonPoint
 
 

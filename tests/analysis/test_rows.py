@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 
+from zoscope import Estimate
 from zoscope.analysis.measurement import HORIZONS, MeasuredOperator, ThresholdQuery, optimizer_row
 from zoscope.curvature.slq import Curvature, Eigenvalue
+from zoscope.registry import DEFAULT_FAMILIES
 from zoscope.theory.quadratic import GradientMeasure, QuadraticModel
-from zoscope.theory.rules import GAUSSIAN, OPTIMIZERS, update_rule
-from zoscope.theory.spectrum import Estimate, SampledSpectrum
+from zoscope.theory.rules import GAUSSIAN, update_rule
+from zoscope.theory.spectrum import SampledSpectrum
 
 POSITIVE = np.geomspace(1e-3, 10, 30)
 INDEFINITE = np.concatenate([POSITIVE, -np.geomspace(1e-3, 1, 8)])
@@ -40,7 +42,7 @@ def row(eigenvalues, *, name="gd", steps=100, gradient=None, descent=None, lr=No
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_the_bounds_of_a_positive_spectrum_are_nested(name: str) -> None:
     found = row(POSITIVE, name=name)
     chain = [found.zo_lower, found.lower_tight, found.exact.value, found.upper_tight, found.zo_upper]

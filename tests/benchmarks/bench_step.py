@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is this c
 import torch
 from torch import Tensor, nn
 
-from zoscope import Problem
-from zoscope.optim import ZOGD, ZOGDM, ZOAdam
+from zoscope import ZOGD, ZOGDM, Problem, ZOAdam
 from zoscope.optim.perturbation import StackedSurface
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run
 from zoscope.optim.rules import GD

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import pytest
 
 import zoscope
+from zoscope import NumericalError, SpecError, UsageError
 from zoscope.cli import app
 from zoscope.cli.options import Given
-from zoscope.errors import NumericalError, SpecError, UsageError
 
 
 def run_zoscope(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

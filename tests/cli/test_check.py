@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from zoscope import UsageError
 from zoscope.cli.check import FORMATS, fraction
 from zoscope.config.keys import schema_text
-from zoscope.errors import UsageError
 
 SPEC = """\
 import torch

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.table import Table
 
+from zoscope import UsageError
 from zoscope.cli import output
 from zoscope.cli.options import OutputOptions
-from zoscope.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """What bounds the cost of a measurement, and what is asked of its precision, is an option wherever there is one."""
 
-import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-import zoscope
 from zoscope.analysis.estimate import estimate
 from zoscope.config.keys import CURVATURE
 from zoscope.config.training import TRACK
+from zoscope.options import KEYWORDS
 
 WIDE = """
 import torch, zoscope
@@ -34,8 +33,8 @@ def test_every_command_that_measures_has_them(zoscope_cli, command: str) -> None
 
 
 def test_every_function_that_measures_has_them() -> None:
-    for function in (zoscope.bounds, zoscope.probe, zoscope.spectrum, zoscope.moments, zoscope.track):
-        assert not {*EVERYWHERE} - {*inspect.signature(function).parameters}, function.__name__
+    for function, (_, accepted) in KEYWORDS.items():
+        assert not {*EVERYWHERE} - {*accepted.__annotations__}, function
     assert not {*EVERYWHERE} - {*CURVATURE.names}
     assert not {*EVERYWHERE} - {*TRACK.names}
 
@@ -85,13 +84,34 @@ def test_an_estimate_is_of_the_method_asked_for(zoscope_cli, wide: Path) -> None
     assert products(zoscope_cli, wide, "--method", "deflated-slq") == 200
 
 
+def test_an_estimate_is_of_the_kind_that_is_named(zoscope_cli, wide: Path) -> None:
+    for named, kinds in (([], ["hessian", "forward"]), (["hessian"], ["hessian"]), (["forward"], ["forward"])):
+        args = [word for kind in named for word in ("--curvature", kind)]
+        found = json.loads(zoscope_cli("bounds", wide, "--estimate", "--json", *args).out)
+        assert list(found["curvature"]) == kinds
+        assert found["recommended"]["curvature"] == kinds[0]
+
+
+def test_an_estimate_is_strict_about_what_is_known_beforehand(zoscope_cli, wide: Path) -> None:
+    args = ("bounds", wide, "--estimate", "--curvature", "forward", "--max-hvps", "200", "--rtol")
+    assert zoscope_cli(*args, "1e-3").code == 0
+    assert zoscope_cli(*args, "0.9", "--strict").code == 0
+    finished = zoscope_cli(*args, "1e-3", "--strict")
+    assert finished.code == 3
+    assert "--max-hvps" in finished.paragraph
+
+
 def test_an_estimate_computes_products_as_asked(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from zoscope.analysis import estimate as module
     from zoscope.spec import load_spec
 
     asked = []
-    operator = module.HessianOperator
-    monkeypatch.setattr(module, "HessianOperator", lambda *args, hvp: asked.append(hvp) or operator(*args, hvp=hvp))
+    operator = module.curvature_operator
+    monkeypatch.setattr(
+        module,
+        "curvature_operator",
+        lambda objective, request: asked.append(request.hvp) or operator(objective, request),
+    )
     estimate(load_spec(str(wide)).problem, hvp="double-backward")
     assert {*asked} == {"double-backward"}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from zoscope import UsageError
 from zoscope.config.load import build_checks, load_document
-from zoscope.errors import UsageError
 
 SECONDS = 3.0
 MEGABYTES = 200

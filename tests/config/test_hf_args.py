@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from zoscope import UsageError
 from zoscope.config.load import EMPTY, CheckConfig, build_checks, override_tree
 from zoscope.config.sources import ConfigError
 from zoscope.config.training import SCHEDULERS, load_hf_args
-from zoscope.errors import UsageError
 
 MEZO = {
     "trainer": "zo_sgd",
@@ -95,7 +95,7 @@ def test_a_one_sided_estimate_is_noted(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"lr_scheduler_type": "cosin"}, "line 5: lr_scheduler_type .*Did you mean 'cosine'"),
-        ({"trainer": "zo_sign_opt"}, "line 2: trainer the text 'zo_sign_opt' has no stability theory"),
+        ({"trainer": "zo_lozo"}, "line 2: trainer the text 'zo_lozo' has no stability theory"),
         ({"learning_rate": "fast"}, "line 3: learning_rate must be a number"),
         ({"perturbation_mode": "three_side"}, "perturbation_mode"),
         ({"q": True}, "q must be a number"),

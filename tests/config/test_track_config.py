@@ -1,17 +1,16 @@
 """The configuration of a tracked run: one table for the file and for the command line."""
 
 import dataclasses
-import inspect
 
 import pytest
 
-import zoscope
+from zoscope import UsageError
+from zoscope.analysis.track_results import CONFIG as TRACK_CONFIG
 from zoscope.analysis.track_results import TrackRequest
 from zoscope.config.load import Piecewise, Schedule
 from zoscope.config.sources import ConfigError
 from zoscope.config.training import TRACK, plain_config, read_axis, read_sweep, read_track_config, read_track_option
-from zoscope.errors import UsageError
-from zoscope.options import left_open
+from zoscope.options import KEYWORDS, left_open
 
 
 def read(tmp_path, text):
@@ -22,20 +21,18 @@ def read(tmp_path, text):
 
 def test_every_option_is_a_key_an_argument_and_an_option():
     keys = set(TRACK.names)
-    request = {entry.name for entry in dataclasses.fields(TrackRequest)}
+    request = {entry.name for entry in dataclasses.fields(TrackRequest)} - {"preconditioner", "on_progress"}
     options = {*left_open("track")} - {"settings"} | {"spec", "set", "sweep"}
-    python = set(inspect.signature(zoscope.track).parameters) - {"problem", "resume", "overwrite", "observers"}
+    python = set(KEYWORDS["track"][1].__annotations__)
     assert options == keys
-    assert request | {"max_seconds", "max_memory", "shard_basis", "strict", "run", "params", "spec"} == python
-    assert python | {"set", "checkpoint", "sweep"} == keys
+    assert request == python
+    assert python - {"resume", "overwrite"} | {"set", "checkpoint", "sweep"} == keys
 
 
-def test_defaults_of_the_table_are_those_of_the_function():
-    parameters = inspect.signature(zoscope.track).parameters
-    for key in TRACK.keys:
-        if key.name in parameters and key.default is not None:
-            default = parameters[key.name].default
-            assert (list(default) if isinstance(default, tuple) else default) == key.default, key.name
+def test_a_configuration_of_a_run_holds_what_makes_it_what_it_is():
+    kept = {*TrackRequest.of(lr=1.0).config(), *TRACK_CONFIG.split()}
+    anew = {"max_seconds", "max_memory", "shard_basis", "strict", "run", "params", "spec", "set", "checkpoint", "sweep"}
+    assert kept | anew == set(TRACK.names)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from zoscope import Problem
+from zoscope import Problem, UsageError
 from zoscope.curvature.preconditioner import stored_preconditioner
-from zoscope.errors import UsageError
 
 BETAS, EPS = (0.8, 0.95), 1e-6
 

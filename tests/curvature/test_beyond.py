@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from zoscope import NumericalError
 from zoscope.curvature.lanczos import Chain
 from zoscope.curvature.operators import DenseOperator
 from zoscope.curvature.slq import DeflatedHutchinson, exact_part
-from zoscope.errors import NumericalError
 
 from .matrices import network_like, rotated
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from zoscope import NumericalError, Problem, SpecError, UsageError
 from zoscope.curvature.forward import LEAST_DIRECTIONS, measure_forward
-from zoscope.errors import NumericalError, SpecError, UsageError
-from zoscope.problem import OWN_DTYPE, Problem
+from zoscope.problem import OWN_DTYPE
 
 from .matrices import network_like, rotated
 

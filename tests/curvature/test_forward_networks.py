@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zoscope import Problem
 from zoscope.curvature.forward import measure_forward
 from zoscope.curvature.operators import HessianOperator, gradient
-from zoscope.problem import Problem
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition, forward_only_bounds
@@ -140,7 +140,8 @@ if sys.argv[1] == "plain":
         loss(model, rows)
 else:
     from zoscope.curvature.stencil import Stencil
-    from zoscope.problem import OWN_DTYPE, Problem
+    from zoscope.problem import OWN_DTYPE
+    from zoscope import Problem
     print([int(p.view(torch.int32)[0].sum()) for p in model.parameters()], file=sys.stderr)
     with Problem(model, [rows], loss).prepare(device="cpu", dtype=OWN_DTYPE, differentiable=False) as objective:
         stencil = Stencil(objective, seed=0)

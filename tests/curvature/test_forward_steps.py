@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from zoscope import Problem
 from zoscope.curvature.finite_difference import Difference, Stencil, choose_step
 from zoscope.curvature.forward import measure_forward
 from zoscope.curvature.operators import HessianOperator
-from zoscope.problem import OWN_DTYPE, Problem
+from zoscope.problem import OWN_DTYPE
 
 from .matrices import rotated
 

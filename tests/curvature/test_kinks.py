@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import zoscope
+from zoscope import Problem
 from zoscope.curvature.nonsmooth import nonsmooth_curvature
 from zoscope.curvature.operators import HessianOperator
-from zoscope.problem import Problem
 
 
 def excess(activation, *, dtype="float64"):

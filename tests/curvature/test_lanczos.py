@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from zoscope import NumericalError
 from zoscope.curvature.lanczos import Chain, Jacobi, Recurrences, project_out
 from zoscope.curvature.operators import DenseOperator
 from zoscope.curvature.slq import measure, ritz_values
-from zoscope.errors import NumericalError
 
 from .matrices import rotated
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from zoscope import NumericalError, UsageError
 from zoscope.curvature.operators import DenseOperator
 from zoscope.curvature.slq import measure
-from zoscope.errors import NumericalError, UsageError
 
 from .matrices import network_like, rotated
 

@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.curvature import moments
+from zoscope import UsageError, moments
 from zoscope.curvature import moments as apart
 from zoscope.curvature.moments import measure_moments, pieces_apart
 from zoscope.curvature.operators import DenseOperator, HessianOperator
 from zoscope.curvature.slq import measure
-from zoscope.errors import UsageError
 
 from .matrices import network_like, rotated
 from .test_graphs import problem

@@ -3,10 +3,9 @@ import torch
 from torch import nn
 
 import zoscope
+from zoscope import NumericalError, Problem, SpecError, UsageError
 from zoscope.curvature.ggn import GGNOperator
 from zoscope.curvature.operators import METHODS, DenseOperator, HessianOperator, Preconditioned, gradient
-from zoscope.errors import NumericalError, SpecError, UsageError
-from zoscope.problem import Problem
 
 
 def network(*, activation=nn.Tanh):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from zoscope import NumericalError
 from zoscope.curvature.operators import DenseOperator
 from zoscope.curvature.preconditioner import expected_preconditioner, probe_preconditioner
-from zoscope.errors import NumericalError
 from zoscope.theory.rules import GAUSSIAN, estimator_moments
 
 

@@ -28,7 +28,7 @@ def mezo() -> Iterator[ModuleType]:
         yield importlib.import_module("mezo")
     finally:
         sys.path.remove(str(FOLDER))
-        for name in {"mezo", "models", "texts"} - known:
+        for name in {"mezo", "models", "settings", "texts"} - known:
             sys.modules.pop(name, None)
 
 
@@ -66,6 +66,14 @@ def test_the_texts_are_short_sentences_of_four_classes(mezo: ModuleType) -> None
     assert [classes.count(name) for name in ("math", "text", "files", "network")] == [8] * 4
     with pytest.raises(ValueError, match="shots"):
         mezo.few_shot(10_000)
+
+
+def test_settings_finds_the_usual_eps_usable_and_a_large_one_not(mezo: ModuleType) -> None:
+    settings = importlib.import_module("settings")
+    scale = settings.eps_range(mezo.problem("opt", steps=2, shots=2), batch_size=4, lr=1e-4, dtype="own")
+    assert scale.batch_size == 4
+    assert scale.allows(1e-3)
+    assert not scale.allows(0.3)
 
 
 def test_a_model_that_does_not_exist_is_named(mezo: ModuleType) -> None:

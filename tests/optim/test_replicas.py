@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope.optim import ZOGD
+from zoscope import ZOGD
 from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, StackedSurface, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run, run_groups
 from zoscope.optim.rules import GD, GDM, Adam
@@ -25,7 +25,12 @@ def trajectory(surface, start, *, together, rule=None, **options):
 @pytest.mark.parametrize("rule", [GD(), GDM(), Adam()], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize(
     "estimator",
-    [ZerothOrderEstimator(), ZerothOrderEstimator(queries=3, directions="sphere"), ZerothOrderEstimator(order=1)],
+    [
+        ZerothOrderEstimator(),
+        ZerothOrderEstimator(queries=3, directions="sphere"),
+        ZerothOrderEstimator(one_sided=True),
+        ZerothOrderEstimator(order=1),
+    ],
 )
 def test_replicas_are_the_same_together_and_in_turn(problem, rule, estimator):
     with problem.prepare() as objective:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from zoscope import CheckReport, CheckResult
 from zoscope.analysis.advice import Limit
-from zoscope.analysis.check_results import BaselineComparison, CheckReport, CheckResult
+from zoscope.analysis.check_results import BaselineComparison
 
 HOSTILE = (
     "100%", "a\nb", "::error::x", "a,b", "c:d", "%0A%25", "pipe|pipe", "<b>&\"'", "\x00\x07\x1b[31m", "]]>",

@@ -3,7 +3,7 @@ import re
 
 from rich.console import Console
 
-from zoscope.analysis.check_results import CheckReport
+from zoscope import CheckReport
 
 
 def shown(report: CheckReport, width: int = 100) -> str:

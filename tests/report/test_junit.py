@@ -2,7 +2,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from zoscope.analysis.check_results import CheckReport
+from zoscope import CheckReport
 from zoscope.report.check import junit
 
 junitparser = pytest.importorskip("junitparser")

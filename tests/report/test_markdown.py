@@ -1,6 +1,6 @@
 import re
 
-from zoscope.analysis.check_results import CheckReport
+from zoscope import CheckReport
 from zoscope.report.check import HEADER, markdown
 
 SEPARATOR = re.compile(r"(?<!\\)\|")

@@ -4,7 +4,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from zoscope.analysis.check_results import CheckReport
+from zoscope import CheckReport
 from zoscope.report.check import sarif
 
 

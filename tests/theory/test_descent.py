@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from zoscope.theory.quadratic import GradientMeasure, QuadraticModel, descent_threshold, descent_threshold_adam
+from zoscope.theory.quadratic import GradientMeasure, QuadraticModel, descent_threshold
 from zoscope.theory.rules import EstimatorMoments, estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import fo_threshold
@@ -27,11 +27,10 @@ def test_adam_divides_by_its_preconditioner():
     rng, moments = np.random.default_rng(1), estimator_moments(queries=3)
     problem = Quadratic.random(np.array([3.0, 1.0, 0.5]), rng)
     g, H, inverse = problem.gradient, problem.hessian, np.diag([0.5, 2.0, 1.0])
-    lr = descent_threshold_adam(
-        gPg=g @ inverse @ g,
-        gPHPg=g @ inverse @ H @ inverse @ g,
-        trace_php=np.trace(inverse @ H @ inverse),
-        grad_sq=g @ g,
+    lr = descent_threshold(
+        np.trace(inverse @ H @ inverse),
+        g @ inverse @ H @ inverse @ g / (g @ g),
+        alignment=g @ inverse @ g / (g @ g),
         moments=moments,
     )
     second_moment = moments.a * np.outer(g, g) + moments.b * (g @ g) * np.eye(3)
@@ -40,10 +39,8 @@ def test_adam_divides_by_its_preconditioner():
 
 
 def test_a_multiple_of_the_identity_only_rescales():
-    trace, rayleigh, grad_sq, p = 7.0, 2.0, 3.0, 0.25
-    scaled = descent_threshold_adam(
-        gPg=grad_sq / p, gPHPg=rayleigh * grad_sq / p**2, trace_php=trace / p**2, grad_sq=grad_sq
-    )
+    trace, rayleigh, p = 7.0, 2.0, 0.25
+    scaled = descent_threshold(trace / p**2, rayleigh / p**2, alignment=1 / p)
     assert scaled == pytest.approx(p * descent_threshold(trace, rayleigh))
 
 
@@ -86,15 +83,15 @@ def test_many_queries_under_momentum_keep_the_sign_of_the_predicted_change(name,
 
 def test_without_curvature_every_step_descends():
     assert descent_threshold(-5.0, 1.0) == math.inf
-    assert descent_threshold_adam(gPg=1.0, gPHPg=-1.0, trace_php=0.0, grad_sq=1.0) == math.inf
+    assert descent_threshold(0.0, -1.0, alignment=2.0) == math.inf
 
 
 def test_bad_arguments_are_refused():
     for call in (
         lambda: descent_threshold(math.nan, 1.0),
         lambda: descent_threshold(1.0, math.inf),
-        lambda: descent_threshold_adam(gPg=-1.0, gPHPg=1.0, trace_php=1.0, grad_sq=1.0),
-        lambda: descent_threshold_adam(gPg=1.0, gPHPg=1.0, trace_php=math.nan, grad_sq=1.0),
+        lambda: descent_threshold(1.0, 1.0, alignment=-1.0),
+        lambda: descent_threshold(1.0, 1.0, noise=math.nan),
     ):
         with pytest.raises(ValueError, match="must be"):
             call()

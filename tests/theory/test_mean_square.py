@@ -6,9 +6,10 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import ortho_group
 
+from zoscope.registry import DEFAULT_FAMILIES
 from zoscope.theory import stability as mean_square
 from zoscope.theory.quadratic import QuadraticModel
-from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments, estimator_moments, update_rule
+from zoscope.theory.rules import EstimatorMoments, estimator_moments, update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 from zoscope.theory.stability import (
     StabilityCondition,
@@ -71,7 +72,7 @@ def test_horizon_feedback_is_the_summed_response_of_the_second_moment_recursion(
             assert condition.total_feedback(problem.spectrum, scale * lr) == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_the_response_solves_the_renewal_equation_of_the_full_recursion(name):
     rule, steps = update_rule(name), 60
     problem, moments = case(rule, ("gaussian", 1), seed=5, signed=True)

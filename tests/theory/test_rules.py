@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from zoscope.theory.rules import OPTIMIZERS, UpdateRule, update_rule
+from zoscope.registry import DEFAULT_FAMILIES
+from zoscope.theory.rules import UpdateRule, update_rule
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_heavy_ball_form_reproduces_the_optimizer(name):
     beta, lr, gradients = 0.7, 0.1, np.random.default_rng(0).standard_normal(20)
     rule = update_rule(name, beta=beta, betas=(beta, 0.999))
@@ -18,7 +19,7 @@ def test_heavy_ball_form_reproduces_the_optimizer(name):
 
 
 def test_only_adam_is_preconditioned():
-    assert [update_rule(name).preconditioned for name in OPTIMIZERS] == [False, False, True]
+    assert [update_rule(name).preconditioned for name in DEFAULT_FAMILIES] == [False, False, True]
 
 
 @pytest.mark.parametrize(

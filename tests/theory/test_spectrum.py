@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+from zoscope import Estimate
+from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 
 def test_moments_are_those_of_the_matrix():

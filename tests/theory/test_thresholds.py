@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ortho_group
 
-from zoscope.theory.rules import OPTIMIZERS, estimator_moments, update_rule
+from zoscope.registry import DEFAULT_FAMILIES
+from zoscope.theory.rules import estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import (
     Interval,
@@ -21,7 +23,7 @@ ROUNDING = 1e-12  # relative; a spectrum of one eigenvalue makes all bounds equa
 
 rules = st.builds(
     lambda name, beta: update_rule(name, beta=beta, betas=(beta, 0.999)),
-    st.sampled_from(OPTIMIZERS),
+    st.sampled_from(DEFAULT_FAMILIES),
     st.sampled_from([0.0, 0.5, 0.9, 0.99]),
 )
 estimators = st.builds(
@@ -90,7 +92,7 @@ def test_first_order_threshold(name, expected):
     assert fo_threshold(4.0, rule=update_rule(name, beta=0.8, betas=(0.8, 0.999))) == pytest.approx(expected / 4)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_many_queries_lead_to_the_first_order_threshold(name):
     rule, moments = update_rule(name), estimator_moments(queries=10**9)
     expected = pytest.approx(fo_threshold(2.0, rule=rule), rel=1e-6)
@@ -99,7 +101,7 @@ def test_many_queries_lead_to_the_first_order_threshold(name):
 
 def test_without_positive_curvature_nothing_is_bounded():
     nothing = Interval(math.inf, math.inf)
-    for rule in map(update_rule, OPTIMIZERS):
+    for rule in map(update_rule, DEFAULT_FAMILIES):
         assert fo_threshold(-1.0, rule=rule) == math.inf
         assert paper_bounds(-1.0, 0.0, rule=rule) == nothing
         assert tight_bounds(0.0, 0.0, 0.0, rule=rule) == nothing
@@ -122,3 +124,26 @@ def test_numbers_that_are_not_finite_are_refused(bad):
     ):
         with pytest.raises(ValueError, match="must be finite"):
             call()
+
+
+def test_with_entries_of_one_size_the_threshold_lies_between_that_of_gaussian_ones_and_twice_the_inverse_trace():
+    rng = np.random.default_rng(3)
+    eigenvalues = np.array([3.0, 1.0, 0.5, 0.2])
+    basis = ortho_group.rvs(4, random_state=rng)
+    hessian = (basis * eigenvalues) @ basis.T
+    pairs = [(i, j) for i in range(4) for j in range(i, 4)]
+
+    def radius(lr):
+        columns = []
+        for i, j in pairs:
+            moment = np.zeros((4, 4))
+            moment[i, j] = moment[j, i] = 1.0
+            signal = hessian @ moment @ hessian
+            noise = 2 * signal + np.trace(signal) * np.eye(4) - 2 * np.diag(np.diag(signal))
+            image = moment - lr * (hessian @ moment + moment @ hessian) + lr**2 * noise
+            columns.append([image[k, m] for k, m in pairs])
+        return np.abs(np.linalg.eigvals(np.array(columns))).max()
+
+    rule, moments = update_rule("gd"), estimator_moments("rademacher")
+    printed, most = StabilityCondition(rule, moments).threshold(Spectrum.of(eigenvalues)), 2 / eigenvalues.sum()
+    assert radius(printed) < 1 < radius(most)

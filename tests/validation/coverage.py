@@ -35,8 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import zoscope
-from zoscope.errors import ZoscopeError
-from zoscope.theory.spectrum import Estimate
+from zoscope import Estimate, ZoscopeError
 
 if __package__:
     from .families import FAMILIES, Subject

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from zoscope import Estimate
 from zoscope.analysis.request import wanted_precision
 from zoscope.curvature.operators import DenseOperator, HessianOperator, LinearOperator
 from zoscope.curvature.slq import Curvature, measure
 from zoscope.theory.rules import GAUSSIAN, update_rule
-from zoscope.theory.spectrum import Estimate, Spectrum
+from zoscope.theory.spectrum import Spectrum
 from zoscope.theory.stability import StabilityCondition
 
 from .networks import Subject

@@ -49,26 +49,7 @@ def valley(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         sys.path.remove(str(FOLDER))
         for name in ("mezo", "models", "texts"):
             sys.modules.pop(name, None)
-    asked = Request(
-        optimizers=("gd",),
-        steps=STEPS,
-        rtol=0.05,
-        seed=seed,
-        max_hvps=48,
-        directions="gaussian",
-        queries=1,
-        beta=0.9,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        curvature="hessian",
-        preconditioner="expected",
-        method="auto",
-        hvp="auto",
-        threshold="binding",
-        lr=None,
-        strict=False,
-        on_progress=None,
-    )
+    asked = Request.of(optimizers="gd", steps=STEPS, rtol=0.05, seed=seed, max_hvps=48)
     with problem.prepare(device="cpu") as objective:
         found = measure_problem(objective, asked)
         moments = asked.moments(dimension=objective.num_params)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,11 +20,11 @@ from zoscope.theory.stability import Version, horizon_curve
 if TYPE_CHECKING:
     from zoscope.analysis.minibatch import MiniBatchModel
     from zoscope.analysis.thresholds import ForwardBounds
+    from zoscope.options import Threshold
     from zoscope.theory.rules import EstimatorMoments, UpdateRule
     from zoscope.theory.spectrum import Estimate, SampledSpectrum
     from zoscope.theory.stability import HorizonPoint
 
-Threshold = Literal["exact", "descent", "horizon", "binding"]
 
 MARGIN = 0.7
 """Share of the limit that is recommended. Runs at 0.8 of it have been seen to sharpen their way past it."""
@@ -341,6 +341,8 @@ class Advisor:
         if self.gradient is None or lr is None or self.loss == 0:
             return 0.0
         step = lr * self.rule.lr_scale / (1 - self.rule.momentum)
+        if not self.rule.is_linear:
+            step /= math.sqrt(self.gradient.weights.sum())
         return decrease(self.gradient, step=step, steps=steps) / abs(self.loss)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, Context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from zoscope.analysis.advice import DOUBTS, GATE, SHORT, Limit, joined, stand
 from zoscope.analysis.check_results import BaselineComparison, CheckReport, CheckResult, CheckStatus
@@ -30,6 +30,8 @@ from zoscope.config.load import (
 from zoscope.config.sources import Node
 from zoscope.config.training import load_hf_args
 from zoscope.errors import UsageError
+from zoscope.options import CheckOptions, refuse_unknown
+from zoscope.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
@@ -285,22 +287,17 @@ def probe_options(config: CheckConfig, threshold: float) -> dict[str, Any]:
         "replicas": REPLICAS if optimizer.zeroth_order else 1,
         "mu": estimator.mu,
         "directions": estimator.directions,
+        "differences": estimator.differences,
         "queries": estimator.queries,
         "beta": optimizer.beta,
         "betas": optimizer.betas,
         "eps": optimizer.eps,
-        "rtol": max(curvature.rtol, PRECISION),
-        "seed": curvature.seed,
-        "device": curvature.device,
-        "dtype": curvature.dtype,
-        "max_hvps": curvature.max_hvps,
-        "curvature": curvature.kind,
-        "method": curvature.method,
-        "hvp": curvature.hvp,
+        "dampening": optimizer.dampening,
+        "weight_decay": optimizer.weight_decay,
         "preconditioner": curvature.preconditioner,
-        "micro_batch": curvature.micro_batch,
-        "max_memory": curvature.max_memory,
-        "shard_basis": curvature.shard_basis,
+        **curvature.options(),
+        "rtol": max(curvature.rtol, PRECISION),
+        "strict": False,  # the threshold is known already
     }
     if optimizer.zeroth_order and estimator.batch_size is not None:
         options["batch_size"] = estimator.batch_size
@@ -314,20 +311,17 @@ def _probed(problem: Problem, options: Mapping[str, Any]) -> dict[str, Any]:
     return probe(problem, **options).runs[-1].to_dict()
 
 
-MAX_DROP = 0.2
-
-
 def check(
     target: Problem | str | Path | None = None,
     *,
     only: Sequence[str] = (),
     hf_args: str | Path | None = None,
     baseline: str | Path | None = None,
-    max_drop: float = MAX_DROP,
+    max_drop: float = 0.2,
     cache: str | Path | None = None,
     on_progress: Callable[..., None] | None = None,
     on_check: Callable[[CheckResult], None] | None = None,
-    **options: Any,
+    **options: Unpack[CheckOptions],
 ) -> CheckReport:
     """Hold configured step sizes against the thresholds of their problems.
 
@@ -345,20 +339,19 @@ def check(
         cache: Folder in which measurements are kept.
         on_progress: Called by the measurement as ``on_progress(stage, num_hvps, precision)``.
         on_check: Called with each result as it comes.
-        **options: The options of the command line, which override everything: ``spec``, ``settings``, ``checkpoint``,
-            ``params``, ``optimizer``, ``lr``, ``steps``, ``beta``, ``betas``, ``eps``, ``directions``, ``queries``,
-            ``mu``, ``batch_size``, ``rtol``, ``max_hvps``, ``curvature``, ``method``, ``hvp``, ``device``, ``dtype``,
-            ``seed``, ``preconditioner``, ``micro_batch``, ``max_memory``, ``shard_basis``, ``strict``, ``threshold``,
-            ``margin``, ``on_warn`` and ``probe``.
+        **options: Those of ``zoscope check``, which override everything: ``examples/guide/options.md`` has types,
+            defaults and ranges.
 
     Returns:
         One result per check; ``.exit_code`` is what the command line would exit with.
 
     Raises:
+        TypeError: For an option that there is not.
         UsageError: If the configuration, an option or the baseline cannot be used. A spec that cannot be loaded and a
             measurement that fails are results of status ``error`` instead.
     """
     start = time.perf_counter()
+    refuse_unknown("check", options)
     if not 0 < max_drop < 1:
         raise UsageError(f"--max-drop must be a fraction between 0 and 1 (20% or 0.2), got {max_drop:g}.")
     problem = None if target is None or isinstance(target, str | Path) else target
@@ -376,7 +369,7 @@ def check(
     return CheckReport(tuple(results), config=config_file, seconds=time.perf_counter() - start)
 
 
-def _document(target: str | Path | Problem | None, options: dict[str, Any]) -> Document:
+def _document(target: str | Path | Problem | None, options: Mapping[str, Any]) -> Document:
     """The file that is named, else the one of the working folder unless a spec is named, else none."""
     if isinstance(target, str | Path):
         path = Path(target)
@@ -397,7 +390,7 @@ def _checks(
     document: Document,
     only: Sequence[str],
     hf_args: str | Path | None,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     *,
     problem: Problem | None,
 ) -> tuple[CheckConfig, ...]:
@@ -486,12 +479,8 @@ def _identity(config: CheckConfig) -> dict[str, Any]:
 def _settings(config: CheckConfig) -> dict[str, Any]:
     """What a threshold depends on besides the problem; equal settings make thresholds comparable."""
     optimizer = config.optimizer
-    constants: dict[str, dict[str, Any]] = {
-        "gd": {},
-        "gdm": {"beta": optimizer.beta},
-        "adam": {"betas": list(optimizer.betas), "eps": optimizer.eps},
-    }
-    settings: dict[str, Any] = {**constants[optimizer.rule], "curvature": config.curvature.kind}
+    constants = OPTIMIZERS[optimizer.rule].settings(vars(optimizer))
+    settings: dict[str, Any] = {**constants, "curvature": config.curvature.kind}
     if optimizer.zeroth_order:
         estimator = config.estimator
         settings |= {"threshold": config.policy.threshold, "steps": config.steps}

@@ -1,4 +1,4 @@
-"""What a measurement depends on, as one hash: source, parameters, data, options and versions."""
+"""The measurements of a check: fingerprints of problems, what is kept of earlier ones, what is done anew."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zoscope._version import __version__
-from zoscope.analysis.advice import FORWARD, Limit, Threshold, forward_limit
+from zoscope.analysis.advice import FORWARD, Limit, forward_limit
 from zoscope.analysis.notices import PROVISIONAL
 from zoscope.config.load import CheckConfig
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
+from zoscope.options import THRESHOLDS
 from zoscope.problem import Problem
-from zoscope.theory.rules import OPTIMIZERS
+from zoscope.registry import FAMILIES, OPTIMIZERS
 
 if TYPE_CHECKING:
     from zoscope.analysis.thresholds import BoundsResult, OptimizerBounds
@@ -434,7 +435,7 @@ def _thresholds(result: BoundsResult, bounds: OptimizerBounds, steps: Sequence[i
     assert bounds.advisor is not None
     known: dict[int, dict[str, Held]] = {}
     for number in sorted(steps):
-        advice = bounds.advisor.for_each(number, get_args(Threshold))
+        advice = bounds.advisor.for_each(number, THRESHOLDS)
         known[number] = {name: Held(one.limit, one.doubts) for name, one in advice.items() if one.limit is not None}
     return OptimizerThresholds(first, known, minibatch=bounds.minibatch is not None)
 
@@ -490,7 +491,7 @@ class Batch:
         for config in self.configs:
             options |= dict(_constants(config))
         exact = any(config.policy.threshold == "exact" for config in self._zeroth_order)
-        options["optimizers"] = tuple(rule for rule in OPTIMIZERS if rule in rules)
+        options["optimizers"] = tuple(rule for rule in FAMILIES if rule in rules)
         options["threshold"] = "exact" if exact else "binding"
         return options
 
@@ -513,34 +514,14 @@ def _place(config: CheckConfig, peers: Sequence[CheckConfig]) -> int:
 
 def _constants(config: CheckConfig) -> Constants:
     """What a measurement has to know of the update rule."""
-    optimizer = config.optimizer
-    if optimizer.rule == "gdm":
-        return (("beta", optimizer.beta),)
-    if optimizer.rule == "adam":
-        preconditioner = config.curvature.preconditioner
-        return (("betas", optimizer.betas), ("eps", optimizer.eps), ("preconditioner", preconditioner))
-    return ()
+    record = OPTIMIZERS[config.optimizer.rule]
+    constants = tuple((name, getattr(config.optimizer, name)) for name in record.options)
+    return (*constants, ("preconditioner", config.curvature.preconditioner)) if record.preconditioned else constants
 
 
 def _measuring(config: CheckConfig) -> dict[str, Any]:
-    curvature = config.curvature
-    return {
-        "directions": config.estimator.directions,
-        "queries": config.estimator.queries,
-        "rtol": curvature.rtol,
-        "max_hvps": curvature.max_hvps,
-        "curvature": curvature.kind,
-        "method": curvature.method,
-        "hvp": curvature.hvp,
-        "device": curvature.device,
-        "dtype": curvature.dtype,
-        "seed": curvature.seed,
-        "micro_batch": curvature.micro_batch,
-        "max_memory": curvature.max_memory,
-        "shard_basis": curvature.shard_basis,
-        "strict": curvature.strict,
-        "batch_size": batch_size_of(config),
-    }
+    estimator = {name: getattr(config.estimator, name) for name in ("directions", "differences", "queries")}
+    return {**estimator, **config.curvature.options(), "batch_size": batch_size_of(config)}
 
 
 def batch_size_of(config: CheckConfig) -> int | None:

@@ -1,4 +1,4 @@
-"""What ``zoscope bounds --estimate`` returns."""
+"""What ``zoscope bounds`` would cost, by kind of curvature."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
 
 from zoscope._version import __version__
-from zoscope.analysis.request import Method, sharded_basis, subject_of
+from zoscope.analysis.measurement import curvature_operator
+from zoscope.analysis.request import Request, curvature_session
 from zoscope.curvature.finite_difference import Stencil
 from zoscope.curvature.forward import CHECKS, GROUP, LEAST_DIRECTIONS, LEAST_GROUPS, PILOTS
-from zoscope.curvature.ggn import GGNOperator
-from zoscope.curvature.operators import HessianOperator, LinearOperator, ShardOperator, room_for_graphs
+from zoscope.curvature.operators import LinearOperator, ShardOperator, room_for_graphs
 from zoscope.curvature.slq import BLOCK, DENSE_LIMIT, MANY_STEPS
 from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.options import CURVATURES, BoundsOptions, CurvatureKind
 from zoscope.problem import OWN_DTYPE, Objective
 from zoscope.result import JsonObject, RichResult, pick
 from zoscope.runtime import available_memory, is_out_of_memory, peak_bytes, release_memory
@@ -44,6 +45,7 @@ class KindCost(JsonObject):
         batch_bytes: Memory for the largest micro-batch.
         largest: Its examples.
         problem: Why the kind is not available.
+        wanted: Products that the precision asked for takes, where that is known beforehand.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class KindCost(JsonObject):
     batch_bytes: int | None
     largest: int
     problem: str | None = None
+    wanted: float | None = None
 
     @classmethod
     def impossible(cls, kind: str, problem: str) -> KindCost:
@@ -121,6 +124,17 @@ class CostEstimate(RichResult):
     recommended: str
     reason: str
 
+    @property
+    def short(self) -> str | None:
+        """Why the kind recommended cannot reach the precision asked for, where that is known beforehand."""
+        cost = next((cost for cost in self.kinds if cost.kind == self.recommended), None)
+        if cost is None or cost.wanted is None or cost.wanted <= cost.most:
+            return None
+        return (
+            f"The precision asked for (--rtol) takes about {cost.wanted:,.0f} directions, and --max-hvps allows "
+            f"{cost.most:,}. Raise one of them."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The document ``zoscope.estimate/1``."""
         return {
@@ -137,16 +151,17 @@ class CostEstimate(RichResult):
 def recommended(kinds: Sequence[KindCost], *, available: int) -> tuple[str, str]:
     """The kind to use and why: the one that tells most among those that fit."""
     costs = {cost.kind: cost for cost in kinds}
-    room = SHARE * available
-    hessian = costs["hessian"]
-    if hessian.problem is not None:
+    spectral = costs.get("hessian", costs.get("ggn"))
+    if spectral is None:
+        return "forward", "it is what was asked for"
+    if spectral.problem is not None:
         return "forward", "the loss has no second derivatives that could be had here"
-    fitting = hessian.fitting(room)
+    fitting = spectral.fitting(SHARE * available)
     if fitting is None:
         return "forward", "Hessian-vector products do not fit into the free memory, even for one example at a time"
-    if fitting < hessian.largest:
-        return "hessian", f"it fits with --micro-batch {fitting}, and only the spectrum gives η*(N) and λ_max"
-    return "hessian", "it fits, and only the spectrum gives η*(N) and λ_max"
+    if fitting < spectral.largest:
+        return spectral.kind, f"it fits with --micro-batch {fitting}, and only the spectrum gives η*(N) and λ_max"
+    return spectral.kind, "it fits, and only the spectrum gives η*(N) and λ_max"
 
 
 SAMPLED_PRODUCTS = 200
@@ -159,23 +174,7 @@ SAMPLE = 6
 """Directions that show how much ``uᵀHu`` scatters."""
 
 
-def estimate(
-    problem: Problem,
-    *,
-    optimizers: tuple[str, ...] = ("gd", "gdm", "adam"),
-    rtol: float = 0.02,
-    max_hvps: int = 600,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    method: Method = "auto",
-    hvp: str = "auto",
-    micro_batch: int | None = None,
-    max_memory: int | None = None,
-    shard_basis: bool = False,
-    params: str | None = None,
-    spec: str | None = None,
-) -> CostEstimate:
+def estimate(problem: Problem, **options: Unpack[BoundsOptions]) -> CostEstimate:
     """Products, seconds and bytes that ``zoscope.bounds`` would take with each kind of curvature.
 
     One micro-batch is evaluated and differentiated; the rest is proportion. The number of products depends on the
@@ -183,41 +182,27 @@ def estimate(
 
     Args:
         problem: Model, batches and loss.
-        optimizers: As for ``zoscope.bounds``; so for all arguments that follow.
-        rtol: Precision wanted.
-        max_hvps: Most products.
-        seed: Of the sample.
-        device: Device.
-        dtype: Floating-point type.
-        method: How the spectrum would be measured.
-        hvp: How products would be computed.
-        micro_batch: Examples per pass.
-        max_memory: Bytes that the process may hold in all.
-        shard_basis: Spread the Lanczos vectors over the processes of a job.
-        params: Which parameters.
-        spec: Name of the problem in the result.
+        **options: As for ``zoscope.bounds``; with ``curvature`` only that kind is looked at.
 
     Returns:
         The costs, with a recommendation; prints itself.
 
     Raises:
+        TypeError: For an option that there is not.
+        ValueError: If an argument is outside of its range.
         SpecError, NumericalError: If not even the loss can be evaluated.
     """
-    subject = subject_of(problem, params)
-    operators = len({"adam" if name == "adam" else "plain" for name in optimizers})
-    own = OWN_DTYPE if dtype == "auto" else dtype
-    options: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "max_memory": max_memory}
-    with (
-        sharded_basis(shard_basis),
-        subject.prepare(dtype=own, differentiable=False, **options) as objective,
-    ):
+    request = Request.of(**options)
+    wanted = CURVATURES if "curvature" not in options else (request.curvature,)
+    own = OWN_DTYPE if request.dtype == "auto" else None
+    with curvature_session(problem, request, dtype=own, differentiable=False) as session:
+        objective = session.objective
         with _one_micro_batch(objective) as scale:
-            forward, evaluating = _forward(objective, scale, rtol=rtol, max_hvps=max_hvps, seed=seed)
-        kinds = [forward]
+            forward, evaluating = _forward(objective, scale, request)
         about = CostEstimate(
-            spec=spec if spec is not None else problem.name,
+            spec=session.spec,
             device=str(objective.device),
-            dtype=str(objective.dtype).removeprefix("torch."),
+            dtype=session.dtype,
             num_params=objective.num_params,
             num_examples=objective.num_examples,
             timed_examples=scale.timed,
@@ -228,16 +213,13 @@ def estimate(
             reason="",
         )
 
-    def prepared(kind: str, make: Callable[[Objective], LinearOperator]) -> KindCost:
+    def prepared(kind: CurvatureKind) -> KindCost:
         try:
             with (
-                sharded_basis(shard_basis),
-                subject.prepare(dtype=dtype, check=False, **options) as objective,
-                _one_micro_batch(objective) as scale,
+                curvature_session(problem, request, check=False) as session,
+                _one_micro_batch(session.objective) as scale,
             ):
-                return _second_order(
-                    objective, scale, kind, make, operators=operators, max_hvps=max_hvps, method=method
-                )
+                return _second_order(session.objective, scale, kind, request)
         except (SpecError, NumericalError, UsageError) as error:
             return KindCost.impossible(kind, str(error))
         except Exception as error:
@@ -246,10 +228,16 @@ def estimate(
             release_memory(torch.device(about.device))
             return KindCost.impossible(kind, f"out of memory with {about.timed_examples} examples at a time")
 
-    hessian = prepared("hessian", lambda objective: HessianOperator(objective, hvp=hvp))
-    kinds = [hessian, *([prepared("ggn", GGNOperator)] if problem.criterion is not None else []), *kinds]
+    kinds = [prepared(kind) for kind in wanted if kind == "hessian" or (kind == "ggn" and _has_ggn(problem, wanted))]
+    if "forward" in wanted:
+        kinds.append(forward)
     choice, reason = recommended(kinds, available=about.available)
     return replace(about, kinds=tuple(kinds), recommended=choice, reason=reason)
+
+
+def _has_ggn(problem: Problem, wanted: Sequence[str]) -> bool:
+    """Whether a Gauss-Newton matrix is looked at: of a problem that has none only where nothing else was asked for."""
+    return problem.criterion is not None or len(wanted) == 1
 
 
 class _Scale:
@@ -289,11 +277,11 @@ def _one_micro_batch(objective: Objective) -> Iterator[_Scale]:
         objective.shards = everything
 
 
-def _forward(objective: Objective, scale: _Scale, *, rtol: float, max_hvps: int, seed: int) -> tuple[KindCost, float]:
+def _forward(objective: Objective, scale: _Scale, request: Request) -> tuple[KindCost, float]:
     """The cost, and the seconds that the two evaluations of a direction take over all data."""
     with torch.no_grad():
         activations = peak_bytes(objective.value, objective.device)
-    stencil = Stencil(objective, seed=seed)
+    stencil = Stencil(objective, seed=request.seed)
     h = stencil.typical_size * stencil.epsilon**0.25
     objective.value()  # warm
     started = time.perf_counter()
@@ -302,8 +290,8 @@ def _forward(objective: Objective, scale: _Scale, *, rtol: float, max_hvps: int,
     evaluating = max((time.perf_counter() - started - moving) / SAMPLE - moving, 0.0)
     scatter = float(x.var(ddof=1) / x.mean() ** 2) if np.isfinite(x).all() and x.mean() != 0 else float("inf")
     group = (GROUP + CHECKS + 1) / GROUP
-    wanted = 4 * PILOTS + group * max(scatter * (1.96 / rtol) ** 2, GROUP * LEAST_GROUPS)
-    most = max(max_hvps, LEAST_DIRECTIONS)
+    wanted = 4 * PILOTS + group * max(scatter * (1.96 / request.rtol) ** 2, GROUP * LEAST_GROUPS)
+    most = max(request.max_hvps, LEAST_DIRECTIONS)
     products = round(min(wanted, most))
     evaluating *= scale.data
     seconds_each = evaluating + moving
@@ -316,6 +304,7 @@ def _forward(objective: Objective, scale: _Scale, *, rtol: float, max_hvps: int,
         fixed_bytes=stencil.held_bytes,
         batch_bytes=round(activations * scale.largest),
         largest=round(scale.timed * scale.largest),
+        wanted=wanted,
     )
     return cost, evaluating
 
@@ -327,27 +316,20 @@ def _moving_seconds(stencil: Stencil, h: float) -> float:
     return time.perf_counter() - started
 
 
-def _second_order(
-    objective: Objective,
-    scale: _Scale,
-    kind: str,
-    make: Callable[[Objective], LinearOperator],
-    *,
-    operators: int,
-    max_hvps: int,
-    method: Method,
-) -> KindCost:
+def _second_order(objective: Objective, scale: _Scale, kind: CurvatureKind, request: Request) -> KindCost:
+    request, max_hvps = replace(request, curvature=kind), request.max_hvps
+    operators = len({rule.preconditioned for rule in request.rules.values()})
     d, itemsize = objective.num_params, torch.empty((), dtype=objective.dtype).element_size()
     vector = torch.ones(1, d, dtype=objective.dtype, device=objective.device)
-    make(objective).matmat(vector)  # settles on a method
-    operator = make(objective)
+    curvature_operator(objective, request).matmat(vector)  # settles on a method
+    operator = curvature_operator(objective, request)
     graph = peak_bytes(lambda: operator.matmat(vector), objective.device)
     kept = _seconds(lambda: operator.matmat(vector))
     graphs = max(graph - d * itemsize, 0) * scale.data
     together = scale.single or graphs <= room_for_graphs(objective.device)
     if not together:  # a fresh graph for every shard and product
         kept = _seconds(lambda: _afresh(operator, vector))
-    dense = method == "dense" or (method == "auto" and d <= min(DENSE_LIMIT, max_hvps))
+    dense = request.method == "dense" or (request.method == "auto" and d <= min(DENSE_LIMIT, max_hvps))
     products = d if dense else min(max_hvps, SAMPLED_PRODUCTS) * operators
     rows = d if dense else min(MANY_STEPS, max(2, max_hvps // 3)) + 4 * BLOCK + 1
     each = kept * scale.data

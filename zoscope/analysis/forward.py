@@ -1,9 +1,8 @@
-"""What to know before trusting numbers from forward passes."""
+"""``zoscope.bounds`` from forward passes alone: what they bound, with all examples and with mini-batches."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from zoscope.analysis import notices
 from zoscope.analysis.advice import MARGIN, forward_limit, recommended_by_forward, stand
 from zoscope.analysis.measurement import batch_size_of
 from zoscope.analysis.minibatch import ForwardMiniBatch, require_whole
@@ -22,16 +20,15 @@ from zoscope.curvature.forward import ROUGH, mean_of, measure_forward, ratio_of
 from zoscope.errors import NumericalError, UsageError
 from zoscope.problem import Notice
 from zoscope.problem.objective import Examples
-from zoscope.result import ProblemInfo
 from zoscope.theory.minibatch import spread_of_batches
 from zoscope.theory.quadratic import along_gradient, descent_threshold
-from zoscope.theory.rules import update_rule
+from zoscope.theory.rules import floor_factor, update_rule
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.stability import forward_only_batches, forward_only_bounds, forward_only_horizon
 
 if TYPE_CHECKING:
     from zoscope.analysis.advice import Limit
-    from zoscope.analysis.request import Request
+    from zoscope.analysis.request import CurvatureSession, Request
     from zoscope.curvature.slq import ForwardCurvature
     from zoscope.problem import Objective
     from zoscope.theory.rules import EstimatorMoments, UpdateRule
@@ -47,7 +44,7 @@ KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardswish, 
 """Layers whose slope jumps."""
 
 
-def precision_notice(reached: float, of_batches: float, request: Request, found: ForwardCurvature) -> Notice | None:
+def precision_notices(reached: float, of_batches: float, request: Request, found: ForwardCurvature) -> Iterable[Notice]:
     """On a precision asked for and not reached.
 
     Args:
@@ -57,13 +54,13 @@ def precision_notice(reached: float, of_batches: float, request: Request, found:
         found: What was measured.
     """
     if max(reached, of_batches) <= request.rtol:
-        return None
+        return
     worst, whose, wanted = reached, "the descent threshold", ""
     if of_batches > reached:
         worst, whose = BATCHES * of_batches, "the descent threshold of mini-batches"
         wanted = f", of which {BATCHES:g} times as much would do"
     value = f"± {100 * worst:.1f} %" if math.isfinite(worst) else "no finite error bar"
-    return Notice(
+    yield Notice(
         "precision",
         f"The precision asked for (--rtol {request.rtol:g}) was not reached: {value} on {whose}{wanted}, after "
         f"{found.num_hvps} directions of {request.max_hvps} at most. The intervals shown are honest, only wider; raise "
@@ -290,20 +287,18 @@ def noisy_square(found: ForwardCurvature, batches: ForwardBatches | None) -> flo
     return found.gradient_sq.value + (0.0 if batches is None else float(np.maximum(batches.noise_sq(found).value, 0.0)))
 
 
-def forward_bounds(objective: Objective, request: Request, *, spec: str | None, started: float) -> BoundsResult:
+def forward_bounds(session: CurvatureSession, request: Request) -> BoundsResult:
     """Measure a prepared problem by forward passes and derive what they can say.
 
     Args:
-        objective: Prepared with ``differentiable=False``.
+        session: Prepared with ``differentiable=False``.
         request: What is asked.
-        spec: Name of the problem in the result.
-        started: When the work began, on the clock of ``time.perf_counter``.
 
     Raises:
         UsageError: If nothing that was asked for can be known this way.
         NumericalError: If the loss is not finite around the parameters, or, with ``strict``, for a missed precision.
     """
-    rules = _rules(request)
+    rules, objective = _rules(request), session.objective
     moments = request.moments(dimension=objective.num_params)
     size = batch_size_of(objective, request)
     batches = None if size is None else ForwardBatches.of(objective, size)
@@ -320,31 +315,24 @@ def forward_bounds(objective: Objective, request: Request, *, spec: str | None, 
         noise=batches is not None,
         on_progress=request.on_progress,
     )
-    grad_norm = math.sqrt(found.gradient_sq.value)
-    info = ProblemInfo(objective.num_params, objective.num_examples, found.loss, grad_norm)
     rows = {
         name: _row(found, batches, request, rule=rule, settings=request.settings(name), moments=moments)
         for name, rule in rules.items()
     }
-    nonsmooth = precision_notice(*_precision(found, batches, moments), request, found)
-    if nonsmooth is not None and request.strict:
-        raise NumericalError(nonsmooth.message)
-    told = [*forward_notices(found, request, objective, rows), *objective.warnings]
+    missed = session.missed(precision_notices(*_precision(found, batches, moments), request, found))
     return BoundsResult(
-        spec=spec,
-        device=str(objective.device),
-        dtype=str(objective.dtype).removeprefix("torch."),
-        seed=request.seed,
         steps=request.steps,
         rtol=request.rtol,
-        problem=info,
         curvature={},
         optimizers=rows,
         estimator=Estimator(request.directions, request.queries),
-        num_hvps=found.num_hvps,
-        seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(told if nonsmooth is None else [nonsmooth, *told]),
         forward=found,
+        **session.header(
+            loss=found.loss,
+            grad_norm=math.sqrt(found.gradient_sq.value),
+            num_hvps=found.num_hvps,
+            warnings=(*missed, *forward_notices(found, request, objective, rows), *objective.warnings),
+        ),
     )
 
 
@@ -377,17 +365,22 @@ def _row(
 ) -> OptimizerBounds:
     scale = preconditioner_scale(found.gradient_sq.value, request, moments) if rule.preconditioned else 1.0
     minibatch = None
-    if batches is not None:
+    if batches is not None and rule.is_linear:
         noisy = noisy_square(found, batches)
         noisy_scale = preconditioner_scale(noisy, request, moments) if rule.preconditioned else 1.0
         minibatch = batches.bounds(found, rule=rule, moments=moments, scale=noisy_scale, steps=request.steps)
 
     def ends(trace: float, frobenius_sq: float) -> tuple[float, float]:
+        if not rule.is_linear:
+            return math.inf, math.inf
         interval = forward_only_bounds(trace / scale, frobenius_sq / scale**2, rule=rule, moments=moments)
         return interval.lower, interval.upper
 
     def descent(trace: float, rayleigh: float) -> float:
-        return scale * descent_threshold(trace, rayleigh, moments=moments, rule=rule)
+        if rule.is_linear:
+            return scale * descent_threshold(trace, rayleigh, moments=moments, rule=rule)
+        pull = 0.5 * floor_factor(rule.adapts or "slopes", moments) * trace
+        return math.sqrt(max(found.gradient_sq.value, 0.0)) / pull if pull > 0 else math.inf
 
     moved = found.trace, found.frobenius_sq
     bounds = ForwardBounds(

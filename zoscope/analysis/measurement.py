@@ -1,4 +1,4 @@
-"""What of the gradient the descent threshold depends on."""
+"""What is measured of a problem, and the thresholds that follow for every optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from zoscope.analysis.advice import Advisor, judge
-from zoscope.analysis.thresholds import Horizon, OptimizerBounds, Pair, Verdict, ci95, outer_ci95
+from zoscope.analysis.notices import LARGE_COMMUTATOR
+from zoscope.analysis.thresholds import Floor, Horizon, OptimizerBounds, Pair, Verdict, ci95, outer_ci95
 from zoscope.curvature.lanczos import rounding
 from zoscope.curvature.nonsmooth import NOTHING, PROBES, Jump, Nonsmooth, jump_of, nonsmooth_curvature
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, gradient
@@ -25,9 +26,11 @@ from zoscope.curvature.preconditioner import (
 from zoscope.curvature.slq import OnProgress, measure
 from zoscope.errors import NumericalError, UsageError
 from zoscope.runtime import spawn_generators
-from zoscope.theory.quadratic import GradientMeasure, QuadraticModel, descent_threshold_adam
+from zoscope.theory.quadratic import GradientMeasure, QuadraticModel, descent_threshold, gradient_floor
+from zoscope.theory.rules import floor_factor
 from zoscope.theory.spectrum import Estimate, widening
 from zoscope.theory.stability import (
+    ModeCoupling,
     OfMoments,
     StabilityCondition,
     fo_threshold,
@@ -38,10 +41,11 @@ from zoscope.theory.stability import (
 )
 
 if TYPE_CHECKING:
-    from zoscope.analysis.advice import Limit, Threshold
+    from zoscope.analysis.advice import Limit
     from zoscope.analysis.minibatch import Batches, BatchSpread, MiniBatchBounds
-    from zoscope.analysis.request import Request
+    from zoscope.analysis.request import MeasureRequest, Request
     from zoscope.curvature.slq import Curvature
+    from zoscope.options import Threshold
     from zoscope.problem import Objective
     from zoscope.theory.rules import EstimatorMoments, UpdateRule
 
@@ -76,17 +80,41 @@ class Slope:
     def threshold(
         self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0
     ) -> float:
-        """The descent threshold, with the noise of mini-batches if there is any."""
-        return descent_threshold_adam(
-            gPg=self.gPg,
-            gPHPg=self.gPHPg,
-            trace_php=self.trace,
-            grad_sq=self.grad_sq,
-            noise_curvature=noise_curvature,
-            noise_sq=noise_sq,
+        """The descent threshold, with the noise of mini-batches if there is any; that of the floor is the same."""
+        if not rule.is_linear:
+            return self.floor_lr(rule, moments, noise_sq=noise_sq)
+        return descent_threshold(
+            self.trace,
+            self.gPHPg / self.grad_sq,
+            alignment=self.gPg / self.grad_sq,
+            noise_curvature=noise_curvature / self.grad_sq,
+            noise=noise_sq / self.grad_sq,
             moments=moments,
             rule=rule,
         )
+
+    def pull(self, rule: UpdateRule, moments: EstimatorMoments) -> float:
+        """Gradient norm at which an adaptive run stalls, over its step size: ``κ Tr(H)/2``; Adam's P follows g."""
+        assert rule.adapts is not None
+        if rule.preconditioned:
+            return 0.5 * moments.b * self.trace * self.grad_sq * math.sqrt(self.grad_sq) / self.gPg
+        return 0.5 * floor_factor(rule.adapts, moments) * self.trace
+
+    def floor_lr(self, rule: UpdateRule, moments: EstimatorMoments, *, noise_sq: float = 0.0) -> float:
+        """Step size whose floor is the present gradient; below it a run goes down from here."""
+        pull = self.pull(rule, moments)
+        return self.grad_sq / (pull * math.sqrt(self.grad_sq + noise_sq)) if pull > 0 else math.inf
+
+    def floor(
+        self, rule: UpdateRule, moments: EstimatorMoments, *, lr: float | None, noise_sq: float = 0.0
+    ) -> Floor | None:
+        """Where adaptive runs stall; ``None`` for a rule that does not adapt."""
+        if rule.adapts is None:
+            return None
+        value = self.floor_lr(rule, moments, noise_sq=noise_sq)
+        error = self.trace_error / abs(self.trace) if math.isfinite(value) else 0.0
+        at_lr = None if lr is None else gradient_floor(lr * self.pull(rule, moments), noise_sq=noise_sq)
+        return Floor(Estimate(value, quadrature=value * error if error else 0.0), math.sqrt(self.grad_sq), lr, at_lr)
 
 
 HORIZONS = (30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
@@ -106,6 +134,8 @@ class MeasuredOperator:
         gradient: Spectral measure of the gradient in the operator's coordinates; ``None`` for a zero gradient.
         commutator: Of a preconditioner with the Hessian.
         batches: How mini-batches spread around it, where a batch size was asked for.
+        slope: What the descent threshold and the floor depend on; ``None`` for a zero gradient.
+        coupling: Of a preconditioner that does not commute with H, where all of it is known.
     """
 
     operator: str
@@ -113,6 +143,8 @@ class MeasuredOperator:
     gradient: GradientMeasure | None
     commutator: Estimate | None = None
     batches: BatchSpread | None = None
+    slope: Slope | None = None
+    coupling: ModeCoupling | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +194,9 @@ def optimizer_row(
     paper = paper_bounds(curvature.trace.value, largest, rule=rule, moments=moments)
     tight = tight_bounds(positive.trace, positive.frobenius_sq, max(largest, 0.0), rule=rule, moments=moments)
     falling = None if descent is None else descent.value
-    exact = StabilityCondition(rule, moments).estimate(curvature.spectrum)
+    exact, commuting = StabilityCondition(rule, moments).estimate(curvature.spectrum), None
+    if measured.coupling is not None:
+        commuting, exact = exact.value, Estimate(measured.coupling.threshold(rule=rule, moments=moments))
     horizon = _horizon(curvature, question, rule=rule)
     minibatch = None
     if measured.batches is not None:
@@ -186,11 +220,11 @@ def optimizer_row(
         rule=rule,
         operator=measured.operator,
         settings=settings,
-        fo=fo_threshold(largest, rule=rule),
-        zo_lower=paper.lower,
-        zo_upper=paper.upper,
-        lower_tight=tight.lower,
-        upper_tight=tight.upper,
+        fo=fo_threshold(largest, rule=rule) if rule.is_linear else None,
+        zo_lower=paper.lower if rule.is_linear else None,
+        zo_upper=paper.upper if rule.is_linear else None,
+        lower_tight=tight.lower if rule.is_linear else None,
+        upper_tight=tight.upper if rule.is_linear else None,
         exact=exact,
         horizon=horizon,
         descent=falling,
@@ -201,15 +235,30 @@ def optimizer_row(
         commutator=measured.commutator,
         verdict=_verdict(measured, question, advisor, limit=advice.limit, minibatch=minibatch),
         minibatch=minibatch,
-        zo_ci95=_interval_ci95(curvature, lambda p1, _, top: paper_bounds(p1, top, rule=rule, moments=moments)),
+        zo_ci95=_interval_ci95(curvature, lambda p1, _, top: paper_bounds(p1, top, rule=rule, moments=moments))
+        if rule.is_linear
+        else None,
         tight_ci95=_interval_ci95(
             curvature, lambda p1, p2, top: tight_bounds(p1, p2, top, rule=rule, moments=moments), positive=True
-        ),
+        )
+        if rule.is_linear
+        else None,
         descent_ci95=None if descent is None else ci95(descent),
         limit=advice.limit,
         doubts=advice.doubts,
         advisor=advisor,
+        exact_if_commuting=commuting,
+        floor=_floor(measured, question, rule=rule, settings=settings),
     )
+
+
+def _floor(
+    measured: MeasuredOperator, question: ThresholdQuery, *, rule: UpdateRule, settings: Mapping[str, Any]
+) -> Floor | None:
+    if measured.slope is None or settings.get("preconditioner", "expected") != "expected":
+        return None  # a stored P has seen other gradients
+    noise_sq = 0.0 if measured.batches is None else float(measured.batches.noise_sq.mean())
+    return measured.slope.floor(rule, question.moments, lr=question.lr, noise_sq=noise_sq)
 
 
 def _interval_ci95(curvature: Curvature, bounds: OfMoments, *, positive: bool = False) -> Pair:
@@ -234,7 +283,7 @@ def _verdict(
     if minibatch is not None:
         ends, steps = (lambda version: minibatch.model.blow_up(lr, version=version)), minibatch.horizon.steps
         return judge(lr, steps=steps, momentum=momentum, blow_up=ends, limit=limit, descent=descent)
-    if measured.gradient is not None and question.loss != 0:
+    if measured.gradient is not None and question.loss != 0 and advisor.rule.is_linear:
         doubling = model.doubling_times(lr, min(question.steps, LONGEST_LOOK))
         if question.steps > LONGEST_LOOK and math.isinf(doubling[1]):
             doubling = None  # it may still come
@@ -275,6 +324,9 @@ def _predicted_lr(
     best = question.model(measured, rule).positive.best_lr(question.steps, upper=upper)
     return None if best is None or best >= 0.99 * upper else best
 
+
+MOST_COUPLED = 4096
+"""Largest dimension in which pairs of modes are followed."""
 
 SCALAR = 0.25
 """Distance of Adam's P from a multiple of the identity that is let pass, in units of the precision wanted."""
@@ -394,7 +446,7 @@ def _counted(nonsmooth: Nonsmooth) -> Estimate:
     return replace(nonsmooth.trace, stderr=nonsmooth.trace.stderr * widening(PROBES - 1))
 
 
-def curvature_operator(objective: Objective, request: Request) -> LinearOperator:
+def curvature_operator(objective: Objective, request: MeasureRequest) -> LinearOperator:
     """The curvature matrix asked for; the one place that knows which there are.
 
     Raises:
@@ -434,7 +486,7 @@ def _plain(
         error = trace.half_width + kinks.half_width + rounding(g.dtype, abs(trace.value) + 2 * abs(curved) / square)
         slope = Slope(square, curved, trace.value + kinks.value, square, error)
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=None)
-    return MeasuredOperator(name, curvature, measure, batches=spread), slope
+    return MeasuredOperator(name, curvature, measure, batches=spread, slope=slope), slope
 
 
 def _adam(
@@ -470,7 +522,19 @@ def _adam(
             + alike * kinks.half_width,
         )
     spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
-    return MeasuredOperator(name, curvature, measure, probes.commutator, spread), slope
+    coupling = None
+    if curvature.method == "dense" and probes.commutator.value > LARGE_COMMUTATOR and base.dim <= MOST_COUPLED:
+        coupling = mode_coupling(scaled, p)
+    return MeasuredOperator(name, curvature, measure, probes.commutator, spread, slope, coupling), slope
+
+
+def mode_coupling(operator: LinearOperator, p: Tensor) -> ModeCoupling:
+    """Of a dense ``P^-½ H P^-½`` and the diagonal of P."""
+    eigenvalues, vectors = torch.linalg.eigh(operator.dense().double())
+    positive = eigenvalues > 0
+    vectors, scale = vectors[:, positive], p.double()[:, None]
+    coupling = (vectors.T @ (vectors / scale)) * (vectors.T @ (vectors * scale))
+    return ModeCoupling(eigenvalues[positive].cpu().numpy(), coupling.cpu().numpy())
 
 
 def _is_scalar(preconditioner: Preconditioner, request: Request) -> bool:
@@ -501,7 +565,7 @@ def _adam_of(
             trace_error=slope.trace_error / p**2,
         )
     name = operator_name(request, preconditioned=True)
-    return MeasuredOperator(name, curvature, gradient_measure(curvature)), slope
+    return MeasuredOperator(name, curvature, gradient_measure(curvature), slope=slope), slope
 
 
 def gradient_measure(curvature: Curvature) -> GradientMeasure | None:

@@ -8,19 +8,22 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zoscope.analysis.request import curvature_session
 from zoscope.analysis.track_measuring import Measurer, Moment
-from zoscope.analysis.track_results import TrackRequest
+from zoscope.analysis.track_results import TrackRequest, require_precision
 from zoscope.config.load import Schedule
 from zoscope.errors import UsageError
 from zoscope.optim.optimizers import ZeroOrderOptimizer
+from zoscope.options import OPTIONS, MonitorOptions, checked_argument, keywords
 from zoscope.problem.core import Measurable
+from zoscope.registry import OPTIMIZERS, family_of
 from zoscope.result import JsonObject
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate, require_count, require_positive
@@ -50,9 +53,6 @@ def log_values(record: Record) -> dict[str, float]:
     return {f"zoscope/{name}": float(value) for name, value in values.items() if value is not None}
 
 
-NAMES = ("gd", "gdm", "adam", "zo-gd", "zo-gdm", "zo-adam")
-
-
 @dataclass(frozen=True)
 class OptimizerSetup:
     """Name and constants of an optimizer.
@@ -75,26 +75,30 @@ def setup_of(optimizer: Optimizer) -> OptimizerSetup:
     group = optimizer.param_groups[0]
     if isinstance(optimizer, ZeroOrderOptimizer):
         constants = {"queries": optimizer.queries, "directions": optimizer.directions, "mu": optimizer.mu}
-        constants |= {key: group[key] for key in ("beta", "betas", "eps") if key in group}
+        constants |= {key: group[key] for key in OPTIMIZERS[optimizer.name].options}
         return OptimizerSetup(f"zo-{optimizer.name}", constants)
     if isinstance(optimizer, torch.optim.SGD):
-        if group["nesterov"] or group["dampening"]:
-            raise ValueError("SGD with Nesterov momentum or dampening is not covered: expected plain or heavy-ball SGD")
-        beta = float(group["momentum"])
-        return OptimizerSetup("gdm", {"beta": beta}) if beta else OptimizerSetup("gd", {})
+        if group["nesterov"]:
+            raise ValueError("SGD with Nesterov momentum is not covered: expected plain or heavy-ball SGD")
+        decay = {"weight_decay": float(group["weight_decay"])}
+        if not group["momentum"]:
+            return OptimizerSetup("gd", decay)
+        return OptimizerSetup(
+            "gdm", {"beta": float(group["momentum"]), "dampening": float(group["dampening"]), **decay}
+        )
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         betas = tuple(float(beta) for beta in group["betas"])
         return OptimizerSetup("adam", {"betas": betas, "eps": float(group["eps"])})
     raise ValueError(
         f"optimizer is a {type(optimizer).__name__}: expected SGD, Adam, AdamW, zoscope.ZOGD, ZOGDM or ZOAdam, or one "
-        f"of the names {', '.join(NAMES)}"
+        f"of the names {', '.join(OPTIMIZERS)}"
     )
 
 
 def differing(optimizer: Optimizer) -> tuple[str, ...]:
     """Constants in which parameter groups differ from the first one, beside the step size; that one's are used."""
     first, *others = optimizer.param_groups
-    names = ("momentum", "beta", "betas", "eps")
+    names = dict.fromkeys(("momentum", *(name for record in OPTIMIZERS.values() for name in record.options)))
     return tuple(name for name in names if any(group.get(name) != first.get(name) for group in others))
 
 
@@ -181,7 +185,7 @@ class ForwardMonitor:
         optimizer: ``zoscope.ZOGD``, ``ZOGDM`` or ``ZOAdam``; for a loop of your own ``None``, and call `observe`.
         every: Steps between observations; each costs one evaluation of the loss.
         window: Directions that the estimates are means of.
-        name: ``"gd"``, ``"gdm"`` or ``"adam"`` where there is no optimizer.
+        name: Name without ``zo-`` of an optimizer, such as ``"gdm"``, where there is none.
         mu: Smoothing radius where there is no optimizer.
         dimension: Number of trained parameters where there is no optimizer; matters for ``directions="sphere"`` only.
         **constants: ``beta``, ``betas``, ``queries``, ``directions`` where there is no optimizer.
@@ -200,7 +204,7 @@ class ForwardMonitor:
         every: int = 1,
         window: int = 200,
         name: str = "gd",
-        mu: float = 1e-3,
+        mu: float = OPTIONS["mu"].default,
         dimension: int | None = None,
         **constants: Any,
     ) -> None:
@@ -212,8 +216,10 @@ class ForwardMonitor:
                     f"optimizer is a {type(optimizer).__name__}, which evaluates no two-point queries: expected "
                     "zoscope.ZOGD, ZOGDM or ZOAdam, or None and observe()"
                 )
+            if optimizer.one_sided:
+                raise ValueError("a ForwardMonitor needs losses on both sides: expected one_sided=False")
             setup = setup_of(optimizer)
-            name, constants = setup.name.removeprefix("zo-"), setup.constants
+            name, constants = family_of(setup.name), setup.constants
             mu = constants.pop("mu")
             dimension = sum(p.numel() for p in _trained(optimizer))
         require_positive("mu", mu)
@@ -373,23 +379,18 @@ class StabilityMonitor:
         optimizer: The loop's optimizer (``SGD``, ``Adam``, ``AdamW``, ``zoscope.ZOGD``, ``ZOGDM`` or ``ZOAdam``), from
             which the step size, the constants and Adam's state are read; or one of the names ``"zo-gd"``,
             ``"zo-gdm"``, ``"zo-adam"``, ``"gd"``, ``"gdm"``, ``"adam"``.
-        every: Steps between measurements; the first one is made at step 0, by the first call.
-        steps: Planned length of the training, for η*(remaining steps).
-        rtol: Relative 95 % half-width wanted for the trace and the exact threshold.
-        max_hvps: Most Hessian-vector products per measurement.
         file: JSON lines file that receives every record, such as ``metrics.jsonl``; it is appended to.
-        seed: Seed of the probe vectors.
-        device: Device to measure on.
-        dtype: Floating-point type to measure in.
-        micro_batch: Examples per pass.
-        **constants: ``beta``, ``betas``, ``eps``, ``queries``, ``directions`` of an optimizer given by name, or in
-            place of what was read from it.
+        **options: How often and how precisely to measure, and where: ``examples/guide/options.md`` has types, defaults
+            and ranges. ``beta``, ``betas``, ``eps``, ``queries``, ``directions`` and ``mu`` are those of an optimizer
+            given by name, or in place of what was read from it. With ``strict`` a measurement that does not reach
+            ``rtol`` raises.
 
     Attributes:
         records: Everything measured so far.
         warnings: What the last measurement had to say.
 
     Raises:
+        TypeError: For an option that there is not.
         ValueError: If an argument is outside of its range, or the optimizer is not covered.
     """
 
@@ -398,39 +399,22 @@ class StabilityMonitor:
         problem: Problem,
         optimizer: Optimizer | str,
         *,
-        every: int = 1000,
-        steps: int | None = None,
-        rtol: float = 0.05,
-        max_hvps: int = 150,
         file: str | Path | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        dtype: str = "auto",
-        micro_batch: int | None = None,
-        **constants: Any,
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        require_count("every", every)
-        if steps is not None:
-            require_count("steps", steps)
         self._optimizer = None if isinstance(optimizer, str) else optimizer
-        name, found = optimizer, {}
+        name, found = str(optimizer), {}
         if self._optimizer is not None:
             setup = setup_of(self._optimizer)
             name, found = setup.name, setup.constants
+        asked = keywords("StabilityMonitor", {**found, **options})
+        self._every, self._steps = asked["every"], asked["steps"]
         self._request = TrackRequest(
-            optimizer=str(name),
+            optimizer=checked_argument("track", "optimizer", name),
             lr=Schedule("constant", 1.0),  # the loop has its own
-            steps=steps or 1,
-            every=every,
-            rtol=rtol,
-            max_hvps=max_hvps,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            micro_batch=micro_batch,
-            **{**found, **constants},
+            **asked | {"steps": self._steps or 1},
         )
-        self._problem, self._every, self._steps = problem, every, steps
+        self._problem = problem
         self._file = None if file is None else Path(file)
         self._state: dict[str, Any] | None = None
         self._losses: list[float] = []
@@ -490,9 +474,8 @@ class StabilityMonitor:
         remaining = 0 if self._steps is None else max(self._steps - done, 0)
         request = self._request
         first = self._state is None  # what is checked of the problem does not change as it trains
-        with self._problem.prepare(
-            device=request.device, dtype=request.dtype, micro_batch=request.micro_batch, check=first
-        ) as objective:
+        with curvature_session(self._problem, request, check=first) as session:
+            objective = session.objective
             measurer = Measurer(Measurable(objective), request)
             if self._state is not None:
                 measurer.restore(self._state)
@@ -516,6 +499,8 @@ class StabilityMonitor:
         record = replace(record, metrics=metrics)
         self.records.append(record)
         self._write(record)
+        if request.strict:
+            require_precision([record], request.rtol)
         return record
 
     def _lr(self) -> float:
@@ -535,7 +520,7 @@ class StabilityMonitor:
         return lr
 
     def _second_moment(self) -> tuple[Tensor | None, int]:
-        if self._optimizer is None or self._request.family != "adam":
+        if self._optimizer is None or not self._request.rule.preconditioned:
             return None, 0
         return second_moment(self._optimizer, self._problem.parameters())
 

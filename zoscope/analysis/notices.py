@@ -1,8 +1,9 @@
-"""How far the noise of zeroth-order steps takes the parameters, and whether the loss is still quadratic there.
+"""Notices: what a reader has to know before trusting a threshold, each with its measurement where it needs one.
 
-A step of size η along ``u ~ N(0, I)`` moves every parameter by about ``η‖g‖/√q``, so N of them by √N as much, in random
-directions: the run is where a random direction leads, at a distance that is known beforehand. Two more evaluations
-there say how far the loss rises; two nearer ones, along the same direction, what its curvature promised.
+How far the model reaches: a step of size η along ``u ~ N(0, I)`` moves every parameter by about ``η‖g‖/√q``, so N of
+them by √N as much, in random directions: the run is where a random direction leads, at a distance that is known
+beforehand. Two more evaluations there say how far the loss rises; two nearer ones, along the same direction, what its
+curvature promised.
 """
 
 from __future__ import annotations
@@ -408,7 +409,9 @@ def provisional_notices(rows: Iterable[OptimizerBounds]) -> Iterable[Notice]:
         )
 
 
-def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate) -> Iterable[Notice]:
+def preconditioner_notices(
+    preconditioner: Preconditioner, commutator: Estimate, row: OptimizerBounds | None = None
+) -> Iterable[Notice]:
     """On Adam's frozen P."""
     if preconditioner.collapsed > COLLAPSED:
         yield Notice(
@@ -417,7 +420,14 @@ def preconditioner_notices(preconditioner: Preconditioner, commutator: Estimate)
             "has collapsed to ε there, and its thresholds with it. They hold for this point; away from it v grows and "
             "lifts them.",
         )
-    if commutator.value > LARGE_COMMUTATOR:
+    if row is not None and row.exact_if_commuting is not None and row.exact is not None:
+        yield Notice(
+            "commutator",
+            f"P and H do not commute: ‖PH−HP‖/‖PH‖ = {100 * commutator.value:.0f} %. The infinite-time threshold takes "
+            f"that in, exactly; if they did, it would be {_number(row.exact_if_commuting)} in place of "
+            f"{_number(row.exact.value)}. η*(N) and the intervals assume that they do, and may be too high by as much.",
+        )
+    elif commutator.value > LARGE_COMMUTATOR:
         yield Notice(
             "commutator",
             f"P and H do not commute: ‖PH−HP‖/‖PH‖ = {100 * commutator.value:.0f} %. The thresholds of Adam assume "
@@ -450,8 +460,3 @@ def precision_notices(
 
 def _number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def without_repeats(notices: Iterable[Notice]) -> tuple[Notice, ...]:
-    """Each message once, in order."""
-    return tuple(dict.fromkeys(notices))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from zoscope.analysis.check_runner import Cache, UncacheableError, problem_finge
 from zoscope.analysis.request import subject_of
 from zoscope.config.load import Piecewise, Schedule, StepSizes, parse_step_sizes
 from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.optim.rules import rule_from_options
+from zoscope.options import SCHEDULES, PlanMethod, PlanOptions, keywords
 from zoscope.planning.rehearsal import Law
 from zoscope.planning.runs import (
     FEWEST_MACRO,
@@ -34,14 +36,13 @@ from zoscope.planning.runs import (
 )
 from zoscope.planning.search import RISKY, SAFE, Edge, Search, Trial, finite_range, loss_stderr
 from zoscope.problem import Notice
+from zoscope.registry import family_of, optimizer_record
 from zoscope.result import JsonObject, MeasuredResult, ProblemInfo
-from zoscope.theory.rules import Directions, estimator_moments, update_rule
-from zoscope.theory.spectrum import require_count, require_non_negative, require_positive
+from zoscope.theory.rules import estimator_moments, update_rule
 
 if TYPE_CHECKING:
     from zoscope.problem import Objective, Problem
 
-Method = Literal["auto", "rehearsal", "replicas"]
 OnPlan = Callable[[str, float, float], None]
 """Called with what is done, and how much of how much: forward passes over all examples."""
 
@@ -63,7 +64,8 @@ SWEEP = 15
 POINTS = 60
 """Points of a loss curve in the result."""
 
-SCHEDULES = ("constant", "linear", "cosine")
+REHEARSED = ("gd", "gdm", "adam")
+"""Optimizers whose runs can be rehearsed; of others real runs are made."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class _Planner:
     objective: Objective
     question: Question
     cost: Cost
-    method: Method
+    method: PlanMethod
     max_cost: float
     loss: float
     store: dict[str, Any]
@@ -348,7 +350,7 @@ class _Planner:
         if self.on_progress is not None:
             report, done, total = self.on_progress, 0.0, float(self.question.steps)
             if isinstance(self.runs, RealRuns):
-                total *= self.question.replicas
+                total *= self.runs.replicas
             what = f"{self.used} {len(self.search.trials) + 1}, lr {lr:.3g}"
             report(what, 0.0, total)
 
@@ -363,7 +365,7 @@ class _Planner:
         self._keep_cost()
         self.save()
         if self.method == "auto" and self.used == "rehearsal":
-            real = self.question.replicas * real_price(self.question, self._share)
+            real = len(found.ends) * real_price(self.question, self._share)
             if self.cost.forward_passes - before > real:
                 self.store[key] = {"dear": True}
                 self.save()
@@ -395,35 +397,7 @@ def _read_trial(entry: Mapping[str, Any]) -> Trial:
     return Trial(entry["lr"], full(entry["ends"]), tuple(entry["left"]), full(entry["steps"]), full(entry["losses"]))
 
 
-def plan(
-    problem: Problem,
-    *,
-    optimizer: str = "zo-gd",
-    steps: int = 1000,
-    batch_size: int | None = None,
-    schedule: str | StepSizes = "constant",
-    warmup: float = 0.0,
-    compare_schedules: bool = False,
-    weight_decay: float = 0.0,
-    mu: float = 1e-3,
-    queries: int = 1,
-    directions: Directions = "gaussian",
-    beta: float = 0.9,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    method: Method = "auto",
-    replicas: int = 4,
-    max_cost: float | None = None,
-    cache: str | Path | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    micro_batch: int | None = None,
-    max_memory: int | None = None,
-    params: str | None = None,
-    spec: str | None = None,
-    on_progress: OnPlan | None = None,
-) -> PlanResult:
+def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpack[PlanOptions]) -> PlanResult:
     """Look ahead: which step size for this run, how far the loss falls at it, and at which risk.
 
     The run is rehearsed with few gradients, or run as it is where that is cheaper, at step sizes that are chosen by
@@ -431,114 +405,42 @@ def plan(
 
     Args:
         problem: Model, batches and loss.
-        optimizer: ``"zo-gd"``, ``"zo-gdm"`` or ``"zo-adam"``.
-        steps: Steps of the run.
-        batch_size: Examples of a step, drawn at random; all of them by default.
-        schedule: ``"constant"``, ``"linear"``, ``"cosine"``, or factors from a step on such as ``"1,2000:0.1"``.
-        warmup: Warm-up in steps, or as a share of the steps when below 1.
-        compare_schedules: Also answer for the other schedules.
-        weight_decay: w of ``ĝ + w θ``.
-        mu: Smoothing radius of the estimate.
-        queries: Queries averaged per step.
-        directions: Law of the perturbations.
-        beta: Momentum of GDM.
-        betas: Adam's ``(β₁, β₂)``.
-        eps: Adam's ε.
-        method: ``"rehearsal"``, ``"replicas"`` (real runs, no gradients), or ``"auto"``, the cheaper one.
-        replicas: Runs at every step size.
-        max_cost: Most forward passes over all examples; what is known by then is the answer.
-        cache: Folder in which runs are kept, so that a plan that was stopped goes on.
-        seed: Seed of every random number.
-        device: Device.
-        dtype: Floating-point type.
-        micro_batch: Examples per pass.
-        max_memory: Bytes that the process may hold in all.
-        params: Which parameters.
-        spec: Name of the problem in the result.
-        on_progress: Called as ``on_progress(what, done, total)``.
+        on_progress: Called as ``on_progress(what, done, total)``, with steps.
+        **options: Those of ``zoscope plan``: ``examples/guide/options.md`` has types, defaults and ranges.
 
     Returns:
         A result that prints itself, with the JSON document as ``to_dict()``.
 
     Raises:
+        TypeError: For an option that there is not.
         ValueError: If an argument is outside of its range.
-        UsageError: If the optimizer is not a zeroth-order one, or the schedule cannot be read.
+        UsageError: If the schedule cannot be read, or no rehearsal is possible where one is asked for.
         SpecError: If the problem cannot be evaluated.
         NumericalError: If the loss at the start is not finite.
     """
     began = time.perf_counter()
-    family = _family(optimizer)
-    require_count("steps", steps)
-    require_count("replicas", replicas, least=2)
-    require_count("seed", seed, least=0)
-    require_positive("mu", mu)
-    require_non_negative("weight_decay", weight_decay)
-    require_non_negative("warmup", warmup)
-    if batch_size is not None:
-        require_count("batch_size", batch_size)
-    if max_cost is not None:
-        require_positive("max_cost", max_cost)
-    if method not in ("auto", "rehearsal", "replicas"):
-        raise ValueError(f"method must be auto, rehearsal or replicas, got {method!r}")
-    update = update_rule(family, beta=beta, betas=betas)
-    estimator_moments(directions, queries=queries, dimension=1)
-    sizes = read_schedule(schedule, warmup=warmup)
-    options = {"device": device, "dtype": dtype, "micro_batch": micro_batch, "max_memory": max_memory}
-    subject = subject_of(problem, params)
-    settings: dict[str, Any] = {
-        "optimizer": f"zo-{family}",
-        **({"beta": beta} if family == "gdm" else {"betas": list(betas), "eps": eps} if family == "adam" else {}),
-        "steps": steps,
-        "batch_size": batch_size,
-        "schedule": _name(sizes),
-        "warmup": getattr(sizes, "warmup", 0.0),
-        "weight_decay": weight_decay,
-        "mu": mu,
-        "queries": queries,
-        "directions": directions,
-    }
-    with prepared(subject, forward=method == "replicas", **options) as (objective, differentiable):
+    found = keywords("plan", options)
+    sizes = read_schedule(found["schedule"], warmup=found["warmup"])
+    subject, settings = subject_of(problem, found["params"]), _settings(found, sizes)
+    no_rehearsal = _no_rehearsal(family_of(found["optimizer"]), found["differences"])
+    if no_rehearsal is not None and found["method"] == "rehearsal":
+        raise UsageError(f"--method rehearsal: {no_rehearsal} Use --method replicas.")
+    method: PlanMethod = found["method"] if no_rehearsal is None else "replicas"
+    device = {name: found[name] for name in ("device", "dtype", "micro_batch", "max_memory")}
+    with prepared(subject, **device) as (objective, differentiable):
         loss = objective.value()
         if not math.isfinite(loss):
             raise NumericalError("The loss at the start is not finite. Expected a number: there is nothing to plan.")
-        batch = None if batch_size is None or batch_size >= objective.num_examples else batch_size
-        if batch_size is not None and batch is None:
-            settings["batch_size"] = None
-            objective.notify(
-                "all-examples",
-                f"--batch-size {batch_size:,}: the problem has {objective.num_examples:,} examples, so that every step "
-                "sees all of them.",
-            )
         if method == "rehearsal" and not differentiable:
             raise UsageError("--method rehearsal takes gradients, and this loss has none. Use --method replicas.")
-        moments = estimator_moments(directions, queries=queries, dimension=objective.num_params)
-        law = Law(
-            family=family,
-            momentum=update.momentum,
-            second=betas[1],
-            eps=eps,
-            weight_decay=weight_decay,
-            a=moments.a,
-            b=moments.b,
-        )
-        rule = rule_from_options(family, {"beta": beta, "betas": betas, "eps": eps})
-        question = Question(
-            law=law,
-            rule=rule,
-            estimator=ZerothOrderEstimator(mu=mu, queries=queries, directions=directions),
-            steps=steps,
-            batch_size=batch,
-            shape=shape_of(sizes, steps=steps),
-            replicas=replicas,
-            seed=seed,
-        )
+        question = _question(found, sizes, objective)
+        settings["batch_size"] = question.batch_size
         cost = Cost()
-        budget = math.inf if max_cost is None else max_cost
+        budget = math.inf if found["max_cost"] is None else found["max_cost"]
 
         def answered(asked: Question, schedule_name: str) -> tuple[_Planner, Edge, Trial | None]:
-            store, save = _store(
-                cache, subject, settings | {"schedule": schedule_name, "replicas": replicas, "seed": seed}
-            )
+            identity = settings | {"schedule": schedule_name, **{key: found[key] for key in ("replicas", "seed")}}
+            store, save = _store(found["cache"], subject, identity)
             own = Cost(*store.get("cost", (0.0, 0.0)))
             left = budget - cost.forward_passes
             planner = _Planner(objective, asked, own, method, left, loss, store, save, on_progress, differentiable)
@@ -549,17 +451,16 @@ def plan(
 
         planner, edge, best = answered(question, settings["schedule"])
         rows = []
-        if compare_schedules:
+        if found["compare_schedules"]:
             rows.append(_schedule_answer(settings["schedule"], edge, best, loss))
             for kind in SCHEDULES:
                 if kind != settings["schedule"]:
-                    other = Schedule(kind, 1.0, warmup)
-                    asked = replace(question, shape=shape_of(other, steps=steps))
+                    other = Schedule(kind, 1.0, found["warmup"] or 0.0)
+                    asked = replace(question, shape=shape_of(other, steps=question.steps))
                     _, other_edge, other_best = answered(asked, kind)
                     rows.append(_schedule_answer(kind, other_edge, other_best, loss))
             rows.sort(key=lambda row: math.inf if row.expected_loss is None else row.expected_loss)
-        share = share_of(objective, question)
-        run = 2.0 * queries * share * steps
+        run = 2.0 * question.estimator.queries * share_of(objective, question) * question.steps
         grad_norm = math.nan
         if differentiable:
             grad_norm = float(objective.gradient()[1].double().norm())
@@ -577,22 +478,30 @@ def plan(
             curve=tuple(_curve_point(trial, edge) for _, trial in sorted(planner.search.trials.items())),
             paths=tuple(_path(trial) for _, trial in sorted(planner.search.trials.items())),
             method=planner.used,
-            replicas=replicas,
-            cost=PlanCost(cost.gradients, cost.forward_passes, run, SWEEP * replicas * run),
+            replicas=planner.runs.replicas,
+            cost=PlanCost(cost.gradients, cost.forward_passes, run, SWEEP * planner.runs.replicas * run),
             schedules=tuple(rows),
-            spec=spec if spec is not None else problem.name,
+            spec=problem.name if found["spec"] is None else found["spec"],
             device=str(objective.device),
             dtype=str(objective.dtype).removeprefix("torch."),
-            seed=seed,
+            seed=found["seed"],
             problem=ProblemInfo(objective.num_params, objective.num_examples, loss, grad_norm),
             num_hvps=0,
             seconds=time.perf_counter() - began,
-            warnings=tuple(_notices(planner, edge, best, lowers=lowers, differentiable=differentiable)),
+            warnings=tuple(
+                _notices(planner, edge, best, lowers=lowers, differentiable=differentiable, no_rehearsal=no_rehearsal)
+            ),
         )
 
 
 def _notices(
-    planner: _Planner, edge: Edge, best: Trial | None, *, lowers: bool, differentiable: bool
+    planner: _Planner,
+    edge: Edge,
+    best: Trial | None,
+    *,
+    lowers: bool,
+    differentiable: bool,
+    no_rehearsal: str | None,
 ) -> Iterator[Notice]:
     question = planner.question
     if planner.spent:
@@ -605,7 +514,9 @@ def _notices(
             "coarse",
             "The answer still moved by more than 5 % with twice the macro steps; --method replicas makes real runs.",
         )
-    if not differentiable:
+    if no_rehearsal is not None:
+        yield Notice("no-rehearsal", f"{no_rehearsal} Real runs were made instead.")
+    elif not differentiable and planner.method != "replicas":
         yield Notice(
             "no-gradient",
             "No gradient can be had: real runs were made instead of rehearsals. A step size that sets itself, "
@@ -625,16 +536,64 @@ def _notices(
     yield from planner.objective.warnings
 
 
-def _family(optimizer: str) -> str:
-    family = optimizer.removeprefix("zo-")
-    if not optimizer.startswith("zo-") and optimizer in ("gd", "gdm", "adam"):
-        raise UsageError(f"--optimizer {optimizer}: a plan is about zeroth-order runs. Expected zo-{family}.")
-    if family not in ("gd", "gdm", "adam"):
-        raise UsageError(f"--optimizer {optimizer}: expected one of zo-gd, zo-gdm, zo-adam.")
-    return family
+def _settings(found: Mapping[str, Any], sizes: StepSizes) -> dict[str, Any]:
+    """The question, as the result has it."""
+    record = optimizer_record(family_of(found["optimizer"]))
+    asked = {name: found[name] for name in ("steps", "batch_size", "mu", "queries", "directions", "differences")}
+    schedule = {"schedule": _name(sizes), "warmup": getattr(sizes, "warmup", 0.0)}
+    return {"optimizer": found["optimizer"], **record.settings(found), **asked, **schedule}
 
 
-def read_schedule(schedule: str | StepSizes, *, warmup: float = 0.0) -> StepSizes:
+def _question(found: Mapping[str, Any], sizes: StepSizes, objective: Objective) -> Question:
+    family, batch_size = family_of(found["optimizer"]), found["batch_size"]
+    names = ("beta", "betas", "dampening", "weight_decay")
+    update = update_rule(family, **{name: found[name] for name in names})
+    moments = estimator_moments(found["directions"], queries=found["queries"], dimension=objective.num_params)
+    if batch_size is not None and batch_size >= objective.num_examples:
+        objective.notify(
+            "all-examples",
+            f"--batch-size {batch_size:,}: the problem has {objective.num_examples:,} examples, so that every step "
+            "sees all of them.",
+        )
+        batch_size = None
+    law = Law(
+        family=family,
+        momentum=update.momentum,
+        scale=1.0 - found["dampening"] if family == "gdm" else 1.0,
+        second=found["betas"][1],
+        eps=found["eps"],
+        weight_decay=found["weight_decay"] if "weight_decay" in optimizer_record(family).options else 0.0,
+        a=moments.a,
+        b=moments.b,
+    )
+    estimator = ZerothOrderEstimator(
+        mu=found["mu"],
+        queries=found["queries"],
+        directions=check_law(found["directions"]),
+        one_sided=found["differences"] == "one-sided",
+    )
+    return Question(
+        law=law,
+        rule=rule_from_options(family, found),
+        estimator=estimator,
+        steps=found["steps"],
+        batch_size=batch_size,
+        shape=shape_of(sizes, steps=found["steps"]),
+        replicas=found["replicas"],
+        seed=found["seed"],
+    )
+
+
+def _no_rehearsal(family: str, differences: str) -> str | None:
+    """Why runs of an optimizer cannot be rehearsed."""
+    if family not in REHEARSED:
+        return f"No rehearsal of zo-{family} is known."
+    if differences == "one-sided":
+        return "The noise that one-sided differences add is not rehearsed."
+    return None
+
+
+def read_schedule(schedule: str | StepSizes, *, warmup: float | None) -> StepSizes:
     """A schedule with peak 1.
 
     Raises:
@@ -643,7 +602,7 @@ def read_schedule(schedule: str | StepSizes, *, warmup: float = 0.0) -> StepSize
     if not isinstance(schedule, str):
         return schedule
     if schedule in SCHEDULES:
-        return Schedule(schedule, 1.0, warmup)
+        return Schedule(schedule, 1.0, warmup or 0.0)
     try:
         sizes = parse_step_sizes(schedule)
     except ValueError as error:
@@ -655,12 +614,23 @@ def read_schedule(schedule: str | StepSizes, *, warmup: float = 0.0) -> StepSize
     return sizes
 
 
-def shape_of(sizes: StepSizes, *, steps: int) -> Callable[[float], float] | None:
-    """Step size over its peak at a step; ``None`` for a constant one."""
+@dataclass(frozen=True)
+class ScheduleShape:
+    """Step size over its peak at a step."""
+
+    sizes: StepSizes
+    steps: int
+
+    def __call__(self, step: float) -> float:
+        """At a step from 0 on."""
+        return self.sizes.lr_at(int(step), steps=self.steps) / self.sizes.peak
+
+
+def shape_of(sizes: StepSizes, *, steps: int) -> ScheduleShape | None:
+    """A schedule without its peak; ``None`` for a constant step size."""
     if isinstance(sizes, Schedule) and sizes.kind == "constant" and not sizes.warmup:
         return None
-    peak = sizes.peak
-    return lambda step: sizes.lr_at(int(step), steps=steps) / peak
+    return ScheduleShape(sizes, steps)
 
 
 def _name(sizes: StepSizes) -> str:
@@ -671,23 +641,19 @@ def _name(sizes: StepSizes) -> str:
 
 
 @contextmanager
-def prepared(subject: Problem, *, forward: bool, **options: Any) -> Iterator[tuple[Objective, bool]]:
+def prepared(subject: Problem, **options: Any) -> Iterator[tuple[Objective, bool]]:
     """The problem, and whether it has gradients."""
-    if not forward:
+    with ExitStack() as stack:
         try:
-            with subject.prepare(trains=True, **options) as objective:
-                yield objective, True
-                return
-        except SpecError as error:
-            refused = error
-        try:
-            with subject.prepare(differentiable=False, **options) as objective:
-                yield objective, False
-                return
-        except SpecError:
-            raise refused from None
-    with subject.prepare(differentiable=False, **options) as objective:
-        yield objective, False
+            objective = stack.enter_context(subject.prepare(trains=True, **options))
+            differentiable = True
+        except SpecError as refused:
+            try:
+                objective = stack.enter_context(subject.prepare(differentiable=False, **options))
+            except SpecError:
+                raise refused from None
+            differentiable = False
+        yield objective, differentiable
 
 
 def _store(

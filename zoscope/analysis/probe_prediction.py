@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -252,6 +252,11 @@ class Prediction:
         return self.true_value if self.model.moments.b == 0 or exact is None else exact
 
     @property
+    def grows(self) -> bool:
+        """Whether the model knows how fast noise grows: not with mini-batches, nor with steps of a fixed size."""
+        return self.row.minibatch is None and self.model.rule.is_linear
+
+    @property
     def scale(self) -> float:
         """The size of a loss here: that at the start."""
         return abs(self.model.loss) or 1.0
@@ -267,7 +272,7 @@ class Prediction:
 
     def curve(self, lr: float, steps: int, *, flow: GradientFlow | None = None) -> NDArray[np.float64] | None:
         """The predicted mean loss, ``(steps + 1,)``; around the measured mean path where that is known."""
-        if self.model.gradient is None or steps > LONGEST_CURVE or self.row.minibatch is not None:
+        if self.model.gradient is None or steps > LONGEST_CURVE or not self.grows:
             return None  # the noise of mini-batches is not in it
         path = None if flow is None else flow.mean_path(lr=lr, steps=steps, rule=self.model.rule)
         return self.model.loss_curve(lr, steps, path=path)
@@ -300,6 +305,8 @@ def forecast(
         return optimizer_row(measured, question, rule=rule, settings=settings, descent=descent)
 
     row = row_for(request.steps or 1000)
+    if not rule.is_linear:
+        return _floor_forecast(model, row, request, rank=measured.curvature.effective_rank)
     infinite = (row.fo if request.first_order else row.exact.value if row.exact else None) or math.inf
     if not math.isfinite(infinite):
         raise NumericalError(
@@ -356,6 +363,36 @@ def forecast(
         left,
         survives,
     )
+
+
+def _floor_forecast(model: QuadraticModel, row: OptimizerBounds, request: ProbeRequest, *, rank: float) -> Prediction:
+    """For a rule whose steps do not shrink with the gradient: below its floor the loss rises, above it falls.
+
+    Raises:
+        NumericalError: If the floor is not what was asked for, or there is none.
+    """
+    if request.measure.threshold in ("exact", "horizon") or request.edge:
+        raise NumericalError(
+            f"There is nothing to probe: no step size makes {request.optimizer} blow up on the quadratic model, so "
+            "it has neither an edge nor a threshold of the mean square. Its floor can be probed: --threshold descent."
+        )
+    descent = None if row.floor is None else row.floor.lr.value
+    if descent is None or not math.isfinite(descent):
+        raise NumericalError(
+            "There is nothing to probe: the gradient is zero here, or Tr H is not positive, so that no floor is known."
+        )
+    wanted = request.steps or descent_steps(request)
+    threshold = ProbedThreshold(
+        name="assumed" if request.assume_threshold else "descent",
+        value=request.assume_threshold or descent,
+        exact=None,
+        exact_ci95=None,
+        horizon=None,
+        horizon_ci95=None,
+        descent=descent,
+    )
+    left = left_above(replace(model, gradient=None), descent)
+    return Prediction(model, row, min(wanted, request.max_steps), wanted, threshold, descent, rank, left, False)
 
 
 def _probed(row: OptimizerBounds, request: ProbeRequest, infinite: float) -> tuple[str, float]:

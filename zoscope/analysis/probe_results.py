@@ -3,57 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from zoscope.analysis.request import Request
+from zoscope.analysis.request import Progress, Request
 from zoscope.analysis.thresholds import Estimator, Pair
 from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
+from zoscope.options import ProbeOptions, keywords
+from zoscope.registry import family_of, is_zeroth_order
 from zoscope.result import JsonObject, MeasuredResult, pick
-from zoscope.theory.rules import OPTIMIZERS, EstimatorMoments
-from zoscope.theory.spectrum import require_count, require_positive
+from zoscope.theory.rules import EstimatorMoments
 
 if TYPE_CHECKING:
     from zoscope.theory.rules import UpdateRule
 
 ProbeProgress = Callable[[str, int, int], None]
 
-PROBED: tuple[str, ...] = (*(f"zo-{name}" for name in OPTIMIZERS), *OPTIMIZERS)
 FIRST_ORDER = EstimatorMoments(1.0, 0.0)
 """The exact gradient as an estimate: ``E ĝĝᵀ = HΣH``, the limit of infinitely many queries."""
 
 
-def check_optimizer(name: object) -> None:
-    """Refuse what is not the name of an optimizer.
-
-    Raises:
-        ValueError: If it is not one of ``PROBED``.
-    """
-    if name not in PROBED:
-        raise ValueError(f"optimizer must be one of {', '.join(PROBED)}, got {name!r}")
+DEFAULT_RATIOS = (0.8, 1.25)
 
 
-def numbers(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
-    """One number or several, as a tuple; their range is checked by the request.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    if isinstance(values, Real):
-        return (float(values),)
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be a number or several, got {values!r}")
-    return tuple(values)
+def numbers(values: float | Sequence[float] | None) -> tuple[float, ...]:
+    """One number or several, as a tuple."""
+    if values is None:
+        return ()
+    return tuple(values) if isinstance(values, Iterable) else (float(values),)
 
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """Options of ``zoscope.probe``; see there for what they mean.
+    """Options of ``zoscope.probe``; those that ``zoscope.bounds`` has too are in ``measure``.
 
     Raises:
-        ValueError: If one is outside of its range.
+        ValueError: If they do not fit together.
     """
 
     measure: Request
@@ -70,52 +56,64 @@ class ProbeRequest:
     edge_rtol: float
     linearized: bool
     assume_threshold: float | None
-    batch_size: int | None
     on_progress: ProbeProgress | None = field(repr=False)
 
     def __post_init__(self) -> None:
-        check_optimizer(self.optimizer)
-        require_positive("mu", self.mu)
-        require_count("replicas", self.replicas)
-        require_positive("growth", self.growth)
-        if self.growth <= 1:
-            raise ValueError(f"growth must be finite and > 1, got {self.growth!r}")
-        for name, values in (("ratios", self.ratios), ("lr", self.lrs)):
-            for value in values:
-                require_positive(name, value)
         if not (self.ratios or self.lrs or self.edge):
             raise ValueError("nothing to run: give ratios, step sizes, or edge=True")
-        if self.steps is not None:
-            require_count("steps", self.steps)
-        require_count("max_steps", self.max_steps)
-        require_positive("max_seconds", self.max_seconds)
-        require_positive("edge_rtol", self.edge_rtol)
-        if self.edge_rtol >= 1:
-            raise ValueError(f"edge_rtol must lie in (0, 1), got {self.edge_rtol!r}")
-        for name, flag in (("edge", self.edge), ("linearized", self.linearized)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name} must be True or False, got {flag!r}")
-        if self.assume_threshold is not None:
-            require_positive("assume_threshold", self.assume_threshold)
-        if self.batch_size is not None:
-            require_count("batch_size", self.batch_size)
-            if self.first_order or self.linearized:
-                raise ValueError("batch_size is for zeroth-order runs on the loss itself")
+        if self.linearized and self.measure.weight_decay:
+            raise ValueError("weight_decay is for runs on the loss itself: its quadratic model has no origin")
+        if self.batch_size is not None and (self.first_order or self.linearized):
+            raise ValueError("batch_size is for zeroth-order runs on the loss itself")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        on_progress: Progress | None = None,
+        on_run: ProbeProgress | None = None,
+        **options: Unpack[ProbeOptions],
+    ) -> ProbeRequest:
+        """From keyword arguments of ``zoscope.probe``.
+
+        Raises:
+            TypeError: For one that it does not take.
+            ValueError: For one that is out of range, or several that do not fit together.
+        """
+        found = keywords("probe", options)
+        lrs, ratios = numbers(found.pop("lr")), found.pop("ratios")
+        if ratios is None:
+            ratios = () if lrs or found["edge"] else DEFAULT_RATIOS
+        own = {entry.name for entry in fields(cls)} & found.keys()
+        measured = {name: found[name] for name in found.keys() - own} | {"steps": found["steps"] or 1000}
+        measured["optimizers"] = (family_of(found["optimizer"]),)
+        return cls(
+            measure=Request(**measured, on_progress=on_progress),
+            ratios=numbers(ratios),
+            lrs=lrs,
+            on_progress=on_run,
+            **{name: found[name] for name in own},
+        )
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples per step, drawn at random; ``None`` for all of them."""
+        return self.measure.batch_size
 
     @property
     def first_order(self) -> bool:
         """Whether the gradient itself is followed."""
-        return not self.optimizer.startswith("zo-")
+        return not is_zeroth_order(self.optimizer)
 
     @property
     def family(self) -> str:
-        """``gd``, ``gdm`` or ``adam``."""
-        return self.optimizer.removeprefix("zo-")
+        """Its name without ``zo-``."""
+        return family_of(self.optimizer)
 
     @property
     def rule(self) -> UpdateRule:
         """The rule, as theory sees it."""
-        return self.measure.rule(self.family)
+        return self.measure.rule_of(self.family)
 
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of what the rule is fed with."""
@@ -129,6 +127,7 @@ class ProbeRequest:
             mu=self.mu,
             queries=self.measure.queries,
             directions=check_law(self.measure.directions),
+            one_sided=self.measure.differences == "one-sided",
         )
 
 

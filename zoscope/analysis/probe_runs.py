@@ -30,7 +30,7 @@ from zoscope.curvature.slq import measure
 from zoscope.errors import NumericalError
 from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, Surface, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, run, run_mini_batches
-from zoscope.optim.rules import GD, GDM, Adam, FrozenAdam, Rule
+from zoscope.optim.rules import FrozenAdam, Rule, rule_from_options
 from zoscope.theory.stability import (
     StabilityCondition,
     Version,
@@ -92,12 +92,8 @@ class ProbeRunner:
     def rule(self, *, adaptive: bool) -> Rule:
         """The update rule of a run."""
         measure_request = self.request.measure
-        if self.request.family == "gd":
-            return GD()
-        if self.request.family == "gdm":
-            return GDM(beta=measure_request.beta)
         if adaptive or self.diagonal is None:
-            return Adam(betas=measure_request.betas, eps=measure_request.eps)
+            return rule_from_options(self.request.family, vars(measure_request))
         return FrozenAdam([self.diagonal], beta1=measure_request.betas[0])
 
     def replicas(self, *, adaptive: bool = False) -> int:
@@ -391,7 +387,7 @@ def end_state(
     Returns:
         The state, and whether the threshold came down past ``lr`` on the way: into or below the band there.
     """
-    if runner.request.linearized:
+    if runner.request.linearized or not forecast.model.rule.is_linear:
         return None, False
     left = [(step, index) for index, step in enumerate(trajectory.left) if step is not None]
     replica = min(left)[1] if left else 0
@@ -464,15 +460,14 @@ def probe_run(
     trajectory = runner.walk(lr, forecast=forecast, runs_left=runs_left, adaptive=adaptive, on_step=on_step)
     found = outcomes_of(trajectory, loss=forecast.model.loss, scale=forecast.scale)
     above = lr > forecast.threshold.value
-    descent = forecast.threshold.name == "descent"
-    if descent:
+    if forecast.threshold.name == "descent" or not forecast.model.rule.is_linear:
         verdict = descent_verdict(found, trajectory)
     else:
         verdict = growth_verdict(found, trajectory, noisy=forecast.row.minibatch is not None)
     end, sharpened = end_state(runner, forecast, trajectory, lr=lr, adaptive=adaptive)
     if sharpened and not above and verdict == "diverged" and not adaptive:
         verdict = "sharpened"
-    growth = None if forecast.row.minibatch is not None else forecast.growth(lr, trajectory.done)
+    growth = forecast.growth(lr, trajectory.done) if forecast.grows else None
     as_predicted, reason = judge_run(
         verdict,
         above=above,
@@ -519,7 +514,7 @@ def probe_run(
 def _variant(runner: ProbeRunner, *, adaptive: bool) -> Variant:
     if adaptive:
         return "adaptive"
-    if runner.request.family == "adam":
+    if runner.request.rule.preconditioned:
         return "frozen"
     return "first-order" if runner.request.first_order else "zeroth-order"
 

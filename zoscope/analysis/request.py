@@ -1,25 +1,28 @@
-"""Errors of functions of two estimates."""
+"""What the functions of zoscope are asked for, how precisely, and the session in which they measure it."""
 
 from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
-from zoscope.analysis.advice import Threshold
-from zoscope.errors import UsageError
-from zoscope.options import CURVATURES
-from zoscope.theory.rules import OPTIMIZERS, Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
-from zoscope.theory.spectrum import Estimate, require_count, require_non_negative, require_positive
+from zoscope.errors import NumericalError, UsageError
+from zoscope.options import BoundsOptions, CurvatureKind, Hvp, Method, Threshold, keywords
+from zoscope.registry import DEFAULT_FAMILIES, FAMILIES, OPTIMIZERS, Differences, Directions, family_of
+from zoscope.result import ProblemInfo
+from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
+from zoscope.theory.spectrum import Estimate
 from zoscope.theory.stability import StabilityCondition, Version, estimates, thresholds
 
 if TYPE_CHECKING:
-    from zoscope.problem import Problem
+    from zoscope.problem import Notice, Objective, Problem
+    from zoscope.problem.core import Measurable
+    from zoscope.result import Header
     from zoscope.theory.spectrum import SampledSpectrum
 
 
@@ -80,6 +83,8 @@ def wanted_precision(
         return max((_of_rule(rule, sampled) for rule in rules), default=0.0)
 
     def _of_rule(rule: UpdateRule, sampled: SampledSpectrum) -> float:
+        if not rule.is_linear:  # all it depends on
+            return relative_half_width(sampled.trace_of(lambda x: x))
         versions: tuple[Version, ...] = ("full", "positive")
         planned = [StabilityCondition(rule, moments, steps, version) for version in versions]
         forever = StabilityCondition(rule, moments)
@@ -97,69 +102,95 @@ def wanted_precision(
 Progress = Callable[[str, int, float | None], None]
 """Called with the stage of the measurement, the products spent and the precision reached, if there is one."""
 
-Method = Literal["auto", "dense", "deflated-slq"]
 STATE_PREFIX = "state:"
 
 
-@dataclass(frozen=True)
-class Request:
-    """Options of ``zoscope.bounds``; see there for what they mean.
+@dataclass(frozen=True, kw_only=True)
+class MeasureRequest:
+    """How a curvature is measured, and where; ``examples/guide/options.md`` says what the options mean.
+
+    The values are those of `zoscope.options.keywords`, which has checked them.
+    """
+
+    rtol: float
+    max_hvps: int
+    method: Method
+    curvature: CurvatureKind
+    hvp: Hvp
+    device: str
+    dtype: str
+    seed: int
+    micro_batch: int | None
+    max_memory: int | None
+    strict: bool
+    shard_basis: bool
+    params: str | None = None
+    spec: str | None = None
+    on_progress: Progress | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleRequest(MeasureRequest):
+    """The same, for optimizers with constants of their own."""
+
+    beta: float
+    betas: tuple[float, float]
+    eps: float
+    directions: Directions
+    queries: int
+    dampening: float
+    weight_decay: float
+    differences: Differences
+
+    def rule_of(self, name: str) -> UpdateRule:
+        """The update rule of an optimizer."""
+        return update_rule(
+            name, beta=self.beta, betas=self.betas, dampening=self.dampening, weight_decay=self.weight_decay
+        )
+
+    def moments(self, *, dimension: int) -> EstimatorMoments:
+        """Constants of the gradient estimate."""
+        return estimator_moments(self.directions, queries=self.queries, dimension=dimension)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(RuleRequest):
+    """Options of ``zoscope.bounds``.
 
     Raises:
-        ValueError: If one is outside of its range.
+        ValueError: If there is no optimizer among them, or one that is not known.
     """
 
     optimizers: tuple[str, ...]
     steps: int
-    rtol: float
-    seed: int
-    max_hvps: int
-    directions: Directions
-    queries: int
-    beta: float
-    betas: tuple[float, float]
-    eps: float
-    curvature: str
     preconditioner: str
-    method: Method
-    hvp: str
     threshold: Threshold
-    lr: float | None
-    strict: bool
-    on_progress: Progress | None = field(repr=False)
+    lr: float | None = None
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not _below_one(self.beta):
-            raise ValueError(f"beta must be a number in [0, 1), got {self.beta!r}")
-        if len(self.betas) != 2 or not all(map(_below_one, self.betas)):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         if not self.optimizers:
-            raise ValueError(f"optimizers is empty: expected some of {', '.join(OPTIMIZERS)}")
-        for name in self.optimizers:
-            self.rule(name)
-        require_count("steps", self.steps)
-        require_positive("rtol", self.rtol)
-        require_count("max_hvps", self.max_hvps)
-        require_count("seed", self.seed, least=0)
-        if self.batch_size is not None:
-            require_count("batch_size", self.batch_size)
-        if self.lr is not None:
-            require_positive("lr", self.lr)
-        require_non_negative("eps", self.eps)
-        if self.preconditioner != "expected" and not self.preconditioner.removeprefix(STATE_PREFIX):
-            raise ValueError("preconditioner is 'state:' without a file: expected 'state:FILE'")
-        if self.preconditioner != "expected" and not self.preconditioner.startswith(STATE_PREFIX):
-            raise ValueError(f"preconditioner must be 'expected' or 'state:FILE', got {self.preconditioner!r}")
-        _require_one_of("curvature", self.curvature, CURVATURES)
-        _require_one_of("method", self.method, get_args(Method))
-        _require_one_of("threshold", self.threshold, get_args(Threshold))
-        self.moments(dimension=1)
+            raise ValueError(f"optimizers is empty: expected some of {', '.join(FAMILIES)}")
+        _ = self.rules
+
+    @classmethod
+    def of(cls, *, on_progress: Progress | None = None, **options: Unpack[BoundsOptions]) -> Request:
+        """From keyword arguments of ``zoscope.bounds``.
+
+        Raises:
+            TypeError: For one that it does not take.
+            ValueError: For one that is out of range.
+        """
+        found = keywords("bounds", options)
+        asked = found["optimizers"]
+        return cls(
+            **found | {"optimizers": rule_names(DEFAULT_FAMILIES if asked is None else asked)}, on_progress=on_progress
+        )
 
     @property
     def rules(self) -> dict[str, UpdateRule]:
         """Update rules by name, each once, in the order asked for."""
-        return {name: self.rule(name) for name in self.optimizers}
+        return {name: self.rule_of(name) for name in self.optimizers}
 
     @property
     def state_file(self) -> Path | None:
@@ -168,41 +199,19 @@ class Request:
             return None
         return Path(self.preconditioner.removeprefix(STATE_PREFIX)).expanduser()
 
-    def rule(self, name: str) -> UpdateRule:
-        """The update rule of an optimizer."""
-        return update_rule(name, beta=self.beta, betas=self.betas)
-
     def settings(self, name: str) -> dict[str, Any]:
         """What identifies an optimizer in the result."""
-        if name == "gdm":
-            return {"beta": self.beta}
-        if name == "adam":
-            return {"betas": list(self.betas), "eps": self.eps, "preconditioner": self.preconditioner}
-        return {}
-
-    def moments(self, *, dimension: int) -> EstimatorMoments:
-        """Constants of the gradient estimate."""
-        return estimator_moments(self.directions, queries=self.queries, dimension=dimension)
+        return OPTIMIZERS[name].settings(vars(self))
 
     def precision(self, rules: list[UpdateRule], *, moments: EstimatorMoments) -> Precision:
         """The error that measuring an operator for these rules should bring down."""
         return wanted_precision(rules, steps=self.steps, moments=moments, always_exact=self.threshold == "exact")
 
 
-def _below_one(value: object) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) < 1
-
-
 def rule_names(optimizers: str | Iterable[str]) -> tuple[str, ...]:
-    """Update rules of the optimizers named, each once; ``"zo-gd"``, as the command line has it, is ``"gd"`` here.
-
-    Raises:
-        ValueError: If it is not a list of names.
-    """
+    """Update rules of the optimizers named, each once; ``"zo-gd"``, as the command line has it, is ``"gd"`` here."""
     names = (optimizers,) if isinstance(optimizers, str) else tuple(optimizers)
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"optimizers must be names out of {', '.join(OPTIMIZERS)}, got {optimizers!r}")
-    return tuple(dict.fromkeys(name.removeprefix("zo-") for name in names))
+    return tuple(dict.fromkeys(family_of(name) for name in names))
 
 
 def subject_of(problem: Problem, params: str | None) -> Problem:
@@ -246,6 +255,92 @@ def sharded_basis(wanted: bool) -> Iterator[None]:
         ranks.shard_basis = before
 
 
-def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+@dataclass(frozen=True)
+class CurvatureSession:
+    """A problem that is prepared as a request says, until the context of `curvature_session` ends.
+
+    Args:
+        objective: The prepared problem.
+        request: How it is measured.
+        spec: Name of the problem in the result.
+        started: When the work began, on the clock of ``time.perf_counter``.
+        measurable: What of it is measured while it trains; ``None`` for one that does not.
+    """
+
+    objective: Objective
+    request: MeasureRequest
+    spec: str | None
+    started: float
+    measurable: Measurable | None = None
+
+    @property
+    def trained(self) -> Measurable:
+        """What is measured of a problem that trains."""
+        assert self.measurable is not None
+        return self.measurable
+
+    @property
+    def dtype(self) -> str:
+        """Name of the floating-point type of the measurement."""
+        return str(self.objective.dtype).removeprefix("torch.")
+
+    def header(self, *, loss: float, grad_norm: float, num_hvps: int, warnings: Iterable[Notice]) -> Header:
+        """What the results of all measurements share."""
+        objective = self.objective
+        return {
+            "spec": self.spec,
+            "device": str(objective.device),
+            "dtype": self.dtype,
+            "seed": self.request.seed,
+            "problem": ProblemInfo(objective.num_params, objective.num_examples, loss, grad_norm),
+            "num_hvps": num_hvps,
+            "warnings": tuple(dict.fromkeys(warnings)),
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def missed(self, found: Iterable[Notice]) -> tuple[Notice, ...]:
+        """Notices of a precision that was not reached.
+
+        Raises:
+            NumericalError: With the first of them, where the request is strict.
+        """
+        notices = tuple(found)
+        if notices and self.request.strict:
+            raise NumericalError(notices[0].message)
+        return notices
+
+
+@contextmanager
+def curvature_session(
+    problem: Problem, request: MeasureRequest, *, dtype: str | None = None, trains: bool = False, **how: Any
+) -> Iterator[CurvatureSession]:
+    """Prepare a problem for a measurement; it comes back as it was.
+
+    Args:
+        problem: Model, batches and loss.
+        request: Device, floating-point type, memory and what else concerns the measurement.
+        dtype: In place of the floating-point type of the request.
+        trains: Whether the parameters will move; then ``trained`` is what may be differentiated twice.
+        **how: Further options of `Problem.prepare`.
+
+    Raises:
+        ValueError: If it is no problem.
+        UsageError, SpecError, NumericalError: If it cannot be prepared like this.
+    """
+    started = time.perf_counter()
+    subject = subject_of(problem, request.params)
+    where: dict[str, Any] = {
+        "device": request.device,
+        "micro_batch": request.micro_batch,
+        "max_memory": request.max_memory,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(sharded_basis(request.shard_basis))
+        objective = stack.enter_context(subject.prepare(dtype=dtype or request.dtype, trains=trains, **where, **how))
+        measured = None
+        if trains:
+            from zoscope.problem.core import measurable  # late: it loads torch
+
+            measured = stack.enter_context(measurable(subject, objective, **where))
+        name = problem.name if request.spec is None else request.spec
+        yield CurvatureSession(objective, request, name, started, measured)

@@ -1,31 +1,29 @@
-"""What ``zoscope.spectrum`` returns: a frozen dataclass whose ``to_dict`` is the document ``zoscope.spectrum/1``."""
+"""``zoscope.spectrum`` and ``zoscope.moments``: eigenvalue density, the ends of the spectrum, trace by layer."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
 
 from zoscope.analysis import notices
 from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient
-from zoscope.analysis.request import Progress, Request, sharded_basis, subject_of
+from zoscope.analysis.request import CurvatureSession, MeasureRequest, Progress, curvature_session
 from zoscope.analysis.thresholds import CURVATURE
 from zoscope.curvature.moments import measure_moments
-from zoscope.curvature.slq import DEFLATION_TOLERANCE, measure
-from zoscope.errors import NumericalError, UsageError
+from zoscope.curvature.slq import DEFLATION_TOLERANCE, Curvature, Moments, measure
+from zoscope.options import MomentsOptions, SpectrumOptions, keywords
 from zoscope.problem import Notice
-from zoscope.result import JsonObject, MeasuredResult, ProblemInfo, encode, pick
+from zoscope.result import JsonObject, MeasuredResult, encode, pick
 from zoscope.theory.density import Known, decades, density, finest_density
-from zoscope.theory.spectrum import require_count
 
 if TYPE_CHECKING:
     from zoscope.curvature.nonsmooth import Jump
-    from zoscope.curvature.slq import Curvature, Eigenvalue, Moments
+    from zoscope.curvature.slq import Eigenvalue
     from zoscope.problem import Objective, Problem
     from zoscope.theory.density import Decade, Density
     from zoscope.theory.spectrum import Array, Estimate, SampledSpectrum
@@ -113,25 +111,7 @@ CHAIN_STEPS = 200
 
 
 def spectrum(
-    problem: Problem,
-    *,
-    top: int = 10,
-    by_layer: bool = False,
-    rtol: float = 0.02,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_hvps: int = 600,
-    curvature: Literal["hessian", "ggn", "forward"] = "hessian",
-    method: Literal["auto", "dense", "deflated-slq"] = "auto",
-    micro_batch: int | None = None,
-    max_memory: int | None = None,
-    shard_basis: bool = False,
-    hvp: str = "auto",
-    strict: bool = False,
-    params: str | None = None,
-    spec: str | None = None,
-    on_progress: Progress | None = None,
+    problem: Problem, *, on_progress: Progress | None = None, **options: Unpack[SpectrumOptions]
 ) -> SpectrumResult:
     """Eigenvalue density of a problem's curvature matrix, its largest and smallest eigenvalues, and trace by layer.
 
@@ -139,96 +119,27 @@ def spectrum(
 
     Args:
         problem: Model, batches and loss.
-        top: How many of the largest and of the smallest eigenvalues to list; fewer where they do not converge.
-        by_layer: Whether to split the trace by layer; it takes no further products.
-        rtol: 95 % half-width wanted for the trace, relative to ``Σ|λ|``; of the density five times as much.
-        seed: Seed of the probe vectors.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``; derivatives are taken in float32 at least.
-        max_hvps: Most Hessian-vector products.
-        curvature: The matrix: ``"hessian"`` or ``"ggn"``.
-        method: ``"dense"``, ``"deflated-slq"``, or what is cheaper.
-        micro_batch: Examples per forward and backward pass; the batches as they are by default.
-        max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly.
-        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
-        hvp: How products are computed.
-        strict: Raise where the precision asked for is not reached.
-        params: Regular expression that selects parameters by name.
-        spec: Name of the problem in the result; the problem's own by default.
         on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
+        **options: Those of ``zoscope spectrum``: ``examples/guide/options.md`` has types, defaults and ranges. ``rtol``
+            is the 95 % half-width wanted for the trace, relative to ``Σ|λ|``; of the density five times as much.
 
     Returns:
         A result that prints itself, with the JSON document as ``to_dict()``.
 
     Raises:
+        TypeError: For an option that there is not.
         ValueError: If an argument is outside of its range.
-        UsageError: If the curvature asked for cannot be had.
         SpecError: If the problem cannot be measured.
         NumericalError: For values that are not finite, exhausted memory, or, with ``strict``, a precision not reached.
     """
-    started = time.perf_counter()
-    require_count("top", top)
-    request = sampling_request(
-        rtol=rtol,
-        seed=seed,
-        max_hvps=max_hvps,
-        curvature=curvature,
-        method=method,
-        hvp=hvp,
-        strict=strict,
-        on_progress=on_progress,
-    )
-    subject = subject_of(problem, params)
-    with (
-        sharded_basis(shard_basis),
-        subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective,
-    ):
-        name = spec if spec is not None else problem.name
-        return _spectrum(objective, request, top=top, by_layer=by_layer, spec=name, started=started)
+    found = keywords("spectrum", options)
+    top, by_layer = found.pop("top"), found.pop("by_layer")
+    with curvature_session(problem, MeasureRequest(**found, on_progress=on_progress)) as session:
+        return _spectrum(session, top=top, by_layer=by_layer)
 
 
-def sampling_request(
-    *,
-    rtol: float,
-    seed: int,
-    max_hvps: int,
-    curvature: str,
-    method: Literal["auto", "dense", "deflated-slq"],
-    hvp: str,
-    strict: bool,
-    on_progress: Progress | None,
-) -> Request:
-    """The options shared with ``zoscope.bounds``, checked as they are there."""
-    if curvature == "forward":
-        raise UsageError(
-            "--curvature forward: forward passes tell two moments of the spectrum and no eigenvalues. Expected hessian "
-            "or ggn; zoscope bounds takes forward."
-        )
-    return Request(
-        optimizers=("gd",),
-        steps=1,
-        rtol=rtol,
-        seed=seed,
-        max_hvps=max_hvps,
-        directions="gaussian",
-        queries=1,
-        beta=0.0,
-        betas=(0.0, 0.0),
-        eps=0.0,
-        curvature=curvature,
-        preconditioner="expected",
-        method=method,
-        hvp=hvp,
-        threshold="exact",
-        lr=None,
-        strict=strict,
-        on_progress=on_progress,
-    )
-
-
-def _spectrum(
-    objective: Objective, request: Request, *, top: int, by_layer: bool, spec: str | None, started: float
-) -> SpectrumResult:
+def _spectrum(session: CurvatureSession, *, top: int, by_layer: bool) -> SpectrumResult:
+    objective, request = session.objective, session.request
     loss, g = finite_gradient(objective)
     layers = layers_of(objective)
     operator = curvature_operator(objective, request)
@@ -247,7 +158,6 @@ def _spectrum(
     )
     flat = not bool(g.any()) and curvature.frobenius_sq.value == 0
     jump = find_jump(objective, seed=request.seed) if flat else None
-    dtype = str(objective.dtype).removeprefix("torch.")
     found = finest_density(
         curvature.spectrum,
         tolerance=DENSITY_TOLERANCE * request.rtol,
@@ -256,14 +166,7 @@ def _spectrum(
     )
     largest, smallest = ends(curvature, most=top)
     return SpectrumResult(
-        spec=spec,
-        device=str(objective.device),
-        dtype=dtype,
-        seed=request.seed,
         rtol=request.rtol,
-        problem=ProblemInfo(
-            objective.num_params, objective.num_examples, loss, float(torch.linalg.vector_norm(g.double()))
-        ),
         operator=request.curvature,
         curvature=curvature,
         top=largest,
@@ -272,9 +175,12 @@ def _spectrum(
         density=found,
         decades=decades(curvature.spectrum, scale=found.scale),
         layers=_layer_traces(layers, curvature),
-        num_hvps=operator.num_hvps,
-        seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(_notices(objective, request, curvature, jump)),
+        **session.header(
+            loss=loss,
+            grad_norm=float(torch.linalg.vector_norm(g.double())),
+            num_hvps=operator.num_hvps,
+            warnings=_notices(session, {request.curvature: trace_error(curvature.spectrum)}, curvature, jump),
+        ),
     )
 
 
@@ -338,17 +244,23 @@ def _layer_traces(layers: list[tuple[str, int]], curvature: Curvature) -> tuple[
     )
 
 
-def _notices(objective: Objective, request: Request, curvature: Curvature, jump: Jump | None) -> Iterable[Notice]:
+def _notices(
+    session: CurvatureSession, reached: dict[str, float], found: Curvature | Moments, jump: Jump | None
+) -> Iterable[Notice]:
+    request, objective = session.request, session.objective
     if jump is not None:
         yield notices.jump_notice(jump)
-    reached = {request.curvature: trace_error(curvature.spectrum)}
-    nonsmooth = tuple(
-        notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=objective.num_params)
+    dimension = objective.num_params if isinstance(found, Curvature) else None  # which a dense spectrum is for
+    yield from session.missed(
+        notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=dimension)
     )
-    if nonsmooth and request.strict:
-        raise NumericalError(nonsmooth[0].message)
-    yield from nonsmooth
-    for note in curvature.notes:
+    if isinstance(found, Moments) and not found.lambda_max.converged:
+        yield Notice(
+            "lambda-max",
+            f"The largest eigenvalue did not converge: it is {found.lambda_max.value:.4g} to within "
+            f"{found.lambda_max.residual:.2g}. Raise --max-hvps.",
+        )
+    for note in found.notes:
         yield Notice("measurement", note)
     yield from objective.warnings
 
@@ -376,22 +288,7 @@ class MomentsResult(MeasuredResult):
 
 
 def moments(
-    problem: Problem,
-    *,
-    rtol: float = 0.02,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_hvps: int = 600,
-    curvature: Literal["hessian", "ggn"] = "hessian",
-    micro_batch: int | None = None,
-    max_memory: int | None = None,
-    shard_basis: bool = False,
-    hvp: str = "auto",
-    strict: bool = False,
-    params: str | None = None,
-    spec: str | None = None,
-    on_progress: Progress | None = None,
+    problem: Problem, *, on_progress: Progress | None = None, **options: Unpack[MomentsOptions]
 ) -> MomentsResult:
     """Trace, ``‖·‖_F²`` and the largest eigenvalue, at a fraction of the products that a spectrum takes.
 
@@ -399,93 +296,43 @@ def moments(
 
     Args:
         problem: Model, batches and loss.
-        rtol: 95 % half-width wanted of the trace, relative to it; three times as much of ``‖·‖_F²``.
-        seed: Seed of the probe vectors.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
-        dtype: ``"auto"``, ``"float32"``, ``"float64"`` or ``"bfloat16"``; derivatives are taken in float32 at least.
-        max_hvps: Most Hessian-vector products.
-        curvature: The matrix: ``"hessian"`` or ``"ggn"``.
-        micro_batch: Examples per forward and backward pass; the batches as they are by default.
-        max_memory: Bytes that the process may hold in all.
-        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
-        hvp: How products are computed.
-        strict: Raise where the precision asked for is not reached.
-        params: Regular expression that selects parameters by name.
-        spec: Name of the problem in the result; the problem's own by default.
         on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
+        **options: Those of ``zoscope spectrum --moments``: ``examples/guide/options.md`` has types, defaults and
+            ranges. ``rtol`` is the 95 % half-width wanted of the trace, relative to it; three times as much of
+            ``‖·‖_F²``.
 
     Returns:
         A result that prints itself, with the JSON document as ``to_dict()``.
 
     Raises:
+        TypeError: For an option that there is not.
         ValueError: If an argument is outside of its range.
-        UsageError: If the curvature asked for cannot be had, or the budget is too small for an error bar.
+        UsageError: If the budget is too small for an error bar.
         SpecError: If the problem cannot be measured.
         NumericalError: For values that are not finite, exhausted memory, or, with ``strict``, a precision not reached.
     """
-    started = time.perf_counter()
-    request = sampling_request(
-        rtol=rtol,
-        seed=seed,
-        max_hvps=max_hvps,
-        curvature=curvature,
-        method="deflated-slq",
-        hvp=hvp,
-        strict=strict,
-        on_progress=on_progress,
-    )
-    subject = subject_of(problem, params)
-    with (
-        sharded_basis(shard_basis),
-        subject.prepare(device=device, dtype=dtype, micro_batch=micro_batch, max_memory=max_memory) as objective,
-    ):
-        name = spec if spec is not None else problem.name
-        return _moments(objective, request, spec=name, started=started)
-
-
-def _moments(objective: Objective, request: Request, *, spec: str | None, started: float) -> MomentsResult:
-    loss, g = finite_gradient(objective)
-    operator = curvature_operator(objective, request)
-    found = measure_moments(
-        operator,
-        rtol=request.rtol,
-        max_hvps=request.max_hvps,
-        seed=request.seed,
-        on_progress=request.on_progress,
-    )
-    flat = not bool(g.any()) and found.frobenius_sq.value == 0
-    jump = find_jump(objective, seed=request.seed) if flat else None
-    dtype = str(objective.dtype).removeprefix("torch.")
-    norm = float(torch.linalg.vector_norm(g.double()))
-    return MomentsResult(
-        spec=spec,
-        device=str(objective.device),
-        dtype=dtype,
-        seed=request.seed,
-        rtol=request.rtol,
-        problem=ProblemInfo(objective.num_params, objective.num_examples, loss, norm),
-        operator=request.curvature,
-        moments=found,
-        num_hvps=operator.num_hvps,
-        seconds=time.perf_counter() - started,
-        warnings=notices.without_repeats(_moments_notices(objective, request, found, jump)),
-    )
-
-
-def _moments_notices(objective: Objective, request: Request, found: Moments, jump: Jump | None) -> Iterable[Notice]:
-    if jump is not None:
-        yield notices.jump_notice(jump)
-    reached = {request.curvature: found.error}
-    nonsmooth = tuple(notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=None))
-    if nonsmooth and request.strict:
-        raise NumericalError(nonsmooth[0].message)
-    yield from nonsmooth
-    if not found.lambda_max.converged:
-        yield Notice(
-            "lambda-max",
-            f"The largest eigenvalue did not converge: it is {found.lambda_max.value:.4g} to within "
-            f"{found.lambda_max.residual:.2g}. Raise --max-hvps.",
+    request = MeasureRequest(**keywords("moments", options), method="deflated-slq", on_progress=on_progress)
+    with curvature_session(problem, request) as session:
+        objective = session.objective
+        loss, g = finite_gradient(objective)
+        operator = curvature_operator(objective, request)
+        found = measure_moments(
+            operator,
+            rtol=request.rtol,
+            max_hvps=request.max_hvps,
+            seed=request.seed,
+            on_progress=request.on_progress,
         )
-    for note in found.notes:
-        yield Notice("measurement", note)
-    yield from objective.warnings
+        flat = not bool(g.any()) and found.frobenius_sq.value == 0
+        jump = find_jump(objective, seed=request.seed) if flat else None
+        return MomentsResult(
+            rtol=request.rtol,
+            operator=request.curvature,
+            moments=found,
+            **session.header(
+                loss=loss,
+                grad_norm=float(torch.linalg.vector_norm(g.double())),
+                num_hvps=operator.num_hvps,
+                warnings=_notices(session, {request.curvature: found.error}, found, jump),
+            ),
+        )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.advice import Advisor, Limit
     from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
     from zoscope.curvature.slq import Curvature, ForwardCurvature
+    from zoscope.registry import Directions
     from zoscope.theory.rules import UpdateRule
     from zoscope.theory.stability import HorizonPoint
 
@@ -81,6 +82,25 @@ class Binding(JsonObject):
 
 
 @dataclass(frozen=True)
+class Floor(JsonObject):
+    """Where runs stall whose steps do not shrink with the gradient: ‖g‖ = κ·lr·Tr(H)/2 on the quadratic model.
+
+    Args:
+        lr: Step size whose floor is the present gradient; below it a run goes down from here.
+        grad_norm: ‖g‖ here, loss/param.
+        asked: The step size asked about.
+        grad_norm_at_lr: ‖g‖ at which a run with that stalls.
+    """
+
+    keys = "lr grad_norm grad_norm_at_lr?"
+
+    lr: Estimate
+    grad_norm: float
+    asked: float | None = None
+    grad_norm_at_lr: float | None = None
+
+
+@dataclass(frozen=True)
 class Verdict(JsonObject):
     """What a given step size does in the planned number of steps.
 
@@ -140,6 +160,7 @@ class ForwardBounds(JsonObject):
 ZEROTH_ORDER = """
     lower=zo_lower upper=zo_upper lower_tight upper_tight ci95=zo_ci95 tight_ci95 exact=exact.value exact_ci95 horizon
     descent descent_ci95 binding limit recommended recommended_range provisional doubts recommended_reason predicted_lr
+    exact_if_commuting? floor?
 """
 
 
@@ -148,7 +169,7 @@ class OptimizerBounds(JsonObject):
     """Step-size bounds of one update rule, first- and zeroth-order.
 
     Args:
-        name: ``gd``, ``gdm`` or ``adam``.
+        name: Its name, such as ``adam``.
         rule: The update rule of theory.
         operator: Key of the curvature that the bounds come from.
         settings: What identifies the rule: ``beta``; or ``betas``, ``eps`` and ``preconditioner``.
@@ -175,6 +196,8 @@ class OptimizerBounds(JsonObject):
         descent_ci95: 95 % interval of ``descent``.
         limit: What ``recommended`` keeps below and ``verdict`` compares with.
         doubts: Codes of why the recommendation is provisional; empty where it is not.
+        exact_if_commuting: What ``exact`` would be if P and H commuted, where they do not and ``exact`` says so.
+        floor: Where adaptive runs stall; ``None`` for other optimizers, for a zero gradient, and with a stored P.
         advisor: Advice for other numbers of steps and other thresholds; ``None`` where only forward passes were made.
     """
 
@@ -203,6 +226,8 @@ class OptimizerBounds(JsonObject):
     descent_ci95: Pair | None = None
     limit: Limit | None = None
     doubts: tuple[str, ...] = ()
+    exact_if_commuting: float | None = None
+    floor: Floor | None = None
     advisor: Advisor | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -232,7 +257,7 @@ class OptimizerBounds(JsonObject):
         if self.recommended is None or self.limit is None or self.ends is None:
             return None
         low = self.recommended * self.ends[0] / self.limit.value
-        return (low, self.recommended) if low < self.recommended else None
+        return (low, self.recommended) if low < (1 - 1e-9) * self.recommended else None
 
     @property
     def times_below_fo(self) -> float | None:
@@ -262,10 +287,19 @@ CURVATURE = """
 
 @dataclass(frozen=True)
 class Estimator(JsonObject):
-    """The zeroth-order gradient estimate: direction law and number of averaged queries."""
+    """The zeroth-order gradient estimate: direction law and number of averaged queries.
 
-    directions: Literal["gaussian", "sphere"] = "gaussian"
-    queries: int = 1
+    Args:
+        directions: Law of the directions.
+        queries: Queries averaged.
+        one_sided_mu: With one-sided differences, μ at which the noise that they add is as large as that of directions.
+    """
+
+    keys = "directions queries one_sided_mu?"
+
+    directions: Directions
+    queries: int
+    one_sided_mu: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

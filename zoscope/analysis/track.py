@@ -1,4 +1,4 @@
-"""Several runs side by side, read from their folders."""
+"""``zoscope.track``: one run or a sweep, followed to the end, and the comparison of runs from their folders."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
-from os import PathLike
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
-from zoscope.analysis.request import sharded_basis
+from zoscope.analysis.request import curvature_session
 from zoscope.analysis.track_folder import CONFIG, RunFolder
 from zoscope.analysis.track_loop import Observer, Run, gentle_interrupts
-from zoscope.analysis.track_results import OVER, SCHEMA, Every, TrackInterruptedError, TrackRequest, TrackResult
-from zoscope.config.load import Schedule, StepSizes, parse_step_sizes
+from zoscope.analysis.track_results import (
+    OVER,
+    SCHEMA,
+    TrackInterruptedError,
+    TrackRequest,
+    TrackResult,
+    require_precision,
+)
 from zoscope.config.training import TRACK
-from zoscope.errors import NumericalError, UsageError, ZoscopeError
+from zoscope.errors import UsageError, ZoscopeError
+from zoscope.options import TrackOptions
 from zoscope.problem import Notice
-from zoscope.problem.core import measurable
 from zoscope.result import RichResult, pick
-from zoscope.theory.spectrum import require_positive
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
-    from zoscope.theory.rules import Directions
 
 
 @dataclass(frozen=True)
@@ -241,94 +244,24 @@ def _folder_name(label: str) -> str:
 DEFAULTS = {key.name: key.default for key in TRACK.keys}
 
 
-def track(
-    problem: Problem,
-    *,
-    optimizer: str = "zo-gd",
-    lr: float | str | StepSizes,
-    steps: int = 1000,
-    every: Every = "auto",
-    run: str | PathLike[str] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    mu: float = 1e-3,
-    queries: int = 1,
-    directions: Directions = "gaussian",
-    beta: float = 0.9,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    batch_size: int | None = None,
-    target_loss: float | None = None,
-    divergence: float = 1e6,
-    max_seconds: float | None = None,
-    checkpoint_every: int | None = None,
-    forward_every: int | None = None,
-    seed: int = 0,
-    rtol: float = 0.05,
-    max_hvps: int = 150,
-    method: Literal["auto", "dense", "deflated-slq"] = "auto",
-    curvature: Literal["hessian", "ggn"] = "hessian",
-    hvp: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    micro_batch: int | None = None,
-    max_memory: int | None = None,
-    shard_basis: bool = False,
-    strict: bool = False,
-    params: str | None = None,
-    spec: str | None = None,
-    observers: Sequence[Observer] = (),
-) -> TrackResult:
+def track(problem: Problem, *, observers: Sequence[Observer] = (), **options: Unpack[TrackOptions]) -> TrackResult:
     """Train a problem, and measure every so often how its step size compares with what its curvature allows.
 
     The problem comes back as it was; the trained parameters are in the result, and in ``checkpoint.pt`` of the folder.
-    The first interrupt stops the run after the step under way.
+    The first interrupt stops the run after the step under way. With ``batch_size`` examples are drawn without
+    replacement in every epoch, and what is measured is still the loss of all of them.
 
     Args:
         problem: Model, batches and loss.
-        optimizer: ``"zo-gd"``, ``"zo-gdm"``, ``"zo-adam"``, ``"gd"``, ``"gdm"`` or ``"adam"``.
-        lr: Step size: a number, ``"0.001,20000:0.007"`` (0.007 from step 20,000 on), or a schedule.
-        steps: Steps to train.
-        every: Steps between measurements. ``"auto"`` spends about a fifth of all passes on them; ``"adaptive"`` starts
-            like that, and measures more often while the ratio to the threshold moves.
-        run: Folder of the run; nothing is written without one.
-        resume: Go on from the folder's checkpoint; the rest is the same as if the run had not stopped.
-        overwrite: Replace a run that is there.
-        mu: Smoothing radius of the estimate.
-        queries: Queries averaged per step.
-        directions: Law of the perturbations.
-        beta: Momentum of GDM.
-        betas: Adam's ``(β₁, β₂)``.
-        eps: Adam's ε.
-        batch_size: Examples per step, drawn without replacement in every epoch; all by default. What is measured is
-            always the loss of all examples.
-        target_loss: Stop at this loss; with ``batch_size`` it is looked at when the run is measured.
-        divergence: Stop where the loss exceeds the first one by this factor, or is not finite.
-        max_seconds: Stop after so long; the run can be resumed.
-        checkpoint_every: Steps between checkpoints, besides those at every measurement.
-        forward_every: Steps between observations of a ``zoscope.ForwardMonitor``, one more loss value each, whose
-            estimate of the trace and threshold is in the records; none by default.
-        seed: Seed of directions, mini-batches and probe vectors.
-        rtol: Relative 95 % half-width wanted for the trace and the exact threshold.
-        max_hvps: Most Hessian-vector products per measurement.
-        method: How the spectrum is measured.
-        curvature: ``"hessian"`` or ``"ggn"``.
-        hvp: How products are computed.
-        device: Device.
-        dtype: Floating-point type.
-        micro_batch: Examples per pass.
-        max_memory: Bytes that the process may hold in all: batches are cut, and vectors kept, accordingly. Another
-            session of the run may have another limit.
-        shard_basis: Spread the Lanczos vectors over the processes of a job; there have to be several.
-        strict: Raise at the end where a measurement did not reach the precision asked for.
-        params: Regular expression that selects parameters by name.
-        spec: Name of the problem in the result.
         observers: Told of every step and of every measurement.
+        **options: Those of ``zoscope track``: ``examples/guide/options.md`` has types, defaults and ranges. ``lr`` has
+            to be there: a number, text such as ``"0.001,20000:0.007"``, or a schedule.
 
     Returns:
         A result that prints itself, with the JSON document as ``to_dict()``.
 
     Raises:
+        TypeError: For an option that there is not, or without ``lr``.
         ValueError: If an argument is outside of its range.
         UsageError: If the folder cannot be used, or another run is in it.
         SpecError: If the problem cannot be measured.
@@ -336,145 +269,51 @@ def track(
         RunFolderError: If the folder can no longer be written; its last checkpoint stays.
         TrackInterruptedError: A ``KeyboardInterrupt`` that carries what was found.
     """
-    request = TrackRequest(
-        optimizer=optimizer,
-        lr=as_step_sizes(lr),
-        steps=steps,
-        every=every,
-        mu=mu,
-        queries=queries,
-        directions=directions,
-        beta=beta,
-        betas=(betas[0], betas[1]),
-        eps=eps,
-        batch_size=batch_size,
-        target_loss=target_loss,
-        divergence=divergence,
-        checkpoint_every=checkpoint_every,
-        forward_every=forward_every,
-        seed=seed,
-        rtol=rtol,
-        max_hvps=max_hvps,
-        method=method,
-        curvature=curvature,
-        hvp=hvp,
-        device=device,
-        dtype=dtype,
-        micro_batch=micro_batch,
-    )
-    result = track_request(
-        problem if params is None else problem.with_params(params),
-        request,
-        origin={} if params is None else {"params": params},
-        folder=None if run is None else Path(run),
-        resume=resume,
-        overwrite=overwrite,
-        max_seconds=max_seconds,
-        max_memory=max_memory,
-        shard_basis=shard_basis,
-        spec=spec,
-        observers=observers,
-    )
-    if strict:
-        require_precision(result)
+    request = TrackRequest.of(**options)
+    origin = {} if request.params is None else {"params": request.params}
+    result = track_request(problem, request, origin=origin, observers=observers)
+    if request.strict:
+        require_precision(result.records, request.rtol)
     return result
 
 
-def require_precision(result: TrackResult) -> None:
-    """Refuse a run that was measured less precisely than asked for.
-
-    Raises:
-        NumericalError: With the first of its measurements that missed ``rtol``.
-    """
-    rtol, found = result.config["rtol"], [record for record in result.records if record.precision is not None]
-    missed = [record for record in found if record.precision is not None and not record.precision <= rtol]
-    if missed:
-        raise NumericalError(
-            f"The precision asked for (--rtol {rtol:g}) was not reached in {len(missed):,} of {len(found):,} "
-            f"measurements, first at step {missed[0].step:,} (± {100 * (missed[0].precision or 0):.3g} %). The records "
-            "are honest, only less precise; raise --max-hvps or --rtol."
-        )
-
-
-def as_step_sizes(lr: float | str | StepSizes) -> StepSizes:
-    """Step sizes from what a user may give.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if isinstance(lr, str):
-        return parse_step_sizes(lr)
-    if isinstance(lr, int | float):
-        require_positive("lr", float(lr))
-        return Schedule("constant", float(lr))
-    return lr
-
-
 def track_request(
-    problem: Problem,
-    request: TrackRequest,
-    *,
-    origin: Mapping[str, Any],
-    folder: Path | None,
-    resume: bool,
-    overwrite: bool,
-    max_seconds: float | None,
-    max_memory: int | None = None,
-    shard_basis: bool = False,
-    spec: str | None,
-    observers: Sequence[Observer],
+    problem: Problem, request: TrackRequest, *, origin: Mapping[str, Any], observers: Sequence[Observer]
 ) -> TrackResult:
     """`track` with its options in one piece.
 
     Args:
         problem: Model, batches and loss.
-        request: Options that make the run what it is.
+        request: What is asked.
         origin: Where the problem comes from, as keys of a configuration.
-        folder: Folder of the run.
-        resume: Go on from its checkpoint.
-        overwrite: Replace a run that is there.
-        max_seconds: Time for this session.
-        max_memory: Bytes that the process may hold in this session.
-        shard_basis: Spread the Lanczos vectors over the processes of a job.
-        spec: Name of the problem in the result.
         observers: Who watches.
     """
-    if max_seconds is not None:
-        require_positive("max_seconds", max_seconds)
-    config = {**origin, **request_config(request)}
-    name = spec if spec is not None else problem.name
+    config = {**origin, **request.config()}
     with ExitStack() as stack:
-        stack.enter_context(sharded_basis(shard_basis))
-        place = None if folder is None else RunFolder(folder)
+        place = None if request.folder is None else RunFolder(request.folder)
         if place is not None:
             stack.enter_context(place.opened())
-            _check_folder(place, config, resume=resume, overwrite=overwrite)
-        options: dict[str, Any] = {
-            "device": request.device,
-            "micro_batch": request.micro_batch,
-            "max_memory": max_memory,
-        }
-        objective = stack.enter_context(problem.prepare(dtype=request.dtype, trains=True, **options))
-        measured = stack.enter_context(measurable(problem, objective, **options))
-        stop = stack.enter_context(gentle_interrupts())
+            _check_folder(place, config, resume=request.resume, overwrite=request.overwrite)
+        session = stack.enter_context(curvature_session(problem, request, trains=True))
+        stop, objective = stack.enter_context(gentle_interrupts()), session.objective
         going = Run(
             objective,
-            measured,
+            session.trained,
             request,
             place,
             stop,
-            max_seconds=max_seconds,
+            max_seconds=request.max_seconds,
             observers=tuple(observers),
             config=config,
         )
-        _start(going, config, overwrite=overwrite)
+        _start(going, config, overwrite=request.overwrite)
         status, reason = going.go()
         result = TrackResult(
-            spec=name,
+            spec=session.spec,
             optimizer=request.optimizer,
             config=config,
             device=str(objective.device),
-            dtype=str(objective.dtype).removeprefix("torch."),
+            dtype=session.dtype,
             num_params=objective.num_params,
             num_examples=objective.num_examples,
             every=going.every,
@@ -482,7 +321,7 @@ def track_request(
             reason=reason,
             steps_done=going.step,
             records=tuple(going.records),
-            folder=folder,
+            folder=request.folder,
             seconds=going.seconds,
             measuring_seconds=going.measuring_seconds,
             parameters=going.parameters(),
@@ -493,13 +332,6 @@ def track_request(
     if status == "interrupted":
         raise TrackInterruptedError(result)
     return result
-
-
-def request_config(request: TrackRequest) -> dict[str, Any]:
-    """Every option of a request as keys of a configuration."""
-    config = {entry.name: getattr(request, entry.name) for entry in fields(request)}
-    config |= {"lr": request.lr.to_config(), "betas": list(request.betas)}
-    return {key: value for key, value in config.items() if value is not None}
 
 
 def _check_folder(place: RunFolder, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:

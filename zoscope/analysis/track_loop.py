@@ -1,4 +1,4 @@
-"""Stop between two steps instead of in the middle of one."""
+"""A tracked run: steps, measurements between them, and how it stops."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -21,11 +21,12 @@ from zoscope.analysis.monitor import ForwardMonitor, ForwardRecord
 from zoscope.analysis.track_measuring import Measurer, Moment
 from zoscope.curvature.operators import gradient
 from zoscope.errors import UsageError
-from zoscope.optim import ZOGD, ZOGDM, ZOAdam
+from zoscope.optim import optimizers
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 from zoscope.optim.rules import new_state, rule_from_options
 from zoscope.problem.distributed import MiniBatch
 from zoscope.problem.objective import Examples
+from zoscope.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from zoscope.analysis.track_folder import RunFolder
@@ -213,7 +214,7 @@ def automatic_interval(request: TrackRequest, *, dimension: int, examples: int) 
     At least one measurement falls between the first and the last, however short the run is.
     """
     hvps = min(request.max_hvps, dimension) if request.method != "dense" else dimension
-    hvps += PREPARED_PROBES if request.family == "adam" else 0
+    hvps += PREPARED_PROBES if request.rule.preconditioned else 0
     share = 1.0 if request.batch_size is None else min(request.batch_size / examples, 1.0)
     step = share * (PASSES_PER_GRADIENT if request.first_order else 2.0 * request.queries)
     wanted = hvps * PASSES_PER_HVP / (MEASURING_SHARE * step)
@@ -305,7 +306,7 @@ def new_stepper(objective: Objective, request: TrackRequest) -> Stepper:
 
 
 class ZerothOrder:
-    """Steps with `zoscope.ZOGD`, `zoscope.ZOGDM` or `zoscope.ZOAdam`.
+    """Steps with `zoscope.ZOGD` and its like.
 
     Args:
         objective: The prepared problem.
@@ -352,12 +353,11 @@ class ZerothOrder:
 
 def _optimizer(objective: Objective, request: TrackRequest) -> ZeroOrderOptimizer:
     common: Any = {"mu": request.mu, "queries": request.queries, "directions": request.directions, "seed": request.seed}
-    lr = request.lr_at(0)
-    if request.family == "gdm":
-        return ZOGDM(objective.params, lr, beta=request.beta, **common)
-    if request.family == "adam":
-        return ZOAdam(objective.params, lr, betas=request.betas, eps=request.eps, **common)
-    return ZOGD(objective.params, lr, **common)
+    common["one_sided"] = request.differences == "one-sided"
+    record = OPTIMIZERS[request.family]
+    constants = {name: getattr(request, name) for name in record.options}
+    kind: Callable[..., ZeroOrderOptimizer] = getattr(optimizers, record.public)
+    return kind(objective.params, request.lr_at(0), **constants, **common)
 
 
 class FirstOrder:
@@ -370,8 +370,7 @@ class FirstOrder:
 
     def __init__(self, objective: Objective, request: TrackRequest) -> None:
         self._objective = objective
-        options = {"beta": request.beta, "betas": request.betas, "eps": request.eps}
-        self._rule = rule_from_options(request.family, options)
+        self._rule = rule_from_options(request.family, vars(request))
         self._state = new_state(self._rule, objective.params)
         self._steps = 0
 

@@ -19,6 +19,7 @@ from zoscope.curvature.slq import OnProgress, measure
 from zoscope.errors import NumericalError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.quadratic import QuadraticModel
+from zoscope.theory.rules import floor_factor
 from zoscope.theory.spectrum import Estimate
 from zoscope.theory.stability import Gains, StabilityCondition, Version, fo_threshold
 
@@ -149,7 +150,7 @@ class Measurer:
         positive = spectrum.fine.positive.trace
         trace = spectrum.trace_of(lambda x: x).half_width
         widths = [trace / positive if positive > 0 else 0.0]
-        if self._moments.b > 0:
+        if self._moments.b > 0 and self._rule.is_linear:
             widths.append(relative_half_width(StabilityCondition(self._rule, self._moments).estimate(spectrum)))
         return max(widths)
 
@@ -173,6 +174,8 @@ class Measurer:
 
     def _stability(self, found: Curvature, moment: Moment) -> dict[str, Any]:
         trace, largest = found.trace.value, found.lambda_max.value
+        if self._rule.adapts is not None and not self._rule.is_linear:
+            return {"floor": 0.5 * floor_factor(self._rule.adapts, self._moments) * moment.lr_next * max(trace, 0.0)}
         exact = self._exact(found)
         if self._request.first_order:
             lower = upper = largest

@@ -5,127 +5,124 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from zoscope._version import __version__
-from zoscope.optim.directions import check_law
-from zoscope.options import MATRICES, OPTIMIZERS
+from zoscope.analysis.request import RuleRequest
+from zoscope.config.load import StepSizes, parse_step_sizes, step_sizes
+from zoscope.errors import NumericalError
+from zoscope.options import TrackOptions, keywords
+from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
 from zoscope.result import JsonObject, RichResult, encode, pick
-from zoscope.theory.rules import Directions, EstimatorMoments, UpdateRule, estimator_moments, update_rule
-from zoscope.theory.spectrum import require_count, require_positive
+from zoscope.theory.rules import EstimatorMoments
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zoscope.config.load import StepSizes
     from zoscope.problem import Notice
+    from zoscope.theory.rules import UpdateRule
 
-Every = int | Literal["auto", "adaptive"]
-Method = Literal["auto", "dense", "deflated-slq"]
+CONFIG = """
+    lr optimizer steps every mu queries directions beta betas eps batch_size target_loss divergence checkpoint_every
+    forward_every seed rtol max_hvps method curvature hvp device dtype micro_batch
+"""
+"""Options that make a run what it is, in the order in which ``config.yaml`` has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackRequest:
-    """Options of ``zoscope.track`` that make a run what it is; see there for what they mean.
+class TrackRequest(RuleRequest):
+    """Options of ``zoscope.track``.
 
     Raises:
-        ValueError: If one is outside of its range.
+        ValueError: If they do not fit together.
     """
 
     lr: StepSizes
-    optimizer: str = "zo-gd"
-    steps: int = 1000
-    every: Every = "auto"
-    mu: float = 1e-3
-    queries: int = 1
-    directions: Directions = "gaussian"
-    beta: float = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    optimizer: str
+    steps: int
+    every: int | Literal["auto", "adaptive"]
+    mu: float
     batch_size: int | None = None
     target_loss: float | None = None
-    divergence: float = 1e6
+    divergence: float = math.inf
+    max_seconds: float | None = None
     checkpoint_every: int | None = None
     forward_every: int | None = None
-    seed: int = 0
-    rtol: float = 0.05
-    max_hvps: int = 150
-    method: Method = "auto"
-    curvature: str = "hessian"
-    hvp: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
-    micro_batch: int | None = None
+    run: str | PathLike[str] | None = None
+    resume: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _require_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _require_one_of("curvature", self.curvature, MATRICES)
-        _require_one_of("method", self.method, get_args(Method))
-        check_law(self.directions)
-        for name in ("steps", "queries", "max_hvps"):
-            require_count(name, getattr(self, name))
-        for name in ("batch_size", "checkpoint_every", "forward_every", "micro_batch"):
-            if getattr(self, name) is not None:
-                require_count(name, getattr(self, name))
-        if isinstance(self.every, str):
-            _require_one_of("every", self.every, ("auto", "adaptive"))
-        else:
-            require_count("every", self.every)
+        if self.forward_every is not None and self.differences != "central":
+            raise ValueError("forward_every compares losses on both sides: expected differences='central'")
         if self.forward_every is not None and self.first_order:
             raise ValueError(
                 "forward_every watches the loss values of zeroth-order steps and needs a zo- optimizer, got "
                 f"{self.optimizer!r}; leave it out"
             )
-        require_count("seed", self.seed, least=0)
-        for name in ("mu", "rtol", "divergence"):
-            require_positive(name, getattr(self, name))
-        if self.divergence <= 1:
-            raise ValueError(f"divergence must be above 1, got {self.divergence!r}")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be finite and >= 0, got {self.eps!r}")
-        if self.target_loss is not None and not math.isfinite(self.target_loss):
-            raise ValueError(f"target_loss must be finite, got {self.target_loss!r}")
-        if len(self.betas) != 2 or not 0 <= self.betas[1] < 1:
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        _ = self.rule
+
+    @classmethod
+    def of(cls, **options: Unpack[TrackOptions]) -> TrackRequest:
+        """From keyword arguments of ``zoscope.track``.
+
+        Raises:
+            TypeError: For one that it does not take.
+            ValueError: For one that is out of range, or several that do not fit together.
+        """
+        found = keywords("track", options)
+        return cls(**found | {"lr": as_step_sizes(found["lr"])})
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the run."""
+        return None if self.run is None else Path(self.run)
 
     @property
     def family(self) -> str:
-        """``gd``, ``gdm`` or ``adam``."""
-        return self.optimizer.removeprefix("zo-")
+        """Its name without ``zo-``."""
+        return family_of(self.optimizer)
 
     @property
     def first_order(self) -> bool:
         """Whether updates use the gradient itself."""
-        return not self.optimizer.startswith("zo-")
+        return not is_zeroth_order(self.optimizer)
 
     @property
     def rule(self) -> UpdateRule:
         """The update rule as theory sees it."""
-        return update_rule(self.family, beta=self.beta, betas=self.betas)
+        return self.rule_of(self.family)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What identifies the optimizer beside its name."""
-        if self.family == "gdm":
-            return {"beta": self.beta}
-        return {"betas": list(self.betas), "eps": self.eps} if self.family == "adam" else {}
+        return OPTIMIZERS[self.family].settings(vars(self))
 
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of what the rule is fed with; a = 1, b = 0 for the gradient itself."""
-        if self.first_order:
-            return EstimatorMoments(1.0, 0.0)
-        return estimator_moments(self.directions, queries=self.queries, dimension=dimension)
+        return EstimatorMoments(1.0, 0.0) if self.first_order else super().moments(dimension=dimension)
 
     def lr_at(self, step: int) -> float:
         """Step size of the step that starts at ``step``; past the end, that of the last one."""
         return self.lr.lr_at(min(step, self.steps - 1), steps=self.steps)
 
+    def config(self) -> dict[str, Any]:
+        """The options that make the run what it is, as keys of a configuration."""
+        config = {name: getattr(self, name) for name in CONFIG.split()}
+        config |= {"lr": self.lr.to_config(), "betas": list(self.betas)}
+        return {key: value for key, value in config.items() if value is not None}
 
-def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+def as_step_sizes(lr: float | str | StepSizes) -> StepSizes:
+    """Step sizes from what a user may give.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(lr, str):
+        return parse_step_sizes(lr)
+    return step_sizes([0], [lr]) if isinstance(lr, int | float) else lr
 
 
 @dataclass(frozen=True)
@@ -173,6 +170,7 @@ class Record(JsonObject):
         commutator: ``‖PH−HP‖_F/‖PH‖_F``.
         forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
             ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
+        floor: Gradient norm at which ``lr_next`` stalls, of optimizers whose steps do not shrink with the gradient.
     """
 
     step: int
@@ -209,6 +207,12 @@ class Record(JsonObject):
     preconditioner: tuple[float, float, float] | None = None
     commutator: float | None = None
     forward: Mapping[str, float | None] | None = None
+    floor: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object; ``floor`` is left out where there is none."""
+        found = super().to_dict()
+        return found if self.floor is not None else {key: value for key, value in found.items() if key != "floor"}
 
     @property
     def in_band(self) -> bool | None:
@@ -228,6 +232,22 @@ class Record(JsonObject):
         known = {entry.name for entry in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def require_precision(records: Sequence[Record], rtol: float) -> None:
+    """Refuse measurements that are less precise than asked for.
+
+    Raises:
+        NumericalError: With the first of them that missed ``rtol``.
+    """
+    reached = {record.step: record.precision for record in records if record.precision is not None}
+    missed = {step: precision for step, precision in reached.items() if not precision <= rtol}
+    for step, precision in missed.items():
+        raise NumericalError(
+            f"The precision asked for (--rtol {rtol:g}) was not reached in {len(missed):,} of {len(reached):,} "
+            f"measurements, first at step {step:,} (± {100 * precision:.3g} %). The records are honest, only less "
+            "precise; raise --max-hvps or --rtol."
+        )
 
 
 SCHEMA = "zoscope.track/1"

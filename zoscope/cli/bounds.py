@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import zoscope
-from zoscope.cli.options import MEASURE, RULE, Given, takes_options
+from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import about, emit, loading, measuring, warn
 from zoscope.errors import NumericalError
 
@@ -22,7 +22,10 @@ def command(given: Given) -> None:
     with loading(quiet=given.quiet):
         loaded = given.load()
     if given.estimate:
-        emit(_estimate(loaded, given), given.out)
+        costs = _estimate(loaded, given)
+        emit(costs, given.out)
+        if given.strict and costs.short is not None:
+            raise NumericalError(costs.short)
         return
     progress = measuring(max_hvps=given.max_hvps, rtol=given.rtol, quiet=given.quiet)
     with about(loaded.display), progress as on_progress:
@@ -31,7 +34,7 @@ def command(given: Given) -> None:
             optimizers=given.families,
             spec=loaded.display,
             on_progress=on_progress,
-            **given.take("steps", "threshold", "lr", "batch_size", *RULE, *MEASURE),
+            **given.keywords("bounds", "strict"),
         )
     from zoscope.analysis.notices import PROVISIONAL  # late, for a fast --help
     from zoscope.report.bounds import render
@@ -48,5 +51,6 @@ def command(given: Given) -> None:
 def _estimate(loaded: LoadedSpec, given: Given) -> CostEstimate:
     from zoscope.analysis.estimate import estimate  # late, for a fast --help
 
-    options = given.take(*(name for name in MEASURE if name != "curvature"))  # every kind is compared
+    every = () if "curvature" in given.said else ("curvature",)  # kinds are compared unless one is named
+    options = given.keywords("bounds", "strict", *every)
     return estimate(loaded.problem, optimizers=given.families, spec=loaded.display, **options)

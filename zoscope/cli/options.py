@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Argument
+from typer import Argument, Context
 from typer import Option as Declared
 
 from zoscope.cli.output import load_torch
 from zoscope.cli.validate import checked
-from zoscope.options import FAMILIES, Flag, Option, Several, left_open, options_of, shown, single
+from zoscope.options import KEYWORDS, Flag, Option, Several, left_open, options_of, shown, single
+from zoscope.registry import DEFAULT_FAMILIES, family_of
 
 if TYPE_CHECKING:
     from zoscope.spec import LoadedSpec
-
-RULE = ("beta", "betas", "eps", "preconditioner", "directions", "queries")
-MEASURE = (
-    "rtol",
-    "max_hvps",
-    "method",
-    "curvature",
-    "hvp",
-    "device",
-    "dtype",
-    "seed",
-    "micro_batch",
-    "max_memory",
-    "shard_basis",
-)
 
 
 class Given:
@@ -41,11 +27,12 @@ class Given:
     Args:
         command: Name of the command.
         values: What its parameters were called with.
+        said: Which of them the user wrote.
     """
 
-    def __init__(self, command: str, values: Mapping[str, Any]) -> None:
+    def __init__(self, command: str, values: Mapping[str, Any], said: Container[str] = ()) -> None:
         kept = left_open(command)
-        self.command = command
+        self.command, self.said = command, said
         self.values = {
             option.name: values[option.name] if option.name in kept else checked(option, values[option.name])
             for _, option in options_of(command)
@@ -57,8 +44,9 @@ class Given:
         except KeyError:
             raise AttributeError(name) from None
 
-    def take(self, *names: str) -> dict[str, Any]:
-        """Some of them, as keyword arguments."""
+    def keywords(self, function: str, *without: str) -> dict[str, Any]:
+        """Those that a function of Python takes, under the same names; what selects the problem is done."""
+        names = KEYWORDS[function][1].__annotations__.keys() & self.values.keys() - {"spec", "params", *without}
         return {name: self.values[name] for name in names}
 
     def overrides(self) -> dict[str, Any]:
@@ -68,7 +56,7 @@ class Given:
     @property
     def families(self) -> tuple[str, ...]:
         """Optimizers without their ``zo-``, once each, in the order given; all of them when none is."""
-        return tuple(dict.fromkeys(name.removeprefix("zo-") for name in self.optimizer or FAMILIES))
+        return tuple(dict.fromkeys(family_of(name) for name in self.optimizer or DEFAULT_FAMILIES))
 
     @property
     def out(self) -> OutputOptions:
@@ -96,12 +84,15 @@ def takes_options(command: str) -> Callable[[Callable[[Given], None]], Callable[
 
     def decorate(function: Callable[[Given], None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(**values: Any) -> None:
+        def run(context: Context, **values: Any) -> None:
             defaults = {parameter.name: parameter.default for parameter in parameters}
-            function(Given(command, {**defaults, **values}))
+            sources = {name: context.get_parameter_source(name) for name in values}
+            said = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+            function(Given(command, {**defaults, **values}, said))
 
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
+        run.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (first, *parameters)}
         return run
 
     return decorate

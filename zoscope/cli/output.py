@@ -1,4 +1,4 @@
-"""Loading torch, which takes longer than everything else that a small problem asks for."""
+"""What commands print and where: results on stdout, progress and warnings on stderr."""
 
 from __future__ import annotations
 

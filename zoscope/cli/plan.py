@@ -11,11 +11,6 @@ import zoscope
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, loading, visible, warn
 
-KEYWORDS = (
-    "optimizer steps batch_size schedule warmup compare_schedules weight_decay mu queries directions beta betas eps "
-    "method replicas max_cost cache seed device dtype micro_batch max_memory"
-)
-
 
 @takes_options("plan")
 def command(given: Given) -> None:
@@ -23,9 +18,7 @@ def command(given: Given) -> None:
     with loading(quiet=given.quiet):
         loaded = given.load()
     with planning(quiet=given.quiet) as on_progress, aside():
-        result = zoscope.plan(
-            loaded.problem, spec=loaded.display, on_progress=on_progress, **given.take(*KEYWORDS.split())
-        )
+        result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **given.keywords("plan"))
     from zoscope.report.plan import draw, render  # late, for a fast --help
 
     emit(result, given.out, shown=render(result, warnings=False, verbose=given.verbose))

@@ -11,30 +11,15 @@ import typer
 from rich.console import Console
 
 import zoscope
-from zoscope.cli.options import MEASURE, RULE, Given, takes_options
+from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, loading, visible, warn
 from zoscope.errors import UsageError
+from zoscope.registry import is_zeroth_order
 
 if TYPE_CHECKING:
     from zoscope.analysis.probe_results import ProbeResult
 
 EXIT_CODES = {"confirmed": 0, "refuted": 1, "inconclusive": 3}
-RUNS = (
-    "threshold",
-    "ratios",
-    "lr",
-    "growth",
-    "max_steps",
-    "max_seconds",
-    "replicas",
-    "mu",
-    "batch_size",
-    "edge",
-    "edge_rtol",
-    "linearized",
-    "assume_threshold",
-    "steps",
-)
 
 
 @takes_options("probe")
@@ -43,7 +28,7 @@ def command(given: Given) -> None:
     names = given.optimizer or ["zo-gd"]
     if len(names) > 1:
         raise UsageError(f"--optimizer: got {', '.join(names)}. Expected one; probe them one at a time.")
-    if given.batch_size is not None and (given.linearized or not names[0].startswith("zo-")):
+    if given.batch_size is not None and (given.linearized or not is_zeroth_order(names[0])):
         raise UsageError("--batch-size is for zeroth-order runs on the loss itself. Leave it out here.")
     with loading(quiet=given.quiet):
         loaded = given.load()
@@ -58,7 +43,7 @@ def command(given: Given) -> None:
                 spec=loaded.display,
                 on_progress=on_progress,
                 on_run=on_run,
-                **given.take(*RUNS, *RULE, *MEASURE, "strict"),
+                **given.keywords("probe", "optimizer"),
             )
         except ProbeInterruptedError as error:
             result, interrupted = error.result, True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import zoscope
-from zoscope.cli.options import MEASURE, Given, takes_options
+from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import about, emit, loading, measuring, warn
 from zoscope.errors import NumericalError, UsageError
 
@@ -28,13 +28,9 @@ def command(given: Given) -> None:
         loaded = given.load()
     progress = measuring(max_hvps=given.max_hvps, rtol=given.rtol, quiet=given.quiet)
     with about(loaded.display), progress as on_progress:
-        common = {**given.take(*MEASURE), "spec": loaded.display, "on_progress": on_progress}
-        result: SpectrumResult | MomentsResult
-        if given.moments:
-            common.pop("method")
-            result = zoscope.moments(loaded.problem, **common)
-        else:
-            result = zoscope.spectrum(loaded.problem, top=given.top, by_layer=given.by_layer, **common)
+        verb = zoscope.moments if given.moments else zoscope.spectrum
+        options = given.keywords(verb.__name__, "strict")
+        result = verb(loaded.problem, spec=loaded.display, on_progress=on_progress, **options)
     _show(result, given)
     nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
     warn((notice for notice in result.warnings if notice not in nonsmooth), quiet=given.quiet)

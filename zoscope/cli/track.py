@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,9 +63,9 @@ def command(place: Given) -> None:
 
 
 def _require_precision(result: TrackResult) -> None:
-    from zoscope.analysis.track import require_precision  # late, for a fast --help
+    from zoscope.analysis.track_results import require_precision  # late, for a fast --help
 
-    require_precision(result)
+    require_precision(result.records, result.config["rtol"])
 
 
 def _refuse_occupied(folder: Path) -> None:
@@ -203,11 +204,10 @@ def _tracked(
     from zoscope.analysis.track_results import TrackInterruptedError, TrackRequest
     from zoscope.spec import load_spec
 
-    options = dict(values)
+    options: Any = dict(values)
     origin: Values = {key: options.pop(key) for key in ("spec", "set", "params", "checkpoint") if key in options}
-    max_seconds, max_memory, shard_basis, _ = (options.pop(name, None) for name in ANEW)
     try:
-        request = TrackRequest(**options)
+        request = TrackRequest.of(**options, run=folder, resume=resume, overwrite=overwrite)
     except ValueError as error:  # each option alone was in order
         raise UsageError(f"Options that do not fit together: {error}.") from None
     with loading(quiet=place.quiet):
@@ -223,15 +223,8 @@ def _tracked(
         with about(display), watching(quiet=place.quiet, label=label) as observers, aside():
             result = track_request(
                 loaded.problem,
-                request,
+                replace(request, spec=display),
                 origin=_relative(origin, folder),
-                folder=folder,
-                resume=resume,
-                overwrite=overwrite,
-                max_seconds=max_seconds,
-                max_memory=max_memory,
-                shard_basis=bool(shard_basis),
-                spec=display,
                 observers=(*observers, *logs),
             )
     except TrackInterruptedError as error:

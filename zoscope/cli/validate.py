@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoscope.errors import UsageError
-from zoscope.options import DEVICE, MOMENTUM, Option, Real, Several, Single, Whole, Words
+from zoscope.options import DEVICE, MOMENTUM, SAID, Option, Real, Several, Single, Whole, Words, bytes_of
 
 
 def checked(option: Option, value: Any) -> Any:
@@ -48,8 +48,6 @@ def number(option: str, value: float, domain: Whole | Real) -> float:
 
 def size(option: str, text: str) -> int:
     """Bytes, from a number with a unit or without: 500MB, 2 GiB, 1.5g, 4096."""
-    from zoscope.config.keys import bytes_of  # late, for a fast --help
-
     found = bytes_of(text)
     if found is None:
         raise UsageError(
@@ -92,7 +90,7 @@ def steps(option: str, text: str) -> int | None:
 def device(option: str, value: str) -> str:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:i``; whether it exists is for the measurement to find out."""
     if not re.fullmatch(DEVICE.pattern or "", value):
-        raise UsageError(f"{option}: unknown device '{value}'. Expected auto, cpu, cuda or cuda:i, such as cuda:0.")
+        raise UsageError(f"{option}: unknown device '{value}'. Expected {SAID['device']}.")
     return value
 
 

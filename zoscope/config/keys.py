@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -124,15 +123,6 @@ class Integer(options.Whole):
         return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
 
-def bytes_of(text: str) -> int | None:
-    """Bytes, from a number with a unit or without: 500MB, 2 GiB, 1.5g, 4096; ``None`` for what is no size."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:([kmgt])?(i)?b?)", text.replace(" ", "").lower())
-    if found is None or (found[3] and not found[2]) or not float(found[1]) > 0:
-        return None
-    power = " kmgt".index(found[2] or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
 @dataclass(frozen=True)
 class Size:
     """A number of bytes, or text such as ``2GB``."""
@@ -140,7 +130,7 @@ class Size:
     def read(self, node: Node, name: str) -> int:
         found = node.value if isinstance(node.value, int) and not isinstance(node.value, bool) else None
         if isinstance(node.value, str):
-            found = bytes_of(node.value)
+            found = options.bytes_of(node.value)
         if found is None or found < 1:
             raise InvalidError.at(
                 node, f"{name} must be a size in bytes, or with a unit, such as 500MB or 2GB; got {node.described}."
@@ -391,8 +381,14 @@ SCHEDULE = Section(
         Key("warmup", Number(0.0, 1e9, open_low=False), "Warm-up: steps, or a fraction of the steps when below 1.", 0),
     )
 )
-OPTIMIZER = Section((key_of("optimizer", key="name"), key_of("lr", kind=OneOf(LR, SCHEDULE)), *_keys("beta betas eps")))
-ESTIMATOR = Section(_keys("directions queries mu batch_size"))
+OPTIMIZER = Section(
+    (
+        key_of("optimizer", key="name"),
+        key_of("lr", kind=OneOf(LR, SCHEDULE)),
+        *_keys("beta dampening weight_decay betas eps"),
+    )
+)
+ESTIMATOR = Section(_keys("directions differences queries mu batch_size"))
 CURVATURE = Section(
     (
         *_keys("rtol max_hvps"),
@@ -433,7 +429,7 @@ OPTIONS = MappingProxyType(
         "params": ("params",),
         "optimizer": ("optimizer", "name"),
         "steps": ("steps",),
-        **{name: ("optimizer", name) for name in ("lr", "beta", "betas", "eps")},
+        **{name: ("optimizer", name) for name in OPTIMIZER.names if name != "name"},
         **{name: ("estimator", name) for name in ESTIMATOR.names},
         **{name: ("curvature", name) for name in CURVATURE.names if name != "kind"},
         "curvature": ("curvature", "kind"),
@@ -454,10 +450,5 @@ def config_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The schema as it ships, for editors: ``zoscope check --schema > zoscope.schema.json``."""
+    """The schema for editors: ``zoscope check --schema > zoscope.schema.json``."""
     return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
-
-
-def shipped_schema() -> str:
-    """The copy inside the package."""
-    return files("zoscope.config").joinpath("schema.json").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: what a run takes at every step, and the peak, which stability asks for."""
+"""Checks and schedules as a configuration file says them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from zoscope.config.keys import CHECK, DEFAULTS, OPTIONS, ROOT, OneOf, Section
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, read_pyproject, read_yaml, shorten, suggest
 from zoscope.errors import UsageError
+from zoscope.registry import family_of, is_zeroth_order
 
 
 class StepSizes(Protocol):
@@ -197,6 +198,8 @@ class OptimizerConfig:
     beta: float
     betas: tuple[float, float]
     eps: float
+    dampening: float = 0.0
+    weight_decay: float = 0.0
 
     @property
     def lr(self) -> float:
@@ -206,12 +209,12 @@ class OptimizerConfig:
     @property
     def zeroth_order(self) -> bool:
         """Whether gradients are estimated from loss values."""
-        return self.name.startswith("zo-")
+        return is_zeroth_order(self.name)
 
     @property
     def rule(self) -> str:
-        """Update rule: ``gd``, ``gdm`` or ``adam``."""
-        return self.name.removeprefix("zo-")
+        """Family of the optimizer, such as ``adam``."""
+        return family_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ class EstimatorConfig:
     """The zeroth-order gradient estimate."""
 
     directions: str
+    differences: str
     queries: int
     mu: float
     batch_size: int | None
@@ -241,6 +245,11 @@ class CurvatureConfig:
     max_memory: int | None
     shard_basis: bool
     strict: bool
+
+    def options(self) -> dict[str, Any]:
+        """The same as options of a measurement, by their names in Python; the preconditioner is the optimizer's."""
+        found = {**vars(self), "curvature": self.kind}
+        return {name: value for name, value in found.items() if name not in ("kind", "preconditioner")}
 
 
 @dataclass(frozen=True)
@@ -391,6 +400,8 @@ def _optimizer(values: Mapping[str, Any]) -> OptimizerConfig:
         beta=values["beta"],
         betas=(first, second),
         eps=values["eps"],
+        dampening=values["dampening"],
+        weight_decay=values["weight_decay"],
     )
 
 
@@ -518,15 +529,9 @@ def shown_path(path: Path) -> str:
 
 
 def override_tree(options: Mapping[str, Any]) -> Node:
-    """Options of the command line as a piece of configuration; ``None`` means "not given".
-
-    Raises:
-        UsageError: On an option that does not exist.
-    """
+    """Options of the command line as a piece of configuration; ``None`` means "not given"."""
     tree: dict[str, Any] = {}
     for name, value in options.items():
-        if name not in OPTIONS:
-            raise UsageError(f"check has no option {shorten(name)}. {suggest(name, OPTIONS)}")
         if value is None:
             continue
         *sections, key = OPTIONS[name]

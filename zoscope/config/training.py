@@ -17,6 +17,7 @@ from zoscope.config.load import Piecewise, Schedule, StepSizes, absolute_spec, p
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, nearest, read_yaml, suggest
 from zoscope.errors import UsageError
 from zoscope.options import MOST, left_open
+from zoscope.registry import OPTIMIZERS
 
 # ruff: noqa: D102 - every kind has the two methods that the protocol documents
 
@@ -263,9 +264,8 @@ SCHEDULERS = {
 }
 """``lr_scheduler_type`` and the shape that stands for it: all of them peak at ``learning_rate``."""
 
-TRAINERS = {"zo": "zo-gd", "zo_sgd": "zo-gd", "zo_sgd_mmt": "zo-gdm", "zo_adam": "zo-adam"}
-ADAMW = ("torch", "torch_fused", "torch_xla", "torch_npu_fused", "anyprecision", "hf")
-FO_OPTIMIZERS = {"sgd": "gd", "adam": "adam", "adamw": "adam"} | {f"adamw_{name}": "adam" for name in ADAMW}
+TRAINERS = {alias: f"zo-{name}" for name, record in OPTIMIZERS.items() for alias in record.aliases}
+FO_OPTIMIZERS = {alias: name for name, record in OPTIMIZERS.items() for alias in record.gradient_aliases}
 DEFAULT_BATCH = 8.0
 """``per_device_train_batch_size`` of ``TrainingArguments``."""
 

@@ -1,4 +1,4 @@
-"""What a sample says about the mean and the variance behind it, when its law is a weighted sum of chi-squares.
+"""Trace, Frobenius norm and the curvature along the gradient, from forward passes alone.
 
 ``X = uᵀHu`` with Gaussian u is ``Σ λ_i z_i²``: mean ``Tr H``, variance ``2‖H‖_F²``, excess kurtosis at most 12, and
 skewed where few eigenvalues carry the sum. Error bars of normal samples would be too short.

@@ -1,4 +1,4 @@
-"""Where the vectors of a Lanczos chain are: in this process, or in slices on all ranks of a job."""
+"""The Lanczos recurrence, and where its vectors are: in this process, or in slices on all ranks of a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples in random parts whose losses are known one by one, which add up to that of all of them."""
+"""How the Hessians and gradients of random mini-batches spread around those of all examples."""
 
 import math
 from collections.abc import Sequence

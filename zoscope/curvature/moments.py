@@ -1,4 +1,4 @@
-"""Pieces of the data with probe vectors of their own: a trace from fewer sweeps.
+"""Trace and Frobenius norm alone, from probe vectors that differ between strata of the data where that helps.
 
 A trace is additive over the data: ``Tr H = Σ_b w_b Tr H_b`` for pieces b of the examples. A sweep that gives every
 piece a random vector of its own costs what one product costs. Its variance is ``2 Σ w_b² ‖H_b‖_F²``, that of a product

@@ -94,7 +94,7 @@ class LinearOperator(ABC):
             for begin in range(0, self.dim, DENSE_BLOCK):
                 count = min(DENSE_BLOCK, self.dim - begin)
                 units = torch.zeros(count, self.dim, dtype=self.dtype, device=self.device)
-                units[torch.arange(count), torch.arange(begin, begin + count)] = 1
+                units.diagonal(begin).fill_(1)
                 matrix[begin : begin + count] = self.matmat(units)
             self._matrix = matrix
         return self._matrix

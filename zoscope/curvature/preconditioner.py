@@ -1,4 +1,4 @@
-"""Second moments from a saved ``torch.optim.Adam`` or ``AdamW`` state dict."""
+"""Adam's preconditioner: expected where training stands, or from the state dict of an optimizer."""
 
 from __future__ import annotations
 
@@ -222,12 +222,15 @@ def assemble(
         NumericalError: If P is zero or not finite somewhere.
     """
     diagonal = (root + eps).to(dtype)
-    if not bool(torch.isfinite(diagonal).all()) or not bool((diagonal > 0).all()):
+    # A device is waited for once.
+    usable = (torch.isfinite(diagonal) & (diagonal > 0)).all()
+    usable, collapsed = torch.stack([usable.double(), (root <= eps).double().mean()]).tolist()
+    if not usable:
         raise NumericalError(
             f"Adam's preconditioner ({source}) is zero or not finite on some parameters: expected √v + ε > 0 "
             "everywhere. The gradient is zero and --eps is too small, or the second moments are damaged; raise --eps."
         )
-    return Preconditioner(diagonal, source, float((root <= eps).double().mean()), remarks)
+    return Preconditioner(diagonal, source, collapsed, remarks)
 
 
 @dataclass(frozen=True)

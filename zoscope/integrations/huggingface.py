@@ -1,4 +1,4 @@
-"""Batches of tokenised examples: collated once, labelled, and counted by the tokens that matter."""
+"""Problems from models and data sets of ``transformers``."""
 
 from __future__ import annotations
 

@@ -3,29 +3,26 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Law = Literal["gaussian", "sphere"]
-LAWS: tuple[str, ...] = get_args(Law)
+from zoscope.registry import DIRECTIONS, Directions
+
 Seed = int | np.random.SeedSequence
 Buffers = dict[tuple[torch.dtype, torch.device], Tensor]
 
 
-def check_law(name: str) -> Law:
+def check_law(name: str) -> Directions:
     """``name`` as a law of directions.
 
     Raises:
-        ValueError: If it is neither ``gaussian`` nor ``sphere``.
+        ValueError: If it is none.
     """
-    if name == "gaussian":
-        return "gaussian"
-    if name == "sphere":
-        return "sphere"
-    raise ValueError(f"unknown directions {name!r}: expected one of {', '.join(LAWS)}")
+    if name not in DIRECTIONS:
+        raise ValueError(f"unknown directions {name!r}: expected one of {', '.join(DIRECTIONS)}")
+    return DIRECTIONS[name].name
 
 
 def new_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
@@ -41,16 +38,25 @@ def spawn_streams(seed: int, count: int, device: torch.device | str = "cpu") -> 
     return [new_generator(child, device) for child in np.random.SeedSequence(seed).spawn(count)]
 
 
-def fill_rows(rows: Tensor, *, law: Law, streams: Sequence[torch.Generator]) -> Tensor:
+def fill_rows(rows: Tensor, *, law: Directions, streams: Sequence[torch.Generator]) -> Tensor:
     """Draw one direction per row of ``rows`` ``(R, d)`` in place, row ``r`` from ``streams[r]``.
 
-    Gaussian directions have independent N(0, 1) entries; sphere directions are uniform on the sphere of radius √d.
+    Gaussian directions have independent N(0, 1) entries, Rademacher ones entries ±1; sphere directions are uniform on
+    the sphere of radius √d.
     """
     for row, stream in zip(rows, streams, strict=True):
-        row.normal_(generator=stream)
+        _fill(row, law, stream)
     if law == "sphere":
         rows.mul_(math.sqrt(rows.shape[1]) / rows.norm(dim=1, keepdim=True))
     return rows
+
+
+def _fill(entries: Tensor, law: Directions, stream: torch.Generator) -> None:
+    """Independent entries; those of the sphere are scaled to its radius afterwards."""
+    if law == "rademacher":
+        entries.bernoulli_(0.5, generator=stream).mul_(2.0).sub_(1.0)
+    else:
+        entries.normal_(generator=stream)
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ class Direction:
         blocks: What it covers.
         generator: Its stream, or one for every device that the blocks are on; the direction moves it on once, while its
             blocks are asked for the first time, in order.
-        law: Law of the direction.
+        law: Their law.
         keep: Hold on to the blocks instead of drawing them again; the numbers are the same.
         buffers: Where blocks are drawn, by dtype and device; directions that share them take turns.
     """
@@ -149,12 +155,13 @@ class Direction:
         blocks: Sequence[Block],
         generator: torch.Generator | Mapping[torch.device, torch.Generator],
         *,
-        law: Law,
+        law: Directions,
         keep: bool,
         buffers: Buffers | None = None,
     ) -> None:
         self._blocks = blocks
         self._generator = generator
+        self._law = law
         self._keep = keep
         self._kept: list[list[Tensor]] = []
         self._states: list[Tensor] = []
@@ -194,7 +201,7 @@ class Direction:
             flat = torch.empty(block.size, device=block.device, dtype=dtype)
         else:
             flat = buffer_for(block, dtype, self._blocks, self._buffers)
-        flat.normal_(generator=self._stream(index))
+        _fill(flat, self._law, self._stream(index))
         if self._scale != 1.0:
             flat.mul_(self._scale)
         parts = torch.split_with_sizes(flat, block.sizes)

@@ -1,16 +1,20 @@
 """Zeroth-order GD, momentum and Adam as PyTorch optimizers: two forward passes a query, no gradient."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zoscope.optim.directions import Block, Direction, Law, Seed, check_law, new_generator, partition
+from zoscope.optim.directions import Block, Direction, Seed, check_law, new_generator, partition
 from zoscope.optim.perturbation import Perturbation, Restore, choose_perturbation
 from zoscope.optim.rules import Rule, State, rule_from_options
+from zoscope.registry import Directions
+
+__all__ = ["ZOGD", "ZOGDM", "ZOAdam", "ZONormalized", "ZOSignSGD"]
 
 BLOCK_SIZE = 1 << 18  # entries of a direction that exist at a time: fits in a cache
 KEPT_SIZE = 1 << 20  # up to this many a direction is kept instead of being drawn again
@@ -28,6 +32,20 @@ class _Layout:
     perturbation: Perturbation
 
 
+class QueryOptions(TypedDict, total=False):
+    """Keyword arguments that every zeroth-order optimizer takes; see `ZOGD` for what they mean."""
+
+    mu: float
+    queries: int
+    directions: Directions
+    seed: Seed
+    restore: Restore
+    one_sided: bool
+
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
 class ZeroOrderOptimizer(Optimizer):
     """Shared by the zeroth-order optimizers: everything but the update rule.
 
@@ -37,7 +55,8 @@ class ZeroOrderOptimizer(Optimizer):
     of a forward pass (for models above 64 MiB; smaller ones keep a copy, which is faster). Parameters that do not
     require gradients do not move.
 
-    ``evaluations`` holds the pairs ``(f(θ+μu), f(θ−μu))`` of the last step, one for each query.
+    ``evaluations`` holds the pairs ``(f(θ+μu), f(θ−μu))`` of the last step, one for each query; one-sided ones
+    ``(f(θ+μu), f(θ))``.
 
     The generator's state is part of ``state_dict()``: a run that is saved and resumed equals one that was not.
     """
@@ -46,14 +65,15 @@ class ZeroOrderOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         defaults: dict[str, Any],
         *,
-        mu: float,
-        queries: int,
-        directions: Law,
-        seed: Seed,
-        restore: Restore,
+        mu: float = 1e-3,
+        queries: int = 1,
+        directions: Directions = "gaussian",
+        seed: Seed = 0,
+        restore: Restore = "auto",
+        one_sided: bool = False,
     ) -> None:
         if not defaults["lr"] >= 0.0:
             raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
@@ -61,9 +81,10 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"mu must be positive and finite, got {mu}")
         if queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
-        rule_from_options(self.name, defaults)
+        self._rule = rule_from_options(self.name, defaults)
         super().__init__(params, defaults)
         self.mu, self.queries, self.directions, self.restore = mu, queries, check_law(directions), restore
+        self.one_sided = one_sided
         devices = {p.device for group in self.param_groups for p in group["params"]}
         if len(devices) > 1:
             raise ValueError(f"all parameters must be on one device, got {', '.join(sorted(map(str, devices)))}")
@@ -76,10 +97,12 @@ class ZeroOrderOptimizer(Optimizer):
         """Take one step.
 
         Args:
-            closure: Returns the loss as a scalar; called twice a query, without gradients; must not call ``backward``.
+            closure: Returns the loss as a scalar; called twice a query, or with one-sided differences once a query and
+                once more, without gradients; must not call ``backward``.
 
         Returns:
-            The mean of the losses seen, an estimate of the loss before the step (exact up to O(μ²)).
+            The mean of the losses seen, an estimate of the loss before the step (exact up to O(μ²)); with one-sided
+            differences that loss itself.
 
         Raises:
             ValueError: If there is no closure.
@@ -88,35 +111,49 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"{type(self).__name__}.step needs a closure that returns the loss")
         layout = self._current_layout()
         layout.perturbation.begin()
+        here = float(_detached(closure())) if self.one_sided else None
         keep = sum(b.size for b in layout.blocks) <= KEPT_SIZE and not layout.perturbation.overwrites
         directions: list[Direction] = []
         evaluations: list[tuple[float, float]] = []
         for query in range(self.queries):
             direction = Direction(layout.blocks, self._generator, law=self.directions, keep=keep)
-            evaluations.append(self._evaluate(layout, direction, closure))
+            evaluations.append(self._evaluate(layout, direction, closure, here))
             if query < self.queries - 1:
-                _restore(layout, direction, sign=-1)
+                _restore(layout, direction, sign=self._sign)
             directions.append(direction)
         self.evaluations = tuple(evaluations)
-        self._update(layout, directions, [(f - g) / (2.0 * self.mu) / self.queries for f, g in evaluations])
-        return sum(0.5 * (f + g) for f, g in evaluations) / self.queries
+        slopes = [(f - g) / (self.mu if self.one_sided else 2.0 * self.mu) for f, g in evaluations]
+        size = math.sqrt(sum(s * s for s in slopes) / self.queries) if self._rule.normalizes else 1.0
+        self._update(layout, directions, [s / (size or 1.0) / self.queries for s in slopes])
+        return sum(0.5 * (f + g) for f, g in evaluations) / self.queries if here is None else here
 
-    def _evaluate(self, layout: _Layout, direction: Direction, closure: Closure) -> tuple[float, float]:
-        """``f(θ+μu)`` and ``f(θ−μu)``; parameters are left at the latter point."""
+    @property
+    def _sign(self) -> int:
+        """Side on which a query leaves the parameters."""
+        return 1 if self.one_sided else -1
+
+    def _evaluate(
+        self, layout: _Layout, direction: Direction, closure: Closure, here: float | None
+    ) -> tuple[float, float]:
+        """``f(θ+μu)`` and ``f(θ−μu)``, or ``f(θ)`` where that is given; parameters are left at the last point."""
         blocks = range(len(layout.blocks))
         for index in blocks:
             layout.perturbation.plus(index, direction.part(index))
         sign = 1
         try:
-            above = float(closure())
+            above = _detached(closure())
+            if here is not None:
+                return float(above), here
             for index in blocks:
                 layout.perturbation.minus(index, direction.part(index))
             sign = -1
-            below = float(closure())
+            below = _detached(closure())
         except BaseException:
             _restore(layout, direction, sign=sign)
             raise
-        return above, below
+        if isinstance(above, Tensor) and isinstance(below, Tensor):
+            above, below = torch.stack([above, below]).tolist()  # a device is waited for once
+        return float(above), float(below)
 
     def _update(self, layout: _Layout, directions: list[Direction], slopes: list[float]) -> None:
         """Bring the parameters back from the last query, block by block, and move them."""
@@ -128,7 +165,7 @@ class ZeroOrderOptimizer(Optimizer):
             number = layout.group_of[index]
             group = self.param_groups[number]
             # Its last use: the estimate may take the place of the direction.
-            estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=-1)
+            estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=self._sign)
             torch._foreach_mul_(estimate, slopes[-1])
             for direction, slope in zip(directions[:-1], slopes[:-1], strict=True):
                 used = layout.perturbation.used(index, direction.part(index))
@@ -166,6 +203,11 @@ class ZeroOrderOptimizer(Optimizer):
         self._generator.set_state(stream.cpu())
 
 
+def _detached(loss: float | Tensor) -> float | Tensor:
+    """A loss that stays as it is, wherever the closure writes the next one."""
+    return loss.detach().clone().reshape(()) if isinstance(loss, Tensor) else loss
+
+
 def _restore(layout: _Layout, direction: Direction, *, sign: int) -> None:
     for index in range(len(layout.blocks)):
         layout.perturbation.restore(index, direction.part(index), sign=sign)
@@ -177,10 +219,13 @@ class ZOGD(ZeroOrderOptimizer):
     Args:
         params: Parameters or groups of them, as for any PyTorch optimizer; all on one device.
         lr: Step size η, param²/loss; may differ between groups.
-        mu: Smoothing radius μ, in the parameters' unit.
-        queries: Directions averaged in each estimate.
-        directions: Their law: ``gaussian``, or ``sphere`` of radius √d.
-        seed: Seed of the direction stream.
+        weight_decay: w of ``ĝ + wx``, loss/param².
+        mu: Smoothing radius μ, in the parameters' unit; 1e-3 by default.
+        queries: Directions averaged in each estimate; 1 by default.
+        directions: Their law: ``gaussian``, the default, or ``sphere`` of radius √d.
+        seed: Seed of the direction stream; 0 by default.
+        one_sided: Differences ``(f(θ+μu) − f(θ))/μ``, one evaluation a query and one more, whose noise has a part of
+            order μ: small where μ ≪ 2‖g‖/Tr H, which ``zoscope.bounds(differences="one-sided")`` tells.
         restore: How parameters come back from a perturbation: ``auto``, ``snapshot`` (a copy) or ``fixed-point`` (no
             copy; rounds the parameters once to a grid on which perturbations are exact).
 
@@ -191,31 +236,20 @@ class ZOGD(ZeroOrderOptimizer):
     name = "gd"
 
     def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        *,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
+        self, params: Parameters, lr: float, *, weight_decay: float = 0.0, **query: Unpack[QueryOptions]
     ) -> None:
-        super().__init__(params, {"lr": lr}, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **query)
 
 
 class ZOGDM(ZeroOrderOptimizer):
-    """Zeroth-order gradient descent with momentum: ``m ← βm + ĝ; x ← x − ηm``.
+    """Zeroth-order gradient descent with momentum: ``m ← βm + (1−τ)(ĝ + wx); x ← x − ηm``.
 
     Args:
         params: See `ZOGD`; so for the options not listed.
         lr: Step size η, param²/loss.
         beta: β in ``[0, 1)``.
-        mu: Smoothing radius.
-        queries: Directions per estimate.
-        directions: Their law.
-        seed: Seed of the direction stream.
-        restore: How parameters come back.
+        dampening: τ in ``[0, 1)``.
+        weight_decay: w, loss/param².
 
     Raises:
         ValueError: If an argument is out of range.
@@ -225,18 +259,16 @@ class ZOGDM(ZeroOrderOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         lr: float,
         *,
         beta: float = 0.9,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        **query: Unpack[QueryOptions],
     ) -> None:
-        defaults = {"lr": lr, "beta": beta}
-        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+        defaults = {"lr": lr, "beta": beta, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **query)
 
 
 class ZOAdam(ZeroOrderOptimizer):
@@ -247,11 +279,6 @@ class ZOAdam(ZeroOrderOptimizer):
         lr: Step size η.
         betas: β₁ and β₂, each in ``[0, 1)``.
         eps: ε ≥ 0, in the unit of the gradient.
-        mu: Smoothing radius.
-        queries: Directions per estimate.
-        directions: Their law.
-        seed: Seed of the direction stream.
-        restore: How parameters come back.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -261,16 +288,48 @@ class ZOAdam(ZeroOrderOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         lr: float,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        mu: float = 1e-3,
-        queries: int = 1,
-        directions: Law = "gaussian",
-        seed: Seed = 0,
-        restore: Restore = "auto",
+        **query: Unpack[QueryOptions],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps}
-        super().__init__(params, defaults, mu=mu, queries=queries, directions=directions, seed=seed, restore=restore)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, **query)
+
+
+class ZOSignSGD(ZeroOrderOptimizer):
+    """ZO-SignSGD: ``x ← x − η sign(ĝ)`` in every coordinate (Liu et al., ICLR 2019).
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η: how far every parameter moves, param.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "signsgd"
+
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)
+
+
+class ZONormalized(ZeroOrderOptimizer):
+    """Normalised ZO: ``x ← x − η ĝ/s``, s the root mean square of the slopes ``(f(θ+μu) − f(θ−μu))/(2μ)`` of a step.
+
+    That is FZOO (arXiv:2506.09034), which divides by the standard deviation of the losses of a step, in units in which
+    η does not depend on μ: η = FZOO's learning rate over μ. One query leaves the sign of its slope.
+
+    Args:
+        params: See `ZOGD`; so for the options not listed.
+        lr: Step size η, param.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    name = "normalized"
+
+    def __init__(self, params: Parameters, lr: float, **query: Unpack[QueryOptions]) -> None:
+        super().__init__(params, {"lr": lr}, **query)

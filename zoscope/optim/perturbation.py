@@ -197,8 +197,11 @@ class Surface(ABC):
         """Losses ``(R,)``, float64."""
 
     @abstractmethod
-    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-        """``(f(θ+μu) − f(θ−μu))/(2μ)`` and ``(f(θ+μu) + f(θ−μu))/2`` for every row, each ``(R,)``, float64."""
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
+        """``(f(θ+μu) − f(θ−μu))/(2μ)`` and ``(f(θ+μu) + f(θ−μu))/2`` for every row, each ``(R,)``, float64.
+
+        One-sided: ``(f(θ+μu) − f(θ))/μ`` and ``f(θ)``.
+        """
 
     @abstractmethod
     def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,9 +226,12 @@ class SequentialSurface(Surface):
             losses.append(self._objective.value())
         return torch.tensor(losses, dtype=torch.float64, device=theta.device)
 
-    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
         """See `Surface.slopes`."""
         above = self.values(torch.add(theta, directions, alpha=mu))
+        if one_sided:
+            here = self.values(theta)
+            return (above - here) / mu, here
         below = self.values(torch.add(theta, directions, alpha=-mu))
         return (above - below) / (2.0 * mu), 0.5 * (above + below)
 
@@ -267,16 +273,17 @@ class MiniBatchSurface(SequentialSurface):
         """See `Surface.next_step`."""
         self._shards = self._examples.draw(self.batch_size, self._generator)
 
-    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
         """See `Surface.slopes`; of the mini-batch."""
         objective, pairs = self._objective, []
         for row, direction in zip(theta, directions, strict=True):
             objective.write(torch.add(row, direction, alpha=mu))
             above = objective.value_of(self._shards)
-            objective.write(torch.add(row, direction, alpha=-mu))
+            objective.write(row if one_sided else torch.add(row, direction, alpha=-mu))
             pairs.append((above, objective.value_of(self._shards)))
         above_below = torch.tensor(pairs, dtype=torch.float64, device=theta.device)
-        return (above_below[:, 0] - above_below[:, 1]) / (2.0 * mu), above_below.mean(dim=1)
+        rises = above_below[:, 0] - above_below[:, 1]
+        return (rises / mu, above_below[:, 1]) if one_sided else (rises / (2.0 * mu), above_below.mean(dim=1))
 
 
 class StackedSurface(Surface):
@@ -308,15 +315,15 @@ class StackedSurface(Surface):
             self._replays[rows] = _replayed(vmap(self._total), theta)
         return self._replays[rows](theta).double()
 
-    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
         """See `Surface.slopes`; both points in one evaluation."""
         rows = len(theta)
         if self._points is None or len(self._points) != 2 * rows:
             self._points = theta.new_empty((2 * rows, theta.shape[1]))
         torch.add(theta, directions, alpha=mu, out=self._points[:rows])
-        torch.sub(theta, directions, alpha=mu, out=self._points[rows:])
+        torch.sub(theta, directions, alpha=0.0 if one_sided else mu, out=self._points[rows:])
         above, below = self.values(self._points).view(2, rows)
-        return (above - below) / (2.0 * mu), 0.5 * (above + below)
+        return ((above - below) / mu, below) if one_sided else ((above - below) / (2.0 * mu), 0.5 * (above + below))
 
     def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """See `Surface.gradients`."""
@@ -369,13 +376,15 @@ class StackedMiniBatchSurface(StackedSurface):
         return self._objective.loss_at(self._objective.unflatten(flat), shard)
 
     @torch.no_grad()
-    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
         """See `Surface.slopes`; of the mini-batches."""
         rows, drawn = len(theta), self._drawn.repeat(2, 1)
-        points = torch.cat([theta + mu * directions, theta - mu * directions])
+        points = torch.cat([theta + mu * directions, theta if one_sided else theta - mu * directions])
         if rows not in self._steps:
             self._steps[rows] = _replayed(vmap(self._of_batch), points, drawn)
         above, below = self._steps[rows](points, drawn).double().view(2, rows)
+        if one_sided:
+            return (above - below) / mu, below
         return (above - below) / (2.0 * mu), 0.5 * (above + below)
 
     def batch_gradients(self, theta: Tensor) -> Tensor:
@@ -440,10 +449,13 @@ class QuadraticSurface(Surface):
         """See `Surface.values`."""
         return self._model(theta)[1]
 
-    def slopes(self, theta: Tensor, directions: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
         """See `Surface.slopes`; the loss is that at θ itself."""
         gradients, losses = self._model(theta)
-        return (gradients.double() * directions.double()).sum(dim=1), losses
+        slopes = (gradients.double() * directions.double()).sum(dim=1)
+        if one_sided:
+            slopes += 0.5 * mu * (directions.double() * self._matmat(directions).double()).sum(dim=1)
+        return slopes, losses
 
     def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """See `Surface.gradients`."""

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.optim.directions import Law, fill_rows, spawn_streams
+from zoscope.optim.directions import fill_rows, spawn_streams
 from zoscope.optim.perturbation import MiniBatchSurface, Surface
 from zoscope.optim.rules import Rule, new_state
+from zoscope.registry import Directions
 from zoscope.runtime import collective
 
 if TYPE_CHECKING:
@@ -101,12 +102,14 @@ class ZerothOrderEstimator:
         mu: Smoothing radius μ, in the parameters' unit.
         queries: Directions averaged in an estimate.
         directions: Their law.
+        one_sided: Whether differences are those of ``f(θ+μu)`` and ``f(θ)``.
     """
 
     order: int = 0
     mu: float = 1e-3
     queries: int = 1
-    directions: Law = "gaussian"
+    directions: Directions = "gaussian"
+    one_sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,6 @@ class ReplicaPlan:
         seed: Seed that the streams are spawned from.
         limits: When to stop.
         shape: Step size of a step, from 0, over ``lr``; ``None`` for a constant one.
-        weight_decay: w of ``ĝ + w θ``.
         records: Points of the recorded curve; each is a loss over all examples.
     """
 
@@ -156,7 +158,6 @@ class ReplicaPlan:
     seed: int
     limits: Limits
     shape: Callable[[float], float] | None = None
-    weight_decay: float = 0.0
     records: int = RECORDS
 
 
@@ -243,7 +244,7 @@ class _Runner:
         self._surface, self._start, self._on_step = surface, start, on_step
         self._rule, self._estimator, self._lr = plan.rule, plan.estimator, plan.lr
         self._steps, self._limits = plan.steps, plan.limits
-        self._shape, self._weight_decay, self._records = plan.shape, plan.weight_decay, plan.records
+        self._shape, self._records = plan.shape, plan.records
 
     def run(self, streams: list[torch.Generator]) -> Trajectory:
         began, count, steps = time.perf_counter(), len(streams), self._steps
@@ -300,26 +301,33 @@ class _Runner:
             estimate, losses = self._surface.gradients(rows.theta)
         else:
             estimate, losses = self._estimate(rows)
-        if self._weight_decay:
-            estimate = estimate + self._weight_decay * rows.theta
         lr = self._lr if self._shape is None else self._lr * self._shape(step - 1)
         self._rule.update([rows.theta], [estimate], rows.state, lr=lr, step=step)
         return losses
 
     def _estimate(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        total, losses = self._query(rows)
+        total, losses, slopes = self._query(rows)
+        squares = slopes.square()
         for _ in range(self._estimator.queries - 1):
-            estimate, means = self._query(rows)
+            estimate, means, slopes = self._query(rows)
             total += estimate
             losses = losses + means
+            squares += slopes.square()
         queries = self._estimator.queries
-        return (total, losses) if queries == 1 else (total.div_(queries), losses / queries)
+        if queries > 1:
+            total, losses = total.div_(queries), losses / queries
+        if self._rule.normalizes:
+            size = (squares / queries).sqrt()
+            total /= size.where(size > 0, 1.0).to(total.dtype)[:, None]
+        return total, losses
 
-    def _query(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        """A two-point estimate along one direction per row."""
+    def _query(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """A two-point estimate along one direction per row, the loss, and the slope along it."""
         directions = fill_rows(torch.empty_like(rows.theta), law=self._estimator.directions, streams=rows.streams)
-        slopes, means = self._surface.slopes(rows.theta, directions, self._estimator.mu)
-        return directions.mul_(slopes.to(directions.dtype)[:, None]), means
+        slopes, means = self._surface.slopes(
+            rows.theta, directions, self._estimator.mu, one_sided=self._estimator.one_sided
+        )
+        return directions.mul_(slopes.to(directions.dtype)[:, None]), means, slopes
 
 
 CPU = torch.device("cpu")

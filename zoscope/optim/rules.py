@@ -4,12 +4,14 @@ The rules act on lists of tensors of any shape, element by element, so that one 
 slices of them, and a matrix that holds one replica per row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from zoscope.registry import optimizer_record
 
 State = dict[str, list[Tensor]]
 
@@ -19,9 +21,11 @@ class Rule(Protocol):
 
     Attributes:
         slots: Names of the tensors that the rule remembers for every parameter, each shaped like it and zero at first.
+        normalizes: Whether it takes estimates divided by the root mean square of their slopes.
     """
 
     slots: ClassVar[tuple[str, ...]]
+    normalizes: ClassVar[bool]
 
     def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
         """Move ``params`` in place.
@@ -38,34 +42,74 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class GD:
-    """``x ← x − η g``."""
+    """``x ← x − η (g + wx)``.
 
+    Args:
+        weight_decay: w ≥ 0, loss/param².
+    """
+
+    weight_decay: float = 0.0
     slots: ClassVar[tuple[str, ...]] = ()
+    normalizes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_decay(self.weight_decay)
 
     def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
         """See `Rule.update`."""
-        torch._foreach_add_(list(params), list(grads), alpha=-lr)
+        torch._foreach_add_(list(params), _decayed(params, grads, self.weight_decay), alpha=-lr)
+
+
+@dataclass(frozen=True)
+class Normalized(GD):
+    """``x ← x − η g/s``, s the root mean square of the slopes whose average g is: FZOO's step (arXiv:2506.09034).
+
+    FZOO divides by the standard deviation of the losses of a step. For central differences that is s up to μ and
+    terms of order μ². One-sided differences from f(θ) are taken about f(θ), not about their mean, so that two or three
+    queries cannot make s vanish by chance. One query leaves the sign of its slope.
+    """
+
+    normalizes: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class SignSGD:
+    """``x ← x − η sign(g)`` in every coordinate (ZO-SignSGD, Liu et al., ICLR 2019)."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    normalizes: ClassVar[bool] = False
+
+    def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
+        """See `Rule.update`."""
+        torch._foreach_add_(list(params), torch._foreach_sign(list(grads)), alpha=-lr)
 
 
 @dataclass(frozen=True)
 class GDM:
-    """``m ← βm + g; x ← x − ηm``, the convention of ``torch.optim.SGD(momentum=β)``.
+    """``m ← βm + (1−τ)(g + wx); x ← x − ηm``, the convention of ``torch.optim.SGD(momentum=β)``.
 
     Args:
         beta: β in ``[0, 1)``.
+        dampening: τ in ``[0, 1)``; the first step has it too, which ``torch.optim.SGD`` spares.
+        weight_decay: w ≥ 0, loss/param².
     """
 
     beta: float = 0.9
+    dampening: float = 0.0
+    weight_decay: float = 0.0
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
+    normalizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_unit("beta", self.beta)
+        _check_unit("dampening", self.dampening)
+        _check_decay(self.weight_decay)
 
     def update(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: State, *, lr: float, step: int) -> None:
         """See `Rule.update`."""
         momentum = state["momentum"]
         torch._foreach_mul_(momentum, self.beta)
-        torch._foreach_add_(momentum, list(grads))
+        torch._foreach_add_(momentum, _decayed(params, grads, self.weight_decay), alpha=1.0 - self.dampening)
         torch._foreach_add_(list(params), momentum, alpha=-lr)
 
 
@@ -83,6 +127,7 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    normalizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_unit("betas[0]", self.betas[0])
@@ -116,6 +161,7 @@ class FrozenAdam:
     preconditioner: Sequence[Tensor]
     beta1: float = 0.9
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    normalizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_unit("beta1", self.beta1)
@@ -129,23 +175,32 @@ class FrozenAdam:
 
 
 def rule_from_options(name: str, options: Mapping[str, Any]) -> Rule:
-    """The rule of an optimizer: ``gd``, ``gdm`` (option ``beta``) or ``adam`` (``betas``, ``eps``).
+    """The rule of an optimizer, with those of the options that its record names.
 
     Raises:
         ValueError: If the name is unknown or an option is out of range.
     """
-    if name == "gd":
-        return GD()
-    if name == "gdm":
-        return GDM(beta=options["beta"])
-    if name == "adam":
-        return Adam(betas=tuple(options["betas"]), eps=options["eps"])
-    raise ValueError(f"unknown optimizer {name!r}: expected gd, gdm or adam")
+    record = optimizer_record(name)
+    kind: Callable[..., Rule] = globals()[record.rule]
+    return kind(**{option: options[option] for option in record.options})
 
 
 def new_state(rule: Rule, params: Sequence[Tensor]) -> State:
     """Zeros for every slot of ``rule``."""
     return {slot: [torch.zeros_like(p, requires_grad=False) for p in params] for slot in rule.slots}
+
+
+def _decayed(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float) -> list[Tensor]:
+    """``g + wx``, in the place of g."""
+    found = list(grads)
+    if weight_decay:
+        torch._foreach_add_(found, list(params), alpha=weight_decay)
+    return found
+
+
+def _check_decay(value: float) -> None:
+    if not value >= 0.0:
+        raise ValueError(f"weight_decay must be at least 0, got {value}")
 
 
 def _check_unit(name: str, value: float) -> None:

@@ -83,6 +83,7 @@ class Law:
     Args:
         family: ``gd``, ``gdm`` or ``adam``.
         momentum: β of the heavy ball.
+        scale: What of the estimate goes into the momentum: 1 less dampening.
         second: Adam's β₂.
         eps: Adam's ε.
         weight_decay: w of ``ĝ + w x``.
@@ -93,6 +94,7 @@ class Law:
 
     family: str
     momentum: float = 0.0
+    scale: float = 1.0
     second: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -442,7 +444,7 @@ class _Rehearsal:
 
     def _along(self, scale: float) -> float:
         """A step size along the gradient: momentum makes it longer, Adam's P longer or shorter."""
-        return scale * self._inverse / (1.0 if self._v is not None else 1 - self._law.momentum)
+        return scale * self._law.scale * self._inverse / (1.0 if self._v is not None else 1 - self._law.momentum)
 
     def _chosen(self, scale: float) -> tuple[Tensor, list[int], float, list[int]] | None:
         """Vectors for products, how far from a run to look, and from which one: of each as many as there are runs."""
@@ -504,7 +506,7 @@ class _Rehearsal:
         """Step sizes along the momentum, and for Adam ``1/(√v + ε)`` in the middle of the macro step."""
         law = self._law
         if self._v is None:
-            return eta, None
+            return eta * law.scale, None
         half = max(1, count // 2)
         keep = law.second**half
         middle = keep * self._v + (1 - keep) * square

@@ -56,7 +56,7 @@ class Question:
         steps: N.
         batch_size: Examples of a step; ``None`` for all of them.
         shape: Step size over its peak at a step; ``None`` for a constant one.
-        replicas: Runs for every step size.
+        replicas: Runs for every step size; half as many where they are rehearsed.
         seed: Seed of every random number.
     """
 
@@ -84,7 +84,13 @@ class Cost:
 
 
 class Runs(Protocol):
-    """Runs at a step size."""
+    """Runs at a step size.
+
+    Attributes:
+        replicas: How many.
+    """
+
+    replicas: int
 
     def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
         """Run to the end, or until the loss is above ``ceiling``."""
@@ -106,7 +112,7 @@ class RealRuns:
     def __init__(self, objective: Objective, question: Question, cost: Cost) -> None:
         self._objective, self._question, self._cost = objective, question, cost
         self._start = objective.read()
-        self._share = share_of(objective, question)
+        self._share, self.replicas = share_of(objective, question), question.replicas
         if question.batch_size is None:
             self._surface, self.why_not = choose_surface(objective, replicas=question.replicas, first_order=False)
         else:
@@ -118,7 +124,7 @@ class RealRuns:
     @property
     def price(self) -> float:
         """See `Runs.price`."""
-        return self._question.replicas * real_price(self._question, self._share)
+        return self.replicas * real_price(self._question, self._share)
 
     def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
         """See `Runs`."""
@@ -132,7 +138,6 @@ class RealRuns:
             seed=question.seed,
             limits=Limits(left=ceiling),
             shape=question.shape,
-            weight_decay=question.law.weight_decay,
             records=LOOKS,
         )
         done = 0
@@ -174,9 +179,9 @@ class RehearsedRuns:
     ) -> None:
         self._objective, self._question, self._cost, self.macro = objective, question, cost, macro
         self._start = objective.read()
-        self._share = share_of(objective, question)
+        self._share, self.replicas = share_of(objective, question), max(2, question.replicas // 2)
         self._source = ObjectiveGradients(
-            objective, batch_size=question.batch_size, replicas=question.replicas, seed=question.seed
+            objective, batch_size=question.batch_size, replicas=self.replicas, seed=question.seed
         )
         self.top = top if top is not None else top_space(objective, seed=question.seed, cost=cost)
 
@@ -187,7 +192,7 @@ class RehearsedRuns:
     @property
     def price(self) -> float:
         """See `Runs.price`."""
-        return self._question.replicas * rehearsal_price(self._question, self._share, macro=self.macro)
+        return self.replicas * rehearsal_price(self._question, self._share, macro=self.macro)
 
     def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
         """See `Runs`."""
@@ -200,7 +205,7 @@ class RehearsedRuns:
                 lr=lr,
                 steps=question.steps,
                 macro=self.macro,
-                replicas=question.replicas,
+                replicas=self.replicas,
                 seed=question.seed,
                 ceiling=ceiling,
                 top=self.top,
@@ -210,7 +215,7 @@ class RehearsedRuns:
         finally:
             self._objective.write(self._start)
         self._cost.gradients += found.gradients
-        self._cost.forward_passes += GRADIENT * (found.gradients + self._share * found.batches) + question.replicas
+        self._cost.forward_passes += GRADIENT * (found.gradients + self._share * found.batches) + self.replicas
         gone = np.array([step is not None for step in found.left])
         return Trial(lr, np.where(gone, np.inf, found.losses[-1]), found.left, found.steps, found.losses)
 

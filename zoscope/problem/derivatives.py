@@ -217,6 +217,10 @@ def _saved_tensor_hooks() -> object:
     return hooks and hooks[0]
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _is_plain(arguments: Sequence[Any]) -> bool:
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     return (
@@ -225,7 +229,7 @@ def _is_plain(arguments: Sequence[Any]) -> bool:
         and any(t.requires_grad for t in tensors)
         and all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in tensors)
         and not any(t.is_complex() for t in tensors)
-        and not torch.is_autocast_enabled(tensors[0].device.type)
+        and not _autocasts(tensors[0].device.type)
     )
 
 

@@ -109,7 +109,7 @@ CHUNK = 1 << 22
 
 
 class _Copy(Protocol):
-    def put_back(self, tensor: Tensor) -> None: ...
+    def put_back(self, tensor: Tensor, *, look: bool) -> None: ...
 
 
 class Originals:
@@ -150,9 +150,13 @@ class Originals:
 
     @torch.no_grad()
     def put_back(self, indices: Sequence[int] | None = None) -> None:
-        """Give tensors the values that they had; all of them, or those of some indices."""
+        """Give tensors the values that they had.
+
+        Args:
+            indices: Which, known to have others now; ``None`` for all, of which those that have not are left alone.
+        """
         for index in range(len(self._tensors)) if indices is None else indices:
-            self._copies[index].put_back(self._tensors[index])
+            self._copies[index].put_back(self._tensors[index], look=indices is None)
 
     def close(self) -> None:
         """Forget the copies."""
@@ -165,8 +169,11 @@ class _InMemory:
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
-    def put_back(self, tensor: Tensor) -> None:
-        _put(tensor, self.value)
+    def put_back(self, tensor: Tensor, *, look: bool) -> None:
+        if look:
+            _put(tensor, self.value)
+        else:  # to look is to wait for a device
+            tensor.copy_(self.value)
 
 
 class _InFile:
@@ -178,14 +185,14 @@ class _InFile:
         for part in torch.split(_bytes(tensor), CHUNK):
             file.write(part.numpy().data)
 
-    def put_back(self, tensor: Tensor) -> None:
+    def put_back(self, tensor: Tensor, *, look: bool) -> None:
         self._file.seek(self._start)
         buffer = bytearray(CHUNK)
         for part in torch.split(_bytes(tensor), CHUNK):
             view = memoryview(buffer)[: len(part)]
             if cast("int", self._file.readinto(view)) != len(part):  # type: ignore[attr-defined]
                 raise OSError("a temporary file with the values of parameters is shorter than what was written to it")
-            _put(part, torch.frombuffer(view, dtype=torch.uint8))
+            (_put if look else Tensor.copy_)(part, torch.frombuffer(view, dtype=torch.uint8))
 
 
 def _flat(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Single examples of a prepared problem, for random mini-batches."""
+"""The loss as one function of a flat parameter vector, on all examples or on some of them."""
 
 from __future__ import annotations
 
@@ -342,13 +342,13 @@ class Objective(Twin):
     def gradient_of(self, shards: Sequence[Shard]) -> tuple[float, Tensor]:
         """What some shards contribute to the loss and to the gradient, computed here."""
         total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
-        value = 0.0
+        value = torch.zeros((), dtype=torch.float64, device=self.device)
         for shard in shards:
             loss = self.loss(shard)
             grads = torch.autograd.grad(loss, self.params, allow_unused=True)
             total.add_(self.flatten(grads), alpha=shard.weight)
-            value += shard.weight * float(loss.detach().double())
-        return value, total
+            value += shard.weight * loss.detach().to(value)
+        return float(value), total  # a device is waited for once
 
     @torch.no_grad()
     def metric_values(self) -> dict[str, float]:

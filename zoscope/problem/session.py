@@ -1,9 +1,10 @@
-"""Cutting batches until they fit into a memory limit."""
+"""A prepared problem: its model on a device, its batches cut until they fit, everything put back at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,58 +155,149 @@ def prepared_here(
         sharded = ranks is not None and not differentiable and is_sharded(problem.model)
         model = stack.enter_context(unwrapped(problem.model, sharded=sharded))
         selection = select(model, problem.params, sharded=sharded)
-        own, spread_out = entrance(model), len(devices_of(model)) > 1 and not differentiable
-        if differentiable:
-            refuse_spread(model)
-        if ranks is not None and not sharded:
-            refuse_ranks(model)
-        if sharded or spread_out:
+        own, in_parts = entrance(model), len(devices_of(model)) > 1 and not differentiable
+        _refuse(model, differentiable=differentiable, ranked=ranks is not None and not sharded)
+        if sharded or in_parts:
             device, dtype = own, _own_only(device, dtype)
-        target = (
-            own if problem.own_device_only and str(device) == "auto" else runtime.resolve_device(device, model=model)
+        found = _device(problem, model, device, own)
+        asked = None if dtype == OWN_DTYPE else runtime.resolve_dtype(dtype, model)
+        preparation = Preparation(
+            problem,
+            model,
+            selection,
+            asked=asked,
+            precision=_wide(asked, model) if differentiable and not trains else asked,
+            micro_batch=micro_batch,
+            check=check,
+            differentiable=differentiable,
+            trains=trains,
+            spread=spread,
+            in_parts=in_parts,
+            mirrored=ranks if sharded else None,
+            limited=limited,
         )
-        asked = precision = None if dtype == OWN_DTYPE else runtime.resolve_dtype(dtype, model)
-        if differentiable and not trains:
-            precision = _wide(precision, model)
-
-        def opened(where: torch.device) -> Objective:
-            with ExitStack() as attempt:
-                attempt.enter_context(runtime.preserved_rng(where))
-                if differentiable and where.type == "cpu" and not (limited or runtime.is_limited()):
-                    attempt.enter_context(runtime.kept_memory())
-                objective = _opened(
-                    attempt,
-                    problem,
-                    model,
-                    selection,
-                    where,
-                    precision,
-                    micro_batch,
-                    differentiable=differentiable,
-                    spread=spread,
-                    copy=not spread_out and _elsewhere(model, where, precision),
-                )
-                if ranks is not None and sharded:
-                    _mirror(objective, ranks)
-                if asked is not None and asked != precision:
-                    _note_half(objective, asked)
-                if differentiable and not trains:
-                    attempt.enter_context(runtime.without_autocast(lambda: objective.notify("autocast", AUTOCAST)))
-                attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
-                cut = runtime.is_limited() and not sharded and fit(objective, differentiable=differentiable)
-                if check:
-                    _checked(objective, differentiable=differentiable, cut=cut or micro_batch is not None)
-                stack.push(attempt.pop_all())
-            return objective
-
         try:
-            objective = opened(target)
+            objective = preparation.opened(stack, found)
         except SpecError as error:
-            if str(device) != "auto" or target == own or "same device" not in str(error.__cause__):
+            if str(device) != "auto" or found == own or "same device" not in str(error.__cause__):
                 raise
-            objective = opened(own)
-            objective.notify("device", f"The loss uses tensors that stay on {own}: measured there, not on {target}.")
+            objective = preparation.opened(stack, own)
+            objective.notify("device", f"The loss uses tensors that stay on {own}: measured there, not on {found}.")
         yield objective
+
+
+def _refuse(model: nn.Module, *, differentiable: bool, ranked: bool) -> None:
+    """Refuse a model whose parts are on several devices or processes where that cannot be."""
+    if differentiable:
+        refuse_spread(model)
+    if ranked:
+        refuse_ranks(model)
+
+
+def _device(problem: Problem, model: nn.Module, device: str | torch.device, own: torch.device) -> torch.device:
+    if problem.own_device_only and str(device) == "auto":
+        return own
+    return runtime.resolve_device(device, model=model)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a problem is to be prepared, wherever that will be.
+
+    Args:
+        problem: The problem.
+        model: Its model, unwrapped.
+        selection: Its trained parameters.
+        asked: Floating-point type asked for; ``None`` for every tensor's own.
+        precision: Floating-point type of what is measured, likewise.
+        micro_batch: Examples at a time; ``None`` for the batches as they are.
+        check: Whether the loss is looked at first.
+        differentiable: Whether derivatives are taken.
+        trains: Whether the parameters will move.
+        spread: Whether the batches stay on the host.
+        in_parts: Whether the model is on several devices.
+        mirrored: Processes that hold a slice of every parameter each.
+        limited: Whether another process has a memory limit.
+    """
+
+    problem: Problem
+    model: nn.Module
+    selection: Selection
+    asked: torch.dtype | None
+    precision: torch.dtype | None
+    micro_batch: int | None
+    check: bool
+    differentiable: bool
+    trains: bool
+    spread: bool
+    in_parts: bool
+    mirrored: runtime.Ranks | None
+    limited: bool
+
+    def opened(self, stack: ExitStack, where: torch.device) -> Objective:
+        """The objective on a device; what undoes it is on ``stack``."""
+        differentiable = self.differentiable
+        with ExitStack() as attempt:
+            attempt.enter_context(runtime.preserved_rng(where))
+            if differentiable and where.type == "cpu" and not (self.limited or runtime.is_limited()):
+                attempt.enter_context(runtime.kept_memory())
+            objective = self._objective(attempt, where)
+            if self.mirrored is not None:
+                _mirror(objective, self.mirrored)
+            if self.asked is not None and self.asked != self.precision:
+                _note_half(objective, self.asked)
+            if differentiable and not self.trains:
+                attempt.enter_context(runtime.without_autocast(lambda: objective.notify("autocast", AUTOCAST)))
+            attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
+            cut = runtime.is_limited() and self.mirrored is None and fit(objective, differentiable=differentiable)
+            if self.check:
+                _checked(objective, differentiable=differentiable, cut=cut or self.micro_batch is not None)
+            stack.push(attempt.pop_all())
+        return objective
+
+    def _objective(self, stack: ExitStack, device: torch.device) -> Objective:
+        """Build an objective whose clean-up is on ``stack``."""
+        problem, model, differentiable = self.problem, self.model, self.differentiable
+        precision, selection, counts = self.precision, self.selection, problem.counts
+        dtype = runtime.widest_dtype(model) if precision is None else precision
+        halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in runtime.HALF})
+        if not self.in_parts and _elsewhere(model, device, precision):
+            model = copied(model, device=device, dtype=precision)
+        else:
+            stack.enter_context(restored(model, selection.names, aside=not differentiable))
+        params = stack.enter_context(trainable(model, selection, gradients=differentiable))
+        stack.enter_context(runtime.second_order_mode(model) if differentiable else runtime.full_precision())
+        criterion, loss = problem.criterion, problem.loss
+        if isinstance(criterion, nn.Module):
+            weights = [b for b in criterion.buffers() if b.is_floating_point()]  # class weights are buffers
+            if any(precision not in (None, b.dtype) for b in weights) or _elsewhere(criterion, device, precision):
+                criterion = copied(criterion, device=device, dtype=precision)
+                loss = CriterionLoss(criterion)
+        spread = (
+            self.spread and differentiable and device.type != "cpu"
+        )  # forward passes share directions, not examples
+        batches, on_host = _placed(problem.batches, torch.device("cpu") if spread else device, precision)
+        objective = Objective(
+            model,
+            loss=loss if differentiable else NumberLoss(loss),
+            criterion=criterion,
+            params=dict(zip(selection.names, params, strict=True)),
+            batches=batches,
+            counts=counts,
+            batch_size_of=problem.batch_size_of,
+            device=device,
+            dtype=dtype,
+        )
+        objective.metrics = problem.metrics
+        objective.on_host, objective.batch_dtype = on_host or spread, precision
+        _note_precision(objective, halves, on_host, converted=precision is not None)
+        _note_sizes(objective)
+        statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
+        if self.micro_batch is not None:
+            objective.split(self.micro_batch)
+        if statistics:
+            objective.indivisible = f"{some(statistics)} uses the statistics of the whole batch"
+        return objective
 
 
 def _wide(dtype: torch.dtype | None, model: nn.Module) -> torch.dtype | None:
@@ -229,60 +321,6 @@ def _mirror(objective: Objective, ranks: runtime.Ranks) -> None:
     refuse_partly_sharded(objective.names, objective.params, ranks.size)
     objective.own_parts()
     objective.process_group = ShardedGroup(ranks, objective)
-
-
-def _opened(
-    stack: ExitStack,
-    problem: Problem,
-    model: nn.Module,
-    selection: Selection,
-    device: torch.device,
-    precision: torch.dtype | None,
-    micro_batch: int | None,
-    *,
-    differentiable: bool,
-    spread: bool,
-    copy: bool,
-) -> Objective:
-    """Build an objective whose clean-up is on ``stack``."""
-    counts = problem.counts
-    dtype = runtime.widest_dtype(model) if precision is None else precision
-    halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in runtime.HALF})
-    if copy:
-        model = copied(model, device=device, dtype=precision)
-    else:
-        stack.enter_context(restored(model, selection.names, aside=not differentiable))
-    params = stack.enter_context(trainable(model, selection, gradients=differentiable))
-    stack.enter_context(runtime.second_order_mode(model) if differentiable else runtime.full_precision())
-    criterion, loss = problem.criterion, problem.loss
-    if isinstance(criterion, nn.Module):
-        weights = [b for b in criterion.buffers() if b.is_floating_point()]  # class weights are buffers
-        if any(precision not in (None, b.dtype) for b in weights) or _elsewhere(criterion, device, precision):
-            criterion = copied(criterion, device=device, dtype=precision)
-            loss = CriterionLoss(criterion)
-    spread = spread and differentiable and device.type != "cpu"  # forward passes share directions, not examples
-    batches, on_host = _placed(problem.batches, torch.device("cpu") if spread else device, precision)
-    objective = Objective(
-        model,
-        loss=loss if differentiable else NumberLoss(loss),
-        criterion=criterion,
-        params=dict(zip(selection.names, params, strict=True)),
-        batches=batches,
-        counts=counts,
-        batch_size_of=problem.batch_size_of,
-        device=device,
-        dtype=dtype,
-    )
-    objective.metrics = problem.metrics
-    objective.on_host, objective.batch_dtype = on_host or spread, precision
-    _note_precision(objective, halves, on_host, converted=precision is not None)
-    _note_sizes(objective)
-    statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
-    if micro_batch is not None:
-        objective.split(micro_batch)
-    if statistics:
-        objective.indivisible = f"{some(statistics)} uses the statistics of the whole batch"
-    return objective
 
 
 def _elsewhere(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:

@@ -1,10 +1,10 @@
-"""The tables of numbers in the report of ``zoscope.bounds``."""
+"""The report of ``zoscope.bounds``: curvature, thresholds, horizons, mini-batches, and which step size to use."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -13,7 +13,6 @@ from zoscope.analysis.advice import SHORT
 from zoscope.analysis.notices import PROVISIONAL
 from zoscope.report.style import (
     MISSING,
-    OPTIMIZER_NAMES,
     as_report,
     count,
     counted,
@@ -25,6 +24,7 @@ from zoscope.report.style import (
     header,
     heading,
     number_table,
+    optimizer_name,
     quantity,
     quantity_with_error,
     rough_count,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from zoscope.analysis.estimate import CostEstimate
     from zoscope.analysis.minibatch import MiniBatchBounds
-    from zoscope.analysis.thresholds import BoundsResult, OptimizerBounds, Verdict
+    from zoscope.analysis.thresholds import BoundsResult, Floor, OptimizerBounds, Verdict
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.theory.spectrum import Estimate
     from zoscope.theory.stability import HorizonPoint
@@ -98,6 +98,10 @@ def bounds_table(result: BoundsResult) -> Table:
     return table
 
 
+SYMBOLS = {"beta": "β", "dampening": "τ", "weight_decay": "w", "betas": "β", "preconditioner": "P"}
+"""Settings that the report shows where they are not 0."""
+
+
 def planned_table(result: BoundsResult) -> Table:
     """The half of the bounds that is about the planned steps."""
     table = number_table(*FIRST_ORDER, _stable_for(result), *COMPARED)
@@ -117,17 +121,22 @@ def infinite_time_table(result: BoundsResult) -> Table:
 def settings_line(result: BoundsResult) -> str:
     """What identifies the optimizers."""
     parts = []
-    for name, row in result.optimizers.items():
-        if name == "gdm":
-            parts.append(f"GDM β = {row.settings['beta']:g}")
-        elif name == "adam":
-            beta1, beta2 = row.settings["betas"]
-            parts.append(f"Adam β = ({beta1:g}, {beta2:g}), P = {row.settings['preconditioner']}")
+    for row in result.optimizers.values():
+        shown = [
+            f"{SYMBOLS[key]} = {_setting(value)}" for key, value in row.settings.items() if value and key in SYMBOLS
+        ]
+        parts += [f"{_name(row)} {', '.join(shown)}"] if shown else []
     return "; ".join(parts)
 
 
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return f"({', '.join(map(_setting, value))})"
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def _name(row: OptimizerBounds) -> str:
-    return OPTIMIZER_NAMES[row.name]
+    return optimizer_name(row.name)
 
 
 def _fo(result: BoundsResult, row: OptimizerBounds) -> str:
@@ -224,7 +233,7 @@ def _table(result: BoundsResult) -> Table:
     for row in result.optimizers.values():
         if row.minibatch is not None:
             table.add_row(
-                OPTIMIZER_NAMES[row.name],
+                optimizer_name(row.name),
                 Text(_minibatch_stable(row.minibatch), style="bold"),
                 _share(row, row.minibatch),
                 step_size_of(row.minibatch.exact),
@@ -268,7 +277,7 @@ def forward_bounds_table(result: BoundsResult) -> Table:
             descent, upper, lower = (
                 step_size_of(e) for e in (row.forward.descent, row.forward.upper, row.forward.lower)
             )
-            table.add_row(OPTIMIZER_NAMES[name], descent, upper, lower if possible else MISSING)
+            table.add_row(optimizer_name(name), descent, upper, lower if possible else MISSING)
     return table
 
 
@@ -293,7 +302,7 @@ def forward_batches_section(result: BoundsResult) -> Iterator[RenderableType]:
     )
     for name, bounds in rows:
         table.add_row(
-            OPTIMIZER_NAMES[name], step_size_of(bounds.descent), step_size_of(bounds.upper), step_size_of(bounds.lower)
+            optimizer_name(name), step_size_of(bounds.descent), step_size_of(bounds.upper), step_size_of(bounds.lower)
         )
     yield table
 
@@ -375,6 +384,7 @@ def render(result: BoundsResult, width: int) -> Iterator[RenderableType]:
         yield horizon_table(result)
         if any(row.minibatch for row in result.optimizers.values()):
             yield from minibatch_section(result)
+    yield from floors(result)
     yield heading(f"For {count(result.steps)} steps")
     yield advice(result)
     if any(row.verdict for row in result.optimizers.values()):
@@ -395,17 +405,37 @@ def _bounds(result: BoundsResult, width: int) -> Iterator[RenderableType]:
         yield infinite_time_table(result)
 
 
+def floors(result: BoundsResult) -> Iterator[RenderableType]:
+    """Where runs of adaptive optimizers stall."""
+    rows = [(_name(row), row.floor) for row in result.optimizers.values() if row.floor is not None]
+    if rows:
+        yield heading("Floor of adaptive runs", "steps keep their size while ‖g‖ falls, until it stalls")
+        yield grid((name, _floor(found)) for name, found in rows)
+
+
+def _floor(found: Floor) -> Text:
+    here = quantity(found.grad_norm, digits=3)
+    if not math.isfinite(found.lr.value):
+        return Text(f"None from here: Tr H is not positive, and ‖g‖ = {here}.")
+    text = Text(f"lr below {step_size_of(found.lr)} keeps it below ‖g‖ = {here} here")
+    if found.asked is not None and found.grad_norm_at_lr is not None:
+        text.append(f"; lr = {found.asked:g} stalls at ‖g‖ = {quantity(found.grad_norm_at_lr, digits=2)}")
+    return text.append(".")
+
+
 def _header(result: BoundsResult, *, width: int) -> RenderableType:
     estimator = result.estimator
     queries = "" if estimator.queries == 1 else f", {estimator.queries} queries per step"
     cost = "HVPs" if result.forward is None else "directions, two forward passes each"
     more = [f"{estimator.directions} directions{queries}"]
+    if estimator.one_sided_mu is not None:
+        more.append(f"one-sided differences: μ ≪ {quantity(estimator.one_sided_mu, digits=2)}")
     return header(result, result.spec or "zoscope bounds", width=width, cost=cost, more=more)
 
 
 def advice(result: BoundsResult) -> RenderableType:
     """Which threshold binds each optimizer, and the step size to use."""
-    rows = [(OPTIMIZER_NAMES[row.name], _advice(row, result.steps)) for row in result.optimizers.values()]
+    rows = [(optimizer_name(row.name), _advice(row, result.steps)) for row in result.optimizers.values()]
     reasons = dict.fromkeys(row.recommended_reason for row in result.optimizers.values() if row.recommended is not None)
     table = grid(rows)
     for reason in reasons:
@@ -460,7 +490,7 @@ def verdicts(result: BoundsResult) -> Iterator[RenderableType]:
     """What the step size asked about does."""
     judged = [(row, row.verdict) for row in result.optimizers.values() if row.verdict is not None]
     yield heading(f"lr = {judged[0][1].lr:g}")
-    yield grid((OPTIMIZER_NAMES[row.name], _verdict(verdict, row)) for row, verdict in judged)
+    yield grid((optimizer_name(row.name), _verdict(verdict, row)) for row, verdict in judged)
 
 
 def _verdict(verdict: Verdict, row: OptimizerBounds) -> Text:
@@ -469,7 +499,7 @@ def _verdict(verdict: Verdict, row: OptimizerBounds) -> Text:
         colour = "yellow"
     which = "provisional" if row.doubts else "binding"
     times = "" if verdict.ratio is None else f"{quantity(verdict.ratio, digits=3)} × the {which} threshold: "
-    text = Text.assemble(times, (_outlook(verdict), colour))
+    text = Text.assemble(times, (_outlook(verdict) if row.rule.is_linear else _towards_floor(verdict), colour))
     if verdict.descends is False:
         text.append("; the expected loss rises at first, since this is above the descent threshold")
     return text.append(".")
@@ -478,6 +508,12 @@ def _verdict(verdict: Verdict, row: OptimizerBounds) -> Text:
 def _passes_horizon(verdict: Verdict) -> bool:
     """Whether a run blows up by η*(N) of the positive part, whichever threshold was asked for."""
     return verdict.blow_up is not None and verdict.blow_up[1] <= verdict.steps
+
+
+def _towards_floor(verdict: Verdict) -> str:
+    if verdict.outlook == "stable":
+        return "the gradient falls to the floor"
+    return "the floor is near" if verdict.ratio is None or verdict.ratio <= 1 else "the gradient rises to the floor"
 
 
 def _outlook(verdict: Verdict) -> str:

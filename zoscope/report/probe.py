@@ -1,4 +1,4 @@
-"""The picture of a probe: loss and distance over steps, one colour a step size, predictions dashed."""
+"""The report of ``zoscope.probe``, and its picture: loss and distance over steps, predictions dashed."""
 
 from __future__ import annotations
 

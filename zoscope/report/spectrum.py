@@ -1,4 +1,4 @@
-"""The picture of a spectrum: eigenvalues per decade over eigenvalues of both signs, with the band and the outliers."""
+"""The report of ``zoscope.spectrum``, and its picture: eigenvalues per decade, with the band and the outliers."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zoscope.errors import UsageError
+from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,13 +76,11 @@ NEGLIGIBLE = 5e-5
 POOR = 0.5
 """Relative error from which a number has one digit."""
 
-OPTIMIZER_NAMES = {"gd": "GD", "gdm": "GDM", "adam": "Adam"}
-
 
 def optimizer_name(name: str) -> str:
     """``ZO-Adam`` for ``zo-adam``."""
-    family = OPTIMIZER_NAMES[name.removeprefix("zo-")]
-    return f"ZO-{family}" if name.startswith("zo-") else family
+    label = OPTIMIZERS[family_of(name)].label
+    return f"ZO-{label}" if is_zeroth_order(name) else label
 
 
 def digits_for(value: float, half_width: float) -> int:

@@ -1,4 +1,4 @@
-"""The picture of a run: its loss, and the threshold term between the two ends of the band; several runs overlaid."""
+"""The report of ``zoscope.track``: pictures of one run and of several, tables, lines and a live view on the way."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
 from zoscope.report.style import (
     COLOURS,
     MISSING,
@@ -77,7 +78,9 @@ def draw(result: TrackResult, paths: Sequence[Path], *, option: str = "--plot") 
         _mark_jumps(axes, result.records, named=axes is losses)
     losses.set_ylabel("loss")
     curvature.set_xlabel("step")
-    curvature.set_ylabel("curvature (loss/param²)" if "adam" not in result.optimizer else "curvature of P⁻¹H")
+    curvature.set_ylabel(
+        "curvature (loss/param²)" if not OPTIMIZERS[family_of(result.optimizer)].preconditioned else "curvature of P⁻¹H"
+    )
     figure.suptitle(f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}", fontsize="medium")
     for path in paths:
         save(figure, path, option=option)
@@ -132,7 +135,7 @@ def _draw_band(axes: Any, result: TrackResult) -> None:
     steps = [record.step for record in records]
     lower = gaps(record.lower for record in records)
     upper = gaps(record.upper for record in records)
-    first_order = not result.optimizer.startswith("zo-")
+    first_order = not is_zeroth_order(result.optimizer)
     if first_order:
         axes.plot(steps, lower, color=BLUE, linewidth=1.6, label="λ_max")
         axes.plot(steps, gaps(r.trace for r in records), color=ORANGE, linewidth=1.4, linestyle="-.", label="trace")
@@ -469,7 +472,7 @@ def render(result: TrackResult, width: int) -> Iterator[RenderableType]:
     yield header(result)
     if result.records:
         shown = thinned(result.records)
-        remark = f"the term is {term_name(result)}"
+        remark = "‖g‖ stalls at the floor" if _stalls(result) else f"the term is {term_name(result)}"
         if len(shown) < len(result.records):
             remark = f"{len(shown)} of {count(len(result.records))}; {remark}"
         yield heading("Measurements", remark)
@@ -512,7 +515,8 @@ def thinned(records: Sequence[Record], most: int = MOST_ROWS) -> list[Record]:
 
 def table(result: TrackResult, records: Sequence[Record]) -> Table:
     """One row per measurement."""
-    columns = number_table("step", "loss", "η", "trace", "λ_max", "lower", "term", "upper", "η*", "η/η*")
+    about = ("‖g‖", "floor") if _stalls(result) else ("lower", "term", "upper", "η*", "η/η*")
+    columns = number_table("step", "loss", "η", "trace", "λ_max", *about)
     for record in records:
         columns.add_row(
             count(record.step),
@@ -520,13 +524,28 @@ def table(result: TrackResult, records: Sequence[Record]) -> Table:
             step_size(record.lr),
             quantity(record.trace, digits=3),
             quantity(record.lambda_max, digits=3),
-            quantity(record.lower, digits=3),
-            _term(record),
-            quantity(record.upper, digits=3),
-            step_size(record.exact),
-            quantity(record.ratio, digits=2),
+            *(_against_floor(record) if _stalls(result) else _against_band(record)),
         )
     return columns
+
+
+def _stalls(result: TrackResult) -> bool:
+    """Whether the optimizer has a floor in place of a threshold."""
+    return any(record.floor is not None for record in result.records)
+
+
+def _against_floor(record: Record) -> tuple[str, str]:
+    return quantity(record.grad_norm, digits=3), quantity(record.floor, digits=3)
+
+
+def _against_band(record: Record) -> tuple[str | Text, ...]:
+    return (
+        quantity(record.lower, digits=3),
+        _term(record),
+        quantity(record.upper, digits=3),
+        step_size(record.exact),
+        quantity(record.ratio, digits=2),
+    )
 
 
 def _term(record: Record) -> Text:
@@ -536,9 +555,10 @@ def _term(record: Record) -> Text:
 
 def term_name(result: TrackResult) -> str:
     """What the step size allows, as a formula."""
-    if result.optimizer == "zo-gdm":
-        return "2(1−β)/η"
-    return {"gdm": "2(1+β)/η", "adam": "2(1+β₁)/((1−β₁)η)"}.get(result.optimizer, "2/η")
+    options = OPTIMIZERS[family_of(result.optimizer)].options
+    if is_zeroth_order(result.optimizer):
+        return "2(1−β)/η" if "beta" in options else "2/η"
+    return "2(1+β)/η" if "beta" in options else "2(1+β₁)/((1−β₁)η)" if "betas" in options else "2/η"
 
 
 def _products(result: TrackResult) -> str:
@@ -565,7 +585,8 @@ def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
         Text(result.status, style=STATUS_STYLES.get(result.status, "bold yellow"))
         + Text(f": {result.reason}", style="default"),
     )
-    yield "band", _band(result)
+    if not _stalls(result):
+        yield "band", _band(result)
     share = f"{100 * result.measuring_seconds / result.seconds:.0f} %" if result.seconds > 0 else MISSING
     per = _products(result)
     yield "measuring", f"every {count(result.every)} steps, {count(result.num_hvps)} HVPs{per}, {share} of the time"

@@ -136,7 +136,7 @@ class MiniBatchCondition:
             lr: Step size in param²/loss.
         """
         whole = self.full_batch.total_feedback(spectrum, lr)
-        if self.spread == 0 or not math.isfinite(whole):
+        if self.spread == 0 or not math.isfinite(whole) or not self.rule.is_linear:
             return whole
         rest = self._rest(noise.rest, lr)
         total = whole + self._excess(noise.nodes, noise.coupling.mean(0), noise.spread.mean(0), lr)
@@ -144,7 +144,7 @@ class MiniBatchCondition:
 
     def threshold(self, spectrum: Spectrum, noise: HessianNoise) -> float:
         """Largest stable step size, param²/loss; ``inf`` where nothing limits it."""
-        if self.moments.b == 0:
+        if self.moments.b == 0 or not self.rule.is_linear:
             return math.inf
         sources = spectrum.positive.frobenius_sq if self.version == "positive" else spectrum.frobenius_sq
         sources += self.spread * max(noise.total, 0.0)
@@ -168,7 +168,7 @@ class MiniBatchCondition:
             ``None`` in infinite time where the examples spread along directions without positive curvature: there noise
             accumulates for ever, and no step size is stable.
         """
-        if self.spread == 0:
+        if self.spread == 0 or not self.rule.is_linear:
             return self.full_batch.estimate(sampled)
         if self.steps is None:
             limit = FLAT * sampled.fine.lambda_max

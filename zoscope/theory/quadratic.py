@@ -120,7 +120,14 @@ PLAIN = update_rule("gd")
 
 
 def descent_threshold(
-    trace: float, rayleigh: float, *, moments: EstimatorMoments = GAUSSIAN, rule: UpdateRule = PLAIN
+    trace: float,
+    rayleigh: float,
+    *,
+    alignment: float = 1.0,
+    noise_curvature: float = 0.0,
+    noise: float = 0.0,
+    moments: EstimatorMoments = GAUSSIAN,
+    rule: UpdateRule = PLAIN,
 ) -> float:
     """Step size below which the expected loss falls: ``2 / (b Tr H + a r_g)`` without momentum.
 
@@ -129,26 +136,32 @@ def descent_threshold(
     average has filled: modes slow against ``1/(1-β)`` steps move, and diffuse, as if by ``η̃ = η s/(1-β)`` (s = 1, or
     1-β for an average with unit gain), while the deterministic part is stable up to ``η̃ r_g = 2(1+β)/(1-β)``:
     ``η̃ = 2 / (b Tr H + (a - 1 + (1-β)/(1+β)) r_g)``. It joins the first-order threshold, ``a = 1`` and ``b = 0``,
-    to that of noise in slow modes.
+    to that of noise in slow modes. With Adam's frozen P it is ``2 gᵀP⁻¹g / (a gᵀP⁻¹HP⁻¹g + b Tr(P⁻¹HP⁻¹) ‖g‖²)``. With
+    mini-batches ``E g_BᵀP⁻¹HP⁻¹g_B`` and ``E‖g_B‖²`` take the place of what they are for g.
 
     Args:
-        trace: ``Tr H``, signed, loss/param².
-        rayleigh: ``r_g = gᵀHg/‖g‖²``, signed, loss/param².
+        trace: ``Tr H``, signed, loss/param²; ``Tr P⁻¹HP⁻¹`` with a preconditioner.
+        rayleigh: ``gᵀHg/‖g‖²``, signed; ``gᵀP⁻¹HP⁻¹g/‖g‖²``.
+        alignment: ``gᵀP⁻¹g/‖g‖²``.
+        noise_curvature: ``E (g_B-g)ᵀP⁻¹HP⁻¹(g_B-g)/‖g‖²`` of mini-batches.
+        noise: ``E‖g_B-g‖²/‖g‖²`` of mini-batches.
         moments: Constants of the estimator.
-        rule: Update rule; its preconditioner, if any, is taken as done.
+        rule: Update rule.
 
     Returns:
         Threshold in param²/loss; ``inf`` when the denominator is not positive.
 
     Raises:
-        ValueError: If an argument is not finite.
+        ValueError: If an argument is not finite, or ``alignment`` or ``noise`` is negative.
 
     Source: derived in the README's theory section.
     """
-    require_finite("trace", trace)
-    require_finite("rayleigh", rayleigh)
-    denominator = moments.b * trace + along_gradient(moments, rule) * rayleigh
-    return 2 * (1 - rule.momentum) / (rule.lr_scale * denominator) if denominator > 0 else math.inf
+    for name, value in (("trace", trace), ("rayleigh", rayleigh), ("noise_curvature", noise_curvature)):
+        require_finite(name, value)
+    require_non_negative("alignment", alignment)
+    require_non_negative("noise", noise)
+    curvature = along_gradient(moments, rule) * rayleigh + moments.b * trace * (1 + noise) + moments.a * noise_curvature
+    return 2 * alignment * (1 - rule.momentum) / (rule.lr_scale * curvature) if curvature > 0 else math.inf
 
 
 def along_gradient(moments: EstimatorMoments, rule: UpdateRule) -> float:
@@ -156,51 +169,45 @@ def along_gradient(moments: EstimatorMoments, rule: UpdateRule) -> float:
     return moments.a - 1 + (1 - rule.momentum) / (1 + rule.momentum)
 
 
-def descent_threshold_adam(
-    *,
-    gPg: float,
-    gPHPg: float,
-    trace_php: float,
-    grad_sq: float,
-    noise_curvature: float = 0.0,
-    noise_sq: float = 0.0,
-    moments: EstimatorMoments = GAUSSIAN,
-    rule: UpdateRule = PLAIN,
-) -> float:
-    """Adam's descent threshold with frozen P: ``2 gᵀP⁻¹g / (a gᵀP⁻¹HP⁻¹g + b Tr(P⁻¹HP⁻¹) ‖g‖²)``.
+def one_sided_mu(grad_norm: float, trace: float, frobenius_sq: float) -> float:
+    """μ at which the noise that one-sided differences add is as large as that of the directions.
 
-    Exact for one step without momentum, which changes it as in :func:`descent_threshold`. With mini-batches the
-    gradient is ``g_B``: ``E g_BᵀP⁻¹HP⁻¹g_B`` and ``E‖g_B‖²`` take the place of what they are for g. ``P = I`` is
-    gradient descent.
+    ``(f(θ+μu) - f(θ))/μ = uᵀg + ½ μ uᵀHu``. To the noise ``‖g‖² I`` of Gaussian directions it adds
+    ``(μ²/4)[((Tr H)² + 2‖H‖²) I + 4 Tr(H) H + 8 H²]``, of which the first term counts where many modes have curvature.
+    On a quadratic thresholds stay what they are. μ has to be well below the result; at a tenth the noise is 1 % larger.
 
     Args:
-        gPg: ``gᵀP⁻¹g``.
-        gPHPg: ``gᵀP⁻¹HP⁻¹g``.
-        trace_php: ``Tr P⁻¹HP⁻¹``.
-        grad_sq: ``‖g‖²``.
-        noise_curvature: ``E (g_B-g)ᵀP⁻¹HP⁻¹(g_B-g)`` of mini-batches.
-        noise_sq: ``E‖g_B-g‖²`` of mini-batches.
-        moments: Constants of the estimator.
-        rule: Adam's update rule.
+        grad_norm: ``‖g‖``, loss/param.
+        trace: ``Tr H``, loss/param².
+        frobenius_sq: ``‖H‖_F²``.
 
     Returns:
-        Threshold on Adam's learning rate (parameter units, P having the unit of a gradient); ``inf`` when the
-        denominator is not positive, 0 when the gradient is zero and the denominator is not.
-
-    Raises:
-        ValueError: If an argument is not finite, or ``gPg`` or ``grad_sq`` is negative.
+        ``2‖g‖/√((Tr H)² + 2‖H‖_F²)``, in the parameters' unit; ``inf`` without curvature.
 
     Source: derived in the README's theory section.
     """
-    require_non_negative("gPg", gPg)
-    require_finite("gPHPg", gPHPg)
-    require_finite("trace_php", trace_php)
-    require_non_negative("grad_sq", grad_sq)
-    require_finite("noise_curvature", noise_curvature)
-    require_non_negative("noise_sq", noise_sq)
-    denominator = along_gradient(moments, rule) * gPHPg + moments.b * trace_php * (grad_sq + noise_sq)
-    denominator += moments.a * noise_curvature
-    return 2 * gPg * (1 - rule.momentum) / (rule.lr_scale * denominator) if denominator > 0 else math.inf
+    require_non_negative("grad_norm", grad_norm)
+    square = trace**2 + 2 * frobenius_sq
+    return 2 * grad_norm / math.sqrt(square) if square > 0 else math.inf
+
+
+def gradient_floor(pull: float, *, noise_sq: float = 0.0) -> float:
+    """Gradient norm at which steps that do not shrink with the gradient gain nothing any more.
+
+    Such a step gains ``s ‖g‖`` times ``‖g‖/√(‖g‖² + E‖g_B-g‖²)``, and its noise costs ``½ s² Tr H`` wherever the run
+    is: the two are equal at the floor. ``pull = κ·lr·Tr(H)/2`` is the floor without mini-batches.
+
+    Args:
+        pull: As above, with κ of `floor_factor`, loss/param.
+        noise_sq: ``E‖g_B-g‖²`` of mini-batches, loss²/param².
+
+    Returns:
+        ``‖g‖`` in loss/param; 0 where the curvature does not hold a run up.
+
+    Source: derived in the README's theory section.
+    """
+    square = max(pull, 0.0) ** 2
+    return math.sqrt(0.5 * (square + math.sqrt(square * (square + 4 * noise_sq))))
 
 
 TIE = 1e-6

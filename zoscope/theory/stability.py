@@ -43,17 +43,29 @@ def transition(z: Array, *, momentum: float, a: float) -> Array:
     return matrices
 
 
-def _change(z: Array, *, momentum: float, a: float) -> Array:
-    """``A(z) - I``, without the cancellation that subtracting would bring to slow modes."""
+def _change(z: Array, *, momentum: float, a: float, drift: Array | None = None) -> Array:
+    """``A(z) - I``, without the cancellation that subtracting would bring to slow modes.
+
+    With weight decay w the mean moves by ``drift = η(λ+w)``, while the noise stays that of λ.
+    """
     beta, one, zero = momentum, np.ones_like(z), np.zeros_like(z)
-    mm = np.array([a * z**2, 2 * beta * z, beta**2 * one])
+    square = a * z**2
+    if drift is not None:
+        square, z = drift**2 + (a - 1) * z**2, drift
+    mm = np.array([square, 2 * beta * z, beta**2 * one])
     xm = np.array([z, beta * one, zero])
     change: Array = np.array([mm - 2 * xm, xm - mm, mm]) - _IDENTITY * np.array([0.0, 1.0, 1.0])[:, None, None]
     return change
 
 
-def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments) -> Array:
-    """``φ = b z² Σ_{τ≥0} k(τ) = b(1+β) z / (2(1-β²) - c z)``, ``(n,)``, for ``z ≥ 0``; ``inf`` from the pole on."""
+def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments, drift: Array | None = None) -> Array:
+    """``φ = b z² Σ_{τ≥0} k(τ) = b(1+β) z / (2(1-β²) - c z)``, ``(n,)``, for ``z ≥ 0``; ``inf`` from the pole on.
+
+    With weight decay, ``z' = η(λ+w)``, ``φ = b(1+β) z² / ((1-β) z' (2(1+β) - z') - (a-1)(1+β) z²)``.
+    """
+    if drift is not None:
+        gap = (1 - momentum) * drift * (2 * (1 + momentum) - drift) - (moments.a - 1) * (1 + momentum) * z**2
+        return np.divide(moments.b * (1 + momentum) * z**2, gap, out=np.full_like(z, np.inf), where=gap > 0)
     result = np.full_like(z, np.inf)
     gap = _gap(z, momentum=momentum, a=moments.a)
     np.divide(moments.b * (1 + momentum) * z, gap, out=result, where=gap > 0)
@@ -74,11 +86,13 @@ def _gap(z: Array, *, momentum: float, a: float) -> Array:
     return gap
 
 
-def horizon_feedback(z: Array, steps: Steps, *, momentum: float, moments: EstimatorMoments) -> Array:
+def horizon_feedback(
+    z: Array, steps: Steps, *, momentum: float, moments: EstimatorMoments, drift: Array | None = None
+) -> Array:
     """``φ = b z² Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape of z; ``steps`` may differ by row."""
     # An unstable mode overflows on a long horizon: that is infinite feedback, and so is the inf - inf that may follow.
     with np.errstate(over="ignore", invalid="ignore"):
-        feedback = moments.b * z**2 * _horizon_sum(z, steps, momentum=momentum, a=moments.a)
+        feedback = moments.b * z**2 * _horizon_sum(z, steps, momentum=momentum, a=moments.a, drift=drift)
     return np.where(np.isnan(feedback), np.inf, feedback)
 
 
@@ -89,10 +103,12 @@ def horizon_response(z: Array, steps: Steps, *, momentum: float, a: float) -> Ar
     return np.where(np.isnan(response), np.inf, response)
 
 
-def _horizon_sum(z: Array, steps: Steps, *, momentum: float, a: float) -> Array:
+def _horizon_sum(z: Array, steps: Steps, *, momentum: float, a: float, drift: Array | None = None) -> Array:
     if momentum == 0:
-        return geometric_sum(z * (a * z - 2), steps)
-    flat = _response_sum(_change(z.ravel(), momentum=momentum, a=a), np.broadcast_to(steps, z.shape).ravel())
+        excess = z * (a * z - 2) if drift is None else drift * (drift - 2) + (a - 1) * z**2
+        return geometric_sum(excess, steps)
+    change = _change(z.ravel(), momentum=momentum, a=a, drift=None if drift is None else drift.ravel())
+    flat = _response_sum(change, np.broadcast_to(steps, z.shape).ravel())
     return flat.reshape(z.shape)
 
 
@@ -306,13 +322,21 @@ class StabilityCondition:
         gains = Gains.of(self.rule, self.moments)
         largest = float(part.nodes.max())
         limit = fo_threshold(largest, rule=self.rule)
-        if gains.own > 0:
+        if self.rule.weight_decay:
+            limit = self._decayed_limit(largest)
+        elif gains.own > 0:
             limit = gains.damping / (gains.own * largest)  # a pole: the feedback passes 1 below it
         if self.moments.b == 0 or (gains.own <= 0 and self.total_feedback(part, limit) < 1):
             return limit
         lower = tight_bounds(part.trace, part.frobenius_sq, largest, rule=self.rule, moments=self.moments).lower
         guess = near if near is not None and near < limit else lower
         return min(limit, first_crossing(lambda lr: self.total_feedback(part, lr), guess=guess))
+
+    def _decayed_limit(self, largest: float) -> float:
+        """Where the largest mode is unstable by itself, with weight decay."""
+        beta, moved = self.rule.momentum, largest + self.rule.weight_decay
+        own = (1 - beta) * moved**2 + (self.moments.a - 1) * (1 + beta) * largest**2
+        return 2 * (1 - beta**2) * moved / (self.rule.lr_scale * own)
 
     def _guess(self, part: Spectrum) -> float:
         """A step size near the threshold of a finite horizon."""
@@ -347,7 +371,9 @@ def thresholds(
     missing = [condition for condition in dict.fromkeys(conditions) if condition not in known]
     for condition in missing:
         part = condition._part(spectrum)
-        if condition.steps is None:
+        if not condition.rule.is_linear:
+            known[condition] = math.inf
+        elif condition.steps is None:
             known[condition] = condition._infinite_threshold(part, near.get(condition))
         elif condition.moments.b == 0 or part.frobenius_sq <= 0:
             known[condition] = math.inf
@@ -364,7 +390,7 @@ def _horizon_thresholds(
     unknown = [place for place, guess in enumerate(guesses) if not 0 < guess < math.inf]
     if rule.momentum > 0:
         # Near that without momentum, where the effective step is lr_scale·lr/(1-β).
-        plain = [replace(family[place], rule=UpdateRule("gd")) for place in unknown]
+        plain = [replace(family[place], rule=UpdateRule("gd", weight_decay=rule.weight_decay)) for place in unknown]
         effective = [lr * (1 - rule.momentum) / rule.lr_scale for lr in thresholds(plain, spectrum)]
     else:
         effective = [family[place]._guess(family[place]._part(spectrum)) for place in unknown]
@@ -434,13 +460,17 @@ def _families(conditions: Sequence[StabilityCondition]) -> list[list[StabilityCo
 def _feedbacks(family: Sequence[StabilityCondition], nodes: Array, lrs: Sequence[float]) -> Array:
     """``φ_lr`` of each condition at its own step size, ``(conditions, n)``."""
     first = family[0]
+    if not first.rule.is_linear:
+        return np.zeros((len(family), nodes.size))
     positive = np.array([[condition.version == "positive"] for condition in family])
-    z = first.rule.lr_scale * np.array(lrs)[:, None] * nodes
+    eta = first.rule.lr_scale * np.array(lrs)[:, None]
+    z = eta * nodes
     z = np.where(positive, np.maximum(z, 0.0), z)
+    drift = z + eta * first.rule.weight_decay if first.rule.weight_decay else None
     if first.steps is None:
-        return infinite_feedback(z, momentum=first.rule.momentum, moments=first.moments)
+        return infinite_feedback(z, momentum=first.rule.momentum, moments=first.moments, drift=drift)
     steps = np.array([[condition.steps] for condition in family], dtype=np.int64)
-    return horizon_feedback(z, steps, momentum=first.rule.momentum, moments=first.moments)
+    return horizon_feedback(z, steps, momentum=first.rule.momentum, moments=first.moments, drift=drift)
 
 
 def _total_feedbacks(family: Sequence[StabilityCondition], spectrum: Spectrum, lrs: Sequence[float]) -> list[float]:
@@ -493,8 +523,48 @@ class Gains:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class ModeCoupling:
+    """``P^-½ H P^-½ = V diag(λ) Vᵀ`` of a preconditioner that does not commute with H.
+
+    Noise is isotropic in the parameters, ``b Tr(HΣH) I``, and so ``P⁻¹`` in the coordinates ``P^½ x``, which couples
+    pairs of modes: ``Tr(HΣH) = Σ_ij λ_i λ_j (VᵀPV)_ij Y_ij``, and one unit of noise puts ``(VᵀP⁻¹V)_ij`` into ``Y_ij``.
+
+    Args:
+        eigenvalues: ``(n,)`` λ of the modes with positive curvature, loss/param² times the unit of P.
+        coupling: ``(n, n)`` ``(VᵀP⁻¹V)_ij (VᵀPV)_ij``; the identity where P and H commute.
+    """
+
+    eigenvalues: Array
+    coupling: Array
+
+    def total_feedback(self, lr: float, *, rule: UpdateRule, moments: EstimatorMoments) -> float:
+        """Feedback of a step: ``b Σ_ij z_i z_j coupling_ij / D_ij``, z = ηλ, D the inverse response of a pair.
+
+        ``D = (1-β)(z_i+z_j) - β/(1-β) (2 z_i z_j - (z_i+z_j)²/(1+β)) - a z_i z_j``; ``inf`` where one is not positive.
+        """
+        z, beta = rule.lr_scale * lr * self.eigenvalues, rule.momentum
+        products, sums = np.outer(z, z), z[:, None] + z
+        inverse = (1 - beta) * sums - moments.a * products
+        if beta:
+            inverse -= beta / (1 - beta) * (2 * products - sums**2 / (1 + beta))
+        if (inverse <= 0).any():
+            return math.inf
+        return moments.b * float((products * self.coupling / inverse).sum())
+
+    def threshold(self, *, rule: UpdateRule, moments: EstimatorMoments) -> float:
+        """Exact infinite-time threshold, in the unit of the learning rate; at most that of a P that commutes.
+
+        Source: derived in the README's theory section.
+        """
+        commuting = StabilityCondition(rule, moments).threshold(Spectrum.of(self.eigenvalues))
+        if not math.isfinite(commuting):
+            return commuting
+        return first_crossing(lambda lr: self.total_feedback(lr, rule=rule, moments=moments), guess=commuting)
+
+
 def fo_threshold(lambda_max: float, *, rule: UpdateRule) -> float:
-    """Largest step size at which the first-order method is stable: ``2(1+β) / (lr_scale·λ_max)``.
+    """Largest step size at which the first-order method is stable: ``2(1+β) / (lr_scale·(λ_max + w))``.
 
     Args:
         lambda_max: Largest eigenvalue of M, loss/param² for a Hessian.
@@ -509,7 +579,7 @@ def fo_threshold(lambda_max: float, *, rule: UpdateRule) -> float:
     Source: arXiv:2103.00065; for Adam arXiv:2207.14484.
     """
     require_finite("lambda_max", lambda_max)
-    return _ratio(2 * (1 + rule.momentum) / rule.lr_scale, lambda_max)
+    return _ratio(2 * (1 + rule.momentum) / rule.lr_scale, lambda_max + rule.weight_decay)
 
 
 def paper_bounds(
@@ -806,12 +876,13 @@ def excess_rate(
     if not moving.any():
         return flat
     z, weights = rule.lr_scale * lr * nodes[moving], weights[moving]
+    decay = rule.lr_scale * lr * rule.weight_decay
     if np.abs(z).max() > 1e50:
         return math.inf
 
     def margin(excess: float) -> float:
         """Inverse feedback at ρ less 1: negative below the growth rate, positive above."""
-        return _inverse_feedback(excess, z, weights, rule.momentum, moments) - 1
+        return _inverse_feedback(excess, z, weights, rule.momentum, moments, decay) - 1
 
     if margin(0.0) > 0:
         return max(flat, least, root(margin, -1.0, 0.0, xtol=max(xtol, 1e-15)) if least < 0 else least)
@@ -821,14 +892,16 @@ def excess_rate(
     return max(flat, least, root(margin, low, high, xtol=max(xtol, 1e-300)))
 
 
-def _inverse_feedback(excess: float, z: Array, weights: Array, beta: float, moments: EstimatorMoments) -> float:
+def _inverse_feedback(
+    excess: float, z: Array, weights: Array, beta: float, moments: EstimatorMoments, decay: float
+) -> float:
     """``1 / Σ_i w_i b z_i² ρ(ρ+β)/χ_i(ρ)``, at most 2; 0 when ρ does not exceed the radius of every single mode.
 
     A mode's largest root is real, because its response to noise is never negative; ρ lies above it exactly when χ
     and its derivatives are positive at ρ.
     """
     rho, noise = 1 + excess, (moments.a - 1) * z**2
-    linear, drift = 1 - beta + excess, z * (2 * (1 + beta) - z)
+    linear, drift = 1 - beta + excess, (z + decay) * (2 * (1 + beta) - z - decay)
     quadratic = drift + (drift + 1 - beta**2) * excess + excess**2
     quadratic_slope = drift + 1 - beta**2 + 2 * excess
     chi = linear * quadratic - noise * rho * (rho + beta)

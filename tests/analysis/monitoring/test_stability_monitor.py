@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import zoscope
-from zoscope import UsageError
+from zoscope import NumericalError, UsageError
 from zoscope.curvature.operators import HessianOperator
 
 
@@ -84,6 +84,16 @@ def test_records_go_to_a_file_and_a_run_that_blew_up_is_a_record_too(tmp_path: P
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert lines[1]["loss"] is None
+
+
+def test_a_strict_monitor_keeps_the_record_that_it_refuses() -> None:
+    _, problem = network()
+    options = {"method": "deflated-slq", "rtol": 1e-6, "max_hvps": 20, "device": "cpu"}
+    assert zoscope.StabilityMonitor(problem, "zo-gd", **options).step(lr=0.01).precision > 1e-6
+    monitor = zoscope.StabilityMonitor(problem, "zo-gd", **options, strict=True)
+    with pytest.raises(NumericalError, match="--rtol"):
+        monitor.step(lr=0.01)
+    assert len(monitor.records) == 1
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ import torch
 import yaml
 
 import zoscope
+from zoscope import RunFolderError, TrackInterruptedError, UsageError
 from zoscope.analysis import track_folder as folders
-from zoscope.analysis.track_folder import RunFolder, RunFolderError
-from zoscope.analysis.track_results import TrackInterruptedError
-from zoscope.errors import UsageError
+from zoscope.analysis.track_folder import RunFolder
 
 from .problems import network
 from .test_track import Interrupt

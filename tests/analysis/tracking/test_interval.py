@@ -5,15 +5,16 @@ import itertools
 import pytest
 
 import zoscope
+from zoscope import Record
 from zoscope.analysis.track_loop import MEASURING_SHARE, PASSES_PER_HVP, MeasurementSchedule, automatic_interval
-from zoscope.analysis.track_results import Record, TrackRequest
+from zoscope.analysis.track_results import TrackRequest
 from zoscope.config.load import Schedule
 
 from .problems import network
 
 
 def request(**options):
-    return TrackRequest(**{"optimizer": "zo-gd", "lr": Schedule("constant", 1e-3), "steps": 10**6, **options})
+    return TrackRequest.of(**{"optimizer": "zo-gd", "lr": Schedule("constant", 1e-3), "steps": 10**6, **options})
 
 
 def share(interval, *, hvps, passes_per_step):

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from zoscope import BoundsResult, Estimate, Notice
 from zoscope.analysis import measurement as rows
 from zoscope.analysis.measurement import MeasuredOperator, ThresholdQuery, optimizer_row
-from zoscope.analysis.thresholds import BoundsResult, Estimator
+from zoscope.analysis.thresholds import Estimator
 from zoscope.curvature.slq import Curvature, Eigenvalue
-from zoscope.problem import Notice
 from zoscope.result import ProblemInfo
 from zoscope.theory.quadratic import GradientMeasure
 from zoscope.theory.rules import GAUSSIAN, update_rule
-from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 SETTINGS = {
     "gd": {},
@@ -86,7 +86,7 @@ def make_result(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BoundsResult]:
             problem=ProblemInfo(1964, 100, LOSS, GRAD_SQ**0.5),
             curvature=curvatures,
             optimizers=found,
-            estimator=Estimator(),
+            estimator=Estimator("gaussian", 1),
             num_hvps=2468,
             seconds=166.0,
             warnings=(Notice("indefinite-hessian", "The Hessian is indefinite [as most are]. " * 5),),

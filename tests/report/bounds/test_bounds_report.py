@@ -7,9 +7,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from zoscope import BoundsResult, Notice
 from zoscope.analysis.notices import PROVISIONAL
-from zoscope.analysis.thresholds import BoundsResult
-from zoscope.problem import Notice
 from zoscope.report.bounds import advice, render
 from zoscope.report.style import step_size_at_most
 

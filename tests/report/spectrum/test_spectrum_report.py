@@ -5,15 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zoscope.analysis.spectrum import LayerTrace, SpectrumResult
+from zoscope import Estimate, Notice, SpectrumResult, UsageError
+from zoscope.analysis.spectrum import LayerTrace
 from zoscope.curvature.slq import Curvature, Eigenvalue
-from zoscope.errors import UsageError
-from zoscope.problem import Notice
 from zoscope.report.spectrum import draw
 from zoscope.report.style import to_text
 from zoscope.result import ProblemInfo
 from zoscope.theory.density import decades, density
-from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
+from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 NEGATIVE = np.array([-0.5, -0.02, 0.001, 0.01, 0.05, 0.3, 2.0, 30.0])
 POSITIVE = np.abs(NEGATIVE)

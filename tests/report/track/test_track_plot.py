@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import zoscope
-from zoscope import UsageError
+from zoscope import TrackResult, UsageError
 from zoscope.analysis.track import Comparison, Entry
-from zoscope.analysis.track_results import TrackResult
 from zoscope.report.track import draw, draw_comparison
 
 

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.live import Live
 
 import zoscope
+from zoscope import Record
 from zoscope.analysis.track import Comparison, Entry
-from zoscope.analysis.track_results import Record, band_of
+from zoscope.analysis.track_results import band_of
 from zoscope.report.track import MOST_ROWS, Lines, LiveView, Spark, gauge, line, render, render_comparison, thinned
 
 
