@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.monitor import ForwardMonitor as ForwardMonitor
     from zoscope.analysis.monitor import ForwardRecord as ForwardRecord
     from zoscope.analysis.monitor import StabilityMonitor as StabilityMonitor
+    from zoscope.analysis.plan import plan as plan
     from zoscope.analysis.probe import probe as probe
     from zoscope.analysis.probe_results import ProbeInterruptedError as ProbeInterruptedError
     from zoscope.analysis.probe_results import ProbeResult as ProbeResult
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Problem": "zoscope.problem",
     "bounds": "zoscope.analysis.bounds",
+    "plan": "zoscope.analysis.plan",
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",

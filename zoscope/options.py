@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 if TYPE_CHECKING:
     from zoscope.config.load import StepSizes
 
-from zoscope.registry import DIRECTIONS, NAMES, Differences, Directions
+from zoscope.registry import DIRECTIONS, NAMES, Differences, Directions, is_zeroth_order
 
 MOST = 1_000_000_000
 """Most steps, and most of whatever else is counted."""
@@ -192,13 +192,15 @@ Matrix = Literal["hessian", "ggn"]
 CurvatureKind = Literal["hessian", "ggn", "forward"]
 Dtype = Literal["auto", "float32", "float64", "bfloat16"]
 Hvp = Literal["auto", "double-backward", "batched", "forward-over-reverse", "linearize"]
+PlanMethod = Literal["auto", "rehearsal", "replicas"]
 Threshold = Literal["exact", "descent", "horizon", "binding"]
 
-METHODS, MATRICES, CURVATURES, DTYPES, HVPS, THRESHOLDS = (
-    get_args(words) for words in (Method, Matrix, CurvatureKind, Dtype, Hvp, Threshold)
+METHODS, PLAN_METHODS, MATRICES, CURVATURES, DTYPES, HVPS, THRESHOLDS = (
+    get_args(words) for words in (Method, PlanMethod, Matrix, CurvatureKind, Dtype, Hvp, Threshold)
 )
 FORMATS = ("text", "json", "junit", "github", "sarif", "markdown")
 SCHEDULES = ("constant", "linear", "cosine")
+ZO_NAMES = tuple(name for name in NAMES if is_zeroth_order(name))
 
 LR = Real(high=1e9)
 FRACTION = Real(
@@ -216,7 +218,12 @@ SPECS = "path/to/model.py, path/to/model.py:name or package.module:name"
 def _option(
     name: str, domain: Domain, help: str, default: Any = None, metavar: str | None = None, /, **uses: Use | str
 ) -> Option:
-    flags = {"settings": ("--set",), "run": ("--run", "--output-dir"), "quiet": ("--quiet", "-q")}
+    flags = {
+        "settings": ("--set",),
+        "run": ("--run", "--output-dir"),
+        "quiet": ("--quiet", "-q"),
+        "verbose": ("--verbose", "-v"),
+    }
     read = {command: use if isinstance(use, Use) else Use(use) for command, use in uses.items()}
     return Option(name, domain, help, default, metavar, flags.get(name, (f"--{name.replace('_', '-')}",)), read)
 
@@ -250,6 +257,7 @@ _TABLE = (
     # --- the optimizer and what feeds it
     _option(
         "optimizer", Several(Words(NAMES)), "Optimizer; repeatable.",
+        plan=Use("Optimizer.", "zo-gd", Words(ZO_NAMES)),
         check=Use("Optimizer.", domain=Words(NAMES)), track=Use("Optimizer.", "zo-gd", Words(NAMES)),
         probe_python=Use("Optimizer.", "zo-gd", Words(NAMES)),
         file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(NAMES)),
@@ -301,13 +309,15 @@ _TABLE = (
     _option(
         "batch_size", EXAMPLES,
         "Examples per training step, where that is fewer than the data: adds the thresholds with mini-batches.", None,
-        "B", probe="Random batches of B examples (default: all examples).", check="Examples per step of training.",
+        "B", probe="Random batches of B examples (default: all examples).",
+        plan="Examples per step, drawn at random (default: all).", check="Examples per step of training.",
         track="Examples per step, without replacement in each epoch (default: all).",
         file="Examples per step of training, where that is fewer than the data.",
     ),
     _option(
         "steps", Whole(), "Training steps planned: the horizon.", 1000, "N",
         probe=Use("Steps of a run; auto is what the growth takes.", "auto", Text("steps"), "auto|N"),
+        plan="Steps of the run.",
         track=Use("Steps to train.", metavar=None),
         probe_python=Use("Steps of a run; by default what the growth takes.", None, Whole()),
         StabilityMonitor_python=Use("Planned length of the training, for η* of the steps that remain.", None),
@@ -335,6 +345,10 @@ _TABLE = (
     ),
     _option(
         "method", Words(METHODS), "Dense eigenvalues or stochastic quadrature.", "auto", check="How it is measured.",
+        plan=Use(
+            "Rehearse runs with few gradients, or make real ones, which take none; auto is the cheaper one.",
+            domain=Words(PLAN_METHODS),
+        ),
         track="Dense eigenvalues or quadrature.", file="How the spectrum is measured.",
     ),
     _option(
@@ -390,7 +404,10 @@ _TABLE = (
         "max_seconds", Real(high=1e12), "Time for all runs.", 600.0,
         track=Use("Stop after so long; --resume goes on.", None),
     ),
-    _option("replicas", Whole(), "Independent direction streams.", 8),
+    _option(
+        "replicas", Whole(), "Independent direction streams.", 8,
+        plan=Use("Runs at every step size; half as many where they are rehearsed.", 8, Whole(2)),
+    ),
     _option("edge", FLAG, "Bisect for the empirical edge.", False),
     _option("edge_rtol", FRACTION, "Width of its bracket.", 0.05),
     _option("linearized", FLAG, "Run on the quadratic model at the start.", False),
@@ -398,8 +415,22 @@ _TABLE = (
     _option(
         "plot", Place("picture"), "Loss and distance over steps, as a picture (needs matplotlib).", None, "FILE",
         spectrum="Eigenvalue density as a picture: .png, .svg or .pdf (needs matplotlib).",
+        plan="Loss and risk over step sizes, and loss over steps, as a picture (needs matplotlib).",
         track="Also write the picture here; of several runs one over another. A run's own folder has it anyway.",
     ),
+    # --- a plan
+    _option(
+        "schedule", TEXT,
+        "Shape of the step size: constant, linear, cosine, or factors from a step on such as 1,2000:0.1.", "constant",
+        "SHAPE",
+    ),
+    _option(
+        "warmup", Real(high=1e9, open_low=False, hint="a number of steps, or a share of them below 1"),
+        "Warm-up in steps, or as a share of them when below 1 (default: none).",
+    ),
+    _option("compare_schedules", FLAG, "Also answer for the other schedules.", False),
+    _option("max_cost", Real(high=1e15), "Most forward passes over all examples to spend.", None, "PASSES"),
+    _option("verbose", FLAG, "Also show every step size tried.", False),
     # --- a spectrum
     _option("top", Whole(), "Largest and smallest eigenvalues to list.", 10, "K"),
     _option("by_layer", FLAG, "Split the trace by layer, at no further cost.", False),
@@ -467,7 +498,10 @@ _TABLE = (
     _option("baseline", Place(), "Earlier thresholds to compare with.", None, "FILE"),
     _option("max_drop", TEXT, "Largest fall of a threshold allowed.", "20%"),
     _option("update_baseline", FLAG, "Write --baseline instead.", False),
-    _option("cache", Place(), "Keep measurements here.", None, "DIR"),
+    _option(
+        "cache", Place(), "Keep measurements here.", None, "DIR",
+        plan="Keep runs here: a plan that was stopped goes on, and one that was made is there at once.",
+    ),
     # --- the result
     _option("json", FLAG, "One JSON document on stdout and nothing else.", False, check="The same as --format json."),
     _option(
@@ -500,6 +534,15 @@ COMMANDS: dict[str, dict[str, str]] = {
         "assume_threshold plot",
         "Measurement": _MEASURE,
         "Output": _OUTPUT,
+    },
+    "plan": {
+        "Arguments": "spec",
+        "Problem": _PROBLEM,
+        "Run": "optimizer steps batch_size schedule warmup mu directions differences queries beta dampening "
+        "weight_decay betas eps",
+        "Search": "method replicas max_cost compare_schedules cache plot",
+        "Measurement": "device dtype seed micro_batch max_memory",
+        "Output": f"verbose {_OUTPUT}",
     },
     "check": {
         "Check": f"spec settings checkpoint params optimizer lr steps {_RULE.partition(' ')[2]} mu batch_size",
@@ -624,6 +667,29 @@ class ProbeOptions(ProblemOptions, RuleOptions, total=False):
     assume_threshold: float | None
 
 
+class PlanOptions(RuleOptions, total=False):
+    """Keyword arguments of ``zoscope.plan``."""
+
+    params: str | None
+    spec: str | None
+    optimizer: str
+    steps: int
+    batch_size: int | None
+    schedule: str
+    warmup: float | None
+    mu: float
+    method: PlanMethod
+    replicas: int
+    max_cost: float | None
+    compare_schedules: bool
+    cache: str | PathLike[str] | None
+    device: str
+    dtype: Dtype
+    seed: int
+    micro_batch: int | None
+    max_memory: int | str | None
+
+
 class MomentsOptions(ProblemOptions, total=False):
     """Keyword arguments of ``zoscope.moments``."""
 
@@ -695,6 +761,7 @@ class CheckOptions(MeasureOptions, RuleOptions, total=False):
 
 KEYWORDS: dict[str, tuple[str, Any]] = {
     "bounds": ("bounds", BoundsOptions),
+    "plan": ("plan", PlanOptions),
     "probe": ("probe", ProbeOptions),
     "check": ("check", CheckOptions),
     "track": ("track", TrackOptions),

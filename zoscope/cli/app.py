@@ -18,7 +18,7 @@ from zoscope._version import __version__
 from zoscope.errors import SpecError, ZoscopeError
 
 # Order of the help page. Each is a module of this package whose ``command`` is the command of that name.
-COMMANDS = ("bounds", "probe", "check", "track", "spectrum", "init")
+COMMANDS = ("bounds", "plan", "probe", "check", "track", "spectrum", "init")
 
 EXIT_USAGE = 2
 EXIT_FAILED = 3

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import grad, grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from zoscope.optim.directions import Block, new_generator
-from zoscope.problem.objective import Examples
+from zoscope.problem import pytree as nest
+from zoscope.problem.objective import Examples, Shard
 
 if TYPE_CHECKING:
     from zoscope.problem import Objective
@@ -188,6 +189,9 @@ class Surface(ABC):
     def next_step(self) -> None:  # noqa: B027
         """A step begins: whatever a step sees of the data, all of its estimates see."""
 
+    def keep(self, rows: Sequence[int]) -> None:  # noqa: B027
+        """These of the rows that there were at ``begin`` are left."""
+
     @abstractmethod
     def values(self, theta: Tensor) -> Tensor:
         """Losses ``(R,)``, float64."""
@@ -307,7 +311,8 @@ class StackedSurface(Surface):
         """See `Surface.values`."""
         rows = len(theta)
         if rows not in self._replays:
-            self._replays[rows] = self._recorded(theta)
+            # What a recording gets wrong runs directly as well.
+            self._replays[rows] = _replayed(vmap(self._total), theta)
         return self._replays[rows](theta).double()
 
     def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
@@ -320,22 +325,84 @@ class StackedSurface(Surface):
         above, below = self.values(self._points).view(2, rows)
         return ((above - below) / mu, below) if one_sided else ((above - below) / (2.0 * mu), 0.5 * (above + below))
 
-    def _recorded(self, theta: Tensor) -> Callable[[Tensor], Tensor]:
-        direct: Callable[[Tensor], Tensor] = vmap(self._total)
-        expected = direct(theta)
-        try:
-            # Whatever cannot be recorded runs directly, and what a recording gets wrong as well.
-            replay = make_fx(lambda rows: direct(rows))(theta)
-            _share_inputs(replay)
-            close = torch.allclose(replay(theta), expected, rtol=1e-4, equal_nan=True)
-        except Exception:
-            return direct
-        return replay if close else direct
-
     def gradients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """See `Surface.gradients`."""
         gradients, losses = vmap(grad_and_value(self._total))(theta)
         return gradients, losses.double()
+
+
+class StackedMiniBatchSurface(StackedSurface):
+    """The mini-batches of `MiniBatchSurface`, those of all replicas at once.
+
+    Args:
+        objective: The prepared problem.
+        batch_size: Examples of a mini-batch, drawn without replacement.
+        seed: Seed of all mini-batches.
+
+    Raises:
+        ValueError: If the examples of the problem do not fit into one batch.
+    """
+
+    def __init__(self, objective: "Objective", batch_size: int, *, seed: int) -> None:
+        super().__init__(objective)
+        self._examples = Examples(objective)
+        if objective.batch_size_of is not None or objective.on_host or self._examples.whole:
+            raise ValueError("the examples do not fit into one batch")
+        self._all = nest.joined([shard.batch for shard in objective.shards])
+        self.batch_size, self.seed = min(batch_size, self._examples.count), seed
+        self._steps: dict[int, Callable[..., Tensor]] = {}
+        self._drawn: Tensor = torch.empty(0)
+        self.begin([0])
+
+    def begin(self, replicas: Sequence[int]) -> None:
+        """See `Surface.begin`."""
+        keys = [np.random.SeedSequence(self.seed, spawn_key=(0, replica)) for replica in replicas]
+        self._generators, self._rows = [new_generator(key) for key in keys], list(range(len(replicas)))
+        self.next_step()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Surface.keep`."""
+        self._rows = list(rows)
+        self._drawn = self._drawn[: len(rows)]
+
+    def next_step(self) -> None:
+        """See `Surface.next_step`."""
+        orders = [torch.randperm(self._examples.count, generator=self._generators[r]) for r in self._rows]
+        self._drawn = torch.stack([order[: self.batch_size] for order in orders]).to(self._objective.device)
+
+    def _of_batch(self, flat: Tensor, indices: Tensor) -> Tensor:
+        batch = nest.rows(self._all, indices, of=self._examples.count)
+        shard = Shard(batch, 1.0, self.batch_size, self.batch_size)
+        return self._objective.loss_at(self._objective.unflatten(flat), shard)
+
+    @torch.no_grad()
+    def slopes(self, theta: Tensor, directions: Tensor, mu: float, *, one_sided: bool = False) -> tuple[Tensor, Tensor]:
+        """See `Surface.slopes`; of the mini-batches."""
+        rows, drawn = len(theta), self._drawn.repeat(2, 1)
+        points = torch.cat([theta + mu * directions, theta if one_sided else theta - mu * directions])
+        if rows not in self._steps:
+            self._steps[rows] = _replayed(vmap(self._of_batch), points, drawn)
+        above, below = self._steps[rows](points, drawn).double().view(2, rows)
+        if one_sided:
+            return (above - below) / mu, below
+        return (above - below) / (2.0 * mu), 0.5 * (above + below)
+
+    def batch_gradients(self, theta: Tensor) -> Tensor:
+        """Gradients ``(R, d)`` over the mini-batches of this step."""
+        gradients: Tensor = vmap(grad(self._of_batch))(theta, self._drawn)
+        return gradients
+
+
+def _replayed(direct: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    """A recording of a function, which small models run faster; whatever cannot be recorded runs directly."""
+    expected = direct(*inputs)
+    try:
+        replay = make_fx(lambda *given: direct(*given))(*inputs)
+        _share_inputs(replay)
+        close = torch.allclose(replay(*inputs), expected, rtol=1e-4, equal_nan=True)
+    except Exception:
+        return direct
+    return replay if close else direct
 
 
 def _share_inputs(graph: GraphModule) -> None:
@@ -425,6 +492,36 @@ def choose_surface(objective: "Objective", *, replicas: int, first_order: bool) 
     finally:
         objective.write(start)
     return (stacked if fast else one_by_one), None
+
+
+def choose_mini_batches(
+    objective: "Objective", batch_size: int, *, replicas: int, seed: int
+) -> MiniBatchSurface | StackedMiniBatchSurface:
+    """The faster way to give every replica mini-batches of its own: the same ones either way."""
+    one_by_one = MiniBatchSurface(objective, batch_size, seed=seed)
+    start = objective.read()
+    if replicas == 1 or 2 * replicas * start.numel() * start.element_size() > STACKED_BYTES:
+        return one_by_one
+    try:
+        stacked = StackedMiniBatchSurface(objective, batch_size, seed=seed)
+        theta, u = start.repeat(replicas, 1), torch.ones_like(start).repeat(replicas, 1)
+        stacked.begin(range(replicas))
+        found = stacked.slopes(theta, u, 1e-3)
+        one_by_one.begin([0])
+        one_by_one.next_step()
+        expected = one_by_one.slopes(theta[:1], u[:1], 1e-3)
+        if not torch.allclose(found[1][:1], expected[1], rtol=1e-4, atol=1e-7):
+            return one_by_one
+
+        def turns() -> Tensor:
+            return torch.cat([one_by_one.slopes(theta[:1], u[:1], 1e-3)[1] for _ in range(replicas)])
+
+        fast = _seconds(lambda: stacked.slopes(theta, u, 1e-3)[1]) < 1.25 * _seconds(turns)
+    except Exception:  # what a user's model raises under vmap can be anything
+        return one_by_one
+    finally:
+        objective.write(start)
+    return stacked if fast else one_by_one
 
 
 def _seconds(function: Callable[[], Tensor]) -> float:

@@ -146,6 +146,8 @@ class ReplicaPlan:
         replicas: Number R of direction streams; replica r sees the same directions however the replicas are run.
         seed: Seed that the streams are spawned from.
         limits: When to stop.
+        shape: Step size of a step, from 0, over ``lr``; ``None`` for a constant one.
+        records: Points of the recorded curve; each is a loss over all examples.
     """
 
     rule: Rule
@@ -155,6 +157,8 @@ class ReplicaPlan:
     replicas: int
     seed: int
     limits: Limits
+    shape: Callable[[float], float] | None = None
+    records: int = RECORDS
 
 
 @dataclass
@@ -240,6 +244,7 @@ class _Runner:
         self._surface, self._start, self._on_step = surface, start, on_step
         self._rule, self._estimator, self._lr = plan.rule, plan.estimator, plan.lr
         self._steps, self._limits = plan.steps, plan.limits
+        self._shape, self._records = plan.shape, plan.records
 
     def run(self, streams: list[torch.Generator]) -> Trajectory:
         began, count, steps = time.perf_counter(), len(streams), self._steps
@@ -249,7 +254,7 @@ class _Runner:
         last, last_steps = theta.clone(), [0] * count
         moments = torch.zeros_like(theta) if "exp_avg_sq" in rows.state else None
         ceiling = min(self._limits.left, sys.float_info.max)
-        record, done, every = _Record(self._start, count), 0, max(1, steps // RECORDS)
+        record, done, every = _Record(self._start, count), 0, max(1, steps // self._records)
         record.add(0, rows, self._surface.values(rows.theta))
         for step in range(1, steps + 1):
             if self._limits.deadline is not None and time.perf_counter() > self._limits.deadline:
@@ -269,6 +274,7 @@ class _Runner:
                 for n in torch.nonzero(~alive).flatten().tolist():
                     left[rows.index[n]] = step
                 rows.keep(alive)
+                self._surface.keep(rows.index)
             done = step
             if self._on_step is not None:
                 self._on_step(max(len(rows.index), 1))
@@ -295,7 +301,8 @@ class _Runner:
             estimate, losses = self._surface.gradients(rows.theta)
         else:
             estimate, losses = self._estimate(rows)
-        self._rule.update([rows.theta], [estimate], rows.state, lr=self._lr, step=step)
+        lr = self._lr if self._shape is None else self._lr * self._shape(step - 1)
+        self._rule.update([rows.theta], [estimate], rows.state, lr=lr, step=step)
         return losses
 
     def _estimate(self, rows: _Rows) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ _HOME = {
     "BoundsResult": "bounds.render",
     "CostEstimate": "bounds.render_cost",
     "CheckReport": "check.render",
+    "PlanResult": "plan.render",
     "ProbeResult": "probe.render",
     "SpectrumResult": "spectrum.render",
     "MomentsResult": "spectrum.render_moments",

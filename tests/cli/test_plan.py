@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+SPEC = """
+import torch, zoscope
+
+def problem(slope=True):
+    matrix = torch.linspace(0.5, 1.5, 30, dtype=torch.float64)
+    f = lambda x: 0.5 * (matrix * x * x).sum()
+    return zoscope.Problem.from_function(f if slope else lambda x: float(f(x)), torch.ones(30, dtype=torch.float64))
+"""
+
+
+@pytest.fixture
+def spec(tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text(SPEC)
+    return path
+
+
+def test_one_answer_in_twelve_lines_or_one_document(zoscope_cli, spec):
+    done = zoscope_cli("plan", spec, "--steps", "40", "--quiet")
+    assert done.code == 0
+    assert len(done.out.splitlines()) <= 12
+    document = json.loads(zoscope_cli("plan", spec, "--steps", "40", "--json", "--quiet").out)
+    assert document["schema"] == "zoscope.plan/1"
+    assert document["method"] == "replicas"
+    answer, edge = document["answer"], document["edge"]
+    assert answer["lr"] < edge["lr"]
+    assert answer["expected_loss"] < answer["loss_start"]
+    assert answer["risk"] <= 0.05
+    assert document["safe"]["risk"] == 0.01
+    assert {"lr", "risk", "loss_mean", "loss_lo", "loss_hi"} <= document["curve"][0].keys()
+    assert len(document["paths"][0]["steps"]) == len(document["paths"][0]["loss"])
+
+
+def test_a_loss_without_gradients_is_planned_from_real_runs(zoscope_cli, spec):
+    done = zoscope_cli("plan", spec, "--set", "slope=false", "--steps", "30", "--json")
+    document = json.loads(done.out)
+    assert document["method"] == "replicas"
+    assert "no-gradient" in [warning["code"] for warning in document["warnings"]]
+    refused = zoscope_cli("plan", spec, "--set", "slope=false", "--method", "rehearsal")
+    assert refused.code == 2
+    assert "--method" in refused.paragraph
+
+
+def test_a_plan_that_was_made_is_there_at_once(zoscope_cli, spec, tmp_path):
+    words = ("plan", spec, "--steps", "30", "--cache", tmp_path / "kept", "--json", "--quiet")
+    first, second = (json.loads(zoscope_cli(*words).out) for _ in range(2))
+    assert first["answer"] == second["answer"]
+    assert first["curve"] == second["curve"]
+    assert second["cost"] == first["cost"]
+
+
+def test_a_budget_ends_the_search_with_what_is_known(zoscope_cli, spec):
+    done = zoscope_cli("plan", spec, "--steps", "40", "--max-cost", "700", "--json")
+    document = json.loads(done.out)
+    assert "max-cost" in [warning["code"] for warning in document["warnings"]]
+
+
+def test_schedules_are_compared(zoscope_cli, spec):
+    done = zoscope_cli("plan", spec, "--steps", "30", "--compare-schedules", "--json", "--quiet")
+    rows = json.loads(done.out)["schedules"]
+    assert {row["schedule"] for row in rows} == {"constant", "linear", "cosine"}
+    losses = [row["expected_loss"] for row in rows]
+    assert losses == sorted(losses)
+
+
+def test_a_picture_is_written(zoscope_cli, spec, tmp_path):
+    done = zoscope_cli("plan", spec, "--steps", "30", "--plot", tmp_path / "plan.svg", "--quiet")
+    assert done.code == 0
+    assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--optimizer", "gd"], "--optimizer"),
+        (["--steps", "0"], "--steps"),
+        (["--schedule", "square"], "--schedule"),
+        (["--schedule", "1,20:0.1", "--warmup", "0.1"], "--warmup"),
+        (["--replicas", "1"], "--replicas"),
+        (["--max-cost", "0"], "--max-cost"),
+        (["--method", "dense"], "--method"),
+    ],
+)
+def test_a_bad_value_is_one_paragraph_and_exit_2(zoscope_cli, spec, options, named):
+    done = zoscope_cli("plan", spec, *options)
+    assert done.code == 2
+    assert named in done.paragraph

@@ -1,0 +1,692 @@
+"""``zoscope.plan``: which step size for a run of so many steps, with this batch size and schedule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+
+import numpy as np
+
+from zoscope.analysis.check_runner import Cache, UncacheableError, problem_fingerprint
+from zoscope.analysis.request import subject_of
+from zoscope.config.load import Piecewise, Schedule, StepSizes, parse_step_sizes
+from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.optim.directions import check_law
+from zoscope.optim.replicas import ZerothOrderEstimator
+from zoscope.optim.rules import rule_from_options
+from zoscope.options import SCHEDULES, PlanMethod, PlanOptions, keywords
+from zoscope.planning.rehearsal import Law
+from zoscope.planning.runs import (
+    FEWEST_MACRO,
+    MOST_MACRO,
+    Cost,
+    Question,
+    RealRuns,
+    RehearsedRuns,
+    Runs,
+    first_guess,
+    real_price,
+    rehearsal_price,
+    share_of,
+)
+from zoscope.planning.search import RISKY, SAFE, Edge, Search, Trial, finite_range, loss_stderr
+from zoscope.problem import Notice
+from zoscope.registry import family_of, optimizer_record
+from zoscope.result import JsonObject, MeasuredResult, ProblemInfo
+from zoscope.theory.rules import estimator_moments, update_rule
+
+if TYPE_CHECKING:
+    from zoscope.problem import Objective, Problem
+
+OnPlan = Callable[[str, float, float], None]
+"""Called with what is done, and how much of how much: forward passes over all examples."""
+
+LEFT = 4.0
+"""A run has left above so many times the loss at the start."""
+
+PLATEAU = 64.0
+"""Multiple of the first guess from which a loss that does not pass that is taken to saturate."""
+
+AGREE = 0.05
+"""Change of the edge, and of the loss in units of its fall, from one rehearsal to a finer one that is small enough."""
+
+EDGE_RTOL = 0.1
+"""Width of the brackets of single runs' edges."""
+
+SWEEP = 15
+"""Step sizes of the sweep that a plan is compared with."""
+
+POINTS = 60
+"""Points of a loss curve in the result."""
+
+REHEARSED = ("gd", "gdm", "adam")
+"""Optimizers whose runs can be rehearsed; of others real runs are made."""
+
+
+@dataclass(frozen=True)
+class Answer(JsonObject):
+    """The step size to use.
+
+    Args:
+        lr: Peak of the step size; ``None`` where none lowers the loss.
+        risk: Share of runs that leave at it.
+        expected_loss: Mean final loss.
+        loss_start: Loss at the start.
+    """
+
+    lr: float | None
+    risk: float | None
+    expected_loss: float | None
+    loss_start: float
+
+
+@dataclass(frozen=True)
+class EdgeEstimate(JsonObject):
+    """Where half of the runs leave.
+
+    Args:
+        lr: The step size; ``None`` where no such step size was found.
+        ci95: Its 95 % interval.
+    """
+
+    lr: float | None
+    ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class SafeStepSize(JsonObject):
+    """A step size of small risk."""
+
+    lr: float | None
+    risk: float
+
+
+@dataclass(frozen=True)
+class CurvePoint(JsonObject):
+    """Runs at a step size.
+
+    Args:
+        lr: Peak of the step size.
+        risk: Share of runs that leave there, by the scatter of the edges.
+        left: How many of the runs left.
+        loss_mean: Mean final loss of those that stayed; ``None`` where all left.
+        loss_lo: The lowest.
+        loss_hi: The highest.
+    """
+
+    lr: float
+    risk: float
+    left: int
+    loss_mean: float | None
+    loss_lo: float | None
+    loss_hi: float | None
+
+
+@dataclass(frozen=True)
+class LossPath(JsonObject):
+    """Mean loss over steps at a step size, of the runs that are still there."""
+
+    lr: float
+    steps: tuple[int, ...]
+    loss: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class PlanCost(JsonObject):
+    """What the plan took.
+
+    Args:
+        gradients: Gradients over all examples.
+        forward_passes: Everything, in forward passes over all examples; a gradient counts as three.
+        run: What one run of the planned training takes.
+        sweep: What a sweep over 15 step sizes takes, with as many runs each.
+    """
+
+    gradients: float
+    forward_passes: float
+    run: float
+    sweep: float
+
+
+@dataclass(frozen=True)
+class ScheduleAnswer(JsonObject):
+    """The answer for one schedule."""
+
+    schedule: str
+    lr: float | None
+    risk: float | None
+    expected_loss: float | None
+    edge: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult(MeasuredResult):
+    """What ``zoscope.plan`` found.
+
+    Args:
+        question: Optimizer, steps, batch size and schedule.
+        answer: The best step size: the lowest expected final loss at a risk of at most 5 %.
+        edge: Where half of the runs leave.
+        safe: A step size with a risk of 1 %.
+        curve: Every step size that was tried, rising.
+        paths: Loss over steps at some of them.
+        method: How runs were looked ahead at.
+        replicas: Runs at every step size.
+        cost: What it took.
+        schedules: The answers for other schedules, if they were asked for, lowest expected loss first.
+        interrupted: Whether this is what was known when it was stopped.
+    """
+
+    schema: ClassVar[str] = "zoscope.plan/1"
+    keys: ClassVar[str] = "question answer edge safe curve paths method replicas cost schedules interrupted"
+
+    question: Mapping[str, Any]
+    answer: Answer
+    edge: EdgeEstimate
+    safe: SafeStepSize
+    curve: tuple[CurvePoint, ...]
+    paths: tuple[LossPath, ...]
+    method: str
+    replicas: int
+    cost: PlanCost
+    schedules: tuple[ScheduleAnswer, ...] = ()
+    interrupted: bool = False
+
+
+class PlanInterruptedError(KeyboardInterrupt):
+    """Ctrl-C; the trials so far are in the cache, if there is one."""
+
+
+class _BudgetSpentError(Exception):
+    """``max_cost`` is reached."""
+
+
+class _DearError(Exception):
+    """A rehearsal took more than real runs would."""
+
+
+@dataclass
+class _Planner:
+    """One question, from the first guess to the answer."""
+
+    objective: Objective
+    question: Question
+    cost: Cost
+    method: PlanMethod
+    max_cost: float
+    loss: float
+    store: dict[str, Any]
+    save: Callable[[], None]
+    on_progress: OnPlan | None
+    differentiable: bool
+    ceiling: float = field(init=False)
+    runs: Runs = field(init=False)
+    search: Search = field(init=False)
+    spent: bool = False
+    coarse: bool = False
+
+    def __post_init__(self) -> None:
+        self.ceiling = self.loss + (LEFT - 1) * abs(self.loss) if self.loss else math.inf
+        self._share = share_of(self.objective, self.question)
+
+    @property
+    def used(self) -> str:
+        """Which kind of runs the answer is from."""
+        return "rehearsal" if isinstance(self.runs, RehearsedRuns) else "replicas"
+
+    def go(self) -> tuple[Edge, Trial | None]:
+        """The edge, and the trial of the best step size."""
+        self.runs = self._first_runs()
+        self.search = Search(self._trial)
+        edge, best = Edge(np.empty((0, 2))), None
+        try:
+            guess = self._guess()
+            try:
+                edge, best = self._answer(*self.search.bracket(guess))
+            except _DearError:
+                edge, best = self._real(guess)
+            while isinstance(self.runs, RehearsedRuns):
+                before, fall = (edge, best), abs(self.loss - best.mean) if best is not None else 0.0
+                if not self._refined():
+                    break
+                self.search = Search(self._trial)
+                try:
+                    edge, best = self._answer(*self._near(before[0], guess))
+                except _DearError:
+                    edge, best = self._real(before[0].lr or guess)
+                if self._same(before, (edge, best), fall):
+                    break
+        except _BudgetSpentError:
+            self.spent = True
+            edge = self.search.edge() if self.search.trials else edge
+            trials = [t for t in self.search.trials.values() if math.isfinite(t.mean) and edge.risk(t.lr) <= RISKY]
+            best = min(trials, key=lambda trial: trial.mean, default=best)
+        return edge, best
+
+    def _real(self, guess: float) -> tuple[Edge, Trial | None]:
+        """The answer from real runs after all."""
+        self.runs = RealRuns(self.objective, self.question, self.cost)
+        self.search = Search(self._trial)
+        return self._answer(*self.search.bracket(guess))
+
+    def _first_runs(self) -> Runs:
+        question = self.question
+        real = real_price(question, self._share)
+        coarse = rehearsal_price(question, self._share, macro=FEWEST_MACRO)
+        # A rehearsal is done at least twice, the second time twice as finely.
+        if self.method == "replicas" or not self.differentiable or (self.method == "auto" and 3 * coarse > real):
+            return RealRuns(self.objective, question, self.cost)
+        return RehearsedRuns(self.objective, question, self.cost, macro=FEWEST_MACRO)
+
+    def _refined(self) -> bool:
+        """Go over to a finer rehearsal, or to real runs where those are cheaper; whether there is one."""
+        assert isinstance(self.runs, RehearsedRuns)
+        macro, question = 2 * self.runs.macro, self.question
+        if self.method == "auto" and rehearsal_price(question, self._share, macro=macro) > real_price(
+            question, self._share
+        ):
+            self.runs = RealRuns(self.objective, question, self.cost)
+            return True
+        if macro > min(question.steps, MOST_MACRO):
+            self.coarse = True
+            return False
+        self.runs = self.runs.finer()
+        return True
+
+    def _guess(self) -> float:
+        guess = self.store.get("guess")
+        if not isinstance(guess, float):
+            guess = first_guess(self.objective, self.question, self.cost)
+            self.store["guess"] = guess
+            self._keep_cost()
+            self.save()
+        return guess
+
+    def _keep_cost(self) -> None:
+        self.store["cost"] = [self.cost.gradients, self.cost.forward_passes]
+
+    def _answer(self, low: float | None, high: float | None) -> tuple[Edge, Trial | None]:
+        search = self.search
+        if low is not None and high is not None:
+            search.refine(low, high, rtol=EDGE_RTOL)
+            edge = search.settle(rtol=EDGE_RTOL)
+            top = edge.at_risk(RISKY)
+        else:
+            edge, top = search.edge(), low
+        if top is None:
+            return edge, None
+        best = search.lowest(top, start=self.loss)
+        return edge, best if math.isfinite(best.mean) else None
+
+    def _near(self, edge: Edge, guess: float) -> tuple[float | None, float | None]:
+        """A bracket around an edge that a coarser rehearsal found."""
+        if edge.lr is None:
+            return self.search.bracket(guess)
+        return self.search.bracket(edge.lr, factor=1.2)
+
+    def _same(self, before: tuple[Edge, Trial | None], after: tuple[Edge, Trial | None], fall: float) -> bool:
+        (old, was), (new, found) = before, after
+        if (old.lr is None) != (new.lr is None) or (was is None) != (found is None):
+            return False
+        edges = old.lr is None or new.lr is None or abs(math.log(new.lr / old.lr)) < AGREE
+        losses = was is None or found is None or abs(found.mean - was.mean) <= AGREE * max(fall, 1e-12)
+        return edges and losses
+
+    def _trial(self, lr: float) -> Trial:
+        key = f"{self.used}:{getattr(self.runs, 'macro', 0)}:{lr!r}:{self.ceiling!r}"
+        kept = self.store.get(key)
+        if kept is not None and "dear" in kept:
+            raise _DearError
+        if kept is not None:
+            return _read_trial(kept)
+        if self.cost.forward_passes + 0.2 * self.runs.price > self.max_cost:
+            raise _BudgetSpentError
+        tick = None
+        if self.on_progress is not None:
+            report, done, total = self.on_progress, 0.0, float(self.question.steps)
+            if isinstance(self.runs, RealRuns):
+                total *= self.runs.replicas
+            what = f"{self.used} {len(self.search.trials) + 1}, lr {lr:.3g}"
+            report(what, 0.0, total)
+
+            def tick(count: int) -> None:
+                nonlocal done
+                done += count
+                report(what, min(done, total), total)
+
+        before = self.cost.forward_passes
+        found = self.runs(lr, self.ceiling, tick)
+        self.store[key] = _written_trial(found)
+        self._keep_cost()
+        self.save()
+        if self.method == "auto" and self.used == "rehearsal":
+            real = len(found.ends) * real_price(self.question, self._share)
+            if self.cost.forward_passes - before > real:
+                self.store[key] = {"dear": True}
+                self.save()
+                raise _DearError
+        return found
+
+
+def _written_trial(trial: Trial) -> dict[str, Any]:
+    def plain(array: Any) -> Any:
+        return [plain(item) for item in array] if np.ndim(array) else float(array) if math.isfinite(array) else None
+
+    return {
+        "lr": trial.lr,
+        "ends": plain(trial.ends),
+        "left": list(trial.left),
+        "steps": plain(trial.steps),
+        "losses": plain(trial.losses),
+    }
+
+
+def _read_trial(entry: Mapping[str, Any]) -> Trial:
+    def array(values: Any) -> Any:
+        return np.array(values, dtype=object if values is None else None).astype(float)
+
+    def full(values: Any) -> Any:
+        found = array(values)
+        return np.where(np.isnan(found), np.inf, found)
+
+    return Trial(entry["lr"], full(entry["ends"]), tuple(entry["left"]), full(entry["steps"]), full(entry["losses"]))
+
+
+def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpack[PlanOptions]) -> PlanResult:
+    """Look ahead: which step size for this run, how far the loss falls at it, and at which risk.
+
+    The run is rehearsed with few gradients, or run as it is where that is cheaper, at step sizes that are chosen by
+    common random numbers. The problem comes back as it was.
+
+    Args:
+        problem: Model, batches and loss.
+        on_progress: Called as ``on_progress(what, done, total)``, with steps.
+        **options: Those of ``zoscope plan``: ``examples/guide/options.md`` has types, defaults and ranges.
+
+    Returns:
+        A result that prints itself, with the JSON document as ``to_dict()``.
+
+    Raises:
+        TypeError: For an option that there is not.
+        ValueError: If an argument is outside of its range.
+        UsageError: If the schedule cannot be read, or no rehearsal is possible where one is asked for.
+        SpecError: If the problem cannot be evaluated.
+        NumericalError: If the loss at the start is not finite.
+    """
+    began = time.perf_counter()
+    found = keywords("plan", options)
+    sizes = read_schedule(found["schedule"], warmup=found["warmup"])
+    subject, settings = subject_of(problem, found["params"]), _settings(found, sizes)
+    no_rehearsal = _no_rehearsal(family_of(found["optimizer"]), found["differences"])
+    if no_rehearsal is not None and found["method"] == "rehearsal":
+        raise UsageError(f"--method rehearsal: {no_rehearsal} Use --method replicas.")
+    method: PlanMethod = found["method"] if no_rehearsal is None else "replicas"
+    device = {name: found[name] for name in ("device", "dtype", "micro_batch", "max_memory")}
+    with prepared(subject, **device) as (objective, differentiable):
+        loss = objective.value()
+        if not math.isfinite(loss):
+            raise NumericalError("The loss at the start is not finite. Expected a number: there is nothing to plan.")
+        if method == "rehearsal" and not differentiable:
+            raise UsageError("--method rehearsal takes gradients, and this loss has none. Use --method replicas.")
+        question = _question(found, sizes, objective)
+        settings["batch_size"] = question.batch_size
+        cost = Cost()
+        budget = math.inf if found["max_cost"] is None else found["max_cost"]
+
+        def answered(asked: Question, schedule_name: str) -> tuple[_Planner, Edge, Trial | None]:
+            identity = settings | {"schedule": schedule_name, **{key: found[key] for key in ("replicas", "seed")}}
+            store, save = _store(found["cache"], subject, identity)
+            own = Cost(*store.get("cost", (0.0, 0.0)))
+            left = budget - cost.forward_passes
+            planner = _Planner(objective, asked, own, method, left, loss, store, save, on_progress, differentiable)
+            edge, best = planner.go()
+            cost.gradients += own.gradients
+            cost.forward_passes += own.forward_passes
+            return planner, edge, best
+
+        planner, edge, best = answered(question, settings["schedule"])
+        rows = []
+        if found["compare_schedules"]:
+            rows.append(_schedule_answer(settings["schedule"], edge, best, loss))
+            for kind in SCHEDULES:
+                if kind != settings["schedule"]:
+                    other = Schedule(kind, 1.0, found["warmup"] or 0.0)
+                    asked = replace(question, shape=shape_of(other, steps=question.steps))
+                    _, other_edge, other_best = answered(asked, kind)
+                    rows.append(_schedule_answer(kind, other_edge, other_best, loss))
+            rows.sort(key=lambda row: math.inf if row.expected_loss is None else row.expected_loss)
+        run = 2.0 * question.estimator.queries * share_of(objective, question) * question.steps
+        grad_norm = math.nan
+        if differentiable:
+            grad_norm = float(objective.gradient()[1].double().norm())
+        lowers = best is not None and best.mean + loss_stderr(best, loss) < loss
+        return PlanResult(
+            question=settings,
+            answer=Answer(
+                lr=best.lr if best is not None and lowers else None,
+                risk=edge.risk(best.lr) if best is not None and lowers else None,
+                expected_loss=best.mean if best is not None and lowers else None,
+                loss_start=loss,
+            ),
+            edge=EdgeEstimate(edge.lr, edge.ci95),
+            safe=SafeStepSize(edge.at_risk(SAFE), SAFE),
+            curve=tuple(_curve_point(trial, edge) for _, trial in sorted(planner.search.trials.items())),
+            paths=tuple(_path(trial) for _, trial in sorted(planner.search.trials.items())),
+            method=planner.used,
+            replicas=planner.runs.replicas,
+            cost=PlanCost(cost.gradients, cost.forward_passes, run, SWEEP * planner.runs.replicas * run),
+            schedules=tuple(rows),
+            spec=problem.name if found["spec"] is None else found["spec"],
+            device=str(objective.device),
+            dtype=str(objective.dtype).removeprefix("torch."),
+            seed=found["seed"],
+            problem=ProblemInfo(objective.num_params, objective.num_examples, loss, grad_norm),
+            num_hvps=0,
+            seconds=time.perf_counter() - began,
+            warnings=tuple(
+                _notices(planner, edge, best, lowers=lowers, differentiable=differentiable, no_rehearsal=no_rehearsal)
+            ),
+        )
+
+
+def _notices(
+    planner: _Planner,
+    edge: Edge,
+    best: Trial | None,
+    *,
+    lowers: bool,
+    differentiable: bool,
+    no_rehearsal: str | None,
+) -> Iterator[Notice]:
+    question = planner.question
+    if planner.spent:
+        yield Notice(
+            "max-cost",
+            f"--max-cost {planner.max_cost:,.0f} was reached: this is what was known by then. Raise it for more.",
+        )
+    if planner.coarse:
+        yield Notice(
+            "coarse",
+            "The answer still moved by more than 5 % with twice the macro steps; --method replicas makes real runs.",
+        )
+    if no_rehearsal is not None:
+        yield Notice("no-rehearsal", f"{no_rehearsal} Real runs were made instead.")
+    elif not differentiable and planner.method != "replicas":
+        yield Notice(
+            "no-gradient",
+            "No gradient can be had: real runs were made instead of rehearsals. A step size that sets itself, "
+            "zoscope.AutoLR, does without both.",
+        )
+    if not lowers and not planner.spent:
+        tried = sorted(planner.search.trials)
+        sees = "all examples" if question.batch_size is None else f"{question.batch_size:,} examples a step"
+        yield Notice(
+            "noise-floor",
+            f"With {sees} no step size from {tried[0]:.2g} on lowers the loss in {question.steps:,} steps: the noise "
+            "of the estimates holds it up. More examples a step, more queries, or a schedule that decays may; "
+            "--compare-schedules tries those.",
+        )
+    if edge.lr is None and not planner.spent:
+        yield Notice("no-edge", "No step size was found at which half of the runs leave.")
+    yield from planner.objective.warnings
+
+
+def _settings(found: Mapping[str, Any], sizes: StepSizes) -> dict[str, Any]:
+    """The question, as the result has it."""
+    record = optimizer_record(family_of(found["optimizer"]))
+    asked = {name: found[name] for name in ("steps", "batch_size", "mu", "queries", "directions", "differences")}
+    schedule = {"schedule": _name(sizes), "warmup": getattr(sizes, "warmup", 0.0)}
+    return {"optimizer": found["optimizer"], **record.settings(found), **asked, **schedule}
+
+
+def _question(found: Mapping[str, Any], sizes: StepSizes, objective: Objective) -> Question:
+    family, batch_size = family_of(found["optimizer"]), found["batch_size"]
+    names = ("beta", "betas", "dampening", "weight_decay")
+    update = update_rule(family, **{name: found[name] for name in names})
+    moments = estimator_moments(found["directions"], queries=found["queries"], dimension=objective.num_params)
+    if batch_size is not None and batch_size >= objective.num_examples:
+        objective.notify(
+            "all-examples",
+            f"--batch-size {batch_size:,}: the problem has {objective.num_examples:,} examples, so that every step "
+            "sees all of them.",
+        )
+        batch_size = None
+    law = Law(
+        family=family,
+        momentum=update.momentum,
+        scale=1.0 - found["dampening"] if family == "gdm" else 1.0,
+        second=found["betas"][1],
+        eps=found["eps"],
+        weight_decay=found["weight_decay"] if "weight_decay" in optimizer_record(family).options else 0.0,
+        a=moments.a,
+        b=moments.b,
+    )
+    estimator = ZerothOrderEstimator(
+        mu=found["mu"],
+        queries=found["queries"],
+        directions=check_law(found["directions"]),
+        one_sided=found["differences"] == "one-sided",
+    )
+    return Question(
+        law=law,
+        rule=rule_from_options(family, found),
+        estimator=estimator,
+        steps=found["steps"],
+        batch_size=batch_size,
+        shape=shape_of(sizes, steps=found["steps"]),
+        replicas=found["replicas"],
+        seed=found["seed"],
+    )
+
+
+def _no_rehearsal(family: str, differences: str) -> str | None:
+    """Why runs of an optimizer cannot be rehearsed."""
+    if family not in REHEARSED:
+        return f"No rehearsal of zo-{family} is known."
+    if differences == "one-sided":
+        return "The noise that one-sided differences add is not rehearsed."
+    return None
+
+
+def read_schedule(schedule: str | StepSizes, *, warmup: float | None) -> StepSizes:
+    """A schedule with peak 1.
+
+    Raises:
+        UsageError: If it is neither a shape nor factors.
+    """
+    if not isinstance(schedule, str):
+        return schedule
+    if schedule in SCHEDULES:
+        return Schedule(schedule, 1.0, warmup or 0.0)
+    try:
+        sizes = parse_step_sizes(schedule)
+    except ValueError as error:
+        raise UsageError(
+            f"--schedule: {error}. Expected constant, linear, cosine, or factors from a step on, such as 1,2000:0.1."
+        ) from None
+    if warmup:
+        raise UsageError("--warmup goes with constant, linear and cosine. Leave it out, or write it into the factors.")
+    return sizes
+
+
+@dataclass(frozen=True)
+class ScheduleShape:
+    """Step size over its peak at a step."""
+
+    sizes: StepSizes
+    steps: int
+
+    def __call__(self, step: float) -> float:
+        """At a step from 0 on."""
+        return self.sizes.lr_at(int(step), steps=self.steps) / self.sizes.peak
+
+
+def shape_of(sizes: StepSizes, *, steps: int) -> ScheduleShape | None:
+    """A schedule without its peak; ``None`` for a constant step size."""
+    if isinstance(sizes, Schedule) and sizes.kind == "constant" and not sizes.warmup:
+        return None
+    return ScheduleShape(sizes, steps)
+
+
+def _name(sizes: StepSizes) -> str:
+    if isinstance(sizes, Schedule):
+        return sizes.kind
+    assert isinstance(sizes, Piecewise)
+    return str(sizes.to_config())
+
+
+@contextmanager
+def prepared(subject: Problem, **options: Any) -> Iterator[tuple[Objective, bool]]:
+    """The problem, and whether it has gradients."""
+    with ExitStack() as stack:
+        try:
+            objective = stack.enter_context(subject.prepare(trains=True, **options))
+            differentiable = True
+        except SpecError as refused:
+            try:
+                objective = stack.enter_context(subject.prepare(differentiable=False, **options))
+            except SpecError:
+                raise refused from None
+            differentiable = False
+        yield objective, differentiable
+
+
+def _store(
+    cache: str | Path | None, subject: Problem, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Trials of a question that were kept, and how to keep them."""
+    if cache is None:
+        return {}, lambda: None
+    folder = Cache.open(Path(cache))
+    try:
+        key = folder.key(problem_fingerprint(subject, source=None), {"plan": 1, **settings})
+    except UncacheableError as error:
+        raise UsageError(f"--cache: runs of this problem cannot be kept, as it holds {error}. Leave it out.") from None
+    store = folder.get(key) or {}
+    return store, lambda: folder.put(key, store)
+
+
+def _schedule_answer(name: str, edge: Edge, best: Trial | None, loss: float) -> ScheduleAnswer:
+    lowers = best is not None and best.mean + loss_stderr(best, loss) < loss
+    if best is None or not lowers:
+        return ScheduleAnswer(name, None, None, None, edge.lr)
+    return ScheduleAnswer(name, best.lr, edge.risk(best.lr), best.mean, edge.lr)
+
+
+def _curve_point(trial: Trial, edge: Edge) -> CurvePoint:
+    stayed = trial.ends[np.isfinite(trial.ends)]
+    low, high = finite_range(list(trial.ends))
+    mean = float(stayed.mean()) if len(stayed) else None
+    return CurvePoint(trial.lr, edge.risk(trial.lr), int(trial.gone.sum()), mean, low, high)
+
+
+def _path(trial: Trial) -> LossPath:
+    keep = np.unique(np.linspace(0, len(trial.steps) - 1, min(POINTS, len(trial.steps))).round().astype(int))
+    rows = trial.losses[keep]
+    means = [float(row[np.isfinite(row)].mean()) if np.isfinite(row).any() else None for row in rows]
+    return LossPath(trial.lr, tuple(int(step) for step in trial.steps[keep]), tuple(means))

@@ -1,0 +1,63 @@
+"""``zoscope plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+import zoscope
+from zoscope.cli.options import Given, takes_options
+from zoscope.cli.output import aside, emit, loading, visible, warn
+
+
+@takes_options("plan")
+def command(given: Given) -> None:
+    """Which step size for my run: looks ahead over its steps, batches and schedule; one answer with its risk."""
+    with loading(quiet=given.quiet):
+        loaded = given.load()
+    with planning(quiet=given.quiet) as on_progress, aside():
+        result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **given.keywords("plan"))
+    from zoscope.report.plan import draw, render  # late, for a fast --help
+
+    emit(result, given.out, shown=render(result, warnings=False, verbose=given.verbose))
+    warn(result.warnings, quiet=given.quiet)
+    if given.plot is not None:
+        draw(result, given.plot)
+
+
+@contextmanager
+def planning(*, quiet: bool) -> Iterator[Callable[[str, float, float], None] | None]:
+    """A bar over the steps of the runs at a step size, with the time left.
+
+    Yields:
+        The callback of ``zoscope.plan``; ``None`` when nothing is shown.
+    """
+    if not visible(quiet=quiet):
+        yield None
+        return
+    # Late: only a terminal needs it.
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("first guess", total=1)
+        current = ""
+
+        def report(what: str, done: float, total: float) -> None:
+            nonlocal current
+            if what != current:
+                progress.reset(task)
+                current = what
+            progress.update(task, description=what, completed=done, total=total)
+
+        yield report

@@ -1,0 +1,237 @@
+"""Searching step sizes by runs with common random numbers: the best one, the edge, and the risk in between.
+
+Every run r leaves above a step size of its own, since it meets the same random numbers whatever the step size is. The
+logarithms of these edges scatter about normally over runs, so that a few runs give the share that leaves at any step
+size: a Student distribution around their mean, wider by what a mean of so few is uncertain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+COARSE = 2.0
+"""Factor between the first step sizes."""
+
+SETTLING = 8
+"""Most trials for the edges of single runs, once that of half of them is known."""
+
+BEYOND = 3.0
+"""How far from the edge of half of the runs the others' edges are looked for."""
+
+WIDEST = 4.0**9
+"""How far from the first guess an edge is looked for, either way."""
+
+SCATTER = 0.03
+"""Least scatter of the runs' log edges that a risk is computed with: that of a bracket."""
+
+FALLING = 2.0**0.5
+"""Factor between the step sizes among which the lowest loss is looked for."""
+
+RISKY, SAFE = 0.05, 0.01
+"""Most risk of the best step size, and of the safe one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Runs at one step size.
+
+    Args:
+        lr: Peak of the step size.
+        ends: ``(R,)`` final losses; infinite for runs that left.
+        left: For every run the step by which it had left, or ``None``.
+        steps: ``(n,)`` steps at which the runs were looked at.
+        losses: ``(n, R)`` losses there.
+    """
+
+    lr: float
+    ends: Array
+    left: tuple[int | None, ...]
+    steps: Array
+    losses: Array
+
+    @property
+    def gone(self) -> NDArray[np.bool_]:
+        """Which runs left."""
+        return np.array([step is not None for step in self.left])
+
+    @property
+    def mean(self) -> float:
+        """Mean final loss; infinite where a run left."""
+        return float(self.ends.mean())
+
+
+Runner = Callable[[float], Trial]
+"""Runs at a step size, the same for the same one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """Where runs leave.
+
+    Args:
+        brackets: ``(R, 2)`` for every run a step size at which it stays and one at which it leaves; 0 and infinity
+            where none was found.
+    """
+
+    brackets: Array
+
+    @property
+    def found(self) -> bool:
+        """Whether half of the runs leave somewhere."""
+        return len(self.logs) > 0 and 2 * len(self.logs) >= len(self.brackets)
+
+    @property
+    def logs(self) -> Array:
+        """Logarithms of the edges of the runs that have one."""
+        inside = (self.brackets[:, 0] > 0) & np.isfinite(self.brackets[:, 1])
+        found: Array = np.log(self.brackets[inside]).mean(axis=1)
+        return found
+
+    @property
+    def lr(self) -> float | None:
+        """Step size at which half of the runs leave."""
+        return math.exp(float(self.logs.mean())) if self.found else None
+
+    @property
+    def scatter(self) -> float:
+        """Standard deviation of the log edges."""
+        return max(float(self.logs.std(ddof=1)) if len(self.logs) > 1 else 0.0, SCATTER)
+
+    @property
+    def ci95(self) -> tuple[float, float] | None:
+        """95 % interval of ``lr``."""
+        if self.lr is None or len(self.logs) < 2:
+            return None
+        wide = float(stats.t.ppf(0.975, len(self.logs) - 1)) * self.scatter / math.sqrt(len(self.logs))
+        return self.lr * math.exp(-wide), self.lr * math.exp(wide)
+
+    def risk(self, lr: float) -> float:
+        """Share of new runs that leave at a step size."""
+        if self.lr is None:
+            return 0.0
+        count = len(self.logs)
+        wide = self.scatter * math.sqrt(1 + 1 / count)
+        return float(stats.t.cdf(math.log(lr / self.lr) / wide, max(count - 1, 1)))
+
+    def at_risk(self, risk: float) -> float | None:
+        """The step size of a risk."""
+        if self.lr is None:
+            return None
+        count = len(self.logs)
+        wide = self.scatter * math.sqrt(1 + 1 / count)
+        return self.lr * math.exp(float(stats.t.ppf(risk, max(count - 1, 1))) * wide)
+
+
+@dataclass
+class Search:
+    """Trials so far, and what they say.
+
+    Args:
+        runner: Runs at a step size.
+        trials: By step size.
+    """
+
+    runner: Runner
+    trials: dict[float, Trial] = field(default_factory=dict)
+
+    def trial(self, lr: float) -> Trial:
+        """Runs at a step size, rounded so that one is met again."""
+        lr = float(f"{lr:.4g}")
+        if lr not in self.trials:
+            self.trials[lr] = self.runner(lr)
+        return self.trials[lr]
+
+    def share(self, lr: float) -> float:
+        """Share of the runs that leave."""
+        return float(self.trial(lr).gone.mean())
+
+    def bracket(self, guess: float, *, factor: float = COARSE) -> tuple[float | None, float | None]:
+        """Step sizes at which fewer than half of the runs leave and at which half or more do."""
+        stays = self.share(guess) < 0.5
+        inner = guess
+        while max(inner / guess, guess / inner) < WIDEST:
+            outer = inner * factor if stays else inner / factor
+            if (self.share(outer) < 0.5) != stays:
+                return (inner, outer) if stays else (outer, inner)
+            inner, factor = outer, min(factor * 1.5, 8.0)
+        return (inner, None) if stays else (None, inner)
+
+    def refine(self, low: float, high: float, *, rtol: float) -> Edge:
+        """Bisect until the edges of half of the runs are known to ``rtol``."""
+        while high / low > 1 + rtol:
+            middle = math.sqrt(low * high)
+            if self.share(middle) < 0.5:
+                low = middle
+            else:
+                high = middle
+        return self.edge()
+
+    def settle(self, *, rtol: float) -> Edge:
+        """Find the edges of all runs, each to ``rtol`` as far as ``SETTLING`` more trials go."""
+        for _ in range(SETTLING):
+            edge = self.edge()
+            above, below = ~np.isfinite(edge.brackets[:, 1]), edge.brackets[:, 0] == 0
+            lrs = sorted(self.trials)
+            if above.any() and lrs[-1] < BEYOND * (edge.lr or lrs[-1]):
+                self.trial(1.4 * lrs[-1])
+                continue
+            if below.any() and lrs[0] > (edge.lr or lrs[0]) / BEYOND:
+                self.trial(lrs[0] / 1.4)
+                continue
+            wide = [pair for pair in edge.brackets if pair[0] > 0 and 1 + rtol < pair[1] / pair[0] < math.inf]
+            if not wide:
+                return edge
+            low, high = max(wide, key=lambda pair: pair[1] / pair[0])
+            self.trial(math.sqrt(low * high))
+        return self.edge()
+
+    def edge(self) -> Edge:
+        """What the trials say of every run: the step size that splits them with the fewest exceptions."""
+        lrs = np.array(sorted(self.trials))
+        gone = np.array([self.trials[lr].gone for lr in lrs])  # (n, R)
+        brackets = []
+        for column in gone.T:
+            # A run that stays above where it left once, or the other way round, is rare: the fewest exceptions decide.
+            wrong = [int(column[:cut].sum() + (~column[cut:]).sum()) for cut in range(len(lrs) + 1)]
+            cuts = np.flatnonzero(np.array(wrong) == min(wrong))
+            cut = int(cuts[len(cuts) // 2])
+            brackets.append((lrs[cut - 1] if cut else 0.0, lrs[cut] if cut < len(lrs) else np.inf))
+        return Edge(np.array(brackets))
+
+    def lowest(self, top: float, *, start: float) -> Trial:
+        """The trial with the lowest mean final loss up to ``top``: a grid downwards, then between its neighbours."""
+        lr, worse, best = top, 0, self.trial(top)
+        while worse < 2 and lr > top / WIDEST:
+            lr /= FALLING
+            found = self.trial(lr)
+            if found.mean < best.mean:
+                best, worse = found, 0
+            else:
+                worse += 1
+            if worse and best.mean == math.inf:
+                worse = 0  # all so far left
+        for neighbour in (best.lr * FALLING**0.5, best.lr / FALLING**0.5):
+            if neighbour <= top:
+                found = self.trial(neighbour)
+                best = min(best, found, key=lambda trial: trial.mean)
+        return best
+
+
+def loss_stderr(trial: Trial, start: float) -> float:
+    """Standard error of the mean change of the loss; infinite for one run."""
+    ends = trial.ends - start
+    return float(ends.std(ddof=1)) / math.sqrt(len(ends)) if len(ends) > 1 else math.inf
+
+
+def finite_range(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Least and largest of the finite ones."""
+    finite = [value for value in values if math.isfinite(value)]
+    return (min(finite), max(finite)) if finite else (None, None)

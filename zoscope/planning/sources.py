@@ -1,0 +1,121 @@
+"""Gradients of a problem at several points, for rehearsals."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoscope.optim.directions import new_generator
+from zoscope.optim.perturbation import SequentialSurface, StackedMiniBatchSurface, StackedSurface, Surface
+from zoscope.problem.objective import Examples
+
+if TYPE_CHECKING:
+    from zoscope.problem import Objective
+
+STACKED_BYTES = 2**28
+"""Most memory that the points themselves take where they are differentiated together."""
+
+
+class ObjectiveGradients:
+    """The loss of a problem; mini-batches are drawn anew for every step, each run its own.
+
+    Args:
+        objective: The prepared problem; its parameters are left where the last evaluation was.
+        batch_size: Examples of a mini-batch; ``None`` for all of them.
+        replicas: Runs.
+        seed: Seed of the mini-batches.
+    """
+
+    def __init__(self, objective: Objective, *, batch_size: int | None, replicas: int, seed: int) -> None:
+        self._objective, self._batch_size, self._replicas, self._seed = objective, batch_size, replicas, seed
+        self._in_turn = SequentialSurface(objective)
+        self._surface = _surface(objective, 2 * replicas)
+        self._examples = None if batch_size is None else Examples(objective)
+        self._stacked: StackedMiniBatchSurface | None = None
+        if batch_size is not None and isinstance(self._surface, StackedSurface):
+            self._stacked = _stacked_batches(objective, batch_size, seed=seed, replicas=replicas)
+        self.begin()
+
+    def begin(self) -> None:
+        """See `Gradients.begin`."""
+        replicas = range(self._replicas)
+        keys = [np.random.SeedSequence(self._seed, spawn_key=(0, replica)) for replica in replicas]
+        self._generators = [new_generator(key) for key in keys]
+        if self._stacked is not None:
+            self._stacked.begin(replicas)
+
+    def full(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Gradients.full`."""
+        with torch.enable_grad():
+            return self._surface.gradients(theta)
+
+    def values(self, theta: Tensor) -> Tensor:
+        """See `Gradients.values`."""
+        return self._in_turn.values(theta)
+
+    def batch(self, theta: Tensor, replicas: list[int]) -> Tensor | None:
+        """See `Gradients.batch`."""
+        if self._examples is None or self._batch_size is None:
+            return None
+        if self._stacked is not None:
+            self._stacked.keep(replicas)
+            self._stacked.next_step()
+            with torch.enable_grad():
+                return self._stacked.batch_gradients(theta)
+        rows = []
+        for row, replica in zip(theta, replicas, strict=True):
+            shards = self._examples.draw(self._batch_size, self._generators[replica])
+            self._objective.write(row)
+            rows.append(self._objective.gradient_of(shards)[1])
+        return torch.stack(rows)
+
+
+def _stacked_batches(
+    objective: Objective, batch_size: int, *, seed: int, replicas: int
+) -> StackedMiniBatchSurface | None:
+    """Mini-batches of all runs differentiated together, where the model can do that."""
+    start = objective.read()
+    try:
+        surface = StackedMiniBatchSurface(objective, batch_size, seed=seed)
+        surface.begin(range(replicas))
+        with torch.enable_grad():
+            surface.batch_gradients(start.repeat(replicas, 1))
+    except Exception:  # what a user's model raises under vmap can be anything
+        return None
+    finally:
+        objective.write(start)
+    return surface
+
+
+def _surface(objective: Objective, rows: int) -> Surface:
+    """Gradients of all points together where the model can do that and it is faster."""
+    in_turn = SequentialSurface(objective)
+    start = objective.read()
+    if rows * start.numel() * start.element_size() > STACKED_BYTES:
+        return in_turn
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
+    theta = start + 1e-3 * torch.linspace(0, 1, rows).to(start)[:, None] * noise
+    stacked = StackedSurface(objective)
+    try:
+        with torch.enable_grad():
+            together, one_by_one = stacked.gradients(theta), in_turn.gradients(theta)
+            close = torch.allclose(together[0], one_by_one[0], rtol=1e-3, atol=1e-5 * float(one_by_one[0].abs().max()))
+            fast = close and _seconds(stacked, theta) < 1.25 * _seconds(in_turn, theta)
+    except Exception:  # what a user's model raises under vmap can be anything
+        return in_turn
+    finally:
+        objective.write(start)
+    return stacked if fast else in_turn
+
+
+def _seconds(surface: Surface, theta: Tensor) -> float:
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        surface.gradients(theta)[1].sum().item()  # waits for a device that works ahead
+        best = min(best, time.perf_counter() - begin)
+    return best

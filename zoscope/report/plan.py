@@ -1,0 +1,192 @@
+"""A plan in a few lines: the step size, what it costs to take more, and what was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from zoscope.report.style import (
+    COLOURS,
+    MISSING,
+    Report,
+    count,
+    counted,
+    duration,
+    gaps,
+    grid,
+    heading,
+    lines_of,
+    new_figure,
+    number_table,
+    optimizer_name,
+    quantity,
+    require_matplotlib,
+    rough_count,
+    save,
+    step_range,
+    step_size,
+    step_size_at_most,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from zoscope.analysis.plan import PlanResult
+
+DRAWN = 5
+"""Loss curves in the picture."""
+
+
+def render(result: PlanResult, *, warnings: bool = True, verbose: bool = True) -> Report[PlanResult]:
+    """The answer; with ``verbose`` also every step size that was tried."""
+
+    def sections(result: PlanResult, width: int) -> Iterator[RenderableType]:
+        yield _header(result, width)
+        yield Text("")
+        yield grid(_answer(result))
+        if result.schedules:
+            yield heading("Schedules", "lowest expected loss first")
+            yield schedules_table(result)
+        if verbose:
+            yield heading("Step sizes tried", f"{count(result.replicas)} runs each, {result.method}")
+            yield curve_table(result)
+
+    return Report(result, sections, warnings)
+
+
+def _header(result: PlanResult, width: int) -> Text:
+    question, problem = result.question, result.problem
+    batch = "all examples" if question["batch_size"] is None else f"batches of {count(question['batch_size'])}"
+    warmup = f", warm-up {question['warmup']:g}" if question["warmup"] else ""
+    facts = [
+        f"{count(question['steps'])} steps",
+        batch,
+        f"{question['schedule']} step size{warmup}",
+        f"{counted(problem.num_params, 'parameter')}",
+        counted(problem.num_examples, "example"),
+        f"{result.device} {result.dtype}",
+    ]
+    text = Text.assemble((f"{result.spec or 'problem'}: {optimizer_name(result.question['optimizer'])}", "bold"))
+    for line in lines_of(facts, width=width):
+        text.append(f"\n{line}", style="dim")
+    return text
+
+
+def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
+    answer, edge = result.answer, result.edge
+    peak = (
+        "step size" if result.question["schedule"] == "constant" and not result.question["warmup"] else "peak step size"
+    )
+    if answer.lr is None:
+        yield peak, Text("none lowers the loss", style="bold yellow")
+    else:
+        lr = Text(step_size_at_most(answer.lr), style="bold green")
+        yield (
+            peak,
+            lr + Text(f"   loss {quantity(answer.loss_start)} → {quantity(answer.expected_loss, digits=3)} expected"),
+        )
+        yield (
+            "risk",
+            f"{percent(answer.risk)} of runs leave at it; {percent(result.safe.risk)} at {step_size(result.safe.lr)}",
+        )
+    if edge.lr is not None:
+        interval = "" if edge.ci95 is None else f"   95 %: {step_range(*edge.ci95)}"
+        yield "half leave at", f"{step_size(edge.lr)}{interval}"
+    yield "looked ahead by", _method(result)
+    yield "cost", _cost(result)
+
+
+def _method(result: PlanResult) -> str:
+    tried = counted(len(result.curve), "step size")
+    if result.method == "rehearsal":
+        return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, {duration(result.seconds)}"
+    return f"real runs, {tried}, {count(result.replicas)} runs each, {duration(result.seconds)}"
+
+
+def _cost(result: PlanResult) -> str:
+    cost = result.cost
+    times = cost.sweep / cost.forward_passes if cost.forward_passes else 0.0
+    share = f"1/{times:.1f} of" if times >= 1.05 else "about as much as" if times > 0.8 else f"{1 / times:.1f} ×"
+    return (
+        f"{rough_count(cost.forward_passes)} forward passes ({cost.forward_passes / cost.run:.1f} × one run), {share} "
+        f"a sweep of 15 step sizes, {count(result.replicas)} runs each"
+    )
+
+
+def percent(share: float | None) -> str:
+    """A share of runs: ``< 0.1 %``, ``0.5 %``, ``12 %``."""
+    if share is None:
+        return MISSING
+    if share < 0.001:
+        return "< 0.1 %"
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def schedules_table(result: PlanResult) -> Table:
+    """One row per schedule."""
+    table = number_table("schedule", "peak step size", "expected loss", "risk", "half leave at")
+    for row in result.schedules:
+        table.add_row(
+            row.schedule,
+            step_size(row.lr),
+            quantity(row.expected_loss, digits=3),
+            percent(row.risk),
+            step_size(row.edge),
+        )
+    return table
+
+
+def curve_table(result: PlanResult) -> Table:
+    """One row per step size."""
+    table = number_table("step size", "final loss", "range", "left", "risk")
+    for point in result.curve:
+        best = point.lr == result.answer.lr
+        spread = MISSING if point.loss_lo is None else f"{quantity(point.loss_lo)} – {quantity(point.loss_hi)}"
+        table.add_row(
+            Text(step_size(point.lr), style="bold green" if best else ""),
+            quantity(point.loss_mean),
+            spread,
+            f"{point.left} of {result.replicas}",
+            percent(point.risk),
+        )
+    return table
+
+
+def draw(result: PlanResult, path: Path) -> None:
+    """Write the picture: loss and risk over step sizes, and loss over steps at some of them.
+
+    Raises:
+        UsageError: If matplotlib is not installed, does not know the format, or the file cannot be written.
+    """
+    require_matplotlib()
+    figure: Any = new_figure(width=11, height=4.5)
+    left, right = figure.subplots(1, 2)
+    lrs = [point.lr for point in result.curve]
+    left.fill_between(lrs, gaps(p.loss_lo for p in result.curve), gaps(p.loss_hi for p in result.curve), alpha=0.25)
+    left.plot(lrs, gaps(p.loss_mean for p in result.curve), ".-", color=COLOURS[0])
+    left.axhline(result.problem.loss, color="0.8", linewidth=0.8, zorder=0)
+    left.set(xscale="log", xlabel="step size", ylabel="final loss")
+    risk = left.twinx()
+    risk.fill_between(lrs, [p.risk for p in result.curve], color=COLOURS[1], alpha=0.15, linewidth=0)
+    risk.set(ylim=(0, 1), ylabel="share of runs that leave")
+    if result.answer.lr is not None:
+        left.axvline(result.answer.lr, color=COLOURS[2], linewidth=1.2)
+    for entry, colour in zip(_chosen(result), COLOURS, strict=False):
+        right.plot(entry.steps, gaps(entry.loss), color=colour, label=step_size(entry.lr))
+    right.set(xlabel="step", ylabel="loss")
+    if all(value is None or value > 0 for entry in _chosen(result) for value in entry.loss):
+        right.set_yscale("log")
+    right.legend(fontsize="small", frameon=False, title="step size")
+    figure.suptitle(f"{result.spec or 'problem'}, {result.question['optimizer']}, {result.question['steps']:,} steps")
+    save(figure, path)
+
+
+def _chosen(result: PlanResult) -> list[Any]:
+    """Curves to show: the answer's, and others spread over the step sizes."""
+    paths = result.paths
+    step = max(1, -(-len(paths) // DRAWN))
+    return [entry for n, entry in enumerate(paths) if entry.lr == result.answer.lr or n % step == 0]
