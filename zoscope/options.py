@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 if TYPE_CHECKING:
     from zoscope.config.load import StepSizes
 
-from zoscope.registry import DIRECTIONS, NAMES, Differences, Directions, is_zeroth_order
+from zoscope.registry import DIRECTIONS, FAMILIES, NAMES, Differences, Directions, is_zeroth_order
 
 MOST = 1_000_000_000
 """Most steps, and most of whatever else is counted."""
@@ -260,6 +260,7 @@ _TABLE = (
         plan=Use("Optimizer.", "zo-gd", Words(ZO_NAMES)),
         check=Use("Optimizer.", domain=Words(NAMES)), track=Use("Optimizer.", "zo-gd", Words(NAMES)),
         probe_python=Use("Optimizer.", "zo-gd", Words(NAMES)),
+        bounds_python=Use(domain=Several(Words(tuple(dict.fromkeys((*FAMILIES, *NAMES)))))),
         file=Use("Optimizer; the zo- ones estimate gradients from loss values.", domain=Words(NAMES)),
     ),
     _option(

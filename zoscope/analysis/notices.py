@@ -421,11 +421,12 @@ def preconditioner_notices(
             "lifts them.",
         )
     if row is not None and row.exact_if_commuting is not None and row.exact is not None:
+        higher = 100 * (row.exact_if_commuting / row.exact.value - 1)
         yield Notice(
             "commutator",
             f"P and H do not commute: ‖PH−HP‖/‖PH‖ = {100 * commutator.value:.0f} %. The infinite-time threshold takes "
-            f"that in, exactly; if they did, it would be {_number(row.exact_if_commuting)} in place of "
-            f"{_number(row.exact.value)}. η*(N) and the intervals assume that they do, and may be too high by as much.",
+            f"that in, exactly; as if they did it would be {higher:.2g} % higher. η*(N) and the intervals assume that "
+            "they do, and may be too high by as much.",
         )
     elif commutator.value > LARGE_COMMUTATOR:
         yield Notice(
