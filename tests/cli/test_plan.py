@@ -89,3 +89,21 @@ def test_a_bad_value_is_one_paragraph_and_exit_2(zoscope_cli, spec, options, nam
     done = zoscope_cli("plan", spec, *options)
     assert done.code == 2
     assert named in done.paragraph
+
+
+SATURATING = """
+import torch, zoscope
+
+weights = torch.linspace(0.5, 1.5, 20, dtype=torch.float64)
+problem = zoscope.Problem.from_function(
+    lambda x: (torch.tanh(x - 1) ** 2 * weights).sum() / 20, torch.full((20,), 0.3, dtype=torch.float64)
+)
+"""
+
+
+def test_a_loss_that_saturates_has_an_edge_too(zoscope_cli, tmp_path):
+    (tmp_path / "flat.py").write_text(SATURATING)
+    done = zoscope_cli("plan", tmp_path / "flat.py", "--steps", "40", "--replicas", "4", "--json", "--quiet")
+    document = json.loads(done.out)
+    assert "saturates" in [warning["code"] for warning in document["warnings"]]
+    assert document["answer"]["lr"] < document["edge"]["lr"]

@@ -52,6 +52,9 @@ LEFT = 4.0
 PLATEAU = 64.0
 """Multiple of the first guess from which a loss that does not pass that is taken to saturate."""
 
+SATURATED = 0.1
+"""Rise over the loss at the start, relative to it, from which a plateau tells runs that have left."""
+
 AGREE = 0.05
 """Change of the edge, and of the loss in units of its fall, from one rehearsal to a finer one that is small enough."""
 
@@ -63,6 +66,12 @@ SWEEP = 15
 
 POINTS = 60
 """Points of a loss curve in the result."""
+
+REMEDIES = (0.03, 0.1, 0.3)
+"""Shares of the edge at which larger batches are tried where no step size lowers the loss."""
+
+WORTHWHILE = 0.005
+"""Share of the loss that it has to fall by to count there."""
 
 REHEARSED = ("gd", "gdm", "adam")
 """Optimizers whose runs can be rehearsed; of others real runs are made."""
@@ -229,6 +238,7 @@ class _Planner:
     search: Search = field(init=False)
     spent: bool = False
     coarse: bool = False
+    saturated: bool = False
 
     def __post_init__(self) -> None:
         self.ceiling = self.loss + (LEFT - 1) * abs(self.loss) if self.loss else math.inf
@@ -247,7 +257,7 @@ class _Planner:
         try:
             guess = self._guess()
             try:
-                edge, best = self._answer(*self.search.bracket(guess))
+                edge, best = self._answer(*self._bracket(guess))
             except _DearError:
                 edge, best = self._real(guess)
             while isinstance(self.runs, RehearsedRuns):
@@ -272,7 +282,27 @@ class _Planner:
         """The answer from real runs after all."""
         self.runs = RealRuns(self.objective, self.question, self.cost)
         self.search = Search(self._trial)
-        return self._answer(*self.search.bracket(guess))
+        return self._answer(*self._bracket(guess))
+
+    def _bracket(self, guess: float) -> tuple[float | None, float | None]:
+        """A bracket around the edge, by a lower loss than ``LEFT`` times that at the start where the loss saturates."""
+        low, high = self.search.bracket(guess)
+        if high is not None or self.saturated:
+            return low, high
+        far = [trial.ends for lr, trial in self.search.trials.items() if lr >= PLATEAU * guess]
+        ends = np.concatenate([found[np.isfinite(found)] for found in far]) if far else np.empty(0)
+        plateau = float(np.median(ends)) if len(ends) else -math.inf
+        if plateau <= self.loss + SATURATED * abs(self.loss):
+            return low, high
+        self.saturated, self.ceiling = True, 0.5 * (self.loss + plateau)
+        self.search = Search(self._trial)
+        return self.search.bracket(guess)
+
+    def runs_of(self, question: Question) -> Runs:
+        """Runs of another question, of the kind that the answer is from."""
+        if isinstance(self.runs, RehearsedRuns):
+            return RehearsedRuns(self.objective, question, self.cost, macro=self.runs.macro, top=self.runs.top)
+        return RealRuns(self.objective, question, self.cost)
 
     def _first_runs(self) -> Runs:
         question = self.question
@@ -435,18 +465,17 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             raise UsageError("--method rehearsal takes gradients, and this loss has none. Use --method replicas.")
         question = _question(found, sizes, objective)
         settings["batch_size"] = question.batch_size
-        cost = Cost()
+        costs: list[Cost] = []
         budget = math.inf if found["max_cost"] is None else found["max_cost"]
 
         def answered(asked: Question, schedule_name: str) -> tuple[_Planner, Edge, Trial | None]:
             identity = settings | {"schedule": schedule_name, **{key: found[key] for key in ("replicas", "seed")}}
             store, save = _store(found["cache"], subject, identity)
             own = Cost(*store.get("cost", (0.0, 0.0)))
-            left = budget - cost.forward_passes
+            left = budget - sum(cost.forward_passes for cost in costs)
+            costs.append(own)
             planner = _Planner(objective, asked, own, method, left, loss, store, save, on_progress, differentiable)
             edge, best = planner.go()
-            cost.gradients += own.gradients
-            cost.forward_passes += own.forward_passes
             return planner, edge, best
 
         planner, edge, best = answered(question, settings["schedule"])
@@ -465,6 +494,11 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
         if differentiable:
             grad_norm = float(objective.gradient()[1].double().norm())
         lowers = best is not None and best.mean + loss_stderr(best, loss) < loss
+        told = tuple(
+            _notices(planner, edge, best, lowers=lowers, differentiable=differentiable, no_rehearsal=no_rehearsal)
+        )
+        gradients = sum(cost.gradients for cost in costs)
+        passes = sum(cost.forward_passes for cost in costs)
         return PlanResult(
             question=settings,
             answer=Answer(
@@ -479,7 +513,7 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             paths=tuple(_path(trial) for _, trial in sorted(planner.search.trials.items())),
             method=planner.used,
             replicas=planner.runs.replicas,
-            cost=PlanCost(cost.gradients, cost.forward_passes, run, SWEEP * planner.runs.replicas * run),
+            cost=PlanCost(gradients, passes, run, SWEEP * planner.runs.replicas * run),
             schedules=tuple(rows),
             spec=problem.name if found["spec"] is None else found["spec"],
             device=str(objective.device),
@@ -488,9 +522,7 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             problem=ProblemInfo(objective.num_params, objective.num_examples, loss, grad_norm),
             num_hvps=0,
             seconds=time.perf_counter() - began,
-            warnings=tuple(
-                _notices(planner, edge, best, lowers=lowers, differentiable=differentiable, no_rehearsal=no_rehearsal)
-            ),
+            warnings=told,
         )
 
 
@@ -528,8 +560,13 @@ def _notices(
         yield Notice(
             "noise-floor",
             f"With {sees} no step size from {tried[0]:.2g} on lowers the loss in {question.steps:,} steps: the noise "
-            "of the estimates holds it up. More examples a step, more queries, or a schedule that decays may; "
-            "--compare-schedules tries those.",
+            f"of the estimates holds it up. {_remedy(planner, edge)}",
+        )
+    if planner.saturated:
+        yield Notice(
+            "saturates",
+            f"The loss does not rise to {LEFT:g} times that at the start, whatever the step size: a run counts as "
+            f"having left above {planner.ceiling:.4g}, half of the way to where the loss saturates.",
         )
     if edge.lr is None and not planner.spent:
         yield Notice("no-edge", "No step size was found at which half of the runs leave.")
@@ -582,6 +619,29 @@ def _question(found: Mapping[str, Any], sizes: StepSizes, objective: Objective) 
         replicas=found["replicas"],
         seed=found["seed"],
     )
+
+
+def _remedy(planner: _Planner, edge: Edge) -> str:
+    """More examples a step that lower the loss, or a step size that decays; found by trying."""
+    question, size = planner.question, planner.question.batch_size
+    count, advice = planner.objective.num_examples, "More queries a step or a longer run may lower it."
+    if edge.lr is None:
+        return advice
+    tries: list[tuple[str, Question]] = []
+    while size is not None and size < count:
+        size = min(4 * size, count)
+        told = f"{size:,} examples a step" if size < count else "all examples"
+        tries.append((told, replace(question, batch_size=size if size < count else None)))
+    if question.shape is None:
+        shape = shape_of(Schedule("linear", 1.0), steps=question.steps)
+        tries.append(("a step size that decays (--schedule linear)", replace(question, shape=shape)))
+    for told, asked in tries:
+        runs = planner.runs_of(asked)
+        for share in REMEDIES:
+            found = runs(share * edge.lr, planner.ceiling)
+            if found.mean + loss_stderr(found, planner.loss) < planner.loss * (1 - WORTHWHILE):
+                return f"{told[0].upper()}{told[1:]} does: at {found.lr:.2g} the loss falls to {found.mean:.4g}."
+    return advice
 
 
 def _no_rehearsal(family: str, differences: str) -> str | None:
