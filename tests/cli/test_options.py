@@ -105,3 +105,10 @@ def test_an_optimizer_state_must_be_a_file(tmp_path: Path) -> None:
         given(preconditioner=f"state:{file}")
     file.write_bytes(b"")
     assert given(preconditioner=f"state:{file}").preconditioner == f"state:{file}"
+
+
+@pytest.mark.parametrize("command", ["bounds", "probe", "track", "plan"])
+def test_eps_is_adams_and_mezos_is_mu(zoscope_cli, command: str) -> None:
+    finished = zoscope_cli(command, "missing.py", "--optimizer", "zo-gd", "--eps", "1e-3")
+    assert finished.code == 2
+    assert "--mu" in finished.paragraph

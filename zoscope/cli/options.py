@@ -14,8 +14,9 @@ from typer import Option as Declared
 
 from zoscope.cli.output import load_torch
 from zoscope.cli.validate import checked
+from zoscope.errors import UsageError
 from zoscope.options import KEYWORDS, Flag, Option, Several, left_open, options_of, shown, single
-from zoscope.registry import DEFAULT_FAMILIES, family_of
+from zoscope.registry import DEFAULT_FAMILIES, OPTIMIZERS, family_of
 
 if TYPE_CHECKING:
     from zoscope.spec import LoadedSpec
@@ -37,6 +38,18 @@ class Given:
             option.name: values[option.name] if option.name in kept else checked(option, values[option.name])
             for _, option in options_of(command)
         }
+        if "eps" in said:
+            self._refuse_eps()
+
+    def _refuse_eps(self) -> None:
+        """MeZO's users call ε what is μ here; ε is Adam's, and of no effect on other optimizers."""
+        named = self.values["optimizer"] or ()
+        names = (named,) if isinstance(named, str) else tuple(named)
+        if names and not any("eps" in OPTIMIZERS[family_of(name)].options for name in names):
+            raise UsageError(
+                f"--eps is the ε of Adam, and {', '.join(names)} has none. Expected it with an Adam. The step of the "
+                "loss differences, which MeZO calls ε, is μ: see --mu of zoscope plan, probe and track."
+            )
 
     def __getattr__(self, name: str) -> Any:
         try:
