@@ -170,8 +170,8 @@ def test_what_cannot_be_asked_for():
 
 def test_a_norm_of_many_outliers_is_covered_after_a_short_chain(monkeypatch):
     """Where the trace asks for nothing, the chain ends while outliers inside of the spectrum are not known yet."""
-    both = moments._Measurement._vectors_for
-    monkeypatch.setattr(moments._Measurement, "_vectors_for", lambda self, beyond: (0, both(self, beyond)[1]))
+    both = apart._Measurement._vectors_for
+    monkeypatch.setattr(apart._Measurement, "_vectors_for", lambda self, beyond: (0, both(self, beyond)[1]))
     outliers = torch.cat([80 * 0.8 ** torch.arange(12.0), torch.tensor([3.0, 4.0, 5.0])])
     eigenvalues = torch.cat([outliers, 0.2 * torch.rand(700, generator=torch.Generator().manual_seed(0))])
     op, truth = DenseOperator(torch.diag(eigenvalues)), float(eigenvalues.double().square().sum())
