@@ -109,12 +109,11 @@ def _method(result: PlanResult) -> str:
 
 def _cost(result: PlanResult) -> str:
     cost = result.cost
-    times = cost.sweep / cost.forward_passes if cost.forward_passes else 0.0
-    share = f"1/{times:.1f} of" if times >= 1.05 else "about as much as" if times > 0.8 else f"{1 / times:.1f} ×"
-    return (
-        f"{rough_count(cost.forward_passes)} forward passes ({cost.forward_passes / cost.run:.1f} × one run), {share} "
-        f"a sweep of 15 step sizes, {count(result.replicas)} runs each"
-    )
+    sweep = f"a sweep of 15 step sizes, {count(result.replicas)} runs each"
+    times = cost.sweep / cost.forward_passes if cost.forward_passes else 1.0
+    compared = "takes as many" if 0.8 < times < 1.25 else f"takes {quantity(times, digits=2)} times as many"
+    passes, runs = rough_count(cost.forward_passes), quantity(cost.forward_passes / cost.run, digits=3)
+    return f"{passes} forward passes, as {runs} runs; {sweep}, {compared}"
 
 
 def percent(share: float | None) -> str:
