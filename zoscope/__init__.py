@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from zoscope.errors import UsageError as UsageError
     from zoscope.errors import ZoscopeError as ZoscopeError
     from zoscope.optim import *  # noqa: F403 - the names of its __all__
+    from zoscope.optim.auto_lr import AutoLR as AutoLR
+    from zoscope.optim.auto_lr import AutoLRRecord as AutoLRRecord
     from zoscope.problem import Notice as Notice
     from zoscope.problem import Problem as Problem
     from zoscope.theory.spectrum import Estimate as Estimate
@@ -67,6 +69,8 @@ _HOME = {
     "TrackInterruptedError": "zoscope.analysis.track_results",
     "RunFolderError": "zoscope.analysis.track_folder",
     "ForwardRecord": "zoscope.analysis.monitor",
+    "AutoLR": "zoscope.optim.auto_lr",
+    "AutoLRRecord": "zoscope.optim.auto_lr",
     "Estimate": "zoscope.theory.spectrum",
     "Notice": "zoscope.problem",
     **{record.public: "zoscope.optim.optimizers" for record in OPTIMIZERS.values()},
