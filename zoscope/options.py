@@ -267,7 +267,7 @@ _TABLE = (
         "lr", LR, "Also judge this step size.", None, "LR",
         probe=Use("An absolute step size; repeatable.", domain=Several(LR)), check="Step size to check.",
         track=Use(
-            "Step size: a number, or 0.001,20000:0.007 for 0.007 from step 20,000 on. Schedules: in --config.",
+            "Step size: a number, auto (it sets itself; auto:linear, auto:cosine), or 0.001,20000:0.007.",
             domain=Text("step sizes"),
         ),
         file="Learning rate, or a schedule of which the peak is checked.",

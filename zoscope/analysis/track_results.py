@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from zoscope._version import __version__
 from zoscope.analysis.request import RuleRequest
-from zoscope.config.load import StepSizes, parse_step_sizes, step_sizes
+from zoscope.config.load import AutomaticStepSize, StepSizes, step_sizes, training_step_sizes
 from zoscope.errors import NumericalError
 from zoscope.options import TrackOptions, keywords
 from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
@@ -64,6 +64,11 @@ class TrackRequest(RuleRequest):
                 f"{self.optimizer!r}; leave it out"
             )
 
+        if self.automatic and self.first_order:
+            raise ValueError(f"lr='auto' sets the step size of zo- optimizers, got {self.optimizer!r}; give a number")
+        if self.automatic and self.forward_every is not None:
+            raise ValueError("lr='auto' watches the loss values by itself; leave forward_every out")
+
     @classmethod
     def of(cls, **options: Unpack[TrackOptions]) -> TrackRequest:
         """From keyword arguments of ``zoscope.track``.
@@ -74,6 +79,11 @@ class TrackRequest(RuleRequest):
         """
         found = keywords("track", options)
         return cls(**found | {"lr": as_step_sizes(found["lr"])})
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the step size sets itself."""
+        return isinstance(self.lr, AutomaticStepSize)
 
     @property
     def folder(self) -> Path | None:
@@ -105,7 +115,7 @@ class TrackRequest(RuleRequest):
         return EstimatorMoments(1.0, 0.0) if self.first_order else super().moments(dimension=dimension)
 
     def lr_at(self, step: int) -> float:
-        """Step size of the step that starts at ``step``; past the end, that of the last one."""
+        """Step size of the step that starts at ``step``; past the end, that of the last one; NaN for ``auto``."""
         return self.lr.lr_at(min(step, self.steps - 1), steps=self.steps)
 
     def config(self) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def as_step_sizes(lr: float | str | StepSizes) -> StepSizes:
         ValueError: If it is none.
     """
     if isinstance(lr, str):
-        return parse_step_sizes(lr)
+        return training_step_sizes(lr)
     return step_sizes([0], [lr]) if isinstance(lr, int | float) else lr
 
 
@@ -172,6 +182,9 @@ class Record(JsonObject):
         forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
             ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
         floor: Gradient norm at which ``lr_next`` stalls, of optimizers whose steps do not shrink with the gradient.
+        path: What the steps since the measurement before saw: ``(steps done, mean loss of
+            neighbours, step size)``, a few hundred of them in a whole run.
+        auto: With ``lr="auto"`` what `zoscope.AutoLR` knew (`zoscope.AutoLRRecord`, without loss and step size).
     """
 
     step: int
@@ -209,11 +222,13 @@ class Record(JsonObject):
     commutator: float | None = None
     forward: Mapping[str, float | None] | None = None
     floor: float | None = None
+    path: tuple[tuple[int, float | None, float | None], ...] = ()
+    auto: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object; ``floor`` is left out where there is none."""
+        """The JSON object; ``floor`` and ``auto`` are left out where there is none."""
         found = super().to_dict()
-        return found if self.floor is not None else {key: value for key, value in found.items() if key != "floor"}
+        return {key: value for key, value in found.items() if value is not None or key not in ("floor", "auto")}
 
     @property
     def in_band(self) -> bool | None:

@@ -148,7 +148,9 @@ def _fresh(given: Values, place: Given) -> tuple[Values, Path]:
     if "spec" not in values:
         values["spec"] = absolute_spec(resolve_spec(None, cwd=Path.cwd())[0], Path.cwd())
     if "lr" not in values and "lr" not in values.get("sweep", {}):
-        raise UsageError("--lr is missing: track trains with a step size. 'zoscope bounds' recommends one.")
+        raise UsageError(
+            "--lr is missing: track trains with a step size. Expected a number, which 'zoscope plan' finds, or auto."
+        )
     name = f"{Path(values['spec'].partition('.py')[0]).name}-{values.get('optimizer', 'zo-gd')}"
     return values, Path(values.pop("run", Path("runs") / name))
 

@@ -126,6 +126,47 @@ class Piecewise:
         return ",".join([repr(self.values[0]), *later])
 
 
+AUTOMATIC = ("auto", "auto:linear", "auto:cosine")
+"""Step sizes that set themselves: constant, or falling to 0 on top."""
+
+
+@dataclass(frozen=True)
+class AutomaticStepSize:
+    """A step size that sets itself while it trains (`zoscope.AutoLR`).
+
+    Args:
+        kind: Schedule on top: ``constant``, ``linear`` or ``cosine``.
+    """
+
+    kind: str = "constant"
+    peak: float = math.nan
+
+    def lr_at(self, step: int, *, steps: int) -> float:
+        """See `StepSizes.lr_at`; not known beforehand."""
+        return math.nan
+
+    def changes(self, *, steps: int) -> tuple[int, ...]:
+        """See `StepSizes.changes`; none that is known."""
+        return ()
+
+    def to_config(self) -> Any:
+        """See `StepSizes.to_config`."""
+        return "auto" if self.kind == "constant" else f"auto:{self.kind}"
+
+
+def training_step_sizes(text: str) -> StepSizes:
+    """Read what `parse_step_sizes` reads, or ``auto``, ``auto:linear``, ``auto:cosine``.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if text in AUTOMATIC:
+        return AutomaticStepSize(text.partition(":")[2] or "constant")
+    if text.startswith("auto"):
+        raise ValueError(f"got {text!r}, expected one of {', '.join(AUTOMATIC)}, or a number")
+    return parse_step_sizes(text)
+
+
 def parse_step_sizes(text: str) -> StepSizes:
     """Read ``0.001``, or ``0.001,20000:0.007,30000:0.008``: 0.007 from step 20,000 on.
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from zoscope.config.keys import LR, SCHEDULE, Arguments, Integer, Key, Kind, Schema, Section, Text, key_of, plain
-from zoscope.config.load import Piecewise, Schedule, StepSizes, absolute_spec, parse_step_sizes, shown_path, step_sizes
+from zoscope.config.load import (
+    Piecewise,
+    Schedule,
+    StepSizes,
+    absolute_spec,
+    shown_path,
+    step_sizes,
+    training_step_sizes,
+)
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, nearest, read_yaml, suggest
 from zoscope.errors import UsageError
 from zoscope.options import MOST, left_open
@@ -24,12 +32,12 @@ from zoscope.registry import OPTIMIZERS
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A number, ``0.001,20000:0.007``, a mapping of steps to numbers, or a schedule."""
+    """A number, ``0.001,20000:0.007``, ``auto``, a mapping of steps to numbers, or a schedule."""
 
     def read(self, node: Node, name: str) -> StepSizes:
         try:
             if isinstance(node.value, str):
-                return parse_step_sizes(node.value)
+                return training_step_sizes(node.value)
             if not isinstance(node.value, Mapping):
                 return Schedule("constant", LR.read(node, name))
             if any(key in node.value for key in SCHEDULE.names):

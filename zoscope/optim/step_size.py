@@ -13,11 +13,11 @@ Limit = Literal["start", "edge", "progress", "growth", "rollback"]
 MARGIN = 0.8  # of the edge: at the edge itself the noise of the estimate eats all progress
 PEAK: dict[Schedule, float] = {"constant": 1.0, "linear": 1.3, "cosine": 1.25}
 # how much higher a falling schedule may start: at equal largest mean loss, in runs of 300 to 3,000 steps
-SHARE = 0.5  # of the measured damage of the noise that the loss must have fallen by to go on
+SHARE = 0.35  # of the measured damage of the noise that the loss must have fallen by to go on
 DAMAGE = 0.004  # of the loss that the first window may cost where nothing is known yet
 LOOK = 4  # measurements before the first step
-RISE, RISE_FAST, FALL, WAIT = 1.5, 1.5, 0.5, 0.7  # factors of the step size: fell, fell clearly, rose, cannot tell
-ONCE, CLEARLY = 1.0, 3.0  # standard errors
+RISE, FALL, WAIT = 1.3, 0.5, 0.85  # factors of the step size: fell, did not, cannot tell
+CLEARLY = 1.5  # standard errors
 WINDOWS = 12  # windows after which "cannot tell" is an answer
 TOLERANCE = 0.3  # rise of the loss over its best that is left alone: sharp landscapes go up before they go down
 CLIP = 4.0  # root mean squares at which a slope is cut: a batch gone wrong does not end a run
@@ -288,12 +288,11 @@ class StepSizeController:
         rate = sum((t - middle) * f for t, f, _ in self.means) / width
         due = SHARE * sum(d for _, _, d in self.means) / count
         z = (rate + due) / (stderr / math.sqrt(width) + 1e-300)
-        if z > ONCE:
+        if z > CLEARLY:
             self.allowance *= FALL**2
-        elif z < -ONCE:
+        elif z < -CLEARLY:
             # What is not used must not pile up: the edge may be what limits the step size.
-            rise = RISE_FAST if z < -CLEARLY else RISE
-            self.allowance = min(self.allowance * rise**2, 4.0 * self._damage(self.lr))
+            self.allowance = min(self.allowance * RISE**2, 4.0 * self._damage(self.lr))
         elif count >= WINDOWS:
             self.allowance *= WAIT**2
         else:
