@@ -32,7 +32,7 @@ ALLOWED = {
     "result": {"report", "theory"},  # of the report only what finds the tables of a result
     "analysis": {"config", "curvature", "optim", "planning", "problem", "result", "runtime", "spec", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "result", "theory"},
-    "integrations": {"analysis", "problem", "runtime"},
+    "integrations": {"analysis", "optim", "problem", "runtime"},
 }
 FREE = {"cli", "__init__", "__main__"}
 # The only packages from outside that these rooms may see.
