@@ -12,7 +12,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from zoscope import ZOGD
-from zoscope.errors import UsageError
 from zoscope.integrations.zo_trainer import ZOTrainer, ZOTrainingArguments
 
 from .zo_trainer_job import examples, flat, network, trainer
