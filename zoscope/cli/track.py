@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import about, aside, emit, loading, visible, warn
 from zoscope.errors import UsageError
+from zoscope.report.console import CleanConsole
 
 if TYPE_CHECKING:
     from zoscope.analysis.track import Comparison
@@ -183,7 +183,7 @@ def _relative(origin: Mapping[str, Any], folder: Path) -> Values:
     """Paths as ``config.yaml`` holds them: relative to it, so that runs and specs can move together."""
 
     def relative(path: str) -> str:
-        return os.path.relpath(path, folder.resolve()) if os.path.isabs(path) else path
+        return os.path.relpath(path, os.path.realpath(folder)) if os.path.isabs(path) else path
 
     return {**origin, **{key: relative(origin[key]) for key in ("spec", "checkpoint") if key in origin}}
 
@@ -268,7 +268,7 @@ def watching(*, quiet: bool, label: str = "") -> Iterator[tuple[Observer, ...]]:
     if quiet:
         yield ()
         return
-    console = Console(stderr=True)
+    console = CleanConsole(stderr=True)
     if not visible(quiet=quiet):
         yield (Lines(console, label=label),)
         return
