@@ -13,14 +13,16 @@ import zoscope
 import zoscope.options
 
 PACKAGE = Path(zoscope.__file__).parent
-FOUNDATION = {"errors", "_version", "options", "registry"}
+FOUNDATION = {"errors", "_version", "files", "options", "registry", "text"}
 
 # Which rooms of zoscope each room may import, beside itself and the foundation.
 ALLOWED = {
     "errors": set(),
     "_version": set(),
+    "files": set(),
     "options": set(),
     "registry": set(),
+    "text": set(),
     "theory": set(),
     "config": {"theory"},
     "runtime": set(),
@@ -40,8 +42,10 @@ OUTSIDE = {
     "theory": {"numpy", "scipy"},
     "errors": set(),
     "_version": set(),
+    "files": set(),
     "options": set(),
     "registry": set(),
+    "text": set(),
     "config": {"yaml", "numpy"},
 }
 

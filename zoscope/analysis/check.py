@@ -30,6 +30,7 @@ from zoscope.config.load import (
 from zoscope.config.sources import Node
 from zoscope.config.training import load_hf_args
 from zoscope.errors import UsageError
+from zoscope.files import parse_json, read_bytes, reason
 from zoscope.options import CheckOptions, refuse_unknown
 from zoscope.registry import OPTIMIZERS
 
@@ -136,15 +137,15 @@ def load_baseline(file: Path) -> Baseline:
         UsageError: If the file is missing or is not such a document.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(read_bytes(file))
         if document["schema"] != CheckReport.schema:
             raise ValueError
         entries = {str(entry["name"]): _checked(entry) for entry in document["checks"]}
     except FileNotFoundError:
         raise UsageError(f"--baseline: there is no file {file}. Write it first with --update-baseline.") from None
     except OSError as error:
-        raise UsageError(f"--baseline: cannot read {file} ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"--baseline: cannot read {file} ({reason(error)}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
             f"--baseline: {file} is not a document {CheckReport.schema}. Write it with --update-baseline, or with "
             "--format json."

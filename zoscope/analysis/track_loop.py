@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.analysis.monitor import ForwardMonitor, ForwardRecord
+from zoscope.analysis.track_folder import Known
 from zoscope.analysis.track_measuring import Measurer, Moment
 from zoscope.config.load import AutomaticStepSize
 from zoscope.curvature.operators import gradient
 from zoscope.errors import UsageError
+from zoscope.files import reason
 from zoscope.optim import optimizers
 from zoscope.optim.auto_lr import AutoLR
 from zoscope.optim.optimizers import ZeroOrderOptimizer
@@ -29,6 +31,7 @@ from zoscope.optim.rules import new_state, rule_from_options
 from zoscope.problem.distributed import MiniBatch
 from zoscope.problem.objective import Examples
 from zoscope.registry import OPTIMIZERS
+from zoscope.runtime import is_out_of_memory
 
 if TYPE_CHECKING:
     from zoscope.analysis.track_folder import RunFolder
@@ -540,7 +543,7 @@ class Run:
         )
         self.clock = MeasurementSchedule(self.every, request.steps, adaptive=request.every == "adaptive")
         self._losses = Losses()
-        self._bytes = 0
+        self._checksum = 0
         self._began = time.perf_counter()
         self._earlier = 0.0
         self._limit = math.inf
@@ -658,7 +661,7 @@ class Run:
         self._losses = self._losses.after()
         self.records.append(record)
         if self.folder is not None:
-            self._bytes = self.folder.append(record)
+            self._checksum = self.folder.append(record, after=self._checksum)
         for observer in self.observers:
             observer.measured(record)
 
@@ -685,7 +688,7 @@ class Run:
                     "losses": list(vars(self._losses).values()),
                     "clock": self.clock.state(),
                     "measurer": self.measurer.state(),
-                    "metrics_bytes": self._bytes,
+                    "metrics_checksum": self._checksum,
                     "metrics_lines": len(self.records),
                     "seconds": self.seconds,
                     "measuring_seconds": self.measuring_seconds,
@@ -708,13 +711,25 @@ class Run:
         everything = {**state, **dict(objective.model.named_buffers()), **trained}
         return {name: t.detach().to("cpu", copy=copies) for name, t in everything.items() if isinstance(t, Tensor)}
 
-    @torch.no_grad()
     def restore(self, content: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            UsageError: If it belongs to another problem.
+            UsageError: If it belongs to another problem, or is not what `checkpoint` writes.
         """
+        try:
+            self._restore(content)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            assert self.folder is not None
+            raise UsageError(
+                f"--resume {self.folder.path}: the checkpoint is not what zoscope track wrote ({type(error).__name__}: "
+                f"{reason(error)}). Put a copy of checkpoint.pt back, or start anew with --overwrite."
+            ) from error
+
+    @torch.no_grad()
+    def _restore(self, content: Mapping[str, Any]) -> None:
         assert self.folder is not None
         where, run = self.folder.path, content["run"]
         own = {
@@ -733,15 +748,30 @@ class Run:
             tensor.copy_(model[name])
         self.stepper.load_state_dict(content["optimizer"])
         loss = self.objective.value()
-        if abs(loss - run["loss"]) > AGREEMENT * max(abs(loss), abs(run["loss"])):
+        apart = abs(loss - run["loss"]) / max(abs(loss), abs(run["loss"]), math.ulp(0.0))
+        if not apart <= AGREEMENT and not math.isnan(loss):
             raise UsageError(
                 f"--resume {where}: the loss at the checkpoint is {loss:.6g}, and was {run['loss']:.6g} when it was "
                 "written: the data or the loss function have changed. Expected the problem as it was."
             )
-        self.step, self._limit, self._bytes = run["step"], run["limit"], run["metrics_bytes"]
-        self._losses = Losses(*run["losses"])
+        self.step, self._limit = _step_of(run["step"], self.request.steps), float(run["limit"])
+        total, largest, count = run["losses"]
+        self._losses = Losses(float(total), float(largest), int(count))
         self.clock.restore(run["clock"])
         self.measurer.restore(run["measurer"])
-        self._earlier, self.measuring_seconds = run["seconds"], run["measuring_seconds"]
-        self.folder.truncate_metrics(self._bytes)
-        self.records = list(self.folder.read_records())
+        self._earlier, self.measuring_seconds = float(run["seconds"]), float(run["measuring_seconds"])
+        known = Known(int(run["metrics_lines"]), run.get("metrics_checksum"))
+        records, self._checksum = self.folder.recover_metrics(known)
+        self.records = list(records)
+        if len(self.records) < known.lines:
+            self.objective.notify(
+                "metrics-lost",
+                f"{self.folder.metrics} had lost its end: {known.lines - len(self.records):,} of the {known.lines:,} "
+                f"measurements before step {self.step:,} are missing. The training itself goes on from where it was.",
+            )
+
+
+def _step_of(value: Any, steps: int) -> int:
+    if not isinstance(value, int) or not 0 <= value <= steps:
+        raise ValueError(f"step is {value!r} of {steps}")
+    return value

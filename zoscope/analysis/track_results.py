@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Required,
+    TypedDict,
+    Union,
+    Unpack,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from zoscope._version import __version__
 from zoscope.analysis.request import RuleRequest
@@ -244,10 +257,81 @@ class Record(JsonObject):
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Record:
-        """What ``to_dict`` wrote; keys of newer versions are left out."""
-        known = {entry.name for entry in fields(cls)}
+        """What ``to_dict`` wrote; keys of newer versions are left out.
+
+        Raises:
+            ValueError: If it is anything else.
+        """
+        if not isinstance(document, Mapping) or "step" not in document or "loss" not in document:
+            raise ValueError("a measurement has a step and a loss")
+        hints = get_type_hints(cls)
+        for key, value in document.items():
+            if key in hints and not conforms(value, hints[key]):
+                raise ValueError(f"{key} is {value!r}")
+        if document["step"] < 0:
+            raise ValueError(f"step is {document['step']}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return cls(**{key: value for key, value in values.items() if key in hints})
+
+
+class SummaryProblem(TypedDict, total=False):
+    """What ``summary.json`` says of the problem."""
+
+    num_params: int
+    num_examples: int
+
+
+class SummaryNotice(TypedDict):
+    """A warning in ``summary.json``."""
+
+    code: str
+    message: str
+
+
+class Summary(TypedDict, total=False):
+    """What a reader takes from ``summary.json``, of a run or of a sweep."""
+
+    schema: Required[str]
+    spec: str | None
+    device: str
+    dtype: str
+    problem: SummaryProblem
+    every: int
+    status: str
+    reason: str
+    steps: int
+    seconds: float | None
+    measuring_seconds: float | None
+    warnings: list[SummaryNotice]
+
+
+def conforms(value: Any, hint: Any) -> bool:
+    """Whether a value out of a JSON document is of a type: what annotates a field of a result, or a ``TypedDict``."""
+    if hint is Any:
+        return True
+    if is_typeddict(hint):
+        hints = get_type_hints(hint)
+        return (
+            isinstance(value, Mapping)
+            and hint.__required_keys__ <= value.keys()
+            and all(conforms(item, hints[key]) for key, item in value.items() if key in hints)
+        )
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(conforms(value, choice) for choice in args)
+    if origin is tuple:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(args)
+            and all(conforms(item, kind) for item, kind in zip(value, args, strict=True))
+        )
+    if origin is list:
+        return isinstance(value, list) and all(conforms(item, args[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(conforms(item, args[1]) for item in value.values())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
 
 
 def require_precision(records: Sequence[Record], rtol: float) -> None:

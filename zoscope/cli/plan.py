@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 import zoscope
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, loading, visible, warn
+from zoscope.report.console import CleanConsole
 
 
 @takes_options("plan")
@@ -49,7 +48,7 @@ def planning(*, quiet: bool) -> Iterator[Callable[[str, float, float], None] | N
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=CleanConsole(stderr=True), transient=True) as progress:
         task = progress.add_task("first guess", total=1)
         current = ""
 

@@ -24,6 +24,7 @@ from zoscope.config.load import (
 )
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, nearest, read_yaml, suggest
 from zoscope.errors import UsageError
+from zoscope.files import read_text, reason, resolved
 from zoscope.options import MOST, left_open
 from zoscope.registry import OPTIMIZERS
 
@@ -145,28 +146,39 @@ def read_track_config(file: Path) -> dict[str, Any]:
         UsageError: If the file cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        values = TRACK.read(parse_track_config(file), "")
     except FileNotFoundError:
         raise UsageError(f"--config: there is no file {file}. Expected a YAML file with options of a run.") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{shown_path(file)} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
-        raise UsageError(f"--config: cannot read {file} ({error.strerror}).") from None
-    try:
-        tree = read_yaml(text)
-        if not isinstance(tree.value, Mapping):
-            raise InvalidError.at(
-                tree, f"a configuration is a mapping with {', '.join(TRACK.names)}; got {tree.described}."
-            )
-        values = TRACK.read(tree, "")
-    except InvalidError as error:
-        raise ConfigError(shown_path(file), error.issues) from None
-    folder = file.resolve().parent
+        raise UsageError(f"--config: cannot read {file} ({reason(error)}).") from None
+    folder = resolved(file).parent
     if "spec" in values:
         values["spec"] = absolute_spec(values["spec"], folder)
     if "checkpoint" in values:
         values["checkpoint"] = os.path.normpath(folder / values["checkpoint"])
     return {key: value for key, value in values.items() if not key.startswith("x-")}
+
+
+def parse_track_config(file: Path) -> Node:
+    """The options in a configuration of a run as they stand there, each of them known to be valid.
+
+    Raises:
+        ConfigError: With every mistake in the file and its line.
+        UsageError: If it is not text.
+        OSError: If the file cannot be read.
+    """
+    try:
+        tree = read_yaml(read_text(file))
+        if not isinstance(tree.value, Mapping):
+            raise InvalidError.at(
+                tree, f"a configuration is a mapping with {', '.join(TRACK.names)}; got {tree.described}."
+            )
+        TRACK.read(tree, "")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown_path(file)} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except InvalidError as error:
+        raise ConfigError(shown_path(file), error.issues) from None
+    return tree
 
 
 def read_track_option(name: str, value: object) -> Any:
@@ -303,10 +315,10 @@ def load_hf_args(file: Path) -> HfArguments:
         UsageError: If the file cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"--hf-args: cannot read {file} ({reason}). Expected a JSON or YAML file.") from None
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UsageError(f"--hf-args: cannot read {file} ({why}). Expected a JSON or YAML file.") from None
     try:
         tree = _read_json(text) if file.suffix == ".json" else read_yaml(text)
         if not isinstance(tree.value, Mapping):
