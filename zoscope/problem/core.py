@@ -16,7 +16,7 @@ from zoscope.problem import data
 from zoscope.problem.data import CriterionLoss, LossFunction, Metric
 from zoscope.problem.distributed import prepared
 from zoscope.problem.model import Selection, select, unwrapped
-from zoscope.problem.objective import Objective
+from zoscope.problem.objective import Notice, Objective
 from zoscope.problem.session import AUTOCAST
 from zoscope.runtime import HALF, collective, without_autocast
 
@@ -76,6 +76,7 @@ class Problem:
         self.name: str | None = None
         self.params = params
         self.batch_size_of = batch_size_of
+        self.notices: tuple[Notice, ...] = ()  # what a reader of every result should know
         self.own_device_only = False
         self.shared: Problem | None = None  # the one that all ranks of a job have loaded
         self._source = batches

@@ -468,7 +468,7 @@ def select(model: nn.Module, regex: str | None, *, sharded: bool = False) -> Sel
                 refuse_offloaded(name)
             continue
         _refuse_unusable(name, parameter, sharded=sharded)
-        first, twin = first_of.setdefault(_place(parameter), (name, parameter))
+        first, twin = first_of.setdefault(place(parameter), (name, parameter))
         if parameter is not twin:
             aliases.append((name, first))
         if wanted and parameter.is_floating_point():
@@ -480,7 +480,8 @@ def select(model: nn.Module, regex: str | None, *, sharded: bool = False) -> Sel
     return Selection(tuple(chosen), tuple(pair for pair in aliases if pair[1] in chosen), num_params)
 
 
-def _place(parameter: Tensor) -> Any:
+def place(parameter: Tensor) -> Any:
+    """What two tensors share that are the same numbers: the memory, the type and the layout."""
     whole, parameter = parameter, local(parameter)
     if parameter.numel() == 0 or parameter.device.type == "meta":
         return id(whole)

@@ -289,6 +289,7 @@ class Preparation:
             dtype=dtype,
         )
         objective.metrics = problem.metrics
+        objective.warnings.extend(problem.notices)
         objective.on_host, objective.batch_dtype = on_host or spread, precision
         _note_precision(objective, halves, on_host, converted=precision is not None)
         _note_sizes(objective)
