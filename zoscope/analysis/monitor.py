@@ -21,7 +21,7 @@ from zoscope.analysis.track_measuring import Measurer, Moment
 from zoscope.analysis.track_results import TrackRequest, require_precision
 from zoscope.config.load import Schedule
 from zoscope.errors import UsageError
-from zoscope.optim.optimizers import ZeroOrderOptimizer
+from zoscope.optim.optimizers import ZeroOrderOptimizer, loss_of
 from zoscope.options import OPTIONS, MonitorOptions, checked_argument, keywords
 from zoscope.problem import Notice
 from zoscope.problem.core import Measurable
@@ -389,7 +389,7 @@ class ForwardMonitor:
             self._steps += 1
             return None
         with torch.no_grad():
-            loss = float(closure())
+            loss = float(loss_of(closure))
         self._optimizer.step(closure)
         pairs = self._optimizer.evaluations
         return self.observe(

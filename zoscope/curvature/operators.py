@@ -372,7 +372,8 @@ def _one_by_one(objective: Objective, vectors: Tensor, product: Callable[[tuple[
 def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -> Tensor:
     point = tuple(p.detach() for p in objective.params)
     gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
-    return _one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
+    with _SquaredErrorByHand():
+        return _one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
 
 
 def _linearized(objective: Objective, shard: Shard) -> Products:
@@ -385,7 +386,10 @@ def _linearized(objective: Objective, shard: Shard) -> Products:
 
 
 class _SquaredErrorByHand(TorchFunctionMode):
-    """``mse_loss`` as a difference that is squared: torch 2.13 crashes, without an exception, when it linearizes it."""
+    """``mse_loss`` as a difference that is squared.
+
+    Torch 2.13 crashes, without an exception, when it linearizes it, and has no derivative of it forward over reverse.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -637,9 +641,6 @@ class HessianOperator(ShardOperator):
         whether ``uᵀHv = vᵀHu`` too.
         """
         first = self._attempt(vector)
-        if self.method == "linearize":
-            first = super()._sum(vector)  # some operations write into what its graph keeps: from the second call on
-            self._count += 1
         self.release()
         again = None if self.method in (None, "double-backward") else self._by_double_backward(vector)
         self._count += 1
@@ -666,27 +667,41 @@ class HessianOperator(ShardOperator):
             self.release()
 
     def _attempt(self, vector: Tensor) -> Tensor:
+        """A product by the method in use; by another one, which is said, where torch fails at it."""
         try:
-            return super()._sum(vector)
+            first = super()._sum(vector)
+            if self.method == "linearize":
+                self._count += 1
+                first = super()._sum(vector)  # some operations write into what its graph keeps: from the second call on
+            return first
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             failure = error
-        if not self._chosen_by_user:
-            self.method = "forward-over-reverse"
-            self.release()
+        chosen = self.method
+        self.method = "double-backward" if self._chosen_by_user else "forward-over-reverse"
+        self.release()
+        if chosen != self.method:
             try:
                 result = super()._sum(vector)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
+                failure = error if self._chosen_by_user else failure
             else:
-                self.objective.notify(
-                    "hvp-fallback",
-                    "The loss has no double backward: Hessian-vector products are computed forward over reverse.",
-                )
+                self._say_fallback(chosen, failure)
                 return result
         raise SpecError(cannot_differentiate(failure)) from failure
+
+    def _say_fallback(self, chosen: str | None, failure: RuntimeError) -> None:
+        said = "The loss has no double backward: Hessian-vector products are computed forward over reverse."
+        if self._chosen_by_user:
+            first = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            said = (
+                f"--hvp {chosen} fails for this loss (torch says '{first}'): Hessian-vector products are computed by "
+                "double-backward."
+            )
+        self.objective.notify("hvp-fallback", said)
 
     def _timed(self, vectors: Tensor) -> Tensor:
         """Keep the faster of two methods for blocks of vectors, of those that agree with double backward."""

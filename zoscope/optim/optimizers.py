@@ -111,7 +111,7 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"{type(self).__name__}.step needs a closure that returns the loss")
         layout = self._current_layout()
         layout.perturbation.begin()
-        here = float(_detached(closure())) if self.one_sided else None
+        here = float(loss_of(closure)) if self.one_sided else None
         keep = sum(b.size for b in layout.blocks) <= KEPT_SIZE and not layout.perturbation.overwrites
         directions: list[Direction] = []
         evaluations: list[tuple[float, float]] = []
@@ -141,13 +141,13 @@ class ZeroOrderOptimizer(Optimizer):
             layout.perturbation.plus(index, direction.part(index))
         sign = 1
         try:
-            above = _detached(closure())
+            above = loss_of(closure)
             if here is not None:
                 return float(above), here
             for index in blocks:
                 layout.perturbation.minus(index, direction.part(index))
             sign = -1
-            below = _detached(closure())
+            below = loss_of(closure)
         except BaseException:
             _restore(layout, direction, sign=sign)
             raise
@@ -201,6 +201,17 @@ class ZeroOrderOptimizer(Optimizer):
         stream = state.pop("stream")
         super().load_state_dict(state)
         self._generator.set_state(stream.cpu())
+
+
+def loss_of(closure: Closure) -> float | Tensor:
+    """What a closure returns without gradients; with them where it takes derivatives itself, and fails without."""
+    try:
+        return _detached(closure())
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return _detached(closure())
 
 
 def _detached(loss: float | Tensor) -> float | Tensor:

@@ -64,6 +64,10 @@ def _check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
         _check_gradient(objective, loss)
     del loss
     again = _check_all(objective)
+    if differentiable and not _agree(objective, value, again) and not objective.differentiates:
+        # Some losses are others where gradients are off: training has them on.
+        objective.differentiates = True
+        again = _check_all(objective)
     _refuse_random(objective, value, again, active, drew)
     _check_mean(objective, value, cut=cut)
 
@@ -181,9 +185,12 @@ def _check_all(objective: Objective) -> float:
     return values[0]
 
 
+def _agree(objective: Objective, a: float, b: float) -> bool:
+    return a == b or abs(a - b) <= _AGREEMENT.get(objective.dtype, 2e-2) * max(abs(a), abs(b))
+
+
 def _refuse_random(objective: Objective, a: float, b: float, active: ActiveLayers, drew: bool) -> None:
-    tolerance = _AGREEMENT.get(objective.dtype, 2e-2)
-    if a == b or abs(a - b) <= tolerance * max(abs(a), abs(b)):
+    if _agree(objective, a, b):
         return
     if active.random:
         cause = f"{some(list(active.random.values()))} is active in train mode"
