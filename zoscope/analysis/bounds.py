@@ -117,7 +117,8 @@ def _missed_notices(measurement: Measurement) -> Iterable[Notice]:
     entry, nonsmooth = next(iter(measurement.operators.values())), measurement.nonsmooth
     if entry.operator.startswith("preconditioned"):  # it has other units, in which only their ratio is known
         nonsmooth = replace(nonsmooth, trace=Estimate(0.0))
-    yield from notices.nonsmooth_notices(entry.curvature, nonsmooth)
+    found = entry.curvature
+    yield from notices.nonsmooth_notices(nonsmooth, trace=found.trace.value, positive=found.trace_positive.value)
 
 
 def _growth(

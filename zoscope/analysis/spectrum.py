@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from zoscope.analysis import notices
-from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient
+from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient, notify_unseen
 from zoscope.analysis.request import CurvatureSession, MeasureRequest, Progress, curvature_session
 from zoscope.analysis.thresholds import CURVATURE
 from zoscope.curvature.moments import measure_moments
@@ -158,6 +158,9 @@ def _spectrum(session: CurvatureSession, *, top: int, by_layer: bool) -> Spectru
     )
     flat = not bool(g.any()) and curvature.frobenius_sq.value == 0
     jump = find_jump(objective, seed=request.seed) if flat else None
+    if jump is None:
+        trace, positive = curvature.trace.value, curvature.trace_positive.value
+        notify_unseen(objective, operator, request, trace=trace, positive=positive)
     found = finest_density(
         curvature.spectrum,
         tolerance=DENSITY_TOLERANCE * request.rtol,
@@ -325,6 +328,9 @@ def moments(
         )
         flat = not bool(g.any()) and found.frobenius_sq.value == 0
         jump = find_jump(objective, seed=request.seed) if flat else None
+        if jump is None:
+            trace = found.trace.value
+            notify_unseen(objective, operator, request, trace=trace, positive=max(trace, 0.0))
         return MomentsResult(
             rtol=request.rtol,
             operator=request.curvature,
