@@ -191,6 +191,22 @@ class ZeroOrderOptimizer(Optimizer):
             self._layout = _Layout(key, params, blocks, [n for n, _ in cut], perturbation)
         return self._layout
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and ``pickle``: what PyTorch keeps, the options, and where the directions are."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "stream": (str(self._generator.device), self._generator.get_state())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` gave; also called by ``load_state_dict``, with less of it."""
+        state = dict(state)
+        stream = state.pop("stream", None)
+        super().__setstate__(state)
+        self._layout = None
+        if stream is not None:
+            device, position = stream
+            self._generator = torch.Generator(device=device)
+            self._generator.set_state(position.cpu())
+
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with the state of the direction stream under ``stream``."""
         return {**super().state_dict(), "stream": self._generator.get_state()}
@@ -201,6 +217,10 @@ class ZeroOrderOptimizer(Optimizer):
         stream = state.pop("stream")
         super().load_state_dict(state)
         self._generator.set_state(stream.cpu())
+
+
+_KEPT = ("mu", "queries", "directions", "restore", "one_sided", "evaluations", "_rule")
+"""Attributes of a zeroth-order optimizer that its copies share."""
 
 
 def loss_of(closure: Closure) -> float | Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,20 @@ def test_an_optimizer_of_accelerate_is_looked_into() -> None:
         zoscope.StabilityMonitor(p, o, device="cpu").step().ratio for p, o in ((problem, bare), (around, optimizer))
     ]
     assert found[0] == pytest.approx(found[1])
+
+
+def parabola(x: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(1.0, 4.0) * x.square()).sum()
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor))])
+def test_monitors_are_copied_with_what_they_watch(twin) -> None:
+    problem = zoscope.Problem.from_function(parabola, torch.ones(3))
+    optimizer = zoscope.ZOGD(problem.model.parameters(), lr=1e-2, queries=8)
+    stable = zoscope.StabilityMonitor(problem, optimizer, every=1, device="cpu")
+    stable.step()
+    other = twin(stable)
+    assert other.step().to_dict() == stable.step().to_dict()
+    forward = zoscope.ForwardMonitor(optimizer)
+    other = twin(forward)  # with an optimizer and parameters of its own
+    assert other.step(lambda: parabola(torch.ones(3))).trace == forward.step(lambda: parabola(torch.ones(3))).trace
