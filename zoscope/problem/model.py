@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.problem import pytree as nest
 
 if TYPE_CHECKING:
     from zoscope.problem.data import LossFunction
@@ -507,6 +508,13 @@ def _refuse_overlap(parameters: dict[str, Tensor]) -> None:
     for name, p in ((name, local(parameter)) for name, parameter in parameters.items()):
         if p.numel():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            if extent < p.numel():
+                raise SpecError(
+                    f"The elements of parameter '{name}' share memory (it is expanded: shape {tuple(p.shape)} on "
+                    f"{extent} numbers), so they are not independent: expected one number for each. Use "
+                    "nn.Parameter(tensor.clone()), or keep the small tensor as the parameter and expand it in the "
+                    "forward pass."
+                )
             spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), name))
     spans.sort()
     for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
@@ -539,7 +547,7 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype | None) -> A
     """
     try:
         with torch.no_grad():  # scripted modules copy by operations that are recorded otherwise
-            return copy.deepcopy(module).to(device=device, dtype=dtype)
+            return copy.deepcopy(module, _computed(module, device, dtype)).to(device=device, dtype=dtype)
     except Exception as error:
         if runtime.is_out_of_memory(error):
             raise NumericalError(
@@ -557,6 +565,20 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype | None) -> A
             f"The {type(module).__name__} cannot be copied to {device}{_in(dtype)} "
             f"({type(error).__name__}: {error}). {remedy}"
         ) from error
+
+
+def _computed(module: Any, device: torch.device, dtype: torch.dtype | None) -> dict[int, Any]:
+    """Copies of tensors that modules keep and that are no leaves, which ``deepcopy`` refuses, by their identity.
+
+    Pruning, and weight and spectral norm of the older kind, compute a weight before each forward pass and leave it
+    where the parameter was.
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        return {}
+    kept = [leaf for m in module.modules() for leaf in nest.leaves(vars(m)) if isinstance(leaf, Tensor)]
+    return {
+        id(t): t.detach().clone().to(device, dtype if t.is_floating_point() else None) for t in kept if not t.is_leaf
+    }
 
 
 def _in(dtype: torch.dtype | None) -> str:
