@@ -199,7 +199,7 @@ def _read(spec: str, settings: Mapping[str, Any], params: str | None, checkpoint
             problem = problem.with_params(params)
         _ = problem.counts  # read the batches while the spec's folder is importable
         if checkpoint is not None:
-            load_checkpoint(problem.model, checkpoint)
+            problem.notices += load_checkpoint(problem.model, checkpoint)
     return LoadedSpec(problem, spec, Path(file) if file else None)
 
 
