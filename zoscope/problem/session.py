@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,9 @@ def _does_not_fit(objective: Objective, needed: float) -> str:
     )
 
 
+_SESSIONS = threading.RLock()
+"""Sessions of several threads follow each other: they set switches of the whole process, and may move one model."""
+
 OWN_DTYPE = "own"
 """Every tensor in the dtype that it has: nothing is copied or converted."""
 
@@ -148,6 +152,7 @@ def prepared_here(
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"--micro-batch {micro_batch}: expected at least 1.")
     with ExitStack() as stack:
+        stack.enter_context(_SESSIONS)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(runtime.memory_limit(max_memory))
