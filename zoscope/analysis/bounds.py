@@ -19,16 +19,19 @@ from zoscope.theory.quadratic import one_sided_mu
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
-    from zoscope.problem import Objective, Problem
+    from zoscope.analysis.request import ProblemLike
+    from zoscope.problem import Objective
 
 
-def bounds(problem: Problem, *, on_progress: Progress | None = None, **options: Unpack[BoundsOptions]) -> BoundsResult:
+def bounds(
+    problem: ProblemLike, *, on_progress: Progress | None = None, **options: Unpack[BoundsOptions]
+) -> BoundsResult:
     """First- and zeroth-order step-size bounds of a problem, from the curvature where its model stands.
 
     The problem comes back as it was: parameters, buffers, modes, ``.grad`` and the global generators.
 
     Args:
-        problem: Model, batches and loss.
+        problem: Model, batches and loss; a function that returns them, or a spec, such as ``"model.py"``.
         on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
         **options: Those of ``zoscope bounds``: ``examples/guide/options.md`` has types, defaults and ranges. With
             ``curvature="forward"`` derivatives of the loss are not taken, the memory is that of inference, and

@@ -33,6 +33,7 @@ from zoscope.theory.spectrum import Estimate, require_count, require_positive
 from zoscope.theory.stability import Interval, forward_only_bounds
 
 if TYPE_CHECKING:
+    from zoscope.analysis.request import ProblemLike
     from zoscope.analysis.track_results import Record
     from zoscope.problem import Objective, Problem
 
@@ -547,7 +548,7 @@ class StabilityMonitor:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: ProblemLike,
         optimizer: Optimizer | Sequence[Optimizer] | str,
         *,
         name: str | None = None,
