@@ -412,8 +412,8 @@ class _Translator:
         node = self._number("weight_decay")
         if node is None or not _as_float(node) > 0:
             return None
-        known = optimizer is not None and str(optimizer.value).removeprefix("zo-") in OPTIMIZERS
-        if known and "weight_decay" in OPTIMIZERS[str(optimizer.value).removeprefix("zo-")].options:
+        record = OPTIMIZERS.get("" if optimizer is None else str(optimizer.value).removeprefix("zo-"))
+        if record is not None and "weight_decay" in record.options:
             return node
         self._notices.append(
             f"weight_decay {_as_float(node):g} is not in the thresholds: it adds to them where it is not small beside "
