@@ -218,3 +218,43 @@ def test_expanded_parameters_are_refused_with_the_reason():
     for curvature in ("hessian", "forward"):
         with pytest.raises(zoscope.SpecError, match=r"'weight' share memory \(it is expanded"):
             zoscope.bounds(problem, curvature=curvature, device="cpu")
+
+
+class RoundedProduct(torch.autograd.Function):
+    """As int8 layers multiply: rows of inputs are rounded, and gradients pass that by."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        unit = x.abs().amax(-1, keepdim=True) / 127
+        return (x / unit).round() @ weight.T.float() * unit * scale
+
+    @staticmethod
+    def backward(ctx, slope):
+        weight, scale = ctx.saved_tensors
+        return (slope * scale) @ weight.float(), None, None
+
+
+class Linear8bit(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        full = torch.randn(outputs, inputs)
+        self.register_buffer("scale", full.abs().amax(1) / 127)
+        rounded = (full / self.scale[:, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.down, self.up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+
+    def forward(self, x):
+        return RoundedProduct.apply(x, self.weight, self.scale) + self.up(self.down(x))
+
+
+def test_adapters_on_a_quantised_base_are_measured_by_forward_passes_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear8bit(4, 6), nn.Tanh(), Linear8bit(6, 2))
+    problem = zoscope.Problem.from_criterion(model, [(torch.randn(16, 4), torch.randn(16, 2))], nn.MSELoss())
+    found = zoscope.bounds(problem, curvature="forward", device="cpu")
+    assert found.problem.num_params == 4 * 2 + 2 * 6 + 6 * 2 + 2 * 2
+    assert found.forward.trace.stderr > 0
+    for curvature in ("hessian", "ggn"):
+        with pytest.raises(SpecError, match=r"Linear8bit '0' are quantised \(int8\).*--curvature forward"):
+            zoscope.bounds(problem, curvature=curvature, device="cpu")

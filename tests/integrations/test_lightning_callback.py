@@ -85,3 +85,18 @@ def test_the_optimizer_that_holds_the_parameters_counts(name: str | None) -> Non
     trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=8))
     assert callback.records[0].lr == 0.2
     assert callback.records[0].ratio == pytest.approx(0.2 / expected, rel=1e-4)
+
+
+def test_models_and_optimizers_of_fabric_are_looked_into() -> None:
+    from lightning.fabric import Fabric
+
+    torch.manual_seed(0)
+    net, data = nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1))
+    bare = torch.optim.SGD(net.parameters(), lr=0.1)
+    fabric = Fabric(accelerator="cpu")
+    model, optimizer = fabric.setup(net, bare)
+    found = []
+    for watched, by in ((net, bare), (model, optimizer)):
+        problem = zoscope.Problem.from_criterion(watched, data, nn.MSELoss())
+        found.append(zoscope.StabilityMonitor(problem, by, device="cpu").step().ratio)
+    assert found[0] == pytest.approx(found[1])

@@ -261,6 +261,8 @@ def differing(groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Constants in which parameter groups differ from the first one, beside the step size; that one's are used."""
     first, *others = groups
     names = dict.fromkeys(("momentum", *(name for record in OPTIMIZERS.values() for name in record.options)))
+    if "betas" in first:  # of Adam it is in no threshold
+        names.pop("weight_decay", None)
     return tuple(name for name in names if any(group.get(name) != first.get(name) for group in others))
 
 
@@ -750,8 +752,8 @@ class StabilityMonitor:
             self._other_loss = Notice(
                 "other-loss",
                 f"The first losses of the loop are {mean:.3g} on average, and the problem's loss is {known[0]:.3g} "
-                "there: what is measured may not be what is trained. Compare the loss functions (class weights, sums "
-                "in place of means, further terms), the data, and dropout.",
+                "there: what is measured may not be what is trained. Compare the loss functions (class weights, further "
+                "terms, sums in place of means, as over accumulated batches), the data, and dropout.",
             )
 
     def _write(self, record: Record) -> None:

@@ -270,6 +270,24 @@ def refuse_spread(model: nn.Module) -> None:
         )
 
 
+def refuse_quantised(model: nn.Module) -> None:
+    """See that derivatives are not taken of layers with quantised weights.
+
+    Raises:
+        SpecError: If a parameter is of integers, as in the int8 and 4-bit layers of bitsandbytes.
+    """
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in (torch.int8, torch.uint8):
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise SpecError(
+                    f"The weights of {type(module).__name__} '{prefix or name}' are quantised ({kind}). Such layers "
+                    "round on the way, and what they pass back leaves the rounding out: their second derivatives are "
+                    "not those of the loss. Use --curvature forward, which takes the model as it is, or load the base "
+                    "in float32 or bfloat16."
+                )
+
+
 def refuse_ranks(model: nn.Module) -> None:
     """See that only one process uses a model on several devices.
 
@@ -380,14 +398,19 @@ class ShardedGroup:
         return -self.ranks.smallest(-number)
 
 
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "_FabricModule": "_original_module",
+}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 def wrapped(module: nn.Module) -> nn.Module | None:
-    """What a torch.compile, DistributedDataParallel or DataParallel wrapper holds; None for another module."""
+    """What a wrapper of torch (compile, DistributedDataParallel, DataParallel) or Fabric holds; None for others."""
     for kind in type(module).__mro__:
-        if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+        if kind.__name__ in _WRAPPERS and kind.__module__.startswith(("torch.", "lightning")):
             inner = getattr(module, _WRAPPERS[kind.__name__])
             assert isinstance(inner, nn.Module)
             return inner

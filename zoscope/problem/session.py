@@ -25,6 +25,7 @@ from zoscope.problem.model import (
     entrance,
     is_sharded,
     refuse_partly_sharded,
+    refuse_quantised,
     refuse_ranks,
     refuse_spread,
     restored,
@@ -195,6 +196,7 @@ def _refuse(model: nn.Module, *, differentiable: bool, ranked: bool) -> None:
     """Refuse a model whose parts are on several devices or processes where that cannot be."""
     if differentiable:
         refuse_spread(model)
+        refuse_quantised(model)
     if ranked:
         refuse_ranks(model)
 
