@@ -752,8 +752,8 @@ class StabilityMonitor:
             self._other_loss = Notice(
                 "other-loss",
                 f"The first losses of the loop are {mean:.3g} on average, and the problem's loss is {known[0]:.3g} "
-                "there: what is measured may not be what is trained. Compare the loss functions (class weights, further "
-                "terms, sums in place of means, as over accumulated batches), the data, and dropout.",
+                "there: what is measured may not be what is trained. Compare the loss functions (class weights, "
+                "further terms, sums in place of means, as over accumulated batches), the data, and dropout.",
             )
 
     def _write(self, record: Record) -> None:
