@@ -251,6 +251,27 @@ def test_a_sum_over_examples_is_noticed() -> None:
     assert codes(summed, batches=[(X[:1], Y[:1])]) == []
 
 
+def test_a_sum_says_by_how_much_its_step_sizes_differ() -> None:
+    with Problem(linear(), [(X, Y)], summed).prepare(device="cpu") as objective:
+        assert f"are {len(X)} times as large" in objective.warnings[0].message
+
+
+@pytest.mark.parametrize("options", [{"weight": torch.tensor([1.0, 30.0])}, {"ignore_index": 0}])
+def test_means_that_weigh_classes_are_noticed_over_several_batches(options: dict[str, Any]) -> None:
+    x, y = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 1, 0])
+    criterion = nn.CrossEntropyLoss(**options)
+    for batches, expected in ([(x, y)], []), ([(x[:3], y[:3]), (x[3:], y[3:])], ["not-a-mean"]):
+        with Problem.from_criterion(linear(), batches, criterion).prepare(device="cpu") as objective:
+            assert [notice.code for notice in objective.warnings] == expected
+
+
+def test_batch_norm_in_train_mode_is_noticed() -> None:
+    model = nn.Sequential(linear(), nn.BatchNorm1d(2))
+    for mode, expected in (True, ["batch-statistics"]), (False, []):
+        with Problem(model.train(mode), [(X, Y)], mean_loss).prepare(device="cpu") as objective:
+            assert [notice.code for notice in objective.warnings] == expected
+
+
 def test_a_mean_with_a_penalty_is_still_a_mean() -> None:
     assert codes(lambda m, b: mean_loss(m, b) + m.weight.square().sum()) == []
 
@@ -298,7 +319,7 @@ def test_train_mode_batch_norm_with_several_shards_is_refused() -> None:
 def test_train_mode_batch_norm_with_one_batch_is_measured_and_never_cut() -> None:
     with Problem(Noisy(nn.BatchNorm1d(3)).train(), [(X, Y)], mean_loss).prepare(device="cpu") as objective:
         assert not objective.refine()
-        assert objective.warnings == []
+        assert [notice.code for notice in objective.warnings] == ["batch-statistics"]
 
 
 def test_eval_mode_batch_norm_may_be_cut() -> None:

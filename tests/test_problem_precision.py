@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import zoscope
 from zoscope import SpecError
@@ -181,3 +182,79 @@ def test_a_monitor_of_a_live_half_precision_model_measures_in_float32():
         assert record.precision == 0
         assert math.isfinite(record.trace)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "kind", [pruned, nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_networks_that_compute_their_weights_are_copied(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(nn.Linear(4, 5)), nn.Tanh(), kind(nn.Linear(5, 2))).eval()
+    x = torch.randn(8, 4)
+    model.seen = {"outputs": [model(x)]}  # a graph of an earlier pass, kept for some reason
+    problem = zoscope.Problem.from_criterion(model, [(x, torch.randn(8, 2))], nn.MSELoss())
+    single, double = (zoscope.bounds(problem, optimizers=["gd"], dtype=d, device="cpu") for d in ("float32", "float64"))
+    assert double.dtype == "float64"
+    traces = [result.curvature["hessian"].trace.value for result in (single, double)]
+    assert traces[0] == pytest.approx(traces[1], rel=1e-3, abs=1e-3)
+
+
+def test_expanded_parameters_are_refused_with_the_reason():
+    class Expanded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 3).expand(2, 3))
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    problem = zoscope.Problem.from_criterion(Expanded(), [(torch.ones(4, 3), torch.ones(4, 2))], nn.MSELoss())
+    for curvature in ("hessian", "forward"):
+        with pytest.raises(zoscope.SpecError, match=r"'weight' share memory \(it is expanded"):
+            zoscope.bounds(problem, curvature=curvature, device="cpu")
+
+
+class RoundedProduct(torch.autograd.Function):
+    """As int8 layers multiply: rows of inputs are rounded, and gradients pass that by."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        unit = x.abs().amax(-1, keepdim=True) / 127
+        return (x / unit).round() @ weight.T.float() * unit * scale
+
+    @staticmethod
+    def backward(ctx, slope):
+        weight, scale = ctx.saved_tensors
+        return (slope * scale) @ weight.float(), None, None
+
+
+class Linear8bit(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        full = torch.randn(outputs, inputs)
+        self.register_buffer("scale", full.abs().amax(1) / 127)
+        rounded = (full / self.scale[:, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.down, self.up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+
+    def forward(self, x):
+        return RoundedProduct.apply(x, self.weight, self.scale) + self.up(self.down(x))
+
+
+def test_adapters_on_a_quantised_base_are_measured_by_forward_passes_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear8bit(4, 6), nn.Tanh(), Linear8bit(6, 2))
+    problem = zoscope.Problem.from_criterion(model, [(torch.randn(16, 4), torch.randn(16, 2))], nn.MSELoss())
+    found = zoscope.bounds(problem, curvature="forward", device="cpu")
+    assert found.problem.num_params == 4 * 2 + 2 * 6 + 6 * 2 + 2 * 2
+    assert found.forward.trace.stderr > 0
+    for curvature in ("hessian", "ggn"):
+        with pytest.raises(SpecError, match=r"Linear8bit '0' are quantised \(int8\).*--curvature forward"):
+            zoscope.bounds(problem, curvature=curvature, device="cpu")

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import zoscope
 from zoscope import Problem, SpecError
 from zoscope.problem import Objective
 
@@ -393,3 +395,21 @@ def test_cuda_is_used_and_its_generator_restored() -> None:
     with problem_of(model).prepare(device="cpu") as objective:
         assert on_gpu == pytest.approx(objective.value(), rel=1e-5)
     assert torch.equal(state, torch.cuda.get_rng_state())
+
+
+def test_threads_measure_one_problem_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    problem = Problem.from_criterion(model, [(torch.randn(8, 4), torch.randn(8, 2))], nn.MSELoss())
+
+    def switches() -> tuple[Any, ...]:
+        backends: Any = torch.backends
+        return backends.mkldnn.matmul.fp32_precision, backends.mha.get_fastpath_enabled(), torch.get_num_threads()
+
+    def trace(_: int) -> float:
+        return zoscope.bounds(problem, optimizers=["gd"], curvature="forward", device="cpu").forward.trace.value
+
+    before, alone = switches(), trace(0)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(trace, range(6))) == [alone] * 6
+    assert switches() == before

@@ -1,5 +1,6 @@
 """SPEC: found, loaded, called; and what is said when it is not."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import zoscope
 from zoscope import Problem, SpecError, UsageError
 from zoscope.spec import LoadedSpec, load_spec, parse_settings, resolve_spec
 
@@ -454,10 +456,45 @@ def test_a_checkpoint_that_does_not_exist_or_has_another_suffix_is_a_usage_error
     write(GOOD)
     saved(state(), "weights.pt")
     assert "Did you mean weights.pt?" in str(refusal("tiny.py", UsageError, checkpoint=Path("weight.pt")))
-    write("", "w.ckpt")
-    assert "expected a state dict as .pt, .pth, .bin or .safetensors" in str(
-        refusal("tiny.py", UsageError, checkpoint=Path("w.ckpt"))
+    write("", "w.npz")
+    assert "expected a state dict as .pt, .pth, .bin, .ckpt or .safetensors" in str(
+        refusal("tiny.py", UsageError, checkpoint=Path("w.npz"))
     )
+
+
+def test_a_name_in_front_of_all_names_is_found_and_said() -> None:
+    write(GOOD)
+    inside = {f"net.{name}": tensor for name, tensor in state().items()}
+    content = {"state_dict": {**inside, "criterion.weight": torch.ones(3)}, "epoch": 3, "callbacks": {}}
+    problem = load("tiny.py", checkpoint=saved(content, "w.ckpt")).problem
+    assert problem.model.get_parameter("weight").eq(2).all()
+    (notice,) = problem.notices
+    assert "begin with 'net.'" in notice.message
+    assert "criterion.weight left out" in notice.message
+    assert notice in zoscope.bounds(problem, device="cpu").warnings
+    twice = {**inside, **{f"average.{name}": tensor for name, tensor in state().items()}}
+    assert "holds the model 2 times" in str(refusal("tiny.py", checkpoint=saved(twice)))
+
+
+def test_a_name_in_front_of_the_models_names_is_found_and_said() -> None:
+    write(GOOD.replace("nn.Linear(3, width)", "nn.Sequential(nn.Linear(3, width))"))
+    problem = load("tiny.py", checkpoint=saved(state())).problem
+    assert problem.model.get_parameter("0.weight").eq(2).all()
+    assert "begin with '0.'" in problem.notices[0].message
+
+
+def test_the_folder_of_a_training_checkpoint_is_looked_into(tmp_path: Path) -> None:
+    write(GOOD)
+    Path("checkpoint-100").mkdir()
+    saved({"momentum": torch.zeros(1)}, "checkpoint-100/optimizer.pt")
+    assert "a folder without weights" in str(refusal("tiny.py", UsageError, checkpoint=Path("checkpoint-100")))
+    for name, tensor in state().items():
+        saved({name: tensor}, f"checkpoint-100/model-{name}.safetensors")
+    index = {"weight_map": {name: f"model-{name}.safetensors" for name in state()}}
+    Path("checkpoint-100/model.safetensors.index.json").write_text(json.dumps(index))
+    assert load("tiny.py", checkpoint=Path("checkpoint-100")).problem.model.get_parameter("weight").eq(2).all()
+    Path("checkpoint-100/model.safetensors.index.json").write_text("[]")
+    assert "not a readable index" in str(refusal("tiny.py", checkpoint=Path("checkpoint-100")))
 
 
 def test_without_safetensors_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from zoscope._version import __version__
+from zoscope.errors import UsageError
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.console import RenderableType
 
     from zoscope.problem import Notice
@@ -60,6 +63,10 @@ def _shown(value: Any) -> str:
     return " ".join(entry.name for entry in fields(value) if entry.repr)
 
 
+LISTED = ("optimizers", "records", "runs", "checks", "curve", "top")
+"""Keys of documents with what results list; the first one that is there is the table of `to_frame`."""
+
+
 class JsonObject:
     """A dataclass with a JSON object: of the attributes in ``keys``, or of all fields that its ``repr`` shows."""
 
@@ -69,6 +76,14 @@ class JsonObject:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object: numbers, strings and null only."""
         return pick(self, self.keys or _shown(self))
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The same as text.
+
+        Args:
+            indent: Spaces by which nested parts stand apart; ``None`` for one line.
+        """
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 class RichResult(JsonObject):
@@ -87,6 +102,25 @@ class RichResult(JsonObject):
         from zoscope.report.style import to_text
 
         return to_text(self).rstrip()
+
+    def to_frame(self) -> DataFrame:
+        """What the result lists, such as optimizers, records, runs or checks, a row for each, for pandas.
+
+        Nested numbers are columns with dots in their names, such as ``zo.horizon.lower``. A result without a list is
+        one row.
+
+        Raises:
+            UsageError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UsageError("to_frame needs pandas, which is not installed: pip install pandas") from None
+        document = self.to_dict()
+        found = next((document[key] for key in LISTED if key in document), [document])
+        if isinstance(found, Mapping):
+            found = [{"name": name, **entry} for name, entry in found.items()]
+        return pandas.json_normalize(found)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """The same for a notebook."""

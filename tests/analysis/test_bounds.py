@@ -376,11 +376,6 @@ def test_optimizers_are_named_as_on_the_command_line_too() -> None:
     assert "stable for" in str(found)
 
 
-def test_a_file_name_is_no_problem() -> None:
-    with pytest.raises(ValueError, match="load_spec"):
-        zoscope.bounds("model.py")  # type: ignore[arg-type]
-
-
 def test_a_preconditioner_that_is_nearly_a_number_costs_no_products() -> None:
     """In 4,000 dimensions no entry of the gradient is near its norm."""
     curvatures = torch.cat([torch.full((3990,), 0.01), torch.linspace(1.0, 5.0, 10)]).double()

@@ -121,7 +121,7 @@ GOOD = "problem = zoscope.Problem(model, [(x, y)], loss)"
 
 
 def keys_renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"net.{key}": value for key, value in state.items()}
+    return {key.replace("0.", "first.", 1): value for key, value in state.items()}
 
 
 def shapes_changed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -138,7 +138,7 @@ class Payload:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (keys_renamed, "net.0.weight"),
+        (keys_renamed, "first.weight"),
         (shapes_changed, "0.weight"),
         (lambda _: Payload(), "weights_only"),
         (lambda _: [1, 2], "state_dict"),

@@ -112,6 +112,29 @@ def test_a_value_that_cannot_be_used_is_named(tmp_path: Path, changes: dict[str,
         built(written(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer": "regular", "max_grad_norm": 0.5}, "max_grad_norm is 0.5"),
+        ({"trainer": "regular", "optimizer": "adam", "weight_decay": 0.1}, "weight_decay 0.1 is not in"),
+        ({"label_smoothing_factor": 0.2}, "label_smoothing_factor is 0.2"),
+        ({"bf16": True}, "bf16 is on"),
+        ({"fp16": True}, "fp16 is on"),
+    ],
+)
+def test_what_the_thresholds_leave_out_is_said(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    found = load_hf_args(written(tmp_path, **changes))
+    assert any(words in notice for notice in found.notices)
+    quiet = {"max_grad_norm": 0, "weight_decay": 0.0, "label_smoothing_factor": 0.0, "bf16": False, "fp16": None}
+    assert not load_hf_args(written(tmp_path, **quiet)).notices
+
+
+def test_weight_decay_of_sgd_is_counted(tmp_path: Path) -> None:
+    file = written(tmp_path, trainer="zo_sgd", weight_decay=0.1)
+    assert built(file).optimizer.weight_decay == 0.1
+    assert not load_hf_args(file).notices
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "3", "{", "[" * 20000, '{"q": 1' + "0" * 5000 + "}"])
 def test_a_broken_file_is_one_paragraph(tmp_path: Path, content: str) -> None:
     file = tmp_path / "args.json"

@@ -67,13 +67,65 @@ class HiddenCube(torch.autograd.Function):
         return torch.from_numpy(3 * x.detach().numpy() ** 2) * slope
 
 
-def test_an_operation_that_hides_its_second_derivative_is_noticed():
-    target = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    start = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    problem = Problem.from_function(lambda x: (HiddenCube.apply(x) - target).square().mean(), start)
-    with problem.prepare(device="cpu") as objective:
-        found = nonsmooth_curvature(objective, HessianOperator(objective), generator=torch.Generator().manual_seed(1))
-    assert found.disagreement > 0.1
-    result = zoscope.bounds(problem, optimizers=["gd"])
-    (said,) = [notice.message for notice in result.warnings if notice.code == "kinks"]
+def hidden(dtype: torch.dtype, cube=HiddenCube.apply) -> Problem:
+    target = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    start = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return Problem.from_function(lambda x: (cube(x) - target).square().mean(), start)
+
+
+def test_a_hidden_second_derivative_is_found_by_differences_of_gradients():
+    found, truth = hidden(torch.float64), hidden(torch.float64, cube=lambda x: x**3)
+    result, expected = (zoscope.bounds(p, optimizers=["gd", "adam"], device="cpu") for p in (found, truth))
+    for name in ("gd", "adam"):
+        assert result.optimizers[name].exact.value == pytest.approx(expected.optimizers[name].exact.value, rel=1e-5)
+    (said,) = [notice.message for notice in result.warnings if notice.code == "hvp-fallback"]
+    assert "hides its second derivative" in said
+    assert "kinks" not in [notice.code for notice in result.warnings]
+    monitor = zoscope.StabilityMonitor(found, "zo-gd", every=1, device="cpu")
+    records = [monitor.step(lr=1e-3) for _ in range(2)]
+    largest = [record.lambda_max for record in records]
+    assert largest == pytest.approx([expected.curvature["hessian"].lambda_max.value] * 2, rel=1e-5)
+    assert "hvp-fallback" in [notice.code for notice in monitor.warnings]
+
+
+def test_a_function_of_the_users_that_is_right_is_left_alone():
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, slope):
+            return 3 * ctx.saved_tensors[0] ** 2 * slope
+
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clamp(min=0)
+
+        @staticmethod
+        def backward(ctx, slope):
+            return (ctx.saved_tensors[0] > 0) * slope
+
+    for function in (Cube, Relu):
+        with hidden(torch.float64, cube=function.apply).prepare(device="cpu") as objective:
+            operator = HessianOperator(objective)
+            operator.dense()
+            assert operator.method == "double-backward"
+
+
+@pytest.mark.parametrize("command", ["bounds", "spectrum", "moments", "track", "monitor"])
+def test_where_the_loss_bends_otherwise_every_command_says_so(command: str):
+    problem = hidden(torch.float32)  # too coarse for differences of gradients
+    if command == "track":
+        warnings = zoscope.track(problem, optimizer="zo-gd", lr=1e-4, steps=1, device="cpu").warnings
+    elif command == "monitor":
+        monitor = zoscope.StabilityMonitor(problem, "zo-gd", device="cpu")
+        monitor.step(lr=1e-4)
+        warnings = monitor.warnings
+    else:
+        warnings = getattr(zoscope, command)(problem, device="cpu").warnings
+    (said,) = [notice.message for notice in warnings if notice.code == "kinks"]
     assert "hides its second derivative" in said

@@ -284,3 +284,25 @@ def test_a_product_that_is_not_finite_is_not_taken_for_random() -> None:
     with problem.prepare(device="cpu") as objective:
         product = HessianOperator(objective).matmat(torch.ones(1, 5))
     assert not torch.isfinite(product).all()
+
+
+@pytest.mark.parametrize("method", ["forward-over-reverse", "linearize"])
+def test_squared_errors_are_differentiated_forward_over_reverse(method: str) -> None:
+    problem = zoscope.Problem.from_criterion(nn.Linear(4, 2), [(torch.randn(6, 4), torch.randn(6, 2))], nn.MSELoss())
+    with problem.prepare(device="cpu") as objective:
+        found, truth = HessianOperator(objective, hvp=method).dense(), HessianOperator(objective).dense()
+        assert torch.allclose(found, truth, atol=1e-5)
+        assert not objective.warnings
+
+
+@pytest.mark.parametrize("method", ["batched", "linearize"])
+def test_a_method_that_torch_fails_at_gives_way_and_says_so(method: str) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.ELU(), nn.Flatten(), nn.Linear(16, 2))
+    problem = zoscope.Problem.from_criterion(layers, [(torch.randn(5, 2, 6), torch.randn(5, 2))], nn.MSELoss())
+    with problem.prepare(device="cpu") as objective:
+        operator = HessianOperator(objective, hvp=method)
+        assert torch.allclose(operator.dense(), HessianOperator(objective).dense(), atol=1e-5)
+        if operator.method != method:  # torch may learn it
+            assert [notice.code for notice in objective.warnings] == ["hvp-fallback"]
+            assert f"--hvp {method} fails for this loss (torch says" in objective.warnings[0].message

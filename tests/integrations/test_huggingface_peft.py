@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import zoscope
 from tests.integrations.conftest import small_examples, small_model
 from zoscope.curvature.operators import HessianOperator
 from zoscope.integrations.huggingface import problem_from_transformers
+from zoscope.problem.checkpoint import load_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed"),
@@ -125,3 +127,29 @@ def test_a_prefix_is_the_keys_and_values_of_tokens_in_front() -> None:
         ).last_hidden_state
         logits = base.classifier(base.bert.pooler(states[:, PREFIX:]))
     assert found == pytest.approx(float(functional.cross_entropy(logits, batch["labels"])), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "with a head", "prompt"])
+def test_adapters_are_loaded_into_the_model_that_they_were_made_for(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    configs = {
+        "lora": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2),
+        "with a head": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, modules_to_save=["fc1"]),
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    }
+
+    def wrapped() -> nn.Module:
+        return peft.get_peft_model(small_model("causal-lm"), configs[kind])
+
+    trained, fresh = wrapped(), wrapped()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    trained.save_pretrained(tmp_path / "checkpoint-10")
+    load_checkpoint(fresh, tmp_path / "checkpoint-10")
+    for (name, a), b in zip(trained.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    if kind == "lora":
+        with pytest.raises(zoscope.SpecError, match="holds an adapter of peft, and the model has none"):
+            load_checkpoint(small_model("causal-lm"), tmp_path / "checkpoint-10")

@@ -9,16 +9,17 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import zoscope  # noqa: E402
 from zoscope.integrations.trainer import watch_trainer  # noqa: E402
 
 
-def trainer(tmp_path: Path, **arguments):
+def trainer(tmp_path: Path, kind=transformers.Trainer, **arguments):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
     )
     examples = [{"input_ids": [n % 30, 3 * n % 30, 5], "labels": n % 2} for n in range(16)]
-    return transformers.Trainer(
+    return kind(
         model=transformers.BertForSequenceClassification(config),
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path),
@@ -70,8 +71,108 @@ def test_labels_are_smoothed_as_the_trainer_is_told(tmp_path: Path) -> None:
     assert callback.records[0].loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_of_the_trainers_own_needs_a_problem(tmp_path: Path) -> None:
+WEIGHTS = torch.tensor([1.0, 20.0])
+
+
+def weighted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return (each * WEIGHTS[labels]).mean()
+
+
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = weighted(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("way", ["class", "function", "assigned"])
+def test_a_loss_of_the_trainers_own_is_measured(tmp_path: Path, way: str) -> None:
+    training = trainer(tmp_path, kind=OwnLoss if way == "class" else transformers.Trainer)
+    if way == "function":
+        training.compute_loss_func = lambda outputs, labels, **_: weighted(outputs["logits"], labels)
+    elif way == "assigned":
+        training.compute_loss = OwnLoss.compute_loss.__get__(training)
+    callback = watch_trainer(training, every=6, examples=8, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    model = training.model.eval()
+    batches = [training.data_collator(training.train_dataset[start : start + 4]) for start in (0, 4)]
+    truth = zoscope.Problem(model, batches, lambda m, b: weighted(m(input_ids=b["input_ids"]).logits, b["labels"]))
+    expected = zoscope.StabilityMonitor(truth, "zo-gd", steps=6, max_hvps=25, rtol=0.5).step(lr=5e-5)
+    training.train()
+    assert callback.records[0].loss == pytest.approx(expected.loss, rel=1e-5)
+    assert callback.records[0].exact == pytest.approx(expected.exact, rel=1e-3)
+    assert not [notice for notice in callback.warnings if notice.code == "other-loss"]
+
+
+class OwnStep(transformers.Trainer):
+    """Adds a term where no one sees it."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return loss + 3 * loss.abs()
+
+
+def test_a_step_that_adds_to_the_loss_is_found_out(tmp_path: Path) -> None:
+    training = trainer(tmp_path, kind=OwnStep)
+    callback = watch_trainer(training, every=6, examples=8, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    training.train()
+    assert "other-loss" in [notice.code for notice in callback.warnings]
+    assert "training_step" not in vars(training)  # the trainer is as it was
+
+
+class OwnLoader(transformers.Trainer):
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=4, collate_fn=self.data_collator)
+
+
+def test_batches_come_from_the_trainers_own_loader(tmp_path: Path) -> None:
+    training = trainer(tmp_path, kind=OwnLoader)
+    kept = training.data_collator
+    training.data_collator = lambda examples: kept([{**e, "input_ids": [7, 7, 7]} for e in examples])
+    callback = watch_trainer(training, every=6, examples=8, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    seen = torch.cat([batch["input_ids"] for batch in callback._problem.batches])
+    assert seen.shape == (8, 3)
+    assert (seen == 7).all()
+    training.train()
+    assert len(callback.records) == 2
+
+
+def test_columns_are_dropped_before_collating_as_the_trainer_does(tmp_path: Path) -> None:
     training = trainer(tmp_path)
-    training.compute_loss_func = lambda outputs, labels, **_: outputs["logits"].sum()
-    with pytest.raises(ValueError, match="compute_loss_func: pass the problem"):
+    training.train_dataset = [{**example, "text": "a b"} for example in training.train_dataset]
+    kept = training.data_collator
+
+    def strict(examples):
+        assert all("text" not in example for example in examples)
+        return kept(examples)
+
+    training.data_collator = strict
+    callback = watch_trainer(training, every=6, examples=8, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    training.train()
+    assert len(callback.records) == 2
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for n in range(40):
+            yield {"input_ids": [n % 30, 2, 5], "labels": n % 2}
+
+
+def test_the_first_examples_of_a_stream_are_measured_and_said(tmp_path: Path) -> None:
+    training = trainer(tmp_path)
+    training.train_dataset = Stream()
+    callback = watch_trainer(training, every=6, examples=12, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    training.train()
+    assert callback._problem.num_examples == 12
+    assert "first 12 examples" in next(n.message for n in callback.warnings if n.code == "streaming")
+    training.train_dataset = iter([])
+    with pytest.raises(ValueError, match="each example comes once"):
         watch_trainer(training)
+
+
+def test_notices_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = trainer(tmp_path, max_grad_norm=1e-6)
+    watch_trainer(training, every=2, examples=8, max_hvps=25, rtol=0.5)
+    with caplog.at_level("WARNING", logger="zoscope"):
+        training.train()
+    assert sum("[clipped]" in record.message for record in caplog.records) == 1

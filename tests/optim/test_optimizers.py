@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -334,3 +335,19 @@ def test_one_sided_differences_add_half_mu_times_the_curvature_along_the_directi
     slopes = [float((curvature * start * u).sum() + 0.125 * (curvature * u * u).sum()) for u in directions]
     moved = start - sum(c * u for c, u in zip(slopes, directions, strict=True)) / 2
     torch.testing.assert_close(parameter.detach(), moved)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@pytest.mark.parametrize("kind", [ZOGD, ZOGDM, ZOAdam, ZOSignSGD, ZONormalized])
+def test_a_copy_goes_on_as_the_original(kind, twin) -> None:
+    def stepped(optimizer, steps: int) -> list[float]:
+        (x,) = optimizer.param_groups[0]["params"]
+        return [optimizer.step(lambda: (x - 1).square().sum()) for _ in range(steps)]
+
+    original = kind([torch.nn.Parameter(torch.arange(6.0))], lr=1e-3, queries=2, mu=1e-2, seed=3)
+    stepped(original, 3)
+    other = twin(original)
+    assert other.param_groups[0]["params"][0] is not original.param_groups[0]["params"][0]
+    assert stepped(other, 3) == stepped(original, 3)
+    torch.optim.lr_scheduler.LambdaLR(other, lambda step: 0.5)
+    assert stepped(other, 1)[0] > 0

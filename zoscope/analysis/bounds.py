@@ -19,16 +19,19 @@ from zoscope.theory.quadratic import one_sided_mu
 from zoscope.theory.spectrum import Estimate
 
 if TYPE_CHECKING:
-    from zoscope.problem import Objective, Problem
+    from zoscope.analysis.request import ProblemLike
+    from zoscope.problem import Objective
 
 
-def bounds(problem: Problem, *, on_progress: Progress | None = None, **options: Unpack[BoundsOptions]) -> BoundsResult:
+def bounds(
+    problem: ProblemLike, *, on_progress: Progress | None = None, **options: Unpack[BoundsOptions]
+) -> BoundsResult:
     """First- and zeroth-order step-size bounds of a problem, from the curvature where its model stands.
 
     The problem comes back as it was: parameters, buffers, modes, ``.grad`` and the global generators.
 
     Args:
-        problem: Model, batches and loss.
+        problem: Model, batches and loss; a function that returns them, or a spec, such as ``"model.py"``.
         on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
         **options: Those of ``zoscope bounds``: ``examples/guide/options.md`` has types, defaults and ranges. With
             ``curvature="forward"`` derivatives of the loss are not taken, the memory is that of inference, and
@@ -117,7 +120,8 @@ def _missed_notices(measurement: Measurement) -> Iterable[Notice]:
     entry, nonsmooth = next(iter(measurement.operators.values())), measurement.nonsmooth
     if entry.operator.startswith("preconditioned"):  # it has other units, in which only their ratio is known
         nonsmooth = replace(nonsmooth, trace=Estimate(0.0))
-    yield from notices.nonsmooth_notices(entry.curvature, nonsmooth)
+    found = entry.curvature
+    yield from notices.nonsmooth_notices(nonsmooth, trace=found.trace.value, positive=found.trace_positive.value)
 
 
 def _growth(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoscope.analysis.advice import Advisor, judge
-from zoscope.analysis.notices import LARGE_COMMUTATOR
+from zoscope.analysis.notices import LARGE_COMMUTATOR, nonsmooth_notices
 from zoscope.analysis.thresholds import Floor, Horizon, OptimizerBounds, Pair, Verdict, ci95, outer_ci95
 from zoscope.curvature.lanczos import rounding
 from zoscope.curvature.nonsmooth import NOTHING, PROBES, Jump, Nonsmooth, jump_of, nonsmooth_curvature
@@ -434,11 +434,30 @@ def finite_gradient(objective: Objective) -> tuple[float, Tensor]:
     return loss, g
 
 
-def _nonsmooth(objective: Objective, base: LinearOperator, request: Request) -> Nonsmooth:
+def _nonsmooth(objective: Objective, base: LinearOperator, request: MeasureRequest) -> Nonsmooth:
     if not isinstance(base, HessianOperator):
         return NOTHING
     (generator,) = spawn_generators(request.seed, 1, base.device)
-    return nonsmooth_curvature(objective, base, generator=generator)
+    return nonsmooth_curvature(objective, base.known(), generator=generator)
+
+
+def notify_unseen(
+    objective: Objective, operator: LinearOperator, request: MeasureRequest, *, trace: float, positive: float
+) -> None:
+    """Hold second derivatives against differences of the loss, and say where those bend otherwise.
+
+    Args:
+        objective: The prepared problem, which keeps the notice.
+        operator: Its Hessian, once it has been measured; another matrix says nothing.
+        request: With the seed.
+        trace: Trace of the Hessian; not finite where it is not known.
+        positive: Of its positive part.
+    """
+    found = _nonsmooth(objective, operator, request)
+    if not math.isfinite(trace):  # only ratios are known
+        found, trace, positive = replace(found, trace=Estimate(0.0)), 0.0, 0.0
+    for notice in nonsmooth_notices(found, trace=trace, positive=positive):
+        objective.notify(notice.code, notice.message)
 
 
 def _counted(nonsmooth: Nonsmooth) -> Estimate:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zoscope.analysis.request import curvature_session
+from zoscope.analysis.request import curvature_session, subject_of
 from zoscope.analysis.track_measuring import Measurer, Moment
 from zoscope.analysis.track_results import TrackRequest, require_precision
 from zoscope.config.load import Schedule
 from zoscope.errors import UsageError
-from zoscope.optim.optimizers import ZeroOrderOptimizer
+from zoscope.optim.optimizers import ZeroOrderOptimizer, loss_of
 from zoscope.options import OPTIONS, MonitorOptions, checked_argument, keywords
+from zoscope.problem import Notice
 from zoscope.problem.core import Measurable
+from zoscope.problem.model import place, some
 from zoscope.registry import OPTIMIZERS, family_of
 from zoscope.result import JsonObject
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
@@ -30,8 +33,9 @@ from zoscope.theory.spectrum import Estimate, require_count, require_positive
 from zoscope.theory.stability import Interval, forward_only_bounds
 
 if TYPE_CHECKING:
+    from zoscope.analysis.request import ProblemLike
     from zoscope.analysis.track_results import Record
-    from zoscope.problem import Notice, Objective, Problem
+    from zoscope.problem import Objective, Problem
 
 LOGGED = {
     "loss": "loss",
@@ -66,13 +70,36 @@ class OptimizerSetup:
     constants: dict[str, Any]
 
 
+_AROUND = {
+    "AcceleratedOptimizer": "optimizer",
+    "DeepSpeedOptimizerWrapper": "optimizer",
+    "LightningOptimizer": "_optimizer",
+    "_FabricOptimizer": "_optimizer",
+    "ZeroRedundancyOptimizer": "optim",
+}
+"""Classes of accelerate, Lightning and torch that stand around an optimizer, and where they keep it."""
+
+
+def bare_optimizer(optimizer: Any) -> Any:
+    """What training libraries wrap around an optimizer, taken off."""
+    while True:
+        kinds = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__name__ in _AROUND]
+        inner = getattr(optimizer, _AROUND[kinds[0]], None) if kinds else None
+        if inner is None:
+            return optimizer
+        optimizer = inner
+
+
 def setup_of(optimizer: Optimizer) -> OptimizerSetup:
     """Recognise a PyTorch optimizer by its class and its first parameter group.
 
     Raises:
         ValueError: If it is none that the theory covers.
     """
+    optimizer = bare_optimizer(optimizer)
     group = optimizer.param_groups[0]
+    if isinstance(optimizer, (ZeroOrderOptimizer, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
+        _require_known_step(optimizer)
     if isinstance(optimizer, ZeroOrderOptimizer):
         constants = {"queries": optimizer.queries, "directions": optimizer.directions, "mu": optimizer.mu}
         constants |= {key: group[key] for key in OPTIMIZERS[optimizer.name].options}
@@ -95,41 +122,154 @@ def setup_of(optimizer: Optimizer) -> OptimizerSetup:
     )
 
 
-def differing(optimizer: Optimizer) -> tuple[str, ...]:
-    """Constants in which parameter groups differ from the first one, beside the step size; that one's are used."""
-    first, *others = optimizer.param_groups
-    names = dict.fromkeys(("momentum", *(name for record in OPTIMIZERS.values() for name in record.options)))
-    return tuple(name for name in names if any(group.get(name) != first.get(name) for group in others))
+def _require_known_step(optimizer: Optimizer) -> None:
+    """See that an optimizer does what its class says.
 
-
-def step_sizes(optimizer: Optimizer, params: Sequence[Tensor]) -> list[float] | None:
-    """The step size of each of some parameters; ``None`` where all groups have the same.
-
-    A parameter that the optimizer does not have counts as one of the first group.
+    Raises:
+        ValueError: If a class of the user's has a step of its own, or the loss is maximised.
     """
-    groups = optimizer.param_groups
-    if len({float(group["lr"]) for group in groups}) == 1:
-        return None
-    found = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-    return [found.get(id(p), float(groups[0]["lr"])) for p in params]
+    owner = next(kind for kind in type(optimizer).__mro__ if "step" in vars(kind))
+    if not owner.__module__.startswith(("torch.", "zoscope.")):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}, whose step() is its own: expected one of PyTorch or zoscope. "
+            "Say which rule it follows, StabilityMonitor(problem, optimizer, name='gd'), if it follows one"
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            "optimizer has maximize=True: expected one that minimises the loss of the problem; negate both"
+        )
+
+
+@dataclass(frozen=True)
+class TrainedBy:
+    """Which parameters of a problem some optimizers move, and how.
+
+    Args:
+        names: Those that move, in the problem's order.
+        params: The same, as the optimizers hold them.
+        groups: The parameter group of each.
+        states: What its optimizer keeps of each.
+        still: Names of parameters of the problem that do not move: no optimizer holds them, or with a step size of 0.
+        beyond: Number of further tensors that these optimizers move and the problem does not vary.
+        optimizers: Those that hold some of the problem's parameters.
+    """
+
+    names: tuple[str, ...]
+    params: tuple[Tensor, ...]
+    groups: tuple[dict[str, Any], ...]
+    states: tuple[Mapping[str, Any], ...]
+    still: tuple[str, ...]
+    beyond: int
+    optimizers: tuple[Optimizer, ...]
+
+    @classmethod
+    def of(cls, optimizers: Sequence[Optimizer], problem: Problem) -> TrainedBy:
+        """Look every parameter up by the memory that it is in.
+
+        Raises:
+            ValueError: If no optimizer holds any of the problem's parameters.
+        """
+        names, params = problem.selection().names, problem.parameters()
+        holders = {
+            place(p): (p, group, optimizer)
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        found = [holders.get(place(p)) for p in params]
+        held = [entry for entry in found if entry is not None]
+        if not held:
+            raise ValueError(
+                f"the optimizer holds none of the {len(names)} parameter tensors of the problem ({some(list(names))}): "
+                "expected the model that it trains, not a copy; give its name instead, such as 'gd', if it moves them "
+                "in another way"
+            )
+        warm = any(float(group["lr"]) > 0 for _, group, _ in held)  # at the start of a warm-up all are 0
+        moves = [e is not None and e[0].requires_grad and (float(e[1]["lr"]) > 0 or not warm) for e in found]
+        moving = [entry for entry, yes in zip(found, moves, strict=True) if yes and entry is not None]
+        if not moving:  # frozen, but what the user asks about
+            moving, moves = held, [entry is not None for entry in found]
+        used = tuple({id(optimizer): optimizer for *_, optimizer in held}.values())
+        own = {place(p) for p in params}
+        beyond = {
+            place(p)
+            for optimizer in used
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad and float(group["lr"]) > 0
+        }
+        return cls(
+            tuple(name for name, yes in zip(names, moves, strict=True) if yes),
+            tuple(p for p, *_ in moving),
+            tuple(group for _, group, _ in moving),
+            tuple(optimizer.state.get(p, {}) for p, _, optimizer in moving),
+            tuple(name for name, yes in zip(names, moves, strict=True) if not yes),
+            len(beyond - own),
+            used,
+        )
+
+    @property
+    def distinct_groups(self) -> list[dict[str, Any]]:
+        """The groups, each once, in the order of the optimizers."""
+        used = {id(group) for group in self.groups}
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups if id(group) in used]
+
+    def restricted(self, problem: Problem) -> Problem:
+        """The problem of the parameters that move."""
+        if not self.still:
+            return problem
+        return problem.with_params("^(?:" + "|".join(map(re.escape, self.names)) + ")$")
+
+    def notices(self) -> Iterable[Notice]:
+        """On parameters that only one of the two has."""
+        if self.still:
+            yield Notice(
+                "not-trained",
+                f"{len(self.still)} of the problem's {len(self.still) + len(self.names)} parameter tensors "
+                f"({some(list(self.still))}) are in no optimizer, or stand still (requires_grad=False, or a step size "
+                "of 0): what is measured leaves them out.",
+            )
+        if self.beyond:
+            yield Notice(
+                "not-measured",
+                f"The optimizer moves {self.beyond} parameter tensors more than the problem varies: they count as "
+                "fixed here, and with them the threshold is lower. Measure the loss of all of them for the real one.",
+            )
+        constants = differing(self.distinct_groups)
+        if constants:
+            yield Notice(
+                "parameter-constants",
+                f"The optimizer's groups differ in {', '.join(constants)}: those of the first one are taken for all.",
+            )
+
+    def rates(self) -> list[float]:
+        """Step size of every tensor; at the start of a warm-up, where they are 0, those that it leads to."""
+        rates = [float(group["lr"]) for group in self.groups]
+        return rates if any(rates) else [float(group.get("initial_lr", group["lr"])) for group in self.groups]
+
+    def second_moment(self) -> tuple[Tensor | None, int]:
+        """Adam's v as ``(d,)``, the largest one of AMSGrad, and its steps; ``None`` where it is not there yet."""
+        if any("exp_avg_sq" not in state for state in self.states):
+            return None, 0
+        # The zeroth-order optimizers count steps in the group.
+        step = self.states[0].get("step", self.groups[0].get("step", 0))
+        kept = [state.get("max_exp_avg_sq", state["exp_avg_sq"]) for state in self.states]
+        return torch.cat([v.detach().reshape(-1) for v in kept]), int(step)
+
+
+def differing(groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Constants in which parameter groups differ from the first one, beside the step size; that one's are used."""
+    first, *others = groups
+    names = dict.fromkeys(("momentum", *(name for record in OPTIMIZERS.values() for name in record.options)))
+    if "betas" in first:  # of Adam it is in no threshold
+        names.pop("weight_decay", None)
+    return tuple(name for name in names if any(group.get(name) != first.get(name) for group in others))
 
 
 def spread_out(values: Sequence[float], params: Sequence[Tensor]) -> Tensor:
     """A value for each parameter as ``(d,)`` in float64, on the parameters' device."""
     parts = [p.new_full((p.numel(),), value, dtype=torch.float64) for p, value in zip(params, values, strict=True)]
     return torch.cat(parts)
-
-
-@torch.no_grad()
-def second_moment(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """Adam's v along ``params`` as ``(d,)`` and the steps that it has seen; ``None`` where it is not there yet."""
-    states: list[Any] = [optimizer.state.get(p, {}) for p in params]
-    if not states or any("exp_avg_sq" not in state for state in states):
-        return None, 0
-    # The zeroth-order optimizers count steps in the group.
-    step = states[0].get("step", optimizer.param_groups[0].get("step", 0))
-    flat = torch.cat([state["exp_avg_sq"].reshape(-1) for state in states])
-    return flat, int(step)
 
 
 LEAST = 8
@@ -252,7 +392,7 @@ class ForwardMonitor:
             self._steps += 1
             return None
         with torch.no_grad():
-            loss = float(closure())
+            loss = float(loss_of(closure))
         self._optimizer.step(closure)
         pairs = self._optimizer.evaluations
         return self.observe(
@@ -348,7 +488,7 @@ class ForwardMonitor:
         if self._optimizer is None or not self._rule.preconditioned:
             return 1.0
         group = self._optimizer.param_groups[0]
-        v, step = second_moment(self._optimizer, _trained(self._optimizer))
+        v, step = _second_moment(self._optimizer)
         if v is None or step < 1:
             return 1.0
         (beta1, beta2), eps = group["betas"], group["eps"]
@@ -360,12 +500,22 @@ def _trained(optimizer: ZeroOrderOptimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
+def _second_moment(optimizer: ZeroOrderOptimizer) -> tuple[Tensor | None, int]:
+    states = [optimizer.state.get(p, {}) for p in _trained(optimizer)]
+    if not states or any("exp_avg_sq" not in state for state in states):
+        return None, 0
+    step = int(optimizer.param_groups[0].get("step", 0))
+    return torch.cat([state["exp_avg_sq"].detach().reshape(-1) for state in states]), step
+
+
 class StabilityMonitor:
     """Measures the curvature where a training loop stands, and compares its step size with what that allows.
 
     The model of ``problem`` is the one that the loop trains; it comes back from every measurement as it was. Every
     measurement starts anew: bases kept from the one before were tried, and saved no products. Parameter groups may have
-    step sizes of their own; the record is then about that of the first one, with the others in proportion.
+    step sizes of their own; the record is then about that of the first one, with the others in proportion. Measured is
+    what the optimizer moves: parameters of the problem that it does not hold, or that stand still, are left out, which
+    ``warnings`` says.
 
         monitor = zoscope.StabilityMonitor(problem, optimizer, every=500, steps=20_000)
         for batch in loader:
@@ -376,9 +526,13 @@ class StabilityMonitor:
 
     Args:
         problem: The model that is trained, and the batches on which its loss is measured.
-        optimizer: The loop's optimizer (``SGD``, ``Adam``, ``AdamW``, ``zoscope.ZOGD``, ``ZOGDM`` or ``ZOAdam``), from
-            which the step size, the constants and Adam's state are read; or one of the names ``"zo-gd"``,
+        optimizer: The loop's optimizer (``SGD``, ``Adam``, ``AdamW``, ``zoscope.ZOGD``, ``ZOGDM`` or ``ZOAdam``; as
+            ``accelerate`` or Lightning wrap it, too), from which the step size, the constants and Adam's state are
+            read; several, of which those count that hold parameters of the problem; or one of the names ``"zo-gd"``,
             ``"zo-gdm"``, ``"zo-adam"``, ``"gd"``, ``"gdm"``, ``"adam"``.
+        name: The rule that the updates follow, in place of that of the optimizer's class, such as ``"zo-gd"`` where it
+            applies a zeroth-order estimate.
+        max_grad_norm: Norm that the loop clips gradients to; ``None`` for no clipping.
         file: JSON lines file that receives every record, such as ``metrics.jsonl``; it is appended to.
         **options: How often and how precisely to measure, and where: ``examples/guide/options.md`` has types, defaults
             and ranges. ``beta``, ``betas``, ``eps``, ``queries``, ``directions`` and ``mu`` are those of an optimizer
@@ -396,17 +550,32 @@ class StabilityMonitor:
 
     def __init__(
         self,
-        problem: Problem,
-        optimizer: Optimizer | str,
+        problem: ProblemLike,
+        optimizer: Optimizer | Sequence[Optimizer] | str,
         *,
+        name: str | None = None,
+        max_grad_norm: float | None = None,
         file: str | Path | None = None,
         **options: Unpack[MonitorOptions],
     ) -> None:
-        self._optimizer = None if isinstance(optimizer, str) else optimizer
-        name, found = str(optimizer), {}
-        if self._optimizer is not None:
-            setup = setup_of(self._optimizer)
-            name, found = setup.name, setup.constants
+        self._problem = problem = subject_of(problem, None)
+        self._optimizers: tuple[Optimizer, ...] = ()
+        self._stranger: Optimizer | None = None  # an optimizer of a known rule that holds other tensors
+        found: dict[str, Any] = {}
+        if isinstance(optimizer, str):
+            name = name or optimizer
+        else:
+            several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+            self._optimizers = tuple(map(bare_optimizer, several))
+            if name is None:  # whether it is covered does not depend on what it holds
+                setup_of(self._optimizers[0])
+            try:
+                self._optimizers = TrainedBy.of(self._optimizers, problem).optimizers
+            except ValueError:
+                if name is None:
+                    raise
+                self._stranger, self._optimizers = self._optimizers[0], ()
+            name, found = _rule_of(self._optimizers, name)
         asked = keywords("StabilityMonitor", {**found, **options})
         self._every, self._steps = asked["every"], asked["steps"]
         self._request = TrackRequest(
@@ -414,10 +583,13 @@ class StabilityMonitor:
             lr=Schedule("constant", 1.0),  # the loop has its own
             **asked | {"steps": self._steps or 1},
         )
-        self._problem = problem
+        self._max_grad_norm = max_grad_norm
         self._file = None if file is None else Path(file)
         self._state: dict[str, Any] | None = None
         self._losses: list[float] = []
+        self._early: list[float] = []
+        self._settled = False
+        self._other_loss: Notice | None = None
         self._done = -1
         self._last_lr: float | None = None
         self.records: list[Record] = []
@@ -447,11 +619,22 @@ class StabilityMonitor:
         self._done = self._done + 1 if step is None else step
         if loss is not None:
             self._losses.append(float(loss))
-        if lr is not None or self._optimizer is not None:
+            self.hear(self._losses[-1])
+        if lr is not None or self._optimizers or self._stranger is not None:
             lr = self._positive(self._lr() if lr is None else lr)
         if self._done % self._every:
             return None
         return self.measure(lr=lr, step=self._done)
+
+    def hear(self, loss: float) -> None:
+        """Tell of a loss of the loop that is only to be compared with the measured one; the first few are enough."""
+        if not self.compared:
+            self._early.append(loss)
+
+    @property
+    def compared(self) -> bool:
+        """Whether enough losses of the loop are known to compare them with the measured ones."""
+        return len(self._early) >= EARLY
 
     def measure(self, *, lr: float | None = None, step: int | None = None) -> Record:
         """Measure now.
@@ -472,23 +655,21 @@ class StabilityMonitor:
         require_positive("lr", lr)
         done = max(self._done, 0) if step is None else step
         remaining = 0 if self._steps is None else max(self._steps - done, 0)
-        request = self._request
+        request, trained = self._request, self._trained()
+        subject = self._problem if trained is None else trained.restricted(self._problem)
         first = self._state is None  # what is checked of the problem does not change as it trains
-        with curvature_session(self._problem, request, check=first) as session:
+        with curvature_session(subject, request, check=first) as session:
             objective = session.objective
             measurer = Measurer(Measurable(objective), request)
             if self._state is not None:
                 measurer.restore(self._state)
-            v, seen = self._second_moment()
-            moment = Moment(
-                done,
-                lr,
-                lr,
-                remaining,
-                None if v is None else v.to(objective.device),
-                seen,
-                self._shares(objective),
-            )
+            v, seen, shares = None, 0, None
+            if trained is not None:
+                for notice in trained.notices():
+                    objective.notify(notice.code, notice.message)
+                v, seen = trained.second_moment() if request.rule.preconditioned else (None, 0)
+                shares = _shares(trained, objective)
+            moment = Moment(done, lr, lr, remaining, None if v is None else v.to(objective.device), seen, shares)
             record = measurer.at(moment)
             metrics = objective.metric_values()
             self._state, self.warnings = measurer.state(), tuple(objective.warnings)
@@ -498,61 +679,82 @@ class StabilityMonitor:
             self._losses.clear()
         record = replace(record, metrics=metrics)
         self.records.append(record)
+        self.warnings += tuple(self._remarks(record, trained))
         self._write(record)
         if request.strict:
             require_precision([record], request.rtol)
         return record
 
+    def _trained(self) -> TrainedBy | None:
+        """What the optimizers do with the problem's parameters now: groups come and go, and layers thaw."""
+        return TrainedBy.of(self._optimizers, self._problem) if self._optimizers else None
+
     def _lr(self) -> float:
-        if self._optimizer is None:
+        if self._stranger is not None:
+            return float(self._stranger.param_groups[0]["lr"])
+        if not self._optimizers:
             raise ValueError(
                 "lr is missing: pass the step size, monitor.step(loss=..., lr=...), or give the monitor the optimizer "
                 "itself instead of its name"
             )
-        return float(self._optimizer.param_groups[0]["lr"])
+        return float(TrainedBy.of(self._optimizers, self._problem).distinct_groups[0]["lr"])
 
     def _positive(self, lr: float) -> float:
         """In place of 0, where schedules begin and end, the last step size above it, or what is warmed up to."""
         if lr == 0:
-            planned = None if self._optimizer is None else self._optimizer.defaults.get("lr")
-            return self._last_lr or (lr if planned is None else float(planned))
+            return self._last_lr or self._planned() or lr
         self._last_lr = lr
         return lr
 
-    def _second_moment(self) -> tuple[Tensor | None, int]:
-        if self._optimizer is None or not self._request.rule.preconditioned:
-            return None, 0
-        return second_moment(self._optimizer, self._problem.parameters())
+    def _planned(self) -> float | None:
+        if self._stranger is not None:
+            return float(self._stranger.defaults["lr"])
+        if not self._optimizers:
+            return None
+        trained = TrainedBy.of(self._optimizers, self._problem)
+        found = trained.distinct_groups[0].get("initial_lr", trained.optimizers[0].defaults.get("lr"))
+        return None if found is None else float(found)
 
-    def _shares(self, objective: Objective) -> Tensor | None:
-        """Step sizes of parameters in units of that of the first group."""
-        if self._optimizer is None:
-            return None
-        constants = differing(self._optimizer)
-        if constants:
-            objective.notify(
-                "parameter-constants",
-                f"The optimizer's groups differ in {', '.join(constants)}: those of the first one are taken for all.",
+    def _remarks(self, record: Record, trained: TrainedBy | None) -> Iterable[Notice]:
+        """On what the loop does beside the rule."""
+        if trained is not None:
+            yield from _decay_notices(record, trained)
+        if self._stranger is not None:
+            yield Notice(
+                "other-parameters",
+                "The optimizer holds none of the problem's parameters. Its first step size is taken for all of them.",
             )
-        params = self._problem.parameters()
-        rates = step_sizes(self._optimizer, params)
-        first = float(self._optimizer.param_groups[0]["lr"])
-        if rates is None or len(set(rates)) == 1:
-            return None
-        if min(rates) <= 0 or first <= 0:
-            objective.notify(
-                "parameter-groups",
-                "Some parameter groups have a step size of 0: what is measured moves all parameters at that of the "
-                "first one. Leave them out of the problem with params= for the threshold of the others.",
+        norm, clip = record.grad_norm, self._max_grad_norm
+        if clip and norm is not None and norm > clip and self._request.first_order:
+            yield Notice(
+                "clipped",
+                f"The loop clips gradients, {norm:.3g} long here, to {clip:g}. Thresholds are for steps that are not "
+                "clipped; clipped ones are shorter.",
             )
-            return None
-        objective.notify(
-            "parameter-groups",
-            f"The optimizer has step sizes from {min(rates):.3g} to {max(rates):.3g}: curvature and threshold are for "
-            f"that of its first group, {first:.3g}, with the others in proportion (P⁻¹H, P their inverse). For "
-            "zeroth-order optimizers this assumes that P and H nearly commute; see record.commutator.",
-        )
-        return spread_out(rates, params).to(objective.device) / first
+        self._compare(record)
+        if self._other_loss is not None:
+            yield self._other_loss
+
+    def _compare(self, record: Record) -> None:
+        """Hold the first losses of the loop against the loss measured before and after them, until there are enough."""
+        losses = (self.records[0].loss, record.loss)
+        known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+        early = [loss for loss in self._early if math.isfinite(loss)]
+        if self._settled or not early or not known:
+            return
+        self._settled = self.compared
+        mean, factor = sum(early) / len(early), APART[self._settled]
+        error = 3 * float(np.std(early, ddof=1)) / math.sqrt(len(early)) if len(early) > 1 else 0.0
+        low, high = min(known), max(known)
+        apart = mean - error > high + (factor - 1) * abs(high) or mean + error < low - (1 - 1 / factor) * abs(low)
+        self._other_loss = None
+        if apart:
+            self._other_loss = Notice(
+                "other-loss",
+                f"The first losses of the loop are {mean:.3g} on average, and the problem's loss is {known[0]:.3g} "
+                "there: what is measured may not be what is trained. Compare the loss functions (class weights, "
+                "further terms, sums in place of means, as over accumulated batches), the data, and dropout.",
+            )
 
     def _write(self, record: Record) -> None:
         if self._file is None:
@@ -565,6 +767,81 @@ class StabilityMonitor:
                 f"StabilityMonitor(file={str(self._file)!r}): cannot be written ({error.strerror or error}). The "
                 "record is in monitor.records; choose another file."
             ) from None
+
+
+def _rule_of(optimizers: Sequence[Optimizer], name: str | None) -> tuple[str, dict[str, Any]]:
+    """Name of the rule, and its constants as far as the optimizers have them.
+
+    Raises:
+        ValueError: If the optimizers have no rule that is known, or several.
+    """
+    try:
+        setups = [setup_of(optimizer) for optimizer in optimizers]
+    except ValueError:
+        if name is None:
+            raise
+        return name, {}
+    if name is None and len({setup.name for setup in setups}) > 1:
+        raise ValueError(
+            f"the problem's parameters are trained by several rules, {' and '.join(setup.name for setup in setups)}: "
+            "expected one. Measure a problem for each, with params= for its parameters"
+        )
+    if name is None or (setups and family_of(name) == family_of(setups[0].name)):
+        return name or setups[0].name, setups[0].constants
+    return name, {}  # another rule than that of the class, which has no constants of it
+
+
+def _shares(trained: TrainedBy, objective: Objective) -> Tensor | None:
+    """Step sizes of parameters in units of that of the first group; ``None`` where all are the same."""
+    rates = trained.rates()
+    first = next(rate for rate, group in zip(rates, trained.groups, strict=True) if group is trained.distinct_groups[0])
+    if len(set(rates)) == 1 or min(rates) <= 0:
+        return None
+    objective.notify(
+        "parameter-groups",
+        f"The optimizer has step sizes from {min(rates):.3g} to {max(rates):.3g}: curvature and threshold are for "
+        f"that of its first group, {first:.3g}, with the others in proportion (P⁻¹H, P their inverse). For "
+        "zeroth-order optimizers this assumes that P and H nearly commute; see record.commutator.",
+    )
+    return spread_out(rates, trained.params).to(objective.device) / first
+
+
+MATERIAL = 0.01
+"""Part of a threshold from which weight decay that it leaves out is worth a notice."""
+
+
+def _decay_notices(record: Record, trained: TrainedBy) -> Iterable[Notice]:
+    """On weight decay of Adam, which its thresholds leave out; that of the others is in them."""
+    group = trained.distinct_groups[0]
+    decay = float(group.get("weight_decay", 0.0))
+    if not decay or "betas" not in group or record.ratio is None:
+        return
+    if isinstance(trained.optimizers[0], torch.optim.AdamW) or group.get("decoupled_weight_decay"):
+        added = record.lr * decay / 2
+    else:  # w P⁻¹ beside P⁻¹H
+        if record.preconditioner is None or not record.lambda_max:
+            return
+        added = record.ratio * decay / record.preconditioner[0] / abs(record.lambda_max)
+    if added > MATERIAL * max(record.ratio, 0.0):
+        yield Notice(
+            "weight-decay",
+            f"Adam's weight_decay={decay:g} is not in its thresholds. It adds up to {added:.2g} to the ratio of step "
+            f"size and threshold, {record.ratio:.3g}.",
+        )
+
+
+EARLY = 8
+"""First losses of a loop that are held against the measured one."""
+
+APART = {True: 2.0, False: 4.0}
+"""Factor between the two, beyond the scatter of the first, that is worth a notice: with so many losses, and fewer."""
+
+
+def unheard(notices: Iterable[Notice], heard: set[str]) -> list[str]:
+    """Messages of notices whose codes have not been among them before, for a log."""
+    fresh = [notice for notice in notices if notice.code not in heard]
+    heard.update(notice.code for notice in fresh)
+    return [f"zoscope: {notice.message} [{notice.code}]" for notice in fresh]
 
 
 def _badness(loss: float) -> float:

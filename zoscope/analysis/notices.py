@@ -353,9 +353,9 @@ def jump_notice(jump: Jump) -> Notice:
     )
 
 
-def nonsmooth_notices(curvature: Curvature, nonsmooth: Nonsmooth) -> Iterable[Notice]:
-    """On curvature that the Hessian does not contain."""
-    positive, trace, kinks = curvature.trace_positive.value, curvature.trace.value, nonsmooth.significant
+def nonsmooth_notices(nonsmooth: Nonsmooth, *, trace: float, positive: float) -> Iterable[Notice]:
+    """On curvature that the Hessian does not contain, beside its trace and the positive part of it."""
+    kinks = nonsmooth.significant
     if abs(kinks) > NOTICEABLE * max(positive, 0.0):
         yield Notice(
             "kinks",

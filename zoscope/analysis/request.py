@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from zoscope.problem.core import Measurable
     from zoscope.result import Header
     from zoscope.theory.spectrum import SampledSpectrum
+
+    ProblemLike = Problem | str | PathLike[str] | Callable[[], Problem]
+    """A problem, or where it comes from."""
 
 
 def propagated(
@@ -214,19 +218,27 @@ def rule_names(optimizers: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(family_of(name) for name in names))
 
 
-def subject_of(problem: Problem, params: str | None) -> Problem:
+def subject_of(problem: ProblemLike, params: str | None) -> Problem:
     """The problem with the parameters asked for.
 
+    Args:
+        problem: The problem, a function that returns one, or a spec, such as ``"model.py"`` or ``"model.py:name"``.
+        params: Regular expression on names of parameters.
+
     Raises:
-        ValueError: If it is no problem.
-        SpecError: If the pattern selects nothing.
+        ValueError: If it is none of these.
+        SpecError: If the spec cannot be loaded, or the pattern selects nothing.
     """
     from zoscope.problem import Problem  # late: it loads torch
 
+    if isinstance(problem, (str, PathLike)) or (callable(problem) and not hasattr(problem, "parameters")):
+        from zoscope.spec.load import problem_from
+
+        problem = problem_from(problem)
     if not isinstance(problem, Problem):
         raise ValueError(
-            f"problem must be a zoscope.Problem, got {problem!r}: make one from a model, batches and a loss, or load a "
-            "spec file with zoscope.spec.load_spec(file).problem"
+            f"problem must be a zoscope.Problem, got {problem!r}: make one from a model, batches and a loss, or give a "
+            "function that returns one, or the path of a spec file"
         )
     return problem if params is None else problem.with_params(params)
 
@@ -312,12 +324,12 @@ class CurvatureSession:
 
 @contextmanager
 def curvature_session(
-    problem: Problem, request: MeasureRequest, *, dtype: str | None = None, trains: bool = False, **how: Any
+    problem: ProblemLike, request: MeasureRequest, *, dtype: str | None = None, trains: bool = False, **how: Any
 ) -> Iterator[CurvatureSession]:
     """Prepare a problem for a measurement; it comes back as it was.
 
     Args:
-        problem: Model, batches and loss.
+        problem: As for `subject_of`.
         request: Device, floating-point type, memory and what else concerns the measurement.
         dtype: In place of the floating-point type of the request.
         trains: Whether the parameters will move; then ``trained`` is what may be differentiated twice.
@@ -342,5 +354,5 @@ def curvature_session(
             from zoscope.problem.core import measurable  # late: it loads torch
 
             measured = stack.enter_context(measurable(subject, objective, **where))
-        name = problem.name if request.spec is None else request.spec
+        name = subject.name if request.spec is None else request.spec
         yield CurvatureSession(objective, request, name, started, measured)

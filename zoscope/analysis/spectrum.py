@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from zoscope.analysis import notices
-from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient
+from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient, notify_unseen
 from zoscope.analysis.request import CurvatureSession, MeasureRequest, Progress, curvature_session
 from zoscope.analysis.thresholds import CURVATURE
 from zoscope.curvature.moments import measure_moments
@@ -22,9 +22,10 @@ from zoscope.result import JsonObject, MeasuredResult, encode, pick
 from zoscope.theory.density import Known, decades, density, finest_density
 
 if TYPE_CHECKING:
+    from zoscope.analysis.request import ProblemLike
     from zoscope.curvature.nonsmooth import Jump
     from zoscope.curvature.slq import Eigenvalue
-    from zoscope.problem import Objective, Problem
+    from zoscope.problem import Objective
     from zoscope.theory.density import Decade, Density
     from zoscope.theory.spectrum import Array, Estimate, SampledSpectrum
 
@@ -111,14 +112,14 @@ CHAIN_STEPS = 200
 
 
 def spectrum(
-    problem: Problem, *, on_progress: Progress | None = None, **options: Unpack[SpectrumOptions]
+    problem: ProblemLike, *, on_progress: Progress | None = None, **options: Unpack[SpectrumOptions]
 ) -> SpectrumResult:
     """Eigenvalue density of a problem's curvature matrix, its largest and smallest eigenvalues, and trace by layer.
 
     The problem comes back as it was: parameters, buffers, modes, ``.grad`` and the global generators.
 
     Args:
-        problem: Model, batches and loss.
+        problem: Model, batches and loss; a function that returns them, or a spec, such as ``"model.py"``.
         on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
         **options: Those of ``zoscope spectrum``: ``examples/guide/options.md`` has types, defaults and ranges. ``rtol``
             is the 95 % half-width wanted for the trace, relative to ``Σ|λ|``; of the density five times as much.
@@ -158,6 +159,9 @@ def _spectrum(session: CurvatureSession, *, top: int, by_layer: bool) -> Spectru
     )
     flat = not bool(g.any()) and curvature.frobenius_sq.value == 0
     jump = find_jump(objective, seed=request.seed) if flat else None
+    if jump is None:
+        trace, positive = curvature.trace.value, curvature.trace_positive.value
+        notify_unseen(objective, operator, request, trace=trace, positive=positive)
     found = finest_density(
         curvature.spectrum,
         tolerance=DENSITY_TOLERANCE * request.rtol,
@@ -288,14 +292,14 @@ class MomentsResult(MeasuredResult):
 
 
 def moments(
-    problem: Problem, *, on_progress: Progress | None = None, **options: Unpack[MomentsOptions]
+    problem: ProblemLike, *, on_progress: Progress | None = None, **options: Unpack[MomentsOptions]
 ) -> MomentsResult:
     """Trace, ``‖·‖_F²`` and the largest eigenvalue, at a fraction of the products that a spectrum takes.
 
     Where it helps, every piece of the data has probe vectors of its own: see ``zoscope.curvature.moments``.
 
     Args:
-        problem: Model, batches and loss.
+        problem: Model, batches and loss; a function that returns them, or a spec, such as ``"model.py"``.
         on_progress: Called as ``on_progress(stage, num_hvps, precision)`` during the measurement.
         **options: Those of ``zoscope spectrum --moments``: ``examples/guide/options.md`` has types, defaults and
             ranges. ``rtol`` is the 95 % half-width wanted of the trace, relative to it; three times as much of
@@ -325,6 +329,9 @@ def moments(
         )
         flat = not bool(g.any()) and found.frobenius_sq.value == 0
         jump = find_jump(objective, seed=request.seed) if flat else None
+        if jump is None:
+            trace = found.trace.value
+            notify_unseen(objective, operator, request, trace=trace, positive=max(trace, 0.0))
         return MomentsResult(
             rtol=request.rtol,
             operator=request.curvature,

@@ -28,7 +28,7 @@ from zoscope.problem import Notice
 from zoscope.result import RichResult, pick
 
 if TYPE_CHECKING:
-    from zoscope.problem import Problem
+    from zoscope.analysis.request import ProblemLike
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _folder_name(label: str) -> str:
 DEFAULTS = {key.name: key.default for key in TRACK.keys}
 
 
-def track(problem: Problem, *, observers: Sequence[Observer] = (), **options: Unpack[TrackOptions]) -> TrackResult:
+def track(problem: ProblemLike, *, observers: Sequence[Observer] = (), **options: Unpack[TrackOptions]) -> TrackResult:
     """Train a problem, and measure every so often how its step size compares with what its curvature allows.
 
     The problem comes back as it was; the trained parameters are in the result, and in ``checkpoint.pt`` of the folder.
@@ -254,7 +254,7 @@ def track(problem: Problem, *, observers: Sequence[Observer] = (), **options: Un
     replacement in every epoch, and what is measured is still the loss of all of them.
 
     Args:
-        problem: Model, batches and loss.
+        problem: Model, batches and loss; a function that returns them, or a spec, such as ``"model.py"``.
         observers: Told of every step and of every measurement.
         **options: Those of ``zoscope track``: ``examples/guide/options.md`` has types, defaults and ranges. ``lr`` has
             to be there: a number, text such as ``"0.001,20000:0.007"``, or a schedule.
@@ -280,12 +280,12 @@ def track(problem: Problem, *, observers: Sequence[Observer] = (), **options: Un
 
 
 def track_request(
-    problem: Problem, request: TrackRequest, *, origin: Mapping[str, Any], observers: Sequence[Observer]
+    problem: ProblemLike, request: TrackRequest, *, origin: Mapping[str, Any], observers: Sequence[Observer]
 ) -> TrackResult:
     """`track` with its options in one piece.
 
     Args:
-        problem: Model, batches and loss.
+        problem: Model, batches and loss; a function that returns them, or a spec, such as ``"model.py"``.
         request: What is asked.
         origin: Where the problem comes from, as keys of a configuration.
         observers: Who watches.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zoscope.analysis.measurement import notify_unseen
 from zoscope.analysis.request import relative_half_width
 from zoscope.analysis.thresholds import ci95
 from zoscope.analysis.track_results import Record
@@ -69,6 +70,7 @@ class Measurer:
         self._rule = request.rule
         self._moments = request.moments(dimension=measurable.num_params)
         self._hvp = request.hvp
+        self._compared = False  # second derivatives with differences of the loss: once a problem
 
     def at(self, moment: Moment, *, on_progress: OnProgress | None = None) -> Record:
         """Measure where the parameters stand. Where the loss or a derivative is not finite, curvature is left open.
@@ -104,6 +106,10 @@ class Measurer:
         except NumericalError as error:
             objective.notify("no-curvature", f"At step {moment.step:,} there is no curvature. {error}")
             return self.without_curvature(moment, loss=objective.value())
+        if not self._compared:
+            self._compared = True
+            known = math.nan if acting is not operator else curvature.trace.value
+            notify_unseen(objective, operator, request, trace=known, positive=curvature.trace_positive.value)
         norm = float(torch.linalg.vector_norm(g.double()))
         fields = self._curvature(curvature) | self._stability(curvature, moment)
         if diagonal is not None:
@@ -119,11 +125,11 @@ class Measurer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a measurement after it is the same."""
-        return {"hvp": self._hvp}
+        return {"hvp": self._hvp, "compared": self._compared}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self._hvp = state["hvp"]
+        self._hvp, self._compared = state["hvp"], state.get("compared", True)
 
     @property
     def _name(self) -> str:

@@ -352,13 +352,15 @@ class _Translator:
         self._notices: list[str] = []
 
     def translate(self) -> HfArguments:
+        optimizer = self._optimizer()
         tree: dict[str, Any] = {
             "optimizer": {
-                "name": self._optimizer(),
+                "name": optimizer,
                 "lr": self._lr(),
                 "beta": self._momentum(),
                 "betas": self._betas(),
                 "eps": self._number("adam_epsilon"),
+                "weight_decay": self._weight_decay(optimizer),
             },
             "estimator": {
                 "queries": self._number("q", "zo_sample"),
@@ -368,6 +370,7 @@ class _Translator:
             "steps": self._steps(),
         }
         self._mode()
+        self._beside_the_rule(optimizer)
         if self._issues:
             raise InvalidError(self._issues)
         pruned = _prune(tree)
@@ -423,6 +426,37 @@ class _Translator:
     def _betas(self) -> Node | None:
         first, second = self._number("adam_beta1"), self._number("adam_beta2")
         return None if first is None or second is None else Node((first, second), first.line)
+
+    def _weight_decay(self, optimizer: Node | None) -> Node | None:
+        """That of the rules whose thresholds have it; of others it is said."""
+        node = self._number("weight_decay")
+        if node is None or not _as_float(node) > 0:
+            return None
+        record = OPTIMIZERS.get("" if optimizer is None else str(optimizer.value).removeprefix("zo-"))
+        if record is not None and "weight_decay" in record.options:
+            return node
+        self._notices.append(
+            f"weight_decay {_as_float(node):g} is not in the thresholds: it adds to them where it is not small beside "
+            "the curvature."
+        )
+        return None
+
+    def _beside_the_rule(self, optimizer: Node | None) -> None:
+        """Say what else of training the thresholds do not know."""
+        clip, smoothing = self._number("max_grad_norm"), self._number("label_smoothing_factor")
+        if clip is not None and _as_float(clip) > 0 and not (optimizer and str(optimizer.value).startswith("zo-")):
+            self._notices.append(
+                f"max_grad_norm is {_as_float(clip):g}: longer gradients are clipped, and thresholds are for steps "
+                "that are not."
+            )
+        if smoothing is not None and _as_float(smoothing) > 0:
+            self._notices.append(
+                f"label_smoothing_factor is {_as_float(smoothing):g}: the loss of the spec must smooth its labels too."
+            )
+        for name in ("bf16", "fp16"):
+            node = self._entries.get(name)
+            if node is not None and node.value is True:
+                self._notices.append(f"{name} is on: training rounds where the thresholds, of float32, do not.")
 
     def _lr(self) -> Node | None:
         rate = self._number("learning_rate")

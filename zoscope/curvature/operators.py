@@ -39,6 +39,7 @@ from zoscope.runtime.autograd_errors import (
     NOT_SYMMETRIC,
     WRONG_METHOD,
     cannot_differentiate,
+    has_custom_functions,
     same,
     symmetric,
 )
@@ -272,8 +273,14 @@ class Graphs:
         self._before = held_memory(self._objective.device)
 
 
-HvpMethod = Literal["double-backward", "batched", "forward-over-reverse", "linearize"]
+HvpMethod = Literal["double-backward", "batched", "forward-over-reverse", "linearize", "gradient-differences"]
 METHODS: tuple[HvpMethod, ...] = ("double-backward", "batched", "forward-over-reverse", "linearize")
+
+DIFFERENCES: HvpMethod = "gradient-differences"
+"""Products of a loss whose second derivatives an operation hides from torch: not for a user to choose."""
+
+DIFFERENCE_STEP = 1e-5
+"""Step of those differences, in units of the parameters' size: in float64 they keep eight digits, and few kinks."""
 
 Products = Callable[[Tensor], Tensor]
 """From vectors ``(k, d)`` to products ``(k, d)``."""
@@ -294,6 +301,8 @@ def shard_products(objective: Objective, shard: Shard, *, method: HvpMethod) -> 
         return lambda vectors: _forward_over_reverse(objective, shard, vectors)
     if method == "linearize":
         return _linearized(objective, shard)
+    if method == DIFFERENCES:
+        return lambda vectors: _by_differences(objective, shard, vectors)
     params = objective.params
     # What runs under vmap has to be PyTorch's own.
     with nullcontext() if method == "batched" else SecondDerivativesByHand():
@@ -372,7 +381,26 @@ def _one_by_one(objective: Objective, vectors: Tensor, product: Callable[[tuple[
 def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -> Tensor:
     point = tuple(p.detach() for p in objective.params)
     gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
-    return _one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
+    with _SquaredErrorByHand():
+        return _one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
+
+
+def _by_differences(objective: Objective, shard: Shard, vectors: Tensor, *, step: float = DIFFERENCE_STEP) -> Tensor:
+    """``(g(θ+hv) - g(θ-hv)) / 2h``."""
+    point = [p.detach() for p in objective.params]
+    size = math.sqrt(sum(float(p.square().sum()) for p in point)) or math.sqrt(objective.num_params)
+
+    def gradient(parts: tuple[Tensor, ...], h: float) -> tuple[Tensor, ...]:
+        moved = [torch.add(p, v, alpha=h).requires_grad_() for p, v in zip(point, parts, strict=True)]
+        loss = objective.loss_at(moved, shard)
+        return torch.autograd.grad(loss, moved, allow_unused=True, materialize_grads=True)
+
+    def product(parts: tuple[Tensor, ...]) -> list[Tensor]:
+        h = step * size / (math.sqrt(sum(float(v.square().sum()) for v in parts)) or 1.0)
+        pairs = zip(gradient(parts, h), gradient(parts, -h), strict=True)
+        return [(above - below) / (2 * h) for above, below in pairs]
+
+    return _one_by_one(objective, vectors, product)
 
 
 def _linearized(objective: Objective, shard: Shard) -> Products:
@@ -385,7 +413,10 @@ def _linearized(objective: Objective, shard: Shard) -> Products:
 
 
 class _SquaredErrorByHand(TorchFunctionMode):
-    """``mse_loss`` as a difference that is squared: torch 2.13 crashes, without an exception, when it linearizes it."""
+    """``mse_loss`` as a difference that is squared.
+
+    Torch 2.13 crashes, without an exception, when it linearizes it, and has no derivative of it forward over reverse.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -599,10 +630,10 @@ class HessianOperator(ShardOperator):
     """
 
     def __init__(self, objective: Objective, *, hvp: str = "auto") -> None:
-        if hvp != "auto" and hvp not in METHODS:
+        if hvp not in ("auto", *METHODS, DIFFERENCES):
             raise UsageError(f"--hvp {hvp}: expected auto or one of {', '.join(METHODS)}.")
         super().__init__(objective)
-        self.method: HvpMethod | None = next((m for m in METHODS if m == hvp), None)
+        self.method: HvpMethod | None = _method(hvp)
         self._chosen_by_user = self.method is not None
         self._checked = False
 
@@ -618,7 +649,7 @@ class HessianOperator(ShardOperator):
     def learn(self, news: tuple[object, ...]) -> None:
         """Take over the method."""
         super().learn(news)
-        self.method = next((m for m in METHODS if m == news[-1]), None)
+        self.method = _method(news[-1])
 
     def _products(self, shard: Shard) -> Products:
         return shard_products(self.objective, shard, method=self.method or "double-backward")
@@ -636,10 +667,11 @@ class HessianOperator(ShardOperator):
         It gives the same product where double backward is the other way to it, else that of another vector, which tells
         whether ``uᵀHv = vᵀHu`` too.
         """
+        if self.method == DIFFERENCES:  # settled before
+            self._checked = True
+            self._say_hidden()
+            return
         first = self._attempt(vector)
-        if self.method == "linearize":
-            first = super()._sum(vector)  # some operations write into what its graph keeps: from the second call on
-            self._count += 1
         self.release()
         again = None if self.method in (None, "double-backward") else self._by_double_backward(vector)
         self._count += 1
@@ -649,11 +681,47 @@ class HessianOperator(ShardOperator):
         else:
             generator = torch.Generator().manual_seed(0)
             other = torch.randn(vector.shape, generator=generator, dtype=self.dtype).to(self.device)
-            if not symmetric(vector, first, other, super()._sum(other)):
+            of_other = super()._sum(other)
+            if not symmetric(vector, first, other, of_other):
                 raise SpecError(NOT_SYMMETRIC if same(first, super()._sum(vector)) else NOT_DETERMINISTIC)
             if self.method is None and self.device.type != "cuda":
                 self.method = "double-backward"
         self._checked = True
+        if self.dtype == torch.float64 and self._has_functions_of_the_users():
+            self._look_for_hidden_derivatives()
+
+    def _has_functions_of_the_users(self) -> bool:
+        """Whether the loss passes through a ``torch.autograd.Function`` that is neither torch's nor ours."""
+        shards = self.objective.pieces[:1]
+        return any(has_custom_functions(self.objective.loss(shard)) for shard in shards)
+
+    def _look_for_hidden_derivatives(self) -> None:
+        """Take differences of gradients where a function keeps from torch how its derivative depends on its input.
+
+        Differences over two steps tell that from kinks, which other steps cross in other numbers.
+        """
+        generator = torch.Generator().manual_seed(1)
+        probe = torch.randn((1, self.dim), generator=generator, dtype=self.dtype).to(self.device)
+        product, norm = super()._sum(probe), torch.linalg.vector_norm
+        self.release()
+        shards = self.objective.shards
+        near, far = (
+            sum(s.weight * _by_differences(self.objective, s, probe, step=k * DIFFERENCE_STEP) for s in shards)
+            for k in (1, 4)
+        )
+        self._count += 3
+        missed = norm(near - product)
+        if missed > NEARLY * norm(near) and norm(near - far) < NEARLY * missed:
+            self.method = DIFFERENCES
+            self._say_hidden()
+
+    def _say_hidden(self) -> None:
+        self.objective.notify(
+            "hvp-fallback",
+            "A torch.autograd.Function in the loss hides its second derivative from torch (keep its inputs with "
+            "save_for_backward, and write its backward with operations of torch on them): Hessian-vector products are "
+            "computed as differences of gradients.",
+        )
 
     def _by_double_backward(self, vector: Tensor) -> Tensor | None:
         chosen, self.method = self.method, "double-backward"
@@ -666,27 +734,41 @@ class HessianOperator(ShardOperator):
             self.release()
 
     def _attempt(self, vector: Tensor) -> Tensor:
+        """A product by the method in use; by another one, which is said, where torch fails at it."""
         try:
-            return super()._sum(vector)
+            first = super()._sum(vector)
+            if self.method == "linearize":
+                self._count += 1
+                first = super()._sum(vector)  # some operations write into what its graph keeps: from the second call on
+            return first
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             failure = error
-        if not self._chosen_by_user:
-            self.method = "forward-over-reverse"
-            self.release()
+        chosen = self.method
+        self.method = "double-backward" if self._chosen_by_user else "forward-over-reverse"
+        self.release()
+        if chosen != self.method:
             try:
                 result = super()._sum(vector)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
+                failure = error if self._chosen_by_user else failure
             else:
-                self.objective.notify(
-                    "hvp-fallback",
-                    "The loss has no double backward: Hessian-vector products are computed forward over reverse.",
-                )
+                self._say_fallback(chosen, failure)
                 return result
         raise SpecError(cannot_differentiate(failure)) from failure
+
+    def _say_fallback(self, chosen: str | None, failure: RuntimeError) -> None:
+        said = "The loss has no double backward: Hessian-vector products are computed forward over reverse."
+        if self._chosen_by_user:
+            first = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            said = (
+                f"--hvp {chosen} fails for this loss (torch says '{first}'): Hessian-vector products are computed by "
+                "double-backward."
+            )
+        self.objective.notify("hvp-fallback", said)
 
     def _timed(self, vectors: Tensor) -> Tensor:
         """Keep the faster of two methods for blocks of vectors, of those that agree with double backward."""
@@ -710,6 +792,10 @@ class HessianOperator(ShardOperator):
         self.method = chosen
         self.release()
         return result
+
+
+def _method(name: object) -> HvpMethod | None:
+    return next((method for method in (*METHODS, DIFFERENCES) if method == name), None)
 
 
 def gradient(objective: Objective) -> tuple[float, Tensor]:

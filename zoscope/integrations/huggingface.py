@@ -245,7 +245,7 @@ def problem_from_transformers(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
     head = _head(model)
-    task = _task_of(head) if task == "auto" else task
+    task = task_of(head) if task == "auto" else task
     if label_smoothing and task == "other":
         raise SpecError(
             f"label_smoothing={label_smoothing} needs to know what the head of {type(head).__name__} does: pass task=, "
@@ -345,7 +345,8 @@ def _has_prefix(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
-def _task_of(head: nn.Module) -> Task:
+def task_of(head: nn.Module) -> Task:
+    """What the head of a model does, by the name of its class."""
     for kind in type(head).__mro__:
         for suffix, task in _SUFFIXES.items():
             if kind.__name__.endswith(suffix):

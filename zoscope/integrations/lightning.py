@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import TYPE_CHECKING, Any
 
-from zoscope.analysis.monitor import StabilityMonitor, log_values
+from torch import Tensor
+
+from zoscope.analysis.monitor import StabilityMonitor, log_values, unheard
 from zoscope.errors import UsageError
 
 try:
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zoscope.analysis.track_results import Record
-    from zoscope.problem import Problem
+    from zoscope.problem import Notice, Problem
 
 __all__ = ["StabilityCallback"]
 
@@ -27,12 +31,13 @@ __all__ = ["StabilityCallback"]
 class StabilityCallback(Callback):
     """A Lightning callback around ``zoscope.StabilityMonitor``.
 
-    The values go to the module's logs as ``zoscope/ratio`` and so on.
+    The values go to the module's logs as ``zoscope/ratio`` and so on; what to know before trusting them goes once to
+    Python's log ``zoscope``. Of several optimizers those count that hold parameters of the problem.
 
     Args:
         problem: What is measured; its model must be the module that is trained, or a part of it.
         every: Optimizer steps between measurements.
-        optimizer: Name of the optimizer, such as ``"zo-gd"``; the module's only one by default.
+        optimizer: Name of the rule that the updates follow, such as ``"zo-gd"``; by default that of the optimizer.
         **options: Further options of ``zoscope.StabilityMonitor``.
     """
 
@@ -41,39 +46,47 @@ class StabilityCallback(Callback):
         self._problem, self._every, self._name, self._options = problem, every, optimizer, options
         self._monitor: StabilityMonitor | None = None
         self._last = -1
+        self._heard: set[str] = set()
 
     @property
     def records(self) -> Sequence[Record]:
         """Everything measured so far."""
         return () if self._monitor is None else self._monitor.records
 
+    @property
+    def warnings(self) -> Sequence[Notice]:
+        """What the last measurement had to say."""
+        return () if self._monitor is None else self._monitor.warnings
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure where training starts."""
-        optimizers = trainer.optimizers
-        if self._name is None and len(optimizers) != 1:
-            raise ValueError(f"the module has {len(optimizers)} optimizers: name the one to watch with optimizer='gd'")
+        options: dict[str, Any] = {"name": self._name}
         planned = trainer.estimated_stepping_batches
-        options = {"steps": int(planned)} if planned not in (-1, float("inf")) else {}
+        if planned not in (-1, math.inf):
+            options["steps"] = int(planned)
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
+            options["max_grad_norm"] = float(trainer.gradient_clip_val)
         self._monitor = StabilityMonitor(
-            self._problem, self._name or optimizers[0], every=self._every, **{**options, **self._options}
+            self._problem, trainer.optimizers, every=self._every, **{**options, **self._options}
         )
         self._measured(trainer)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any = None, *_: Any, **__: Any) -> None:
         """Measure every so often."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1 and self._monitor is not None and not self._monitor.compared:
+            self._monitor.hear(float(loss))
         self._measured(trainer)
 
     def _measured(self, trainer: Any) -> None:
         if self._monitor is None or trainer.global_step == self._last:
             return  # a batch that was only accumulated
         self._last = trainer.global_step
-        optimizer = trainer.optimizers[0]
-        lr = float(optimizer.param_groups[0]["lr"])
-        if not lr and not self.records:  # the beginning of a warm-up: the step size that it leads to
-            lr = float(optimizer.defaults["lr"])
-        record = self._monitor.step(lr=lr, step=trainer.global_step)
+        record = self._monitor.step(step=trainer.global_step)
         if record is None:
             return
+        for message in unheard(self._monitor.warnings, self._heard):
+            logging.getLogger("zoscope").warning(message)
         for logger in trainer.loggers:
             logger.log_metrics(log_values(record), step=record.step)
         trainer.callback_metrics.update({name: _tensor(value) for name, value in log_values(record).items()})

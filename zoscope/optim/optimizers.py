@@ -124,7 +124,7 @@ class ZeroOrderOptimizer(Optimizer):
             raise ValueError(f"{type(self).__name__}.step needs a closure that returns the loss")
         layout = self._current_layout()
         layout.perturbation.begin()
-        here = float(_detached(closure())) if self.one_sided else None
+        here = float(loss_of(closure)) if self.one_sided else None
         keep = sum(b.size for b in layout.blocks) <= KEPT_SIZE and not layout.perturbation.overwrites
         directions: list[Direction] = []
         evaluations: list[tuple[float, float]] = []
@@ -189,13 +189,13 @@ class ZeroOrderOptimizer(Optimizer):
             layout.perturbation.plus(index, direction.part(index))
         sign = 1
         try:
-            above = _detached(closure())
+            above = loss_of(closure)
             if here is not None:
                 return float(above), here
             for index in blocks:
                 layout.perturbation.minus(index, direction.part(index))
             sign = -1
-            below = _detached(closure())
+            below = loss_of(closure)
         except BaseException:
             _restore(layout, direction, sign=sign)
             raise
@@ -279,6 +279,22 @@ class ZeroOrderOptimizer(Optimizer):
             self._layout = _Layout(key, params, blocks, [n for n, _ in cut], perturbation)
         return self._layout
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and ``pickle``: what PyTorch keeps, the options, and where the directions are."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "stream": (str(self._generator.device), self._generator.get_state())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` gave; also called by ``load_state_dict``, with less of it."""
+        state = dict(state)
+        stream = state.pop("stream", None)
+        super().__setstate__(state)
+        self._layout = None
+        if stream is not None:
+            device, position = stream
+            self._generator = torch.Generator(device=device)
+            self._generator.set_state(position.cpu())
+
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with the state of the direction stream under ``stream``."""
         return {**super().state_dict(), "stream": self._generator.get_state()}
@@ -289,6 +305,21 @@ class ZeroOrderOptimizer(Optimizer):
         stream = state.pop("stream")
         super().load_state_dict(state)
         self._generator.set_state(stream.cpu())
+
+
+_KEPT = ("mu", "queries", "directions", "restore", "one_sided", "evaluations", "_rule")
+"""Attributes of a zeroth-order optimizer that its copies share."""
+
+
+def loss_of(closure: Closure) -> float | Tensor:
+    """What a closure returns without gradients; with them where it takes derivatives itself, and fails without."""
+    try:
+        return _detached(closure())
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return _detached(closure())
 
 
 def _detached(loss: float | Tensor) -> float | Tensor:

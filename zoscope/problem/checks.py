@@ -14,7 +14,7 @@ from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError
 from zoscope.problem import pytree as nest
 from zoscope.problem.data import examples_in, user_code
-from zoscope.problem.model import ActiveLayers, some, watched
+from zoscope.problem.model import ActiveLayers, some, uses_batch_statistics, watched
 from zoscope.problem.objective import Objective, Shard
 from zoscope.runtime import autograd_errors as graph
 
@@ -65,6 +65,10 @@ def _check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
         _check_gradient(objective, loss)
     del loss
     again = _check_all(objective)
+    if differentiable and not _agree(objective, value, again) and not objective.differentiates:
+        # Some losses are others where gradients are off: training has them on.
+        objective.differentiates = True
+        again = _check_all(objective)
     _refuse_random(objective, value, again, active, drew)
     _check_mean(objective, value, cut=cut)
 
@@ -188,9 +192,12 @@ def _check_all(objective: Objective) -> float:
     return values[0]
 
 
+def _agree(objective: Objective, a: float, b: float) -> bool:
+    return a == b or abs(a - b) <= _AGREEMENT.get(objective.dtype, 2e-2) * max(abs(a), abs(b))
+
+
 def _refuse_random(objective: Objective, a: float, b: float, active: ActiveLayers, drew: bool) -> None:
-    tolerance = _AGREEMENT.get(objective.dtype, 2e-2)
-    if a == b or abs(a - b) <= tolerance * max(abs(a), abs(b)):
+    if _agree(objective, a, b):
         return
     if active.random:
         cause = f"{some(list(active.random.values()))} is active in train mode"
@@ -221,6 +228,13 @@ def _refuse_batch_statistics(objective: Objective, active: ActiveLayers) -> None
             "(micro-)batches is not the loss of all examples. Call model.eval() in the spec to use the running "
             "statistics, or pass all examples as one batch without --micro-batch."
         )
+    if any(uses_batch_statistics(module) and module.training for module in objective.model.modules()):
+        objective.notify(
+            "batch-statistics",
+            f"{layers} is in train mode and normalises with the statistics of the batch, {objective.num_examples} "
+            "examples here: the curvature is that of training with such batches. Other batch sizes have another one; "
+            "call model.eval() for that of the running statistics.",
+        )
 
 
 def _check_mean(objective: Objective, whole: float, *, cut: bool) -> None:
@@ -241,20 +255,39 @@ def _check_mean(objective: Objective, whole: float, *, cut: bool) -> None:
         return  # a loss with a fixed batch size, which tells nothing
     mean = sum(n * part for n, part in zip(counts, parts, strict=True)) / max(1, sum(counts))
     deviation = abs(whole - mean) / abs(whole)
-    if not math.isfinite(deviation) or deviation <= max(_MEAN_RTOL, 10 * _AGREEMENT.get(objective.dtype, 2e-2)):
+    if not math.isfinite(deviation):  # labels that are ignored leave nothing in a half
+        _note_batches(objective, "A part of a batch has no finite loss of its own")
+        return
+    if deviation <= max(_MEAN_RTOL, 10 * _AGREEMENT.get(objective.dtype, 2e-2)):
         return
     if abs(whole - sum(parts)) <= _MEAN_RTOL * abs(whole):
         said = "The loss grows with the batch size: it is a sum over examples, not a mean"
         remedy = "Use reduction='mean' (or divide by the number of examples)"
+        examples = sum(counts)
         objective.notify(
-            "sum-reduced", f"{said}, so step sizes are for the sum. {remedy} if that is not how you train."
+            "sum-reduced",
+            f"{said}, so step sizes are for the sum: those for the mean over a batch of {examples} are {examples} "
+            f"times as large. {remedy} if that is not how you train.",
         )
     else:
         said = f"The loss of a batch differs by {deviation:.1%} from the mean of its halves"
         remedy = "Weight batches with batch_size_of, for example by tokens, or leave --micro-batch out"
         if cut:
             objective.notify("not-a-mean", f"{said}, so micro-batches measure a slightly different function. {remedy}.")
+        else:
+            _note_batches(objective, said)
     if deviation > _MEAN_LIMIT:
         objective.indivisible = said[0].lower() + said[1:]
         if cut:
             raise SpecError(f"{said}, so cutting batches changes the function that is measured. {remedy}.")
+
+
+def _note_batches(objective: Objective, said: str) -> None:
+    """Say that the mean over several batches is not what one batch of all would have."""
+    if len(objective.shards) > 1:
+        objective.notify(
+            "not-a-mean",
+            f"{said} (class weights, labels that are ignored, padding, or examples that see each other), so the mean "
+            f"over the {len(objective.shards)} batches is not the loss of all examples as one batch: the two have "
+            "other curvatures. Make one batch of them, or weight them with batch_size_of.",
+        )

@@ -16,7 +16,7 @@ from zoscope.problem import data
 from zoscope.problem.data import CriterionLoss, LossFunction, Metric
 from zoscope.problem.distributed import prepared
 from zoscope.problem.model import Selection, select, unwrapped
-from zoscope.problem.objective import Objective
+from zoscope.problem.objective import Notice, Objective
 from zoscope.problem.session import AUTOCAST
 from zoscope.runtime import HALF, collective, without_autocast
 
@@ -76,6 +76,7 @@ class Problem:
         self.name: str | None = None
         self.params = params
         self.batch_size_of = batch_size_of
+        self.notices: tuple[Notice, ...] = ()  # what a reader of every result should know
         self.own_device_only = False
         self.shared: Problem | None = None  # the one that all ranks of a job have loaded
         self._source = batches
@@ -138,7 +139,7 @@ class Problem:
         if not isinstance(x0, Tensor) or not x0.is_floating_point():
             kind = str(x0.dtype) if isinstance(x0, Tensor) else type(x0).__name__
             raise SpecError(f"x0 is {kind}: expected a floating-point torch.Tensor.")
-        problem = cls(Point(x0), [None], _at_point(f))
+        problem = cls(Point(x0), [None], PointLoss(f))
         problem.own_device_only = True  # f closes over tensors that cannot be moved along
         return problem
 
@@ -240,12 +241,16 @@ class Point(nn.Module):
         self.x = nn.Parameter(x.detach().clone())
 
 
-def _at_point(f: Callable[[Tensor], Tensor | float]) -> LossFunction:
-    def loss(model: nn.Module, _: Any) -> Tensor:
-        # Not get_parameter: torch.func puts plain tensors in its place. Whether a number will do is checked on entry.
-        return cast("Tensor", f(cast("Point", model).x))
+class PointLoss:
+    """A function of one tensor as a loss of the model `Point`."""
 
-    return loss
+    def __init__(self, f: Callable[[Tensor], Tensor | float]) -> None:
+        self._f = f
+
+    def __call__(self, model: nn.Module, _: Any) -> Tensor:
+        """The value where the model stands."""
+        # Not get_parameter: torch.func puts plain tensors in its place. Whether a number will do is checked on entry.
+        return cast("Tensor", self._f(cast("Point", model).x))
 
 
 class Measurable:

@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
+from zoscope.problem import pytree as nest
 
 if TYPE_CHECKING:
     from zoscope.problem.data import LossFunction
@@ -269,6 +270,24 @@ def refuse_spread(model: nn.Module) -> None:
         )
 
 
+def refuse_quantised(model: nn.Module) -> None:
+    """See that derivatives are not taken of layers with quantised weights.
+
+    Raises:
+        SpecError: If a parameter is of integers, as in the int8 and 4-bit layers of bitsandbytes.
+    """
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in (torch.int8, torch.uint8):
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise SpecError(
+                    f"The weights of {type(module).__name__} '{prefix or name}' are quantised ({kind}). Such layers "
+                    "round on the way, and what they pass back leaves the rounding out: their second derivatives are "
+                    "not those of the loss. Use --curvature forward, which takes the model as it is, or load the base "
+                    "in float32 or bfloat16."
+                )
+
+
 def refuse_ranks(model: nn.Module) -> None:
     """See that only one process uses a model on several devices.
 
@@ -379,14 +398,19 @@ class ShardedGroup:
         return -self.ranks.smallest(-number)
 
 
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "_FabricModule": "_original_module",
+}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 def wrapped(module: nn.Module) -> nn.Module | None:
-    """What a torch.compile, DistributedDataParallel or DataParallel wrapper holds; None for another module."""
+    """What a wrapper of torch (compile, DistributedDataParallel, DataParallel) or Fabric holds; None for others."""
     for kind in type(module).__mro__:
-        if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+        if kind.__name__ in _WRAPPERS and kind.__module__.startswith(("torch.", "lightning")):
             inner = getattr(module, _WRAPPERS[kind.__name__])
             assert isinstance(inner, nn.Module)
             return inner
@@ -468,7 +492,7 @@ def select(model: nn.Module, regex: str | None, *, sharded: bool = False) -> Sel
                 refuse_offloaded(name)
             continue
         _refuse_unusable(name, parameter, sharded=sharded)
-        first, twin = first_of.setdefault(_place(parameter), (name, parameter))
+        first, twin = first_of.setdefault(place(parameter), (name, parameter))
         if parameter is not twin:
             aliases.append((name, first))
         if wanted and parameter.is_floating_point():
@@ -480,7 +504,8 @@ def select(model: nn.Module, regex: str | None, *, sharded: bool = False) -> Sel
     return Selection(tuple(chosen), tuple(pair for pair in aliases if pair[1] in chosen), num_params)
 
 
-def _place(parameter: Tensor) -> Any:
+def place(parameter: Tensor) -> Any:
+    """What two tensors share that are the same numbers: the memory, the type and the layout."""
     whole, parameter = parameter, local(parameter)
     if parameter.numel() == 0 or parameter.device.type == "meta":
         return id(whole)
@@ -506,6 +531,13 @@ def _refuse_overlap(parameters: dict[str, Tensor]) -> None:
     for name, p in ((name, local(parameter)) for name, parameter in parameters.items()):
         if p.numel():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            if extent < p.numel():
+                raise SpecError(
+                    f"The elements of parameter '{name}' share memory (it is expanded: shape {tuple(p.shape)} on "
+                    f"{extent} numbers), so they are not independent: expected one number for each. Use "
+                    "nn.Parameter(tensor.clone()), or keep the small tensor as the parameter and expand it in the "
+                    "forward pass."
+                )
             spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), name))
     spans.sort()
     for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
@@ -538,7 +570,7 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype | None) -> A
     """
     try:
         with torch.no_grad():  # scripted modules copy by operations that are recorded otherwise
-            return copy.deepcopy(module).to(device=device, dtype=dtype)
+            return copy.deepcopy(module, _computed(module, device, dtype)).to(device=device, dtype=dtype)
     except Exception as error:
         if runtime.is_out_of_memory(error):
             raise NumericalError(
@@ -556,6 +588,20 @@ def copied(module: Any, *, device: torch.device, dtype: torch.dtype | None) -> A
             f"The {type(module).__name__} cannot be copied to {device}{_in(dtype)} "
             f"({type(error).__name__}: {error}). {remedy}"
         ) from error
+
+
+def _computed(module: Any, device: torch.device, dtype: torch.dtype | None) -> dict[int, Any]:
+    """Copies of tensors that modules keep and that are no leaves, which ``deepcopy`` refuses, by their identity.
+
+    Pruning, and weight and spectral norm of the older kind, compute a weight before each forward pass and leave it
+    where the parameter was.
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        return {}
+    kept = [leaf for m in module.modules() for leaf in nest.leaves(vars(m)) if isinstance(leaf, Tensor)]
+    return {
+        id(t): t.detach().clone().to(device, dtype if t.is_floating_point() else None) for t in kept if not t.is_leaf
+    }
 
 
 def _in(dtype: torch.dtype | None) -> str:

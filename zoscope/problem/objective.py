@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from zoscope.errors import SpecError
 from zoscope.problem import pytree as nest
 from zoscope.problem.data import LossFunction, LossModule, Metric, examples_in, number_of_examples, pair, user_code
 from zoscope.problem.model import ShardedGroup, ShardedLoss, local
-from zoscope.runtime import ALONE, Ranks, Twin, collective
+from zoscope.runtime import ALONE, Ranks, Twin, collective, is_out_of_memory
 
 Indices = NDArray[np.int64]
+T = TypeVar("T")
 
 
 class Examples(Twin):
@@ -231,6 +232,7 @@ class Objective(Twin):
         self.process_group: ProcessGroup | ShardedGroup | None = None  # other processes that hold the same problem
         self.session: ExitStack | None = None  # what ends with it, on another rank
         self.metrics: Mapping[str, Metric] = {}
+        self.differentiates = False  # whether the loss takes derivatives itself, and needs gradients on
         self._loss = loss
         self.batch_size_of = batch_size_of
         self._sizes = [p.numel() for p in self.params]
@@ -250,7 +252,43 @@ class Objective(Twin):
 
     def loss(self, shard: Shard) -> Tensor:
         """Mean loss of a shard, a scalar that can be differentiated twice by :attr:`params`."""
-        return self._loss(self.model, self.batch(shard))
+        return self._as_trained(lambda: self._loss(self.model, self.batch(shard)))
+
+    def _as_trained(self, evaluate: Callable[[], T]) -> T:
+        """Evaluate with gradients on where a loss needs them inside, as physics-informed ones and force fields do.
+
+        Where they are off around it, the value has no graph in the end.
+        """
+        if self._has_gradients:
+            return evaluate()
+        if not self.differentiates:
+            try:
+                return evaluate()
+            except RuntimeError as error:
+                if is_out_of_memory(error) or self.mirrored:
+                    raise
+                with suppress(RuntimeError):
+                    found = self._with_gradients(evaluate)
+                    self.differentiates = True
+                    return found
+                raise
+        return self._with_gradients(evaluate)
+
+    @property
+    def _has_gradients(self) -> bool:
+        return torch.is_grad_enabled() and all(p.requires_grad for p in self.params)
+
+    def _with_gradients(self, evaluate: Callable[[], T]) -> T:
+        frozen = [p for p in self.params if not p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_()
+        try:
+            with torch.enable_grad():
+                found = evaluate()
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        return cast("T", found.detach()) if isinstance(found, Tensor) else found
 
     def loss_at(self, tensors: Sequence[Tensor], shard: Shard) -> Tensor:
         """Mean loss of a shard with ``tensors`` in place of :attr:`params`: a pure function, for ``torch.func``."""
@@ -356,8 +394,11 @@ class Objective(Twin):
         found = {}
         for name, metric in self.metrics.items():
             with user_code(f"The metric {name!r}", remedy="It is called as metric(model, batch) and returns a number."):
-                found[name] = sum(s.weight * float(metric(self.model, self.batch(s))) for s in self.shards)
+                found[name] = sum(s.weight * self._metric(metric, s) for s in self.shards)
         return found
+
+    def _metric(self, metric: Metric, shard: Shard) -> float:
+        return self._as_trained(lambda: float(metric(self.model, self.batch(shard))))
 
     def outputs(self, shard: Shard) -> tuple[Any, Any]:
         """``(model(x), y)`` of a shard, for problems with a criterion.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from zoscope.problem.model import (
     entrance,
     is_sharded,
     refuse_partly_sharded,
+    refuse_quantised,
     refuse_ranks,
     refuse_spread,
     restored,
@@ -117,6 +119,9 @@ def _does_not_fit(objective: Objective, needed: float) -> str:
     )
 
 
+_SESSIONS = threading.RLock()
+"""Sessions of several threads follow each other: they set switches of the whole process, and may move one model."""
+
 OWN_DTYPE = "own"
 """Every tensor in the dtype that it has: nothing is copied or converted."""
 
@@ -148,6 +153,7 @@ def prepared_here(
     if micro_batch is not None and micro_batch < 1:
         raise UsageError(f"--micro-batch {micro_batch}: expected at least 1.")
     with ExitStack() as stack:
+        stack.enter_context(_SESSIONS)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(runtime.memory_limit(max_memory))
@@ -190,6 +196,7 @@ def _refuse(model: nn.Module, *, differentiable: bool, ranked: bool) -> None:
     """Refuse a model whose parts are on several devices or processes where that cannot be."""
     if differentiable:
         refuse_spread(model)
+        refuse_quantised(model)
     if ranked:
         refuse_ranks(model)
 
@@ -289,6 +296,7 @@ class Preparation:
             dtype=dtype,
         )
         objective.metrics = problem.metrics
+        objective.warnings.extend(problem.notices)
         objective.on_host, objective.batch_dtype = on_host or spread, precision
         _note_precision(objective, halves, on_host, converted=precision is not None)
         _note_sizes(objective)

@@ -80,18 +80,29 @@ ONCE_DIFFERENTIABLE = (
 )
 
 
-def node_names(tensors: Sequence[Tensor | None]) -> set[str]:
-    """Names of all nodes of the autograd graphs of some tensors."""
+def _nodes(tensors: Sequence[Tensor | None]) -> Iterator[Any]:
+    """All nodes of the autograd graphs of some tensors."""
     stack: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
-    seen, names = set(stack), set()
+    seen = set(stack)
     while stack:
         node = stack.pop()
-        names.add(str(node.name()))
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return names
+
+
+def node_names(tensors: Sequence[Tensor | None]) -> set[str]:
+    """Names of all nodes of the autograd graphs of some tensors."""
+    return {str(node.name()) for node in _nodes(tensors)}
+
+
+def has_custom_functions(loss: Tensor) -> bool:
+    """Whether a loss passes through a ``torch.autograd.Function`` of the user's."""
+    nodes = (node for node in _nodes([loss]) if isinstance(node, torch.autograd.function.BackwardCFunction))
+    modules = (str(getattr(type(node), "_forward_cls").__module__) for node in nodes)  # noqa: B009 - of no annotation
+    return any(not module.startswith(("torch.", "zoscope.")) for module in modules)
 
 
 def hides_parameters(loss: Tensor) -> bool:

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -176,6 +177,21 @@ def load_spec(
     return _loaded(runtime.current_ranks() or runtime.ALONE, spec, settings or {}, params, checkpoint)
 
 
+def problem_from(source: str | os.PathLike[str] | Callable[..., Any]) -> Problem:
+    """The problem of a spec or of a function that returns one.
+
+    Raises:
+        UsageError: If the spec cannot be found.
+        SpecError: If it cannot be loaded, or is not a problem.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return load_spec(os.fspath(source)).problem
+    name = getattr(source, "__name__", type(source).__name__)
+    problem = _problem_from(source, {}, label=f"{name}()")
+    problem.name = problem.name or name
+    return problem
+
+
 @runtime.collective
 def _loaded(
     ranks: runtime.Ranks, spec: str, settings: Mapping[str, Any], params: str | None, checkpoint: Path | None
@@ -200,7 +216,7 @@ def _read(spec: str, settings: Mapping[str, Any], params: str | None, checkpoint
             problem = problem.with_params(params)
         _ = problem.counts  # read the batches while the spec's folder is importable
         if checkpoint is not None:
-            load_checkpoint(problem.model, checkpoint)
+            problem.notices += load_checkpoint(problem.model, checkpoint)
     return LoadedSpec(problem, spec, Path(file) if file else None)
 
 

@@ -1,6 +1,8 @@
 """``zoscope.StabilityMonitor`` in a loop of one's own."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -153,11 +155,179 @@ def test_groups_with_one_step_size_change_nothing() -> None:
     assert not monitor.warnings
 
 
-def test_a_group_that_stands_still_and_constants_that_differ_are_said() -> None:
+def test_constants_that_differ_are_said() -> None:
     model, problem = network()
-    optimizer = grouped(model, 0.1, 0.0)
+    optimizer = grouped(model, 0.1, 0.1)
     optimizer.param_groups[1]["momentum"] = 0.5
     monitor = zoscope.StabilityMonitor(problem, optimizer, device="cpu")
     monitor.step()
-    assert any("step size of 0" in notice.message for notice in monitor.warnings)
     assert any("differ in momentum" in notice.message for notice in monitor.warnings)
+
+
+def steepest(problem: zoscope.Problem, params: str, decay: float = 0.0) -> float:
+    """λ_max of the block of some parameters, with weight decay."""
+    with problem.with_params(params).prepare(device="cpu", dtype="float64") as objective:
+        return float(torch.linalg.eigvalsh(HessianOperator(objective).dense())[-1]) + decay
+
+
+HEAD, BODY = "^2", "^0"
+
+
+@pytest.mark.parametrize("still", ["left out", "frozen", "lr 0"])
+def test_what_does_not_move_is_not_measured(still: str) -> None:
+    model, problem = network()
+    if still == "left out":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model[2].parameters(), lr=0.05)
+    else:
+        optimizer = grouped(model, 0.0 if still == "lr 0" else 0.5, 0.05)
+    problem = problem.with_params(".")  # also what is frozen
+    model[0].requires_grad_(still != "frozen")
+    monitor = zoscope.StabilityMonitor(problem, optimizer, device="cpu", dtype="float64")
+    record = monitor.step()
+    assert record is not None
+    assert record.lr == 0.05
+    assert record.ratio == pytest.approx(0.05 * steepest(problem, HEAD) / 2, rel=1e-6)
+    assert [notice.code for notice in monitor.warnings] == ["not-trained"]
+    assert "0.weight" in monitor.warnings[0].message
+
+
+def test_a_layer_that_thaws_is_measured_from_then_on() -> None:
+    model, problem = network()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.05)
+    monitor = zoscope.StabilityMonitor(problem, optimizer, every=1, device="cpu", dtype="float64")
+    monitor.step()
+    optimizer.add_param_group({"params": model[0].parameters()})
+    monitor.step()
+    found = [record.lambda_max for record in monitor.records]
+    assert found == pytest.approx([steepest(problem, HEAD), steepest(problem, ".")], rel=1e-6)
+    assert not monitor.warnings
+
+
+def test_an_optimizer_that_moves_more_than_the_problem_varies_is_said() -> None:
+    model, problem = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = zoscope.StabilityMonitor(problem.with_params(HEAD), optimizer, device="cpu")
+    monitor.step()
+    assert [notice.code for notice in monitor.warnings] == ["not-measured"]
+
+
+def test_an_optimizer_of_a_copy_is_refused() -> None:
+    model, problem = network()
+    other = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.05)
+    with pytest.raises(ValueError, match="none of the 4 parameter tensors"):
+        zoscope.StabilityMonitor(problem, other)
+    monitor = zoscope.StabilityMonitor(problem, other, name="gd", device="cpu")
+    assert monitor.step().lr == 0.05
+    assert [notice.code for notice in monitor.warnings] == ["other-parameters"]
+
+
+def test_of_several_optimizers_those_count_that_hold_the_parameters() -> None:
+    model, problem = network()
+    body, head = (torch.optim.SGD(model[n].parameters(), lr=lr) for n, lr in ((0, 0.4), (2, 0.05)))
+    one = zoscope.StabilityMonitor(problem.with_params(HEAD), [body, head], device="cpu", dtype="float64").step()
+    assert one.lr == 0.05
+    assert one.ratio == pytest.approx(0.05 * steepest(problem, HEAD) / 2, rel=1e-6)
+    both = zoscope.StabilityMonitor(problem, [body, head], device="cpu").step()
+    groups = zoscope.StabilityMonitor(problem, grouped(model, 0.4, 0.05), device="cpu").step()
+    assert both.ratio == pytest.approx(groups.ratio)
+    adam = torch.optim.Adam(model[2].parameters())
+    with pytest.raises(ValueError, match="several rules"):
+        zoscope.StabilityMonitor(problem, [body, adam])
+
+
+def test_weight_decay_is_part_of_the_ratio() -> None:
+    model, problem = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, weight_decay=0.7, momentum=0.5)
+    record = zoscope.StabilityMonitor(problem, optimizer, device="cpu", dtype="float64").step()
+    assert record.ratio == pytest.approx(0.3 * steepest(problem, ".", decay=0.7) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_weight_decay_of_adam_is_said_where_it_matters(kind) -> None:
+    model, problem = network()
+    codes = []
+    for decay in (0.0, 1e-9, 30.0):
+        optimizer = kind(model.parameters(), lr=1e-3, weight_decay=decay)
+        monitor = zoscope.StabilityMonitor(problem, optimizer, device="cpu")
+        monitor.step()
+        codes.append([notice.code for notice in monitor.warnings if notice.code == "weight-decay"])
+    assert codes == [[], [], ["weight-decay"]]
+
+
+def test_amsgrad_divides_by_the_largest_second_moment() -> None:
+    model, problem = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True)
+    problem.loss(model, problem.batches[0]).backward()
+    optimizer.step()
+    monitor = zoscope.StabilityMonitor(problem, optimizer, device="cpu", every=1)
+    before = monitor.step().preconditioner
+    for state in optimizer.state.values():
+        state["max_exp_avg_sq"] *= 100
+    assert monitor.step().preconditioner[0] > 2 * before[0]
+
+
+def test_steps_of_ones_own_need_a_name() -> None:
+    class Sharp(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model, problem = network()
+    with pytest.raises(ValueError, match="step\\(\\) is its own"):
+        zoscope.StabilityMonitor(problem, Sharp(model.parameters(), lr=0.1))
+    assert (
+        zoscope.StabilityMonitor(problem, Sharp(model.parameters(), lr=0.1), name="gd", device="cpu").step().lr == 0.1
+    )
+    with pytest.raises(ValueError, match="maximize"):
+        zoscope.StabilityMonitor(problem, torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+
+
+def test_clipped_gradients_are_said() -> None:
+    model, problem = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = zoscope.StabilityMonitor(problem, optimizer, max_grad_norm=1e-3, device="cpu")
+    monitor.step()
+    assert [notice.code for notice in monitor.warnings] == ["clipped"]
+
+
+@pytest.mark.parametrize(("factor", "codes"), [(1.0, []), (1.5, []), (6.0, ["other-loss"])])
+def test_a_loop_with_another_loss_is_found_out(factor: float, codes: list[str]) -> None:
+    model, problem = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = zoscope.StabilityMonitor(problem, optimizer, every=10, device="cpu")
+    monitor.step()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = factor * problem.loss(model, problem.batches[0])
+        loss.backward()
+        optimizer.step()
+        monitor.step(loss=loss.detach())
+    assert [notice.code for notice in monitor.warnings] == codes
+
+
+def test_an_optimizer_of_accelerate_is_looked_into() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, problem = network()
+    bare = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    prepared, optimizer = accelerate.Accelerator(cpu=True).prepare(model, bare)
+    around = zoscope.Problem.from_criterion(prepared, problem.batches, nn.MSELoss())
+    found = [
+        zoscope.StabilityMonitor(p, o, device="cpu").step().ratio for p, o in ((problem, bare), (around, optimizer))
+    ]
+    assert found[0] == pytest.approx(found[1])
+
+
+def parabola(x: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(1.0, 4.0) * x.square()).sum()
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor))])
+def test_monitors_are_copied_with_what_they_watch(twin) -> None:
+    problem = zoscope.Problem.from_function(parabola, torch.ones(3))
+    optimizer = zoscope.ZOGD(problem.model.parameters(), lr=1e-2, queries=8)
+    stable = zoscope.StabilityMonitor(problem, optimizer, every=1, device="cpu")
+    stable.step()
+    other = twin(stable)
+    assert other.step().to_dict() == stable.step().to_dict()
+    forward = zoscope.ForwardMonitor(optimizer)
+    other = twin(forward)  # with an optimizer and parameters of its own
+    assert other.step(lambda: parabola(torch.ones(3))).trace == forward.step(lambda: parabola(torch.ones(3))).trace
