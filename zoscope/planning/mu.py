@@ -54,7 +54,9 @@ class UpdateRounding(JsonObject):
         vanishing: Share of the entries of all updates that are below half a last place of their weight and change
             nothing.
         kept: ``E⟨applied, intended⟩ / E‖intended‖²``. Entries that survive are rounded up more than down, so that this
-            stays near 1 while half of the entries vanish, and falls quickly after that.
+            stays near 1 while half of the entries vanish, and falls quickly after that. An upper end: it is about
+            writing the update alone, not about weights that were rounded when they were perturbed and put back, and
+            not about the loss that rounding adds; bfloat16 runs have kept 0.67 to 0.78 where it says 0.98.
         least_lr: Step size from which on 90 % is kept. Below it weights should be kept in float32 besides (master
             weights) and rounded for the forward passes alone.
     """

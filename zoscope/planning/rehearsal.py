@@ -90,7 +90,6 @@ class Law:
         weight_decay: w of ``ĝ + w x``.
         a: Weight of the signal in the estimate's second moment.
         b: Weight of its isotropic noise.
-        mu: Smoothing radius; 0 where smoothing does not show.
     """
 
     family: str
@@ -101,7 +100,6 @@ class Law:
     weight_decay: float = 0.0
     a: float = 2.0
     b: float = 1.0
-    mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -427,8 +425,6 @@ class _Rehearsal:
     def _look(self, scale: float) -> tuple[Tensor, Tensor]:
         """Gradients and losses of all runs, and beside one of them for a product of the Hessian."""
         points = self._x
-        if self._law.mu:
-            points = points + self._law.mu * self._normal()
         count = len(points)
         chosen = self._chosen(scale)
         if chosen is None:
