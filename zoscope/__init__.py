@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from zoscope.errors import UsageError as UsageError
     from zoscope.errors import ZoscopeError as ZoscopeError
     from zoscope.optim import *  # noqa: F403 - the names of its __all__
+    from zoscope.planning.mu import perturbation_scale as perturbation_scale
     from zoscope.problem import Notice as Notice
     from zoscope.problem import Problem as Problem
     from zoscope.theory.spectrum import Estimate as Estimate
@@ -46,6 +47,7 @@ _HOME = {
     "Problem": "zoscope.problem",
     "bounds": "zoscope.analysis.bounds",
     "plan": "zoscope.analysis.plan",
+    "perturbation_scale": "zoscope.planning.mu",
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",
