@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from zoscope.optim import *  # noqa: F403 - the names of its __all__
     from zoscope.optim.auto_lr import AutoLR as AutoLR
     from zoscope.optim.auto_lr import AutoLRRecord as AutoLRRecord
+    from zoscope.planning.mu import perturbation_scale as perturbation_scale
     from zoscope.problem import Notice as Notice
     from zoscope.problem import Problem as Problem
     from zoscope.theory.spectrum import Estimate as Estimate
@@ -48,6 +49,7 @@ _HOME = {
     "Problem": "zoscope.problem",
     "bounds": "zoscope.analysis.bounds",
     "plan": "zoscope.analysis.plan",
+    "perturbation_scale": "zoscope.planning.mu",
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",

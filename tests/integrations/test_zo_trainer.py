@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from zoscope import ZOGD
+from zoscope import ZOGD, UsageError
 from zoscope.integrations.zo_trainer import ZOTrainer, ZOTrainingArguments
 
 from .zo_trainer_job import examples, flat, network, trainer

@@ -25,7 +25,7 @@ from zoscope.config.load import (
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, nearest, read_yaml, suggest
 from zoscope.errors import UsageError
 from zoscope.files import read_text, reason, resolved
-from zoscope.options import MOST, left_open
+from zoscope.options import MOST, Whole, argument, keywords, left_open
 from zoscope.registry import OPTIMIZERS
 
 # ruff: noqa: D102 - every kind has the two methods that the protocol documents
@@ -326,6 +326,35 @@ def load_hf_args(file: Path) -> HfArguments:
         return _Translator(tree.value).translate()
     except InvalidError as error:
         raise ConfigError(str(file), error.issues) from None
+
+
+def plan_arguments(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What an arguments file says of a run, as keyword arguments of ``zoscope.plan``, and its notices.
+
+    Raises:
+        ConfigError: With every value that cannot be used and its line.
+        UsageError: If the file cannot be read, or training there follows gradients.
+    """
+    arguments = load_hf_args(file)
+    tree = plain(arguments.tree)
+    found = {**tree.get("optimizer", {}), **tree.get("estimator", {})}
+    if "steps" in tree:
+        found["steps"] = tree["steps"]
+    rate = found.pop("lr", None)
+    if isinstance(rate, Mapping):
+        found |= {name: rate[name] for name in ("schedule", "warmup") if name in rate}
+    if "name" in found:
+        found["optimizer"] = found.pop("name")
+    checked: dict[str, Any] = {}
+    for name, value in found.items():
+        option = argument("plan", name)
+        whole = isinstance(option.domain, Whole) and isinstance(value, float) and value.is_integer()
+        checked[name] = int(value) if whole else tuple(value) if isinstance(value, list) else value
+    try:
+        keywords("plan", checked)
+    except ValueError as error:
+        raise UsageError(f"--hf-args: {file}: {error}.") from None
+    return checked, arguments.notices
 
 
 def _read_json(text: str) -> Node:
