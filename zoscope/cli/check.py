@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -14,12 +15,13 @@ import typer
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import as_json, as_text, check_writable, measuring, say, show, write_whole
+from zoscope.cli.output import as_json, as_text, check_writable, measuring, say, to_stdout, write_whole
 from zoscope.cli.validate import checked, choice
 from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
 from zoscope.files import resolved
 from zoscope.options import FORMATS, OPTIONS
+from zoscope.report.console import CleanConsole
 from zoscope.text import clean, clean_json
 
 if TYPE_CHECKING:
@@ -145,7 +147,9 @@ def command(given: Given) -> None:
         document = baseline_document(report, earlier=replaced, keep_absent=bool(given.only))
         write_whole(given.baseline, json.dumps(document, indent=2, allow_nan=False) + "\n", option="--baseline")
     if shown == "text":
-        show(report)
+        with to_stdout():
+            CleanConsole().print(report)
+            sys.stdout.flush()
     else:
         say(formatted(report, shown))
     if report.exit_code:

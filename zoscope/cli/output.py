@@ -170,10 +170,10 @@ def emit(result: Document, options: OutputOptions, *, shown: RenderableType | No
     if options.json:
         say(as_json(result))
     else:
-        show(result if shown is None else shown)
+        _print(result if shown is None else shown)
 
 
-def show(shown: RenderableType) -> None:
+def _print(shown: RenderableType) -> None:
     """Print on stdout, in colours where it is a terminal."""
     console = CleanConsole()
     if console.is_terminal:

@@ -175,7 +175,11 @@ def _resumed(given: Values, place: Given) -> tuple[Values, Path]:
     RunFolder(folder).read_config()  # says what is missing where this is no folder of a run
     for run in (folder, *(config.parent for config in sorted(folder.glob(f"*/{CONFIG}")))):
         _draw_missing(run)
-    return {**read_track_config(folder / CONFIG), **given}, folder
+    values = {**read_track_config(folder / CONFIG), **given}
+    missing = {"spec", "lr"} - values.keys() - values.get("sweep", {}).keys()
+    if missing:
+        raise UsageError(f"{folder / CONFIG} has no {min(missing)}. Expected the file that zoscope track wrote.")
+    return values, folder
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
