@@ -755,8 +755,10 @@ class Run:
                 "written: the data or the loss function have changed. Expected the problem as it was."
             )
         self.step, self._limit = _step_of(run["step"], self.request.steps), float(run["limit"])
-        total, largest, count = run["losses"]
-        self._losses = Losses(float(total), float(largest), int(count))
+        total, largest, count, *rest = run["losses"]
+        path, since, steps = rest or ([], 0.0, 0)  # older checkpoints have no path
+        points = [(int(step), float(loss), float(lr)) for step, loss, lr in path]
+        self._losses = Losses(float(total), float(largest), int(count), points, float(since), int(steps))
         self.clock.restore(run["clock"])
         self.measurer.restore(run["measurer"])
         self._earlier, self.measuring_seconds = float(run["seconds"]), float(run["measuring_seconds"])
