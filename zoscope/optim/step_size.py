@@ -14,7 +14,7 @@ MARGIN = 0.8  # of the edge: at the edge itself the noise of the estimate eats a
 PEAK: dict[Schedule, float] = {"constant": 1.0, "linear": 1.3, "cosine": 1.25}
 # how much higher a falling schedule may start: at equal largest mean loss, in runs of 300 to 3,000 steps
 SHARE = 0.35  # of the measured damage of the noise that the loss must have fallen by to go on
-DAMAGE = 0.004  # of the loss that the first window may cost where nothing is known yet
+DAMAGE = 0.002  # of the loss that the first window may cost where nothing is known yet
 LOOK = 4  # measurements before the first step
 RISE, FALL, WAIT = 1.3, 0.5, 0.85  # factors of the step size: fell, did not, cannot tell
 CLEARLY = 1.5  # standard errors
