@@ -13,14 +13,16 @@ import zoscope
 import zoscope.options
 
 PACKAGE = Path(zoscope.__file__).parent
-FOUNDATION = {"errors", "_version", "options", "registry"}
+FOUNDATION = {"errors", "_version", "files", "options", "registry", "text"}
 
 # Which rooms of zoscope each room may import, beside itself and the foundation.
 ALLOWED = {
     "errors": set(),
     "_version": set(),
+    "files": set(),
     "options": set(),
     "registry": set(),
+    "text": set(),
     "theory": set(),
     "config": {"theory"},
     "runtime": set(),
@@ -32,7 +34,7 @@ ALLOWED = {
     "result": {"report", "theory"},  # of the report only what finds the tables of a result
     "analysis": {"config", "curvature", "optim", "planning", "problem", "result", "runtime", "spec", "theory"},
     "report": {"analysis", "config", "curvature", "problem", "result", "theory"},
-    "integrations": {"analysis", "problem", "runtime"},
+    "integrations": {"analysis", "optim", "problem", "runtime"},
 }
 FREE = {"cli", "__init__", "__main__"}
 # The only packages from outside that these rooms may see.
@@ -40,8 +42,10 @@ OUTSIDE = {
     "theory": {"numpy", "scipy"},
     "errors": set(),
     "_version": set(),
+    "files": set(),
     "options": set(),
     "registry": set(),
+    "text": set(),
     "config": {"yaml", "numpy"},
 }
 

@@ -48,6 +48,7 @@ LITERALS = {
     get_args(options.Differences): "Differences",
     options.HVPS: "Hvp",
     options.THRESHOLDS: "Threshold",
+    get_args(options.CheckThreshold): "CheckThreshold",
     ("pass", "fail"): 'Literal["pass", "fail"]',
 }
 FORMS = {

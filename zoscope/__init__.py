@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from zoscope.errors import UsageError as UsageError
     from zoscope.errors import ZoscopeError as ZoscopeError
     from zoscope.optim import *  # noqa: F403 - the names of its __all__
+    from zoscope.optim.auto_lr import AutoLR as AutoLR
+    from zoscope.optim.auto_lr import AutoLRRecord as AutoLRRecord
+    from zoscope.planning.mu import perturbation_scale as perturbation_scale
     from zoscope.problem import Notice as Notice
     from zoscope.problem import Problem as Problem
     from zoscope.theory.spectrum import Estimate as Estimate
@@ -46,6 +49,7 @@ _HOME = {
     "Problem": "zoscope.problem",
     "bounds": "zoscope.analysis.bounds",
     "plan": "zoscope.analysis.plan",
+    "perturbation_scale": "zoscope.planning.mu",
     "probe": "zoscope.analysis.probe",
     "check": "zoscope.analysis.check",
     "track": "zoscope.analysis.track",
@@ -67,6 +71,8 @@ _HOME = {
     "TrackInterruptedError": "zoscope.analysis.track_results",
     "RunFolderError": "zoscope.analysis.track_folder",
     "ForwardRecord": "zoscope.analysis.monitor",
+    "AutoLR": "zoscope.optim.auto_lr",
+    "AutoLRRecord": "zoscope.optim.auto_lr",
     "Estimate": "zoscope.theory.spectrum",
     "Notice": "zoscope.problem",
     **{record.public: "zoscope.optim.optimizers" for record in OPTIMIZERS.values()},

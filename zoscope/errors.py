@@ -1,10 +1,19 @@
 """What zoscope raises when it cannot go on; each class knows the exit code of the command line."""
 
+from zoscope.text import clean
+
 
 class ZoscopeError(Exception):
-    """A failed run. The message is one paragraph: what happened, where, what was expected, what to do."""
+    """A failed run. The message is one paragraph: what happened, where, what was expected, what to do.
+
+    Args:
+        message: The paragraph; control characters of what it quotes are shown as signs.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(clean(message))
 
 
 class UsageError(ZoscopeError):
@@ -24,6 +33,10 @@ class SpecError(UsageError):
     def __init__(self, message: str, *, frame: str = "") -> None:
         super().__init__(message)
         self.frame = frame
+
+
+class OutputError(ZoscopeError):
+    """The result cannot be written where it should go: exit code 3."""
 
 
 class NumericalError(ZoscopeError):

@@ -194,6 +194,7 @@ Dtype = Literal["auto", "float32", "float64", "bfloat16"]
 Hvp = Literal["auto", "double-backward", "batched", "forward-over-reverse", "linearize"]
 PlanMethod = Literal["auto", "rehearsal", "replicas"]
 Threshold = Literal["exact", "descent", "horizon", "binding"]
+CheckThreshold = Literal["exact", "descent", "horizon", "binding", "plan"]
 
 METHODS, PLAN_METHODS, MATRICES, CURVATURES, DTYPES, HVPS, THRESHOLDS = (
     get_args(words) for words in (Method, PlanMethod, Matrix, CurvatureKind, Dtype, Hvp, Threshold)
@@ -267,7 +268,7 @@ _TABLE = (
         "lr", LR, "Also judge this step size.", None, "LR",
         probe=Use("An absolute step size; repeatable.", domain=Several(LR)), check="Step size to check.",
         track=Use(
-            "Step size: a number, or 0.001,20000:0.007 for 0.007 from step 20,000 on. Schedules: in --config.",
+            "Step size: a number, auto (it sets itself; auto:linear, auto:cosine), or 0.001,20000:0.007.",
             domain=Text("step sizes"),
         ),
         file="Learning rate, or a schedule of which the peak is checked.",
@@ -327,9 +328,10 @@ _TABLE = (
         "threshold", Words(THRESHOLDS),
         "The threshold to go by: infinite time, first step, planned steps, or the smaller of the last two.", "binding",
         probe="Which threshold is probed; 'binding' is the smaller one of horizon and descent.",
-        check="Threshold of zo- optimizers.",
+        check=Use("Threshold of zo- optimizers; plan looks ahead over the steps.", domain=Words((*THRESHOLDS, "plan"))),
         file=Use(  # the default first
-            "Which threshold a zo- optimizer is held against.", domain=Words((*THRESHOLDS[3:], *THRESHOLDS[:3]))
+            "Which threshold a zo- optimizer is held against; plan: where half of the runs leave, by zoscope.plan.",
+            domain=Words((*THRESHOLDS[3:], *THRESHOLDS[:3], "plan")),
         ),
     ),
     # --- a measurement
@@ -493,7 +495,10 @@ _TABLE = (
         file="Also run a short training probe at this lr.",
     ),
     _option("only", Several(TEXT), "Only the check of this name; repeatable.", None, "NAME"),
-    _option("hf_args", Place(), "TrainingArguments, JSON or YAML, that override the configuration.", None, "FILE"),
+    _option(
+        "hf_args", Place(), "TrainingArguments, JSON or YAML, that override the configuration.", None, "FILE",
+        plan="TrainingArguments, JSON or YAML: the run to plan. What is said here overrides them.",
+    ),
     _option("format", Words(FORMATS), "Format of stdout."),
     _option("schema", FLAG, "Print the JSON Schema of the configuration and exit.", False),
     _option("baseline", Place(), "Earlier thresholds to compare with.", None, "FILE"),
@@ -541,7 +546,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Problem": _PROBLEM,
         "Run": "optimizer steps batch_size schedule warmup mu directions differences queries beta dampening "
         "weight_decay betas eps",
-        "Search": "method replicas max_cost compare_schedules cache plot",
+        "Search": "hf_args method replicas max_cost compare_schedules cache plot",
         "Measurement": "device dtype seed micro_batch max_memory",
         "Output": f"verbose {_OUTPUT}",
     },
@@ -754,7 +759,7 @@ class CheckOptions(MeasureOptions, RuleOptions, total=False):
     method: Method
     curvature: CurvatureKind
     preconditioner: str
-    threshold: Threshold
+    threshold: CheckThreshold
     margin: float
     on_warn: Literal["pass", "fail"]
     probe: bool

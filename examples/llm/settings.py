@@ -16,7 +16,7 @@ import mezo
 
 import zoscope
 from zoscope import Estimate
-from zoscope.planning.mu import PerturbationScale, perturbation_scale
+from zoscope.planning.mu import PerturbationScale, measure_scale
 
 PUBLISHED = {
     "full": "OPT-13B: lr 1e-7 to 1e-6, eps 1e-3, 20,000 steps; RoBERTa-large: lr 1e-6, eps 1e-3, 100,000 steps",
@@ -35,7 +35,7 @@ def eps_range(problem: zoscope.Problem, *, batch_size: int | None, lr: float | N
         dtype: ``"own"`` for the weights as they are.
     """
     with problem.prepare(dtype=dtype, differentiable=False) as objective:
-        return perturbation_scale(objective, batch_size=batch_size, lr=lr)
+        return measure_scale(objective, batch_size=batch_size, lr=lr)
 
 
 def main() -> None:

@@ -346,8 +346,14 @@ def test_a_damaged_cache_is_measured_again(write: Write, tmp_path: Path, calls: 
     config = write([entry("a", 0.01)])
     zoscope.check(config, cache=tmp_path / "cache")
     (file,) = (tmp_path / "cache").glob("*.json")
+    whole = file.read_text()
+    digit = whole.index("0.") + 2
     for content in (
         "",
+        whole[: len(whole) // 2],
+        whole.replace('"num_examples": ', '"num_examples": 1'),
+        whole[:digit] + str((int(whole[digit]) + 1) % 10) + whole[digit + 1 :],
+        "[" * 99999,
         "[]",
         '{"format": 1, "entry": {}}',
         '{"format": 1, "entry": {"optimizers": 3}}',
@@ -355,7 +361,19 @@ def test_a_damaged_cache_is_measured_again(write: Write, tmp_path: Path, calls: 
     ):
         file.write_text(content)
         assert statuses(zoscope.check(config, cache=tmp_path / "cache")) == ["pass"]
-    assert len(calls) == 6
+    assert len(calls) == 10
+
+
+def test_an_entry_under_another_name_is_not_taken(write: Write, tmp_path: Path, calls: list[tuple[str, ...]]) -> None:
+    zoscope.check(write([entry("a", 0.01)]), cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.json")
+    entries = file.read_bytes()
+    zoscope.check(write([entry("a", 0.01, curvature={"seed": 7})]), cache=tmp_path / "cache")
+    (other,) = {*(tmp_path / "cache").glob("*.json")} - {file}
+    other.write_bytes(entries)
+    report = zoscope.check(write([entry("a", 0.01, curvature={"seed": 7})]), cache=tmp_path / "cache")
+    assert len(calls) == 3
+    assert statuses(report) == ["pass"]
 
 
 def test_failures_are_not_cached(write: Write, tmp_path: Path) -> None:

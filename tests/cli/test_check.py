@@ -234,3 +234,21 @@ def test_a_fraction_may_be_a_percentage(text: str, value: float) -> None:
 def test_a_drop_outside_of_0_and_1_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         fraction(text)
+
+
+def test_the_policy_plan_holds_lr_against_where_half_of_the_planned_runs_leave(zoscope_cli, project: Path) -> None:
+    (project / "zoscope.yaml").write_text(CONFIG.replace("exact}", "plan, on_warn: fail}\n  steps: 100"))
+    done = zoscope_cli("check", "--only", "zo", "--json")
+    (check,) = json.loads(done.out)["checks"]
+    assert (done.code, check["status"], check["threshold_name"]) == (0, "pass", "plan")
+    assert check["ci95"][0] < check["threshold"] < check["ci95"][1]
+    above = zoscope_cli("check", "--only", "zo", "--lr", 2 * check["threshold"], "--json")
+    assert above.code == 1
+    assert "half of the planned runs leave" in json.loads(above.out)["checks"][0]["message"]
+
+
+def test_the_policy_plan_is_for_zeroth_order_optimizers(zoscope_cli, project: Path) -> None:
+    (project / "zoscope.yaml").write_text(CONFIG.replace("exact", "plan"))
+    done = zoscope_cli("check", "--only", "fo")
+    assert done.code == 2
+    assert "policy.threshold plan is for zo- optimizers" in done.out + done.err

@@ -107,3 +107,29 @@ def test_a_loss_that_saturates_has_an_edge_too(zoscope_cli, tmp_path):
     document = json.loads(done.out)
     assert "saturates" in [warning["code"] for warning in document["warnings"]]
     assert document["answer"]["lr"] < document["edge"]["lr"]
+
+
+def test_training_arguments_are_planned_and_options_override_them(zoscope_cli, spec, tmp_path):
+    arguments = {
+        "trainer": "zo_sgd",
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+        "max_steps": 40,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "zo_eps": 1e-4,
+        "weight_decay": 0.01,
+    }
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(arguments))
+    done = zoscope_cli("plan", spec, "--hf-args", path, "--steps", "30", "--json")
+    question = json.loads(done.out)["question"]
+    assert (question["optimizer"], question["steps"], question["mu"]) == ("zo-gd", 30, 1e-4)
+    assert (question["schedule"], question["warmup"], question["weight_decay"]) == ("cosine", 0.1, 0.01)
+    assert "gradient_accumulation_steps × 2 examples = 8" in done.err
+    assert "--batch-size 8" in done.err  # the problem has one example
+    path.write_text(json.dumps(arguments | {"trainer": "regular"}))
+    refused = zoscope_cli("plan", spec, "--hf-args", path)
+    assert refused.code == 2
+    assert "--hf-args" in refused.err

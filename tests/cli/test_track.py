@@ -47,6 +47,9 @@ def test_a_run_prints_its_measurements_and_leaves_a_folder(zoscope_cli, drawn_sp
     assert {"plot.png", "plot.svg"} <= {path.name for path in run.iterdir()}
     assert yaml.safe_load((run / "config.yaml").read_text())["spec"] == "../../model.py"
     assert sum(line.startswith("step ") for line in finished.err.splitlines()) == 3
+    (run / "plot.svg").unlink()  # as if the program had ended before it was drawn
+    assert "this run is over" in zoscope_cli("track", "--resume", run).err
+    assert (run / "plot.svg").stat().st_size > 1000
 
 
 def test_quiet_says_nothing_on_the_way(zoscope_cli, spec) -> None:

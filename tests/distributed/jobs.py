@@ -26,8 +26,8 @@ def environment(**more: str) -> dict[str, str]:
     return {**found, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
-def by_hand(ranks: int, args: Sequence[str]) -> list[subprocess.Popen[str]]:
-    """``python ARGS`` as so many ranks, with nobody who looks after them."""
+def by_hand(ranks: int, args: Sequence[str], *, only: int | None = None) -> list[subprocess.Popen[str]]:
+    """``python ARGS`` as so many ranks, or one of them alone, with nobody who looks after them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -41,7 +41,7 @@ def by_hand(ranks: int, args: Sequence[str]) -> list[subprocess.Popen[str]]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(ranks)
+        for rank in (range(ranks) if only is None else [only])
     ]
 
 

@@ -75,6 +75,22 @@ def drawn_anew() -> zoscope.Problem:
     )
 
 
+def other_loss(where: str = "everywhere") -> zoscope.Problem:
+    """A loss that holds something unseeded: it differs by rank everywhere, in its curvature alone, or on one batch."""
+    generator = torch.Generator()
+    generator.seed()
+    own = 1 + torch.rand(3, generator=generator, dtype=torch.float64)
+    batches = [torch.full((2, 3), float(i), dtype=torch.float64) for i in range(1, 4)]
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        weights = own if where != "one batch" or batch[0, 0] == 2 else torch.ones_like(own)
+        return (model.weight * batch * weights).square().sum(dim=1).mean()
+
+    model = nn.Linear(3, 1, bias=False).double()
+    nn.init.constant_(model.weight, 0.0 if where == "curvature" else 1.0)
+    return zoscope.Problem(model, batches, loss)
+
+
 def sharded(apart: bool = True) -> zoscope.Problem:
     """A model of which every rank holds a part (FSDP2), or the same model whole."""
     generator = torch.Generator().manual_seed(0)

@@ -152,6 +152,55 @@ def test_an_error_on_any_rank_is_told_once_and_ends_all(spec: str, message: str)
     assert message in errors
 
 
+@pytest.mark.parametrize(
+    "where", ["curvature", *(pytest.param(w, marks=pytest.mark.slow) for w in ("everywhere", "one batch"))]
+)
+def test_a_loss_that_differs_by_rank_is_refused(where: str) -> None:
+    codes, out, errors = run_all(2, "bounds", f"{SPEC}:other_loss", "--set", f"where={where}")
+    assert codes == [2, 2]
+    assert not out
+    assert "another loss on rank 1" in errors
+
+
+def test_no_option_is_claimed_by_torchrun_without_another_name_for_it() -> None:
+    from torch.distributed.run import get_args_parser
+
+    from zoscope.options import OPTIONS
+
+    theirs = get_args_parser()._option_string_actions
+    for option in OPTIONS.values():
+        free = [flag for flag in option.flags if flag in theirs or not any(name.startswith(flag) for name in theirs)]
+        assert free, option.flags
+        parsed = get_args_parser().parse_args(["-m", "zoscope", "track", free[-1], "x"])
+        assert parsed.training_script_args == ["track", free[-1], "x"]
+    behind = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", "--", "zoscope", "track", "--run", "x"])
+    assert (behind.training_script, behind.training_script_args) == ("zoscope", ["track", "--run", "x"])
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "--", "zoscope", "--run"], pytest.param(["-m", "zoscope", "--output-dir"], marks=pytest.mark.slow)]
+)
+def test_torchrun_tracks_into_a_folder(words: list[str], tmp_path: Path) -> None:
+    *start, option = words
+    args = ["track", SPEC, "--lr", "0.001", "--steps", "4", "--every", "2", "--max-hvps", "20"]
+    job = torchrun(2, [*start, *args, option, str(tmp_path / "run")])
+    _, errors = job.communicate(timeout=200)
+    assert job.returncode == 0, errors
+    assert len(measurements(tmp_path / "run")) == 3
+
+
+def test_a_rank_whose_peers_never_come_says_so_and_ends() -> None:
+    wait = "import zoscope.runtime.process_group as p, datetime; p.JOIN_BY_HAND = datetime.timedelta(seconds=3)"
+    code = f"{wait}; p.PATIENCE = 1.0; from zoscope.cli import main; main(['bounds', {SPEC!r}])"
+    job = by_hand(2, ["-c", code], only=0)
+    out, errors = job[0].communicate(timeout=100)
+    assert job[0].returncode == 2
+    assert not out
+    assert "Waiting for the other processes" in errors
+    assert "did not find each other" in errors
+    assert "Traceback" not in errors
+
+
 @pytest.mark.slow
 def test_torchrun_prints_one_document_and_a_killed_rank_fails_the_job(tmp_path: Path) -> None:
     job = torchrun(3, ["-m", "zoscope", *COMMANDS["hessian"], "--json"])

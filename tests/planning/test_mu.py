@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import zoscope
-from zoscope.planning.mu import GRID, PerturbationScale, perturbation_scale, update_rounding
+from zoscope.planning.mu import GRID, PerturbationScale, measure_scale, update_rounding
 
 DIRECTIONS = 48
 SURE = 4.0
@@ -21,7 +21,7 @@ def measured(
 ) -> PerturbationScale:
     problem = zoscope.Problem.from_function(f, x0)
     with problem.prepare(dtype="own", differentiable=False) as objective:
-        return perturbation_scale(objective, directions=directions, **options)
+        return measure_scale(objective, directions=directions, **options)
 
 
 def close(end: zoscope.theory.spectrum.Estimate | None, truth: float) -> bool:
@@ -35,6 +35,16 @@ def test_a_quadratic_has_no_upper_end_and_no_lower_one_in_double_precision() -> 
     assert (found.lower, found.upper) == (None, None)
     assert found.tried == GRID
     assert all(found.allows(mu) for mu in (1e-7, 1e-3, 10.0))
+
+
+def test_the_public_function_measures_a_problem_and_leaves_it_as_it_was() -> None:
+    x0 = torch.zeros(50, dtype=torch.float64)
+    problem = zoscope.Problem.from_function(lambda x: (x + 20.0 * x**3).sum(), x0)
+    found = zoscope.perturbation_scale(problem, directions=DIRECTIONS, lr=1e-3)
+    assert found.upper is not None
+    assert close(found.upper, math.sqrt(found.tolerance / (20.0 * math.sqrt(15))))
+    assert found.updates is not None
+    assert float(x0.norm()) == 0.0
 
 
 def test_the_bias_of_a_cubic_ends_the_range() -> None:
@@ -106,8 +116,8 @@ def test_mini_batches_have_slopes_of_their_own() -> None:
     problem = zoscope.Problem(model, [inputs], lambda m, batch: m(batch).mean() + 1.0)
     start = model.weight.detach().clone()
     with problem.prepare(dtype="own", differentiable=False) as objective:
-        everything = perturbation_scale(objective)
-        batches = perturbation_scale(objective, batch_size=4, directions=DIRECTIONS)
+        everything = measure_scale(objective)
+        batches = measure_scale(objective, batch_size=4, directions=DIRECTIONS)
     assert not everything.usable or everything.slope.value < 1e-6
     assert batches.batch_size == 4
     # Of the mean of 4 signs drawn without replacement from 64: variance (1/4)(60/63); six inputs are equal.

@@ -25,7 +25,7 @@ def test_edges_and_the_lowest_loss_are_found_from_any_guess(guess):
     edge = search.settle(rtol=0.05)
     assert edge.lr == pytest.approx(float(np.exp(np.log(EDGES).mean())), rel=0.05)
     assert edge.ci95[0] < edge.lr < edge.ci95[1]
-    best = search.lowest(edge.at_risk(0.05), start=2.0)
+    best = search.lowest(edge.at_risk(0.05))
     assert best.lr == pytest.approx(0.3, rel=0.25)
     assert not best.gone.any()
 

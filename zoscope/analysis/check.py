@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from zoscope.analysis.advice import DOUBTS, GATE, JUMPS, SHORT, Limit, joined, stand
 from zoscope.analysis.check_results import BaselineComparison, CheckReport, CheckResult, CheckStatus
-from zoscope.analysis.check_runner import Cache, CheckMeasurement, CheckRunner, Failure
+from zoscope.analysis.check_runner import Cache, CheckMeasurement, CheckRunner, Failure, Held
 from zoscope.config.load import (
     COMMAND_LINE,
     EMPTY,
@@ -30,11 +30,15 @@ from zoscope.config.load import (
 from zoscope.config.sources import Node
 from zoscope.config.training import load_hf_args
 from zoscope.errors import UsageError
+from zoscope.files import parse_json, read_bytes, reason
 from zoscope.options import CheckOptions, refuse_unknown
 from zoscope.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from zoscope.problem import Problem
+
+PLAN = "plan"
+"""The policy that looks ahead over the planned steps."""
 
 PHRASES = {
     "fo": "first-order threshold",
@@ -43,6 +47,7 @@ PHRASES = {
     "descent": "descent threshold",
     "forward": "threshold from forward passes",
     "short-horizon": "threshold of all eigenvalues",
+    PLAN: "step size at which half of the planned runs leave",
 }
 
 
@@ -86,8 +91,8 @@ def decide(
             else Decision("fail", f"{message} (on_warn: fail)", None)
         )
     what = f"{PHRASES[limit.name]} {_interval(limit)}"
-    if limit.name in ("horizon", "short-horizon"):
-        what += f" for {steps if limit.name == 'horizon' else min(steps, SHORT)} steps"
+    if limit.name in ("horizon", "short-horizon", PLAN):
+        what += f" for {min(steps, SHORT) if limit.name == 'short-horizon' else steps} steps"
     if math.isinf(limit.low):
         return Decision("pass", f"no positive curvature limits the step size: every lr is below the {what}.", None)
     advice = f"The largest lr that passes is {largest:g}." if largest else "No lr passes: the lower end is 0."
@@ -136,15 +141,15 @@ def load_baseline(file: Path) -> Baseline:
         UsageError: If the file is missing or is not such a document.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(read_bytes(file))
         if document["schema"] != CheckReport.schema:
             raise ValueError
         entries = {str(entry["name"]): _checked(entry) for entry in document["checks"]}
     except FileNotFoundError:
         raise UsageError(f"--baseline: there is no file {file}. Write it first with --update-baseline.") from None
     except OSError as error:
-        raise UsageError(f"--baseline: cannot read {file} ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"--baseline: cannot read {file} ({reason(error)}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
             f"--baseline: {file} is not a document {CheckReport.schema}. Write it with --update-baseline, or with "
             "--format json."
@@ -289,7 +294,7 @@ def probe_options(config: CheckConfig, threshold: float) -> dict[str, Any]:
         "optimizer": optimizer.name,
         "lr": optimizer.lr,
         "assume_threshold": threshold,
-        "threshold": config.policy.threshold,
+        "threshold": "binding" if config.policy.threshold == PLAN else config.policy.threshold,
         "steps": min(config.steps, MOST_STEPS),
         "max_seconds": MOST_SECONDS,
         "replicas": REPLICAS if optimizer.zeroth_order else 1,
@@ -317,6 +322,47 @@ def _probed(problem: Problem, options: Mapping[str, Any]) -> dict[str, Any]:
     from zoscope.analysis.probe import probe
 
     return probe(problem, **options).runs[-1].to_dict()
+
+
+def plan_options(config: CheckConfig) -> dict[str, Any]:
+    """Keyword arguments of ``plan`` for a check."""
+    curvature, optimizer, estimator = config.curvature, config.optimizer, config.estimator
+    schedule = optimizer.schedule
+    return {
+        "optimizer": optimizer.name,
+        "steps": config.steps,
+        "schedule": schedule.kind,
+        "warmup": schedule.warmup or None,
+        **vars(estimator),
+        **OPTIMIZERS[optimizer.rule].settings(vars(optimizer)),
+        **{name: getattr(curvature, name) for name in ("device", "dtype", "seed", "micro_batch", "max_memory")},
+    }
+
+
+def _planned(problem: Problem, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Where half of the runs leave, and what the plan had to say."""
+    from zoscope.analysis.plan import plan
+
+    found = plan(problem, **options)
+    return {
+        "edge": found.edge.lr,
+        "ci95": found.edge.ci95,
+        "lr": found.answer.lr,
+        "notices": [notice.message for notice in found.warnings],
+    }
+
+
+def _by_plan(config: CheckConfig, bench: CheckRunner) -> tuple[Held, tuple[str, ...]]:
+    """What a plan holds a step size against, and its notices."""
+    if not config.optimizer.zeroth_order:
+        raise UsageError(f"policy.threshold plan is for zo- optimizers, and this one is {config.optimizer.name}.")
+    found = bench.recall(config, plan_options(config), _planned)
+    if found["edge"] is None:
+        return Held(Limit(PLAN, math.inf, math.inf, math.inf)), tuple(found["notices"])
+    edge = float(found["edge"])
+    low, high = found["ci95"] or (edge, edge)
+    said = () if found["lr"] is None else (f"zoscope plan expects the lowest loss at lr {found['lr']:.3g}.",)
+    return Held(Limit(PLAN, edge, low, high, error=0.5 * (high - low))), (*said, *found["notices"])
 
 
 def check(
@@ -419,7 +465,7 @@ def _run(
     if isinstance(measurement, Failure):
         return _failed(config, measurement)
     try:
-        result = _judged(config, measurement)
+        result = _judged(config, measurement, bench)
         if config.policy.probe:
             result = with_probe(result, config, bench)
     except Exception as error:
@@ -429,14 +475,19 @@ def _run(
     return result
 
 
-def _judged(config: CheckConfig, measurement: CheckMeasurement) -> CheckResult:
+def _judged(config: CheckConfig, measurement: CheckMeasurement, bench: CheckRunner) -> CheckResult:
     optimizer, policy = config.optimizer, config.policy
-    held = measurement.optimizers[optimizer.rule].choose(
-        policy.threshold,
-        zeroth_order=optimizer.zeroth_order,
-        steps=config.steps,
-        curvature=config.curvature.kind,
-    )
+    said: tuple[str, ...]
+    if policy.threshold == PLAN:
+        held, said = _by_plan(config, bench)
+    else:
+        said = tuple(_own_notices(config, measurement))
+        held = measurement.optimizers[optimizer.rule].choose(
+            policy.threshold,
+            zeroth_order=optimizer.zeroth_order,
+            steps=config.steps,
+            curvature=config.curvature.kind,
+        )
     decision = decide(
         optimizer.lr,
         held.limit,
@@ -453,7 +504,7 @@ def _judged(config: CheckConfig, measurement: CheckMeasurement) -> CheckResult:
         threshold=held.limit,
         doubts=held.doubts,
         largest_lr=decision.largest_lr,
-        notices=(*config.notices, *_own_notices(config, measurement), *measurement.notices),
+        notices=(*config.notices, *said, *measurement.notices),
         seconds=measurement.seconds,
         cached=measurement.cached,
     )

@@ -29,6 +29,7 @@ from zoscope.analysis.advice import FORWARD, JUMPS, Limit, forward_limit
 from zoscope.analysis.notices import PROVISIONAL
 from zoscope.config.load import CheckConfig
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
+from zoscope.files import parse_json, read_bytes
 from zoscope.options import THRESHOLDS
 from zoscope.problem import Problem
 from zoscope.registry import FAMILIES, OPTIMIZERS
@@ -234,12 +235,12 @@ def _iterates(value: Callable[..., Any]) -> bool:
     return hasattr(value, "__next__") or hasattr(value, "read")
 
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of measurements. Files that are damaged or of another format are as good as absent.
+    """A folder of measurements. Files that are damaged, changed, renamed or of another format are as good as absent.
 
     Args:
         folder: Made when it is not there.
@@ -269,15 +270,17 @@ class Cache:
     def get(self, key: str) -> dict[str, Any] | None:
         """What was kept, if it is there."""
         try:
-            document = json.loads(self._file(key).read_text(encoding="utf-8"))
+            document = parse_json(read_bytes(self._file(key)))
             entry = document["entry"] if document["format"] == FORMAT else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = isinstance(entry, dict) and document["checksum"] == _checksum(key, entry)
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return entry if isinstance(entry, dict) else None
+        return entry if whole else None
 
     def put(self, key: str, entry: Mapping[str, Any]) -> None:
         """Keep a JSON object; a full disk costs the entry, not the run."""
-        document = {"format": FORMAT, "entry": entry}
+        entry = json.loads(json.dumps(entry, allow_nan=False))  # as it will be read: keys are text
+        document = {"format": FORMAT, "checksum": _checksum(key, entry), "entry": entry}
         name = None
         try:
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
@@ -290,6 +293,12 @@ class Cache:
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.json"
+
+
+def _checksum(key: str, entry: Mapping[str, Any]) -> str:
+    """Of an entry under its name: one that was changed, or moved to another problem's, has another one."""
+    text = json.dumps([key, entry], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

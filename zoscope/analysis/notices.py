@@ -404,8 +404,7 @@ def provisional_notices(rows: Iterable[OptimizerBounds]) -> Iterable[Notice]:
     if any(bounds.doubts for bounds in rows):
         yield Notice(
             PROVISIONAL,
-            "The recommended step size is provisional. Confirm it with `zoscope probe`, and measure again as training "
-            "goes on.",
+            "The recommended step size is provisional. Run `zoscope plan` for an answer about your run.",
         )
 
 

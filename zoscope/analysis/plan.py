@@ -61,6 +61,9 @@ AGREE = 0.05
 EDGE_RTOL = 0.1
 """Width of the brackets of single runs' edges."""
 
+APPROACH_RTOL, NEIGHBOUR = 0.25, 1.5
+"""Width of the bracket that few runs find, and the first factor between the step sizes tried for it."""
+
 SWEEP = 15
 """Step sizes of the sweep that a plan is compared with."""
 
@@ -123,6 +126,7 @@ class CurvePoint(JsonObject):
         lr: Peak of the step size.
         risk: Share of runs that leave there, by the scatter of the edges.
         left: How many of the runs left.
+        runs: How many there were; step sizes far from the answer have few.
         loss_mean: Mean final loss of those that stayed; ``None`` where all left.
         loss_lo: The lowest.
         loss_hi: The highest.
@@ -134,6 +138,7 @@ class CurvePoint(JsonObject):
     loss_mean: float | None
     loss_lo: float | None
     loss_hi: float | None
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,7 @@ class _Planner:
     ceiling: float = field(init=False)
     runs: Runs = field(init=False)
     search: Search = field(init=False)
+    approach: dict[float, Trial] = field(default_factory=dict)
     spent: bool = False
     coarse: bool = False
     saturated: bool = False
@@ -249,28 +255,34 @@ class _Planner:
         """Which kind of runs the answer is from."""
         return "rehearsal" if isinstance(self.runs, RehearsedRuns) else "replicas"
 
+    @property
+    def tried(self) -> list[Trial]:
+        """Trials of all runs by step size, and outside of their range those of few runs that led there."""
+        found = self.search.trials
+        ends = (min(found), max(found)) if found else (math.inf, -math.inf)
+        led = [trial for lr, trial in self.approach.items() if not ends[0] <= lr <= ends[1]]
+        return sorted([*led, *found.values()], key=lambda trial: trial.lr)
+
     def go(self) -> tuple[Edge, Trial | None]:
-        """The edge, and the trial of the best step size."""
+        """The edge, and the trial of the best step size: approached by few runs, then by all of them."""
         self.runs = self._first_runs()
         self.search = Search(self._trial)
         edge, best = Edge(np.empty((0, 2))), None
         try:
             guess = self._guess()
             try:
-                edge, best = self._answer(*self._bracket(guess))
+                near, lowest = self._approach(guess)
+                self._go_on(self.runs.of(self.question))
+                edge, best = self._answer(near, lowest)
+                while isinstance(self.runs, RehearsedRuns) and not self._holds(self.runs, edge, best):
+                    if not self._refined():
+                        break
+                    edge, best = self._answer(edge.lr or near, lowest if best is None else best.lr)
             except _DearError:
-                edge, best = self._real(guess)
-            while isinstance(self.runs, RehearsedRuns):
-                before, fall = (edge, best), abs(self.loss - best.mean) if best is not None else 0.0
-                if not self._refined():
-                    break
-                self.search = Search(self._trial)
-                try:
-                    edge, best = self._answer(*self._near(before[0], guess))
-                except _DearError:
-                    edge, best = self._real(before[0].lr or guess)
-                if self._same(before, (edge, best), fall):
-                    break
+                self._go_on(RealRuns(self.objective, replace(self.question, few=True), self.cost))
+                near, lowest = self._approach(guess)
+                self._go_on(self.runs.of(self.question))
+                edge, best = self._answer(near, lowest)
         except _BudgetSpentError:
             self.spent = True
             edge = self.search.edge() if self.search.trials else edge
@@ -278,15 +290,43 @@ class _Planner:
             best = min(trials, key=lambda trial: trial.mean, default=best)
         return edge, best
 
-    def _real(self, guess: float) -> tuple[Edge, Trial | None]:
-        """The answer from real runs after all."""
-        self.runs = RealRuns(self.objective, self.question, self.cost)
-        self.search = Search(self._trial)
-        return self._answer(*self._bracket(guess))
+    def _go_on(self, runs: Runs) -> None:
+        """Search anew, with other runs."""
+        self.runs, self.search = runs, Search(self._trial)
+
+    def _approach(self, guess: float) -> tuple[float | None, float | None]:
+        """About where half of the runs leave, and where the loss is lowest; ``None`` where there is no such thing."""
+        low, high = self._bracket(guess)
+        if low is None:
+            return high, None
+        edge = None
+        if high is not None:
+            low, high = self.search.refine(low, high, rtol=APPROACH_RTOL)
+            edge = math.sqrt(low * high)
+        best = self.search.lowest(low)
+        self.approach = self.search.trials
+        return edge, best.lr if math.isfinite(best.mean) else None
+
+    def _holds(self, runs: RehearsedRuns, edge: Edge, best: Trial | None) -> bool:
+        """Whether a finer rehearsal says the same of a step size just above the edge, and of the loss at the best."""
+        if 2 * runs.macro > min(self.question.steps, MOST_MACRO):
+            return True
+        search = self.search
+        self._go_on(runs.finer(replace(self.question, few=True)))
+        try:
+            if edge.lr is not None and self.search.share(edge.lr * (1 + AGREE)) < 0.5:
+                return False
+            if best is None:
+                return True
+            few = self.runs.replicas
+            moved = abs(self.search.trial(best.lr).mean - float(best.ends[:few].mean()))
+            return moved <= AGREE * max(abs(self.loss - best.mean), 1e-12)
+        finally:
+            self.runs, self.search = runs, search
 
     def _bracket(self, guess: float) -> tuple[float | None, float | None]:
         """A bracket around the edge, by a lower loss than ``LEFT`` times that at the start where the loss saturates."""
-        low, high = self.search.bracket(guess)
+        low, high = self.search.bracket(guess, factor=NEIGHBOUR)
         if high is not None or self.saturated:
             return low, high
         far = [trial.ends for lr, trial in self.search.trials.items() if lr >= PLATEAU * guess]
@@ -296,16 +336,14 @@ class _Planner:
             return low, high
         self.saturated, self.ceiling = True, 0.5 * (self.loss + plateau)
         self.search = Search(self._trial)
-        return self.search.bracket(guess)
+        return self.search.bracket(guess, factor=NEIGHBOUR)
 
     def runs_of(self, question: Question) -> Runs:
         """Runs of another question, of the kind that the answer is from."""
-        if isinstance(self.runs, RehearsedRuns):
-            return RehearsedRuns(self.objective, question, self.cost, macro=self.runs.macro, top=self.runs.top)
-        return RealRuns(self.objective, question, self.cost)
+        return self.runs.of(question)
 
     def _first_runs(self) -> Runs:
-        question = self.question
+        question = replace(self.question, few=True)
         real = real_price(question, self._share)
         coarse = rehearsal_price(question, self._share, macro=FEWEST_MACRO)
         # A rehearsal is done at least twice, the second time twice as finely.
@@ -320,12 +358,12 @@ class _Planner:
         if self.method == "auto" and rehearsal_price(question, self._share, macro=macro) > real_price(
             question, self._share
         ):
-            self.runs = RealRuns(self.objective, question, self.cost)
+            self._go_on(RealRuns(self.objective, question, self.cost))
             return True
         if macro > min(question.steps, MOST_MACRO):
             self.coarse = True
             return False
-        self.runs = self.runs.finer()
+        self._go_on(self.runs.finer(question))
         return True
 
     def _guess(self) -> float:
@@ -340,35 +378,31 @@ class _Planner:
     def _keep_cost(self) -> None:
         self.store["cost"] = [self.cost.gradients, self.cost.forward_passes]
 
-    def _answer(self, low: float | None, high: float | None) -> tuple[Edge, Trial | None]:
+    def _answer(self, near: float | None, lowest: float | None) -> tuple[Edge, Trial | None]:
+        """The edge and the best step size by all runs, from about where few runs found them."""
         search = self.search
-        if low is not None and high is not None:
-            search.refine(low, high, rtol=EDGE_RTOL)
-            edge = search.settle(rtol=EDGE_RTOL)
-            top = edge.at_risk(RISKY)
-        else:
-            edge, top = search.edge(), low
+        if near is None:
+            assert lowest is not None
+            best = search.trial(lowest)
+            return search.edge(), best if math.isfinite(best.mean) else None
+        low, high = search.bracket(near, factor=1 + EDGE_RTOL)
+        if low is None or high is None:
+            return search.edge(), None
+        search.refine(low, high, rtol=EDGE_RTOL)
+        edge = search.settle(rtol=EDGE_RTOL)
+        top = edge.at_risk(RISKY)
         if top is None:
             return edge, None
-        best = search.lowest(top, start=self.loss)
+        best = search.trial(min(top, lowest or top))
+        if not math.isfinite(best.mean):  # an edge far from the one that few runs found
+            best = search.lowest(best.lr)
         return edge, best if math.isfinite(best.mean) else None
 
-    def _near(self, edge: Edge, guess: float) -> tuple[float | None, float | None]:
-        """A bracket around an edge that a coarser rehearsal found."""
-        if edge.lr is None:
-            return self.search.bracket(guess)
-        return self.search.bracket(edge.lr, factor=1.2)
-
-    def _same(self, before: tuple[Edge, Trial | None], after: tuple[Edge, Trial | None], fall: float) -> bool:
-        (old, was), (new, found) = before, after
-        if (old.lr is None) != (new.lr is None) or (was is None) != (found is None):
-            return False
-        edges = old.lr is None or new.lr is None or abs(math.log(new.lr / old.lr)) < AGREE
-        losses = was is None or found is None or abs(found.mean - was.mean) <= AGREE * max(fall, 1e-12)
-        return edges and losses
-
     def _trial(self, lr: float) -> Trial:
-        key = f"{self.used}:{getattr(self.runs, 'macro', 0)}:{lr!r}:{self.ceiling!r}"
+        macro = self.runs.macro if isinstance(self.runs, RehearsedRuns) else 0
+        key = (
+            f"{self.used}:{macro}:{self.runs.replicas}:{bool(macro) and self.runs.question.few}:{lr!r}:{self.ceiling!r}"
+        )
         kept = self.store.get(key)
         if kept is not None and "dear" in kept:
             raise _DearError
@@ -509,8 +543,8 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             ),
             edge=EdgeEstimate(edge.lr, edge.ci95),
             safe=SafeStepSize(edge.at_risk(SAFE), SAFE),
-            curve=tuple(_curve_point(trial, edge) for _, trial in sorted(planner.search.trials.items())),
-            paths=tuple(_path(trial) for _, trial in sorted(planner.search.trials.items())),
+            curve=tuple(_curve_point(trial, edge) for trial in planner.tried),
+            paths=tuple(_path(trial) for trial in planner.tried),
             method=planner.used,
             replicas=planner.runs.replicas,
             cost=PlanCost(gradients, passes, run, SWEEP * planner.runs.replicas * run),
@@ -555,7 +589,7 @@ def _notices(
             "zoscope.AutoLR, does without both.",
         )
     if not lowers and not planner.spent:
-        tried = sorted(planner.search.trials)
+        tried = [trial.lr for trial in planner.tried]
         sees = "all examples" if question.batch_size is None else f"{question.batch_size:,} examples a step"
         yield Notice(
             "noise-floor",
@@ -724,7 +758,7 @@ def _store(
         return {}, lambda: None
     folder = Cache.open(Path(cache))
     try:
-        key = folder.key(problem_fingerprint(subject, source=None), {"plan": 1, **settings})
+        key = folder.key(problem_fingerprint(subject, source=None), {"plan": 2, **settings})
     except UncacheableError as error:
         raise UsageError(f"--cache: runs of this problem cannot be kept, as it holds {error}. Leave it out.") from None
     store = folder.get(key) or {}
@@ -742,7 +776,7 @@ def _curve_point(trial: Trial, edge: Edge) -> CurvePoint:
     stayed = trial.ends[np.isfinite(trial.ends)]
     low, high = finite_range(list(trial.ends))
     mean = float(stayed.mean()) if len(stayed) else None
-    return CurvePoint(trial.lr, edge.risk(trial.lr), int(trial.gone.sum()), mean, low, high)
+    return CurvePoint(trial.lr, edge.risk(trial.lr), int(trial.gone.sum()), mean, low, high, len(trial.ends))
 
 
 def _path(trial: Trial) -> LossPath:

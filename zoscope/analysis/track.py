@@ -116,6 +116,8 @@ def read_result(folder: Path) -> TrackResult:
         summary = {"status": "interrupted", "reason": f"not over; measured up to step {last:,}", "steps": last}
     elif summary.get("schema") != SCHEMA:
         raise UsageError(f"{place.path}: summary.json is not of a run ({summary.get('schema')!r}). Expected {SCHEMA}.")
+    elif not {"status", "reason", "steps"} <= summary.keys():
+        raise UsageError(f"{place.path}: summary.json lacks how the run ended. Remove it: the measurements are whole.")
     problem = summary.get("problem", {})
     return TrackResult(
         spec=summary.get("spec", config.get("spec")),

@@ -18,15 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zoscope.analysis.monitor import ForwardMonitor, ForwardRecord
+from zoscope.analysis.track_folder import Known
 from zoscope.analysis.track_measuring import Measurer, Moment
+from zoscope.config.load import AutomaticStepSize
 from zoscope.curvature.operators import gradient
 from zoscope.errors import UsageError
+from zoscope.files import reason
 from zoscope.optim import optimizers
+from zoscope.optim.auto_lr import AutoLR
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 from zoscope.optim.rules import new_state, rule_from_options
 from zoscope.problem.distributed import MiniBatch
 from zoscope.problem.objective import Examples
 from zoscope.registry import OPTIMIZERS
+from zoscope.runtime import is_out_of_memory
 
 if TYPE_CHECKING:
     from zoscope.analysis.track_folder import RunFolder
@@ -173,20 +178,34 @@ class Losses:
     total: float = 0.0
     largest: float = -math.inf
     count: int = 0
+    path: list[tuple[int, float, float]] = field(default_factory=list)
+    since: float = 0.0
+    steps: int = 0
 
-    def add(self, loss: float) -> None:
-        """One more."""
+    def add(self, loss: float, *, step: int, lr: float, each: int) -> None:
+        """One more, of the step that ends at ``step``; every ``each`` of them are one point of the path."""
         self.total += loss
         self.count += 1
         if not loss <= self.largest:  # also what is not a number
             self.largest = loss
+        self.since, self.steps = self.since + loss, self.steps + 1
+        if self.steps == each:
+            self.path.append((step, self.since / each, lr))
+            self.since, self.steps = 0.0, 0
 
     def described(self, record: Record) -> Record:
         """A record with them in it."""
         if not self.count:
             return record
-        return replace(record, loss_mean=self.total / self.count, loss_max=self.largest)
+        return replace(record, loss_mean=self.total / self.count, loss_max=self.largest, path=tuple(self.path))
 
+    def after(self) -> Losses:
+        """Those of the steps that follow a measurement; a point of the path goes on across it."""
+        return Losses(since=self.since, steps=self.steps)
+
+
+POINTS = 400
+"""Points of the path of a whole run."""
 
 MEASURING_SHARE = 0.2
 """Part of a run's passes that measuring may take."""
@@ -278,7 +297,13 @@ class MeasurementSchedule:
 
 
 class Stepper(Protocol):
-    """Moves the parameters of a prepared problem."""
+    """Moves the parameters of a prepared problem.
+
+    Attributes:
+        lr: Step size of the last step, where the stepper sets it itself; ``None`` where the request does.
+    """
+
+    lr: float | None
 
     def step(self, batches: Batches, number: int, *, lr: float) -> float:
         """Take the step that starts at ``number``.
@@ -290,8 +315,8 @@ class Stepper(Protocol):
     def second_moment(self) -> Tensor | None:
         """Adam's v as ``(d,)``; ``None`` before the first step, and for other rules."""
 
-    def forward(self) -> ForwardRecord | None:
-        """What the loss values of the steps themselves say of the threshold, where they are watched."""
+    def watched(self) -> dict[str, Any]:
+        """Fields of a record: what the loss values of the steps themselves say, where they are watched."""
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers, as plain values and tensors."""
@@ -302,6 +327,8 @@ class Stepper(Protocol):
 
 def new_stepper(objective: Objective, request: TrackRequest) -> Stepper:
     """The stepper of an optimizer."""
+    if isinstance(request.lr, AutomaticStepSize):
+        return Automatic(objective, request, kind=request.lr.kind)
     return FirstOrder(objective, request) if request.first_order else ZerothOrder(objective, request)
 
 
@@ -312,6 +339,8 @@ class ZerothOrder:
         objective: The prepared problem.
         request: The optimizer and its constants.
     """
+
+    lr: float | None = None
 
     def __init__(self, objective: Objective, request: TrackRequest) -> None:
         self._objective = objective
@@ -329,9 +358,10 @@ class ZerothOrder:
         seen = [loss for pair in self._optimizer.evaluations for loss in pair]
         return sum(seen) / len(seen)
 
-    def forward(self) -> ForwardRecord | None:
-        """See `Stepper.forward`."""
-        return None if self._monitor is None else self._monitor.record
+    def watched(self) -> dict[str, Any]:
+        """See `Stepper.watched`."""
+        seen: ForwardRecord | None = None if self._monitor is None else self._monitor.record
+        return {} if seen is None else {"forward": seen.to_dict()}
 
     def second_moment(self) -> Tensor | None:
         """See `Stepper.second_moment`."""
@@ -351,13 +381,53 @@ class ZerothOrder:
         self._optimizer.load_state_dict(own)
 
 
+class Automatic(ZerothOrder):
+    """Zeroth-order steps whose size sets itself.
+
+    Args:
+        objective: The prepared problem.
+        request: The optimizer and its constants.
+        kind: Schedule on top.
+    """
+
+    def __init__(self, objective: Objective, request: TrackRequest, *, kind: Any) -> None:
+        super().__init__(objective, request)
+        self._auto = AutoLR(self._optimizer, steps=request.steps, schedule=kind)
+        self.lr = 0.0
+
+    def step(self, batches: Batches, number: int, *, lr: float) -> float:
+        """See `Stepper.step`; ``lr`` plays no part."""
+        loss = self._auto.step(lambda: batches.value(number))
+        self.lr = self._auto.lr
+        return loss
+
+    def watched(self) -> dict[str, Any]:
+        """See `Stepper.watched`."""
+        last = self._auto.last
+        return (
+            {} if last is None else {"auto": {k: v for k, v in vars(last).items() if k not in ("step", "loss", "lr")}}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Stepper.state_dict`."""
+        return {**super().state_dict(), "auto": self._auto.state_dict(), "lr": self.lr}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Stepper.load_state_dict`."""
+        own = dict(state)
+        self._auto.load_state_dict(own.pop("auto"))
+        self.lr = own.pop("lr")
+        super().load_state_dict(own)
+
+
 def _optimizer(objective: Objective, request: TrackRequest) -> ZeroOrderOptimizer:
     common: Any = {"mu": request.mu, "queries": request.queries, "directions": request.directions, "seed": request.seed}
     common["one_sided"] = request.differences == "one-sided"
     record = OPTIMIZERS[request.family]
     constants = {name: getattr(request, name) for name in record.options}
     kind: Callable[..., ZeroOrderOptimizer] = getattr(optimizers, record.public)
-    return kind(objective.params, request.lr_at(0), **constants, **common)
+    lr = 1.0 if request.automatic else request.lr_at(0)
+    return kind(objective.params, lr, **constants, **common)
 
 
 class FirstOrder:
@@ -367,6 +437,8 @@ class FirstOrder:
         objective: The prepared problem.
         request: The optimizer and its constants.
     """
+
+    lr: float | None = None
 
     def __init__(self, objective: Objective, request: TrackRequest) -> None:
         self._objective = objective
@@ -389,9 +461,9 @@ class FirstOrder:
             self._objective.flatten(self._state["exp_avg_sq"]) if "exp_avg_sq" in self._state and self._steps else None
         )
 
-    def forward(self) -> ForwardRecord | None:
-        """See `Stepper.forward`; a gradient step sees one loss and no curvature."""
-        return None
+    def watched(self) -> dict[str, Any]:
+        """See `Stepper.watched`; a gradient step sees one loss and no curvature."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stepper.state_dict`."""
@@ -471,7 +543,7 @@ class Run:
         )
         self.clock = MeasurementSchedule(self.every, request.steps, adaptive=request.every == "adaptive")
         self._losses = Losses()
-        self._bytes = 0
+        self._checksum = 0
         self._began = time.perf_counter()
         self._earlier = 0.0
         self._limit = math.inf
@@ -480,6 +552,11 @@ class Run:
     def seconds(self) -> float:
         """Wall time over all sessions."""
         return self._earlier + time.perf_counter() - self._began
+
+    @property
+    def lr(self) -> float:
+        """Step size of the next step; where it sets itself, of the last one."""
+        return self._lr(self.step)
 
     def go(self) -> tuple[Status, str]:
         """Run to the end, or to where it has to stop.
@@ -507,7 +584,7 @@ class Run:
         request = self.request
         loss = self.stepper.step(self.batches, self.step, lr=request.lr_at(self.step))
         self.step += 1
-        self._losses.add(loss)
+        self._losses.add(loss, step=self.step, lr=self._lr(self.step - 1), each=max(request.steps // POINTS, 1))
         for observer in self.observers:
             observer.stepped(self.step, loss)
         if not abs(loss) <= self._limit:
@@ -539,12 +616,16 @@ class Run:
         request, step = self.request, self.step
         return Moment(
             step=step,
-            lr=request.lr_at(max(step - 1, 0)),
-            lr_next=request.lr_at(step),
+            lr=self._lr(max(step - 1, 0)),
+            lr_next=self._lr(step),
             remaining=request.steps - step,
             second_moment=self.stepper.second_moment(),
             steps_of_moment=step,
         )
+
+    def _lr(self, step: int) -> float:
+        """Step size of the step that starts at ``step``; where it sets itself, that of the last one."""
+        return self.request.lr_at(step) if self.stepper.lr is None else self.stepper.lr
 
     def _measure(self) -> tuple[Status, str] | None:
         """Measure, keep, and see whether that ends the run."""
@@ -576,13 +657,11 @@ class Run:
             raise _MeasuredEnoughError
 
     def _keep(self, record: Record) -> None:
-        record, seen = self._losses.described(record), self.stepper.forward()
-        if seen is not None:
-            record = replace(record, forward=seen.to_dict())
-        self._losses = Losses()
+        record = replace(self._losses.described(record), **self.stepper.watched())
+        self._losses = self._losses.after()
         self.records.append(record)
         if self.folder is not None:
-            self._bytes = self.folder.append(record)
+            self._checksum = self.folder.append(record, after=self._checksum)
         for observer in self.observers:
             observer.measured(record)
 
@@ -606,10 +685,10 @@ class Run:
                     "trained": list(self.objective.names),
                     "loss": self.objective.value() if loss is None else loss,
                     "limit": self._limit,
-                    "losses": [self._losses.total, self._losses.largest, self._losses.count],
+                    "losses": list(vars(self._losses).values()),
                     "clock": self.clock.state(),
                     "measurer": self.measurer.state(),
-                    "metrics_bytes": self._bytes,
+                    "metrics_checksum": self._checksum,
                     "metrics_lines": len(self.records),
                     "seconds": self.seconds,
                     "measuring_seconds": self.measuring_seconds,
@@ -632,13 +711,25 @@ class Run:
         everything = {**state, **dict(objective.model.named_buffers()), **trained}
         return {name: t.detach().to("cpu", copy=copies) for name, t in everything.items() if isinstance(t, Tensor)}
 
-    @torch.no_grad()
     def restore(self, content: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            UsageError: If it belongs to another problem.
+            UsageError: If it belongs to another problem, or is not what `checkpoint` writes.
         """
+        try:
+            self._restore(content)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            assert self.folder is not None
+            raise UsageError(
+                f"--resume {self.folder.path}: the checkpoint is not what zoscope track wrote ({type(error).__name__}: "
+                f"{reason(error)}). Put a copy of checkpoint.pt back, or start anew with --overwrite."
+            ) from error
+
+    @torch.no_grad()
+    def _restore(self, content: Mapping[str, Any]) -> None:
         assert self.folder is not None
         where, run = self.folder.path, content["run"]
         own = {
@@ -657,15 +748,32 @@ class Run:
             tensor.copy_(model[name])
         self.stepper.load_state_dict(content["optimizer"])
         loss = self.objective.value()
-        if abs(loss - run["loss"]) > AGREEMENT * max(abs(loss), abs(run["loss"])):
+        apart = abs(loss - run["loss"]) / max(abs(loss), abs(run["loss"]), math.ulp(0.0))
+        if not apart <= AGREEMENT and not math.isnan(loss):
             raise UsageError(
                 f"--resume {where}: the loss at the checkpoint is {loss:.6g}, and was {run['loss']:.6g} when it was "
                 "written: the data or the loss function have changed. Expected the problem as it was."
             )
-        self.step, self._limit, self._bytes = run["step"], run["limit"], run["metrics_bytes"]
-        self._losses = Losses(*run["losses"])
+        self.step, self._limit = _step_of(run["step"], self.request.steps), float(run["limit"])
+        total, largest, count, *rest = run["losses"]
+        path, since, steps = rest or ([], 0.0, 0)  # older checkpoints have no path
+        points = [(int(step), float(loss), float(lr)) for step, loss, lr in path]
+        self._losses = Losses(float(total), float(largest), int(count), points, float(since), int(steps))
         self.clock.restore(run["clock"])
         self.measurer.restore(run["measurer"])
-        self._earlier, self.measuring_seconds = run["seconds"], run["measuring_seconds"]
-        self.folder.truncate_metrics(self._bytes)
-        self.records = list(self.folder.read_records())
+        self._earlier, self.measuring_seconds = float(run["seconds"]), float(run["measuring_seconds"])
+        known = Known(int(run["metrics_lines"]), run.get("metrics_checksum"))
+        records, self._checksum = self.folder.recover_metrics(known)
+        self.records = list(records)
+        if len(self.records) < known.lines:
+            self.objective.notify(
+                "metrics-lost",
+                f"{self.folder.metrics} had lost its end: {known.lines - len(self.records):,} of the {known.lines:,} "
+                f"measurements before step {self.step:,} are missing. The training itself goes on from where it was.",
+            )
+
+
+def _step_of(value: Any, steps: int) -> int:
+    if not isinstance(value, int) or not 0 <= value <= steps:
+        raise ValueError(f"step is {value!r} of {steps}")
+    return value

@@ -193,7 +193,7 @@ class Measurer:
         fields = {
             "lower": lower,
             "upper": upper,
-            "threshold": term / moment.lr,
+            "threshold": term / moment.lr if moment.lr else None,
             "exact": exact.value,
             "exact_ci95": ci95(exact),
             "ratio": moment.lr / exact.value,
@@ -209,7 +209,7 @@ class Measurer:
 
     def _outlook(self, found: Curvature, moment: Moment) -> dict[str, Any]:
         spectrum, rule, moments = found.spectrum.fine, self._rule, self._moments
-        if moment.remaining < 1:
+        if moment.remaining < 1 or not moment.lr_next:
             return {}
         return {
             "horizon": tuple(

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Required,
+    TypedDict,
+    Union,
+    Unpack,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from zoscope._version import __version__
 from zoscope.analysis.request import RuleRequest
-from zoscope.config.load import StepSizes, parse_step_sizes, step_sizes
+from zoscope.config.load import AutomaticStepSize, StepSizes, step_sizes, training_step_sizes
 from zoscope.errors import NumericalError
 from zoscope.options import TrackOptions, keywords
 from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
@@ -64,6 +77,11 @@ class TrackRequest(RuleRequest):
                 f"{self.optimizer!r}; leave it out"
             )
 
+        if self.automatic and self.first_order:
+            raise ValueError(f"lr='auto' sets the step size of zo- optimizers, got {self.optimizer!r}; give a number")
+        if self.automatic and self.forward_every is not None:
+            raise ValueError("lr='auto' watches the loss values by itself; leave forward_every out")
+
     @classmethod
     def of(cls, **options: Unpack[TrackOptions]) -> TrackRequest:
         """From keyword arguments of ``zoscope.track``.
@@ -74,6 +92,11 @@ class TrackRequest(RuleRequest):
         """
         found = keywords("track", options)
         return cls(**found | {"lr": as_step_sizes(found["lr"])})
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the step size sets itself."""
+        return isinstance(self.lr, AutomaticStepSize)
 
     @property
     def folder(self) -> Path | None:
@@ -105,7 +128,7 @@ class TrackRequest(RuleRequest):
         return EstimatorMoments(1.0, 0.0) if self.first_order else super().moments(dimension=dimension)
 
     def lr_at(self, step: int) -> float:
-        """Step size of the step that starts at ``step``; past the end, that of the last one."""
+        """Step size of the step that starts at ``step``; past the end, that of the last one; NaN for ``auto``."""
         return self.lr.lr_at(min(step, self.steps - 1), steps=self.steps)
 
     def config(self) -> dict[str, Any]:
@@ -122,7 +145,7 @@ def as_step_sizes(lr: float | str | StepSizes) -> StepSizes:
         ValueError: If it is none.
     """
     if isinstance(lr, str):
-        return parse_step_sizes(lr)
+        return training_step_sizes(lr)
     return step_sizes([0], [lr]) if isinstance(lr, int | float) else lr
 
 
@@ -172,6 +195,9 @@ class Record(JsonObject):
         forward: What the loss values of the last steps say by themselves (``zoscope.ForwardMonitor``), if asked for:
             ``trace`` with ``trace_stderr``, ``lower`` and ``upper`` end of the threshold, ``ratio`` and so on.
         floor: Gradient norm at which ``lr_next`` stalls, of optimizers whose steps do not shrink with the gradient.
+        path: What the steps since the measurement before saw: ``(steps done, mean loss of
+            neighbours, step size)``, a few hundred of them in a whole run.
+        auto: With ``lr="auto"`` what `zoscope.AutoLR` knew (`zoscope.AutoLRRecord`, without loss and step size).
     """
 
     step: int
@@ -209,11 +235,13 @@ class Record(JsonObject):
     commutator: float | None = None
     forward: Mapping[str, float | None] | None = None
     floor: float | None = None
+    path: tuple[tuple[int, float | None, float | None], ...] = ()
+    auto: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object; ``floor`` is left out where there is none."""
+        """The JSON object; ``floor`` and ``auto`` are left out where there is none."""
         found = super().to_dict()
-        return found if self.floor is not None else {key: value for key, value in found.items() if key != "floor"}
+        return {key: value for key, value in found.items() if value is not None or key not in ("floor", "auto")}
 
     @property
     def in_band(self) -> bool | None:
@@ -229,10 +257,81 @@ class Record(JsonObject):
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Record:
-        """What ``to_dict`` wrote; keys of newer versions are left out."""
-        known = {entry.name for entry in fields(cls)}
+        """What ``to_dict`` wrote; keys of newer versions are left out.
+
+        Raises:
+            ValueError: If it is anything else.
+        """
+        if not isinstance(document, Mapping) or "step" not in document or "loss" not in document:
+            raise ValueError("a measurement has a step and a loss")
+        hints = get_type_hints(cls)
+        for key, value in document.items():
+            if key in hints and not conforms(value, hints[key]):
+                raise ValueError(f"{key} is {value!r}")
+        if document["step"] < 0:
+            raise ValueError(f"step is {document['step']}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return cls(**{key: value for key, value in values.items() if key in hints})
+
+
+class SummaryProblem(TypedDict, total=False):
+    """What ``summary.json`` says of the problem."""
+
+    num_params: int
+    num_examples: int
+
+
+class SummaryNotice(TypedDict):
+    """A warning in ``summary.json``."""
+
+    code: str
+    message: str
+
+
+class Summary(TypedDict, total=False):
+    """What a reader takes from ``summary.json``, of a run or of a sweep."""
+
+    schema: Required[str]
+    spec: str | None
+    device: str
+    dtype: str
+    problem: SummaryProblem
+    every: int
+    status: str
+    reason: str
+    steps: int
+    seconds: float | None
+    measuring_seconds: float | None
+    warnings: list[SummaryNotice]
+
+
+def conforms(value: Any, hint: Any) -> bool:
+    """Whether a value out of a JSON document is of a type: what annotates a field of a result, or a ``TypedDict``."""
+    if hint is Any:
+        return True
+    if is_typeddict(hint):
+        hints = get_type_hints(hint)
+        return (
+            isinstance(value, Mapping)
+            and hint.__required_keys__ <= value.keys()
+            and all(conforms(item, hints[key]) for key, item in value.items() if key in hints)
+        )
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(conforms(value, choice) for choice in args)
+    if origin is tuple:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(args)
+            and all(conforms(item, kind) for item, kind in zip(value, args, strict=True))
+        )
+    if origin is list:
+        return isinstance(value, list) and all(conforms(item, args[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(conforms(item, args[1]) for item in value.values())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
 
 
 def require_precision(records: Sequence[Record], rtol: float) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import IO, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from zoscope._version import __version__
-from zoscope.errors import SpecError, ZoscopeError
+from zoscope.cli.output import to_stdout
+from zoscope.errors import OutputError, SpecError, UsageError, ZoscopeError
+from zoscope.files import reason
+from zoscope.report.console import CleanConsole, usable
+from zoscope.text import clean
 
 # Order of the help page. Each is a module of this package whose ``command`` is the command of that name.
 COMMANDS = ("bounds", "plan", "probe", "check", "track", "spectrum", "init")
@@ -23,6 +29,8 @@ COMMANDS = ("bounds", "plan", "probe", "check", "track", "spectrum", "init")
 EXIT_USAGE = 2
 EXIT_FAILED = 3
 EXIT_INTERRUPTED = 130
+JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MISTAKES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)  # in a name that was given
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for a program that the signal ends
 
 # Newer releases of Typer ship a click of their own, so that click itself may be absent or another one.
@@ -55,7 +63,7 @@ def build(args: Sequence[str] = ()) -> typer.Typer:
     app.callback()(_root)
     for name in [name for name in COMMANDS if name in args[:1]] or COMMANDS:
         command = import_module(f"zoscope.cli.{name}").command
-        app.command(name, help=_paragraphs(command.__doc__))(command)
+        app.command(name, help=_paragraphs(command.__doc__ or ""))(command)
     return app
 
 
@@ -66,18 +74,46 @@ def _paragraphs(text: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; every exit code of zoscope leaves through here."""
+    _occupy_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without η prints '?' rather than a traceback
+    for name in os.environ.keys() - usable(os.environ).keys():
+        del os.environ[name]  # Typer reads them, too
+    os.environ.update(usable(os.environ))
     given = sys.argv[1:] if args is None else args
-    sys.exit(run_ranked(given) if is_ranked(os.environ) else run(given))
+    try:
+        code = run_ranked(given) if is_ranked(os.environ) else run(given)
+    except UsageError as error:
+        code = report(error)
+    sys.exit(code)
+
+
+def _occupy_streams() -> None:
+    """Put something in the place of standard streams that are closed: the next file opened would become one of them.
+
+    Stdout gets what refuses to be written to, so that a result does not get lost without a word.
+    """
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, flags)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def run(args: Sequence[str]) -> int:
     """Run the command line on ``args`` and return the exit code, with any error already reported on stderr."""
     try:
         code = _invoke(list(args) or ["--help"])
-        sys.stdout.flush()
+        with to_stdout():
+            sys.stdout.flush()
     except BaseException as error:
         return report(error)
     return code if args else EXIT_USAGE
@@ -103,6 +139,8 @@ def report(error: BaseException) -> int:
     if isinstance(error, (KeyboardInterrupt, EOFError, typer.Abort)):
         complain("Interrupted.", label="")
         return EXIT_INTERRUPTED
+    if isinstance(error, OutputError):
+        _discard_output()
     if isinstance(error, ZoscopeError):
         complain(str(error), frame=error.frame if isinstance(error, SpecError) else "")
         return error.exit_code
@@ -115,14 +153,18 @@ def report(error: BaseException) -> int:
             "or --params with fewer parameters needs less."
         )
         return EXIT_FAILED
-    traceback.print_exception(error)
+    if isinstance(error, OSError):  # a disk, a network, a name: the system's refusal, wherever it came up
+        complain(_refusal(error))
+        return EXIT_USAGE if error.errno in MISTAKES else EXIT_FAILED
+    with suppress(OSError):
+        sys.stderr.write(clean("".join(traceback.format_exception(error))))
     complain(f"{type(error).__name__} inside zoscope: this is a bug in zoscope, the lines above show where.")
     return EXIT_FAILED
 
 
 def complain(message: str, *, frame: str = "", label: str = "Error: ", file: IO[str] | None = None) -> None:
     """One paragraph on stderr, or in another file, with the user's own traceback lines below it."""
-    console = Console(stderr=True, file=file, soft_wrap=True, highlight=False)
+    console = CleanConsole(stderr=True, file=file, soft_wrap=True)
     console.print(Text(label, style="bold red") + Text(" ".join(message.split()), style="default"))
     if frame:
         console.print(Text(frame.rstrip("\n"), style="dim"))
@@ -146,19 +188,48 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _refusal(error: OSError) -> str:
+    from zoscope.config.sources import shorten  # late: it takes the readers of configurations
+
+    name = "" if error.filename is None else f" ({shorten(os.fsdecode(error.filename))})"
+    return f"The system refused: {reason(error)}{name}. Expected a file or folder that can be read or written there."
+
+
 def _broken_pipe() -> int:
+    _discard_output()
+    return EXIT_BROKEN_PIPE
+
+
+def _discard_output() -> None:
     # The interpreter flushes stdout once more on exit; there must be something that takes it.
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return EXIT_BROKEN_PIPE
 
 
 def is_ranked(environment: Mapping[str, str]) -> bool:
-    """Whether the environment names a job of more than one process."""
-    size = environment.get("WORLD_SIZE", "1")
-    return "RANK" in environment and size.isdigit() and int(size) > 1
+    """Whether the environment names a job of more than one process.
+
+    Raises:
+        UsageError: If what it names cannot be.
+    """
+    rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
+    if not rank or not size:
+        return False
+    found = {name: environment[name] for name in JOB if environment.get(name)}
+    numbers = {name: int(text) for name, text in found.items() if re.fullmatch("[0-9]{1,6}", text)}
+    wrong = [name for name in found if name not in numbers]
+    if not wrong and not numbers["RANK"] < numbers["WORLD_SIZE"]:
+        wrong = ["RANK"] if numbers["WORLD_SIZE"] else ["WORLD_SIZE"]
+    if wrong:
+        from zoscope.config.sources import shorten  # late: it takes the readers of configurations
+
+        raise UsageError(
+            f"The environment names a job of several processes, and {wrong[0]} is {shorten(found[wrong[0]])}. Expected "
+            f"RANK from 0 to WORLD_SIZE − 1, as torchrun sets it; unset {' and '.join(found)} to run alone."
+        )
+    return numbers["WORLD_SIZE"] > 1
 
 
 def run_ranked(args: Sequence[str]) -> int:

@@ -15,11 +15,14 @@ import typer
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import PipeConsole, as_json, as_text, check_writable, measuring, write_whole
+from zoscope.cli.output import as_json, as_text, check_writable, measuring, say, to_stdout, write_whole
 from zoscope.cli.validate import checked, choice
 from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
+from zoscope.files import resolved
 from zoscope.options import FORMATS, OPTIONS
+from zoscope.report.console import CleanConsole
+from zoscope.text import clean, clean_json
 
 if TYPE_CHECKING:
     from zoscope.analysis.check import Baseline
@@ -53,7 +56,7 @@ def targets(outputs: Sequence[str], *, default: str) -> list[Target]:
         if not file:
             raise UsageError(f"--output: got '{item}'. Expected FORMAT=FILE, such as junit=zoscope.xml.")
         target = Target(choice("--output", name, FORMATS), Path(file))
-        if any(target.file.resolve() == other.file.resolve() for other in found):
+        if any(resolved(target.file) == resolved(other.file) for other in found):
             raise UsageError(f"--output: {file} is named twice. Expected one file per format.")
         check_writable(target.file)
         found.append(target)
@@ -81,15 +84,16 @@ def _writer(name: str) -> Callable[[CheckReport], str]:
         return plain[name]
     # Each in a module of its name, with an XML library behind one of them: loaded when it is used.
     writer: Callable[[CheckReport], str] = getattr(import_module("zoscope.report.check"), name)
-    return writer
+    mend = clean_json if name == "sarif" else clean
+    return lambda report: mend(writer(report))
 
 
 def repository_path(file: str | None) -> str | None:
     """A path as GitHub wants it: relative to the root of the repository, even when a job runs in a folder of it."""
     workspace = os.environ.get(WORKSPACE_VARIABLE)
-    if not workspace or file is None or not Path(file).resolve().is_relative_to(Path(workspace).resolve()):
+    if not workspace or file is None or not resolved(Path(file)).is_relative_to(resolved(Path(workspace))):
         return file
-    return Path(file).resolve().relative_to(Path(workspace).resolve()).as_posix()
+    return resolved(Path(file)).relative_to(resolved(Path(workspace))).as_posix()
 
 
 def _append_summary(text: str) -> None:
@@ -114,7 +118,7 @@ def command(given: Given) -> None:
     if given.schema:
         from zoscope.config.keys import schema_text
 
-        sys.stdout.write(schema_text())
+        say(schema_text())
         return
     shown = _format(given.format, given.json)
     files = targets(given.output or [], default=shown)
@@ -143,10 +147,11 @@ def command(given: Given) -> None:
         document = baseline_document(report, earlier=replaced, keep_absent=bool(given.only))
         write_whole(given.baseline, json.dumps(document, indent=2, allow_nan=False) + "\n", option="--baseline")
     if shown == "text":
-        PipeConsole().print(report)
+        with to_stdout():
+            CleanConsole().print(report)
+            sys.stdout.flush()
     else:
-        sys.stdout.write(formatted(report, shown))
-    sys.stdout.flush()
+        say(formatted(report, shown))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 
@@ -201,10 +206,9 @@ def _annotate(error: ConfigError, shown: str, files: list[Target]) -> None:
         annotation(issue.message, level="error", title="zoscope: configuration", file=file, line=issue.line)
         for issue in error.issues
     ]
-    text = "".join(f"{line}\n" for line in lines)
+    text = clean("".join(f"{line}\n" for line in lines))
     for target in files:
         if target.format == "github":
             write_whole(target.file, text)
     if shown == "github":
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        say(text)

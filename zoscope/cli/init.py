@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zoscope.cli.output import write_whole
+from zoscope.cli.output import say, write_whole
 from zoscope.errors import UsageError
 
 SpecPath = Annotated[Path, typer.Argument(help="The spec to write, or a folder to put model.py in.")]
@@ -27,8 +27,8 @@ def command(path: SpecPath = Path("model.py"), ci: WithConfig = False) -> None:
     _refuse(spec, texts)
     for file, text in texts.items():
         write_whole(file, text, option="PATH")
-        typer.echo(f"Wrote {file}")
-    typer.echo(f"Next: zoscope bounds {spec}" + (f" and zoscope check {config}" if ci else ""))
+        say(f"Wrote {file}\n")
+    say(f"Next: zoscope bounds {spec}" + (f" and zoscope check {config}" if ci else "") + "\n")
 
 
 def _refuse(spec: Path, texts: dict[Path, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import json
 import math
 import os
@@ -12,14 +13,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console, RenderableType
 from rich.text import Text
 
-from zoscope.errors import UsageError, ZoscopeError
+from zoscope import files
+from zoscope.errors import OutputError, UsageError, ZoscopeError
+from zoscope.files import is_special, reason
+from zoscope.report.console import CleanConsole
+from zoscope.text import clean, clean_json
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress
 
     from zoscope.cli.options import OutputOptions
@@ -49,7 +54,7 @@ Report = Callable[..., None]
 
 def visible(*, quiet: bool) -> bool:
     """Whether progress may be shown: stderr is a terminal and nobody asked for silence."""
-    return not quiet and Console(stderr=True).is_terminal
+    return not quiet and CleanConsole(stderr=True).is_terminal
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def loading(*, quiet: bool) -> Iterator[None]:
     if not visible(quiet=quiet):
         yield
         return
-    with Console(stderr=True).status("loading the problem"):
+    with CleanConsole(stderr=True).status("loading the problem"):
         yield
 
 
@@ -134,7 +139,7 @@ def _bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=CleanConsole(stderr=True),
         transient=True,
     )
 
@@ -152,14 +157,6 @@ class Document(Protocol):
         """The same for a terminal."""
 
 
-class PipeConsole(Console):
-    """A console on which a closed pipe is an error like any other, not an exit of its own."""
-
-    def on_broken_pipe(self) -> NoReturn:
-        """Raise what rich would turn into exit code 1, which means "no" here."""
-        raise BrokenPipeError
-
-
 def emit(result: Document, options: OutputOptions, *, shown: RenderableType | None = None) -> None:
     """Write ``result`` to stdout and, if asked, to a file: JSON or tables.
 
@@ -171,30 +168,51 @@ def emit(result: Document, options: OutputOptions, *, shown: RenderableType | No
     if options.output is not None:
         write_whole(options.output, as_json(result) if options.file_format == "json" else as_text(result))
     if options.json:
-        sys.stdout.write(as_json(result))
+        say(as_json(result))
     else:
         _print(result if shown is None else shown)
-    sys.stdout.flush()
 
 
 def _print(shown: RenderableType) -> None:
-    console = PipeConsole()
+    """Print on stdout, in colours where it is a terminal."""
+    console = CleanConsole()
     if console.is_terminal:
-        console.print(shown)
+        with to_stdout():
+            console.print(shown)
     else:
-        sys.stdout.write(as_text(shown, width=console.width))
+        say(as_text(shown, width=console.width))
+
+
+def say(text: str) -> None:
+    """Write a text to stdout, with signs in place of control characters."""
+    with to_stdout():
+        sys.stdout.write(clean(text))
+        sys.stdout.flush()
+
+
+@contextmanager
+def to_stdout() -> Iterator[None]:
+    """Say what is wrong with a stdout that takes nothing more; a closed pipe only ends the program."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"Standard output does not take the result ({reason(error)}). Send it to a place with room, or to a file "
+            "with --output."
+        ) from None
 
 
 def as_json(result: Document) -> str:
     """One JSON document; never NaN or Infinity."""
-    return json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return clean_json(json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def as_text(result: RenderableType, *, width: int = 120) -> str:
     """The tables without colours, and without the spaces that fill a terminal's lines."""
-    console = Console(width=width, no_color=True, force_terminal=False, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
-    with console.file:
-        console.print(result)
+    console = CleanConsole(width=width, no_color=True, force_terminal=False, file=io.StringIO(), record=True)
+    console.print(result)
     text = console.export_text(styles=False)
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
@@ -203,26 +221,37 @@ def warn(notices: Iterable[Notice], *, quiet: bool) -> None:
     """Warnings on stderr, one paragraph each."""
     if quiet:
         return
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = CleanConsole(stderr=True, soft_wrap=True)
     for notice in notices:
         console.print(Text("Warning: ", style="yellow") + Text(notice.message, style="default"))
 
 
 def check_writable(path: Path, *, option: str = "--output") -> None:
     """Refuse a file that cannot be written, before the work and not after it."""
-    target = path.resolve()
-    if path.is_dir():
-        raise UsageError(f"{option}: {path} is a folder. Expected the path of a file.")
-    if not _is_special(path) and not target.parent.is_dir():
-        raise UsageError(f"{option}: there is no folder {path.parent} to write {path.name} in. Create it first.")
     try:
-        if _is_special(path):
+        if path.is_dir():
+            raise UsageError(f"{option}: {path} is a folder. Expected the path of a file.")
+        if is_special(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, "permission denied")
-        else:
-            tempfile.TemporaryFile(dir=target.parent).close()
+            return
+        target = files.target_of(path)
+        if not target.parent.is_dir():
+            raise UsageError(f"{option}: there is no folder {path.parent} to write {path.name} in. Create it first.")
+        os.stat(target)  # a name that is too long
+    except FileNotFoundError:
+        _try_folder(path, target.parent, option)
     except OSError as error:
-        raise UsageError(f"{option}: cannot write {path} ({error.strerror}). Choose another place.") from None
+        raise UsageError(f"{option}: cannot write {path} ({reason(error)}). Choose another place.") from None
+    else:
+        _try_folder(path, target.parent, option)
+
+
+def _try_folder(path: Path, folder: Path, option: str) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write {path} ({reason(error)}). Choose another place.") from None
 
 
 def check_picture(path: Path, *, option: str = "--plot") -> None:
@@ -238,35 +267,8 @@ def check_picture(path: Path, *, option: str = "--plot") -> None:
 def write_whole(path: Path, text: str, *, option: str = "--output") -> None:
     """Write ``text`` to ``path`` so that no reader ever sees a part of it; an old file stays until then."""
     try:
-        if _is_special(path):
-            path.write_text(text, encoding="utf-8")
-        else:
-            _replace(path.resolve(), text)  # resolved: a link keeps pointing where it did
+        files.write_whole(path, text.encode("utf-8"))
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UsageError(f"{option}: cannot write {path} ({error.strerror}). Nothing was written there.") from None
-
-
-def _replace(target: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, _mode_of(target))
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _mode_of(target: Path) -> int:
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _is_special(path: Path) -> bool:
-    return path.exists() and not path.is_file()  # /dev/stderr, a named pipe: replacing those would destroy them
+        raise UsageError(f"{option}: cannot write {path} ({reason(error)}). Nothing was written there.") from None

@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 import zoscope
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, loading, visible, warn
+from zoscope.report.console import CleanConsole
 
 
 @takes_options("plan")
 def command(given: Given) -> None:
     """Which step size for my run: looks ahead over its steps, batches and schedule; one answer with its risk."""
+    asked = given.keywords("plan")
+    notices: tuple[str, ...] = ()
+    if given.hf_args is not None:
+        from zoscope.config.training import plan_arguments
+
+        found, notices = plan_arguments(given.hf_args)
+        asked |= {name: value for name, value in found.items() if name not in given.said}
     with loading(quiet=given.quiet):
         loaded = given.load()
     with planning(quiet=given.quiet) as on_progress, aside():
-        result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **given.keywords("plan"))
-    from zoscope.report.plan import draw, render  # late, for a fast --help
+        result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **asked)
+    from zoscope.problem import Notice  # late, for a fast --help
+    from zoscope.report.plan import draw, render
 
     emit(result, given.out, shown=render(result, warnings=False, verbose=given.verbose))
-    warn(result.warnings, quiet=given.quiet)
+    warn([*(Notice("hf-args", text) for text in notices), *result.warnings], quiet=given.quiet)
     if given.plot is not None:
         draw(result, given.plot)
 
@@ -49,7 +56,7 @@ def planning(*, quiet: bool) -> Iterator[Callable[[str, float, float], None] | N
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=CleanConsole(stderr=True), transient=True) as progress:
         task = progress.add_task("first guess", total=1)
         current = ""
 

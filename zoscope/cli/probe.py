@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, loading, visible, warn
 from zoscope.errors import UsageError
 from zoscope.registry import is_zeroth_order
+from zoscope.report.console import CleanConsole
 
 if TYPE_CHECKING:
     from zoscope.analysis.probe_results import ProbeResult
@@ -87,7 +87,7 @@ def running(*, quiet: bool) -> Iterator[tuple[Callable[..., None] | None, Callab
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=CleanConsole(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=1, pace="HVPs")
         began, current = time.perf_counter(), ""
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import about, aside, emit, loading, visible, warn
 from zoscope.errors import UsageError
+from zoscope.report.console import CleanConsole
 
 if TYPE_CHECKING:
     from zoscope.analysis.track import Comparison
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.track_results import TrackResult
 
 EXIT_FAILED = 3
+RUN_PICTURES = ("plot.png", "plot.svg")
 ANEW = ("max_seconds", "max_memory", "shard_basis", "strict")  # options of a session, not of the run
 Values = dict[str, Any]
 
@@ -148,7 +149,9 @@ def _fresh(given: Values, place: Given) -> tuple[Values, Path]:
     if "spec" not in values:
         values["spec"] = absolute_spec(resolve_spec(None, cwd=Path.cwd())[0], Path.cwd())
     if "lr" not in values and "lr" not in values.get("sweep", {}):
-        raise UsageError("--lr is missing: track trains with a step size. 'zoscope bounds' recommends one.")
+        raise UsageError(
+            "--lr is missing: track trains with a step size. Expected a number, which 'zoscope plan' finds, or auto."
+        )
     name = f"{Path(values['spec'].partition('.py')[0]).name}-{values.get('optimizer', 'zo-gd')}"
     return values, Path(values.pop("run", Path("runs") / name))
 
@@ -170,7 +173,13 @@ def _resumed(given: Values, place: Given) -> tuple[Values, Path]:
             "out; only --max-seconds, --max-memory, --shard-basis and --strict may be given anew."
         )
     RunFolder(folder).read_config()  # says what is missing where this is no folder of a run
-    return {**read_track_config(folder / CONFIG), **given}, folder
+    for run in (folder, *(config.parent for config in sorted(folder.glob(f"*/{CONFIG}")))):
+        _draw_missing(run)
+    values = {**read_track_config(folder / CONFIG), **given}
+    missing = {"spec", "lr"} - values.keys() - values.get("sweep", {}).keys()
+    if missing:
+        raise UsageError(f"{folder / CONFIG} has no {min(missing)}. Expected the file that zoscope track wrote.")
+    return values, folder
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
@@ -183,7 +192,7 @@ def _relative(origin: Mapping[str, Any], folder: Path) -> Values:
     """Paths as ``config.yaml`` holds them: relative to it, so that runs and specs can move together."""
 
     def relative(path: str) -> str:
-        return os.path.relpath(path, folder.resolve()) if os.path.isabs(path) else path
+        return os.path.relpath(path, os.path.realpath(folder)) if os.path.isabs(path) else path
 
     return {**origin, **{key: relative(origin[key]) for key in ("spec", "checkpoint") if key in origin}}
 
@@ -248,7 +257,19 @@ def _picture(result: TrackResult, folder: Path) -> None:
         return
     from zoscope.report.track import draw
 
-    draw(result, [folder / "plot.png", folder / "plot.svg"], option="--run")
+    draw(result, [folder / name for name in RUN_PICTURES], option="--run")
+
+
+def _draw_missing(folder: Path) -> None:
+    """The picture of a run that is over, where something ended zoscope before it was drawn."""
+    from zoscope.analysis.track import read_result
+    from zoscope.analysis.track_folder import RunFolder
+    from zoscope.analysis.track_results import OVER
+
+    drawn = all((folder / name).is_file() for name in RUN_PICTURES)
+    summary = None if drawn else RunFolder(folder).read_summary()
+    if summary is not None and summary.get("status") in OVER:
+        _picture(read_result(folder), folder)
 
 
 def _display(spec: str) -> str:
@@ -268,7 +289,7 @@ def watching(*, quiet: bool, label: str = "") -> Iterator[tuple[Observer, ...]]:
     if quiet:
         yield ()
         return
-    console = Console(stderr=True)
+    console = CleanConsole(stderr=True)
     if not visible(quiet=quiet):
         yield (Lines(console, label=label),)
         return

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from zoscope.config.keys import CHECK, DEFAULTS, OPTIONS, ROOT, OneOf, Section
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, read_pyproject, read_yaml, shorten, suggest
 from zoscope.errors import UsageError
+from zoscope.files import read_text, reason, resolved
 from zoscope.registry import family_of, is_zeroth_order
 
 
@@ -124,6 +125,47 @@ class Piecewise:
         """See `StepSizes.to_config`."""
         later = [f"{start}:{value!r}" for start, value in zip(self.starts[1:], self.values[1:], strict=True)]
         return ",".join([repr(self.values[0]), *later])
+
+
+AUTOMATIC = ("auto", "auto:linear", "auto:cosine")
+"""Step sizes that set themselves: constant, or falling to 0 on top."""
+
+
+@dataclass(frozen=True)
+class AutomaticStepSize:
+    """A step size that sets itself while it trains (`zoscope.AutoLR`).
+
+    Args:
+        kind: Schedule on top: ``constant``, ``linear`` or ``cosine``.
+    """
+
+    kind: str = "constant"
+    peak: float = math.nan
+
+    def lr_at(self, step: int, *, steps: int) -> float:
+        """See `StepSizes.lr_at`; not known beforehand."""
+        return math.nan
+
+    def changes(self, *, steps: int) -> tuple[int, ...]:
+        """See `StepSizes.changes`; none that is known."""
+        return ()
+
+    def to_config(self) -> Any:
+        """See `StepSizes.to_config`."""
+        return "auto" if self.kind == "constant" else f"auto:{self.kind}"
+
+
+def training_step_sizes(text: str) -> StepSizes:
+    """Read what `parse_step_sizes` reads, or ``auto``, ``auto:linear``, ``auto:cosine``.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if text in AUTOMATIC:
+        return AutomaticStepSize(text.partition(":")[2] or "constant")
+    if text.startswith("auto"):
+        raise ValueError(f"got {text!r}, expected one of {', '.join(AUTOMATIC)}, or a number")
+    return parse_step_sizes(text)
 
 
 def parse_step_sizes(text: str) -> StepSizes:
@@ -455,7 +497,7 @@ class Document:
     @property
     def folder(self) -> Path:
         """What relative paths in the file are relative to."""
-        return Path.cwd() if self.file is None else self.file.resolve().parent
+        return Path.cwd() if self.file is None else resolved(self.file).parent
 
     @property
     def problem(self) -> str | None:
@@ -511,19 +553,19 @@ def _parse(file: Path, text: str) -> Node:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_text(file)
     except FileNotFoundError:
         raise UsageError(f"CONFIG: there is no file {file}. Expected a {YAML_NAME} or a {PYPROJECT_NAME}.") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{shown_path(file)} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
-        raise UsageError(f"CONFIG: cannot read {file} ({error.strerror}).") from None
+        raise UsageError(f"CONFIG: cannot read {file} ({reason(error)}).") from None
 
 
 def shown_path(path: Path) -> str:
     """A path as the user knows it: relative to the working folder where it lies below."""
     try:
-        return path.resolve().relative_to(Path.cwd()).as_posix()
+        return resolved(path).relative_to(Path.cwd()).as_posix()
     except ValueError:
         return str(path)
 

@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from zoscope.config.keys import LR, SCHEDULE, Arguments, Integer, Key, Kind, Schema, Section, Text, key_of, plain
-from zoscope.config.load import Piecewise, Schedule, StepSizes, absolute_spec, parse_step_sizes, shown_path, step_sizes
+from zoscope.config.load import (
+    Piecewise,
+    Schedule,
+    StepSizes,
+    absolute_spec,
+    shown_path,
+    step_sizes,
+    training_step_sizes,
+)
 from zoscope.config.sources import ConfigError, InvalidError, Issue, Node, nearest, read_yaml, suggest
 from zoscope.errors import UsageError
-from zoscope.options import MOST, left_open
+from zoscope.files import read_text, reason, resolved
+from zoscope.options import MOST, Whole, argument, keywords, left_open
 from zoscope.registry import OPTIMIZERS
 
 # ruff: noqa: D102 - every kind has the two methods that the protocol documents
@@ -24,12 +33,12 @@ from zoscope.registry import OPTIMIZERS
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A number, ``0.001,20000:0.007``, a mapping of steps to numbers, or a schedule."""
+    """A number, ``0.001,20000:0.007``, ``auto``, a mapping of steps to numbers, or a schedule."""
 
     def read(self, node: Node, name: str) -> StepSizes:
         try:
             if isinstance(node.value, str):
-                return parse_step_sizes(node.value)
+                return training_step_sizes(node.value)
             if not isinstance(node.value, Mapping):
                 return Schedule("constant", LR.read(node, name))
             if any(key in node.value for key in SCHEDULE.names):
@@ -137,28 +146,39 @@ def read_track_config(file: Path) -> dict[str, Any]:
         UsageError: If the file cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        values = TRACK.read(parse_track_config(file), "")
     except FileNotFoundError:
         raise UsageError(f"--config: there is no file {file}. Expected a YAML file with options of a run.") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{shown_path(file)} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
-        raise UsageError(f"--config: cannot read {file} ({error.strerror}).") from None
-    try:
-        tree = read_yaml(text)
-        if not isinstance(tree.value, Mapping):
-            raise InvalidError.at(
-                tree, f"a configuration is a mapping with {', '.join(TRACK.names)}; got {tree.described}."
-            )
-        values = TRACK.read(tree, "")
-    except InvalidError as error:
-        raise ConfigError(shown_path(file), error.issues) from None
-    folder = file.resolve().parent
+        raise UsageError(f"--config: cannot read {file} ({reason(error)}).") from None
+    folder = resolved(file).parent
     if "spec" in values:
         values["spec"] = absolute_spec(values["spec"], folder)
     if "checkpoint" in values:
         values["checkpoint"] = os.path.normpath(folder / values["checkpoint"])
     return {key: value for key, value in values.items() if not key.startswith("x-")}
+
+
+def parse_track_config(file: Path) -> Node:
+    """The options in a configuration of a run as they stand there, each of them known to be valid.
+
+    Raises:
+        ConfigError: With every mistake in the file and its line.
+        UsageError: If it is not text.
+        OSError: If the file cannot be read.
+    """
+    try:
+        tree = read_yaml(read_text(file))
+        if not isinstance(tree.value, Mapping):
+            raise InvalidError.at(
+                tree, f"a configuration is a mapping with {', '.join(TRACK.names)}; got {tree.described}."
+            )
+        TRACK.read(tree, "")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown_path(file)} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except InvalidError as error:
+        raise ConfigError(shown_path(file), error.issues) from None
+    return tree
 
 
 def read_track_option(name: str, value: object) -> Any:
@@ -295,10 +315,10 @@ def load_hf_args(file: Path) -> HfArguments:
         UsageError: If the file cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"--hf-args: cannot read {file} ({reason}). Expected a JSON or YAML file.") from None
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UsageError(f"--hf-args: cannot read {file} ({why}). Expected a JSON or YAML file.") from None
     try:
         tree = _read_json(text) if file.suffix == ".json" else read_yaml(text)
         if not isinstance(tree.value, Mapping):
@@ -306,6 +326,35 @@ def load_hf_args(file: Path) -> HfArguments:
         return _Translator(tree.value).translate()
     except InvalidError as error:
         raise ConfigError(str(file), error.issues) from None
+
+
+def plan_arguments(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What an arguments file says of a run, as keyword arguments of ``zoscope.plan``, and its notices.
+
+    Raises:
+        ConfigError: With every value that cannot be used and its line.
+        UsageError: If the file cannot be read, or training there follows gradients.
+    """
+    arguments = load_hf_args(file)
+    tree = plain(arguments.tree)
+    found = {**tree.get("optimizer", {}), **tree.get("estimator", {})}
+    if "steps" in tree:
+        found["steps"] = tree["steps"]
+    rate = found.pop("lr", None)
+    if isinstance(rate, Mapping):
+        found |= {name: rate[name] for name in ("schedule", "warmup") if name in rate}
+    if "name" in found:
+        found["optimizer"] = found.pop("name")
+    checked: dict[str, Any] = {}
+    for name, value in found.items():
+        option = argument("plan", name)
+        whole = isinstance(option.domain, Whole) and isinstance(value, float) and value.is_integer()
+        checked[name] = int(value) if whole else tuple(value) if isinstance(value, list) else value
+    try:
+        keywords("plan", checked)
+    except ValueError as error:
+        raise UsageError(f"--hf-args: {file}: {error}.") from None
+    return checked, arguments.notices
 
 
 def _read_json(text: str) -> Node:

@@ -1,16 +1,16 @@
 """Zeroth-order GD, momentum and Adam as PyTorch optimizers: two forward passes a query, no gradient."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict, Unpack
+from typing import Any, ClassVar, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from zoscope.optim.directions import Block, Direction, Seed, check_law, new_generator, partition
-from zoscope.optim.perturbation import Perturbation, Restore, choose_perturbation
+from zoscope.optim.perturbation import FixedPoint, Restore, Snapshot, choose_perturbation
 from zoscope.optim.rules import Rule, State, rule_from_options
 from zoscope.registry import Directions
 
@@ -29,7 +29,7 @@ class _Layout:
     params: list[list[Tensor]]
     blocks: list[Block]
     group_of: list[int]
-    perturbation: Perturbation
+    perturbation: Snapshot | FixedPoint
 
 
 class QueryOptions(TypedDict, total=False):
@@ -44,6 +44,18 @@ class QueryOptions(TypedDict, total=False):
 
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class StepControl(Protocol):
+    """What decides on a step between its evaluations and its update; see `zoscope.AutoLR`."""
+
+    def reach(self) -> float | None:
+        """Distance along the last direction at which the loss is wanted too, param; ``None`` if it is not."""
+        ...
+
+    def choose(self, slopes: Sequence[float], loss: float, curvatures: Sequence[float]) -> Sequence[float]:
+        """The slopes to use; sets the ``lr`` of the groups."""
+        ...
 
 
 class ZeroOrderOptimizer(Optimizer):
@@ -91,6 +103,7 @@ class ZeroOrderOptimizer(Optimizer):
         self._generator = new_generator(seed, next(iter(devices), "cpu"))
         self._layout: _Layout | None = None
         self.evaluations: tuple[tuple[float, float], ...] = ()
+        self.control: StepControl | None = None
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -122,10 +135,45 @@ class ZeroOrderOptimizer(Optimizer):
                 _restore(layout, direction, sign=self._sign)
             directions.append(direction)
         self.evaluations = tuple(evaluations)
-        slopes = [(f - g) / (self.mu if self.one_sided else 2.0 * self.mu) for f, g in evaluations]
+        spacing = self.mu if self.one_sided else 2.0 * self.mu
+        slopes: Sequence[float] = [(f - g) / spacing for f, g in evaluations]
+        loss = sum(0.5 * (f + g) for f, g in evaluations) / self.queries if here is None else here
+        sign = self._sign
+        if self.control is not None:
+            curvatures: list[float] = []
+            reach = self.control.reach()
+            if reach is not None:
+                curvature, sign = self._curvature(layout, directions[-1], closure, reach)
+                curvatures = [curvature]
+            slopes = self.control.choose(slopes, loss, curvatures)
         size = math.sqrt(sum(s * s for s in slopes) / self.queries) if self._rule.normalizes else 1.0
-        self._update(layout, directions, [s / (size or 1.0) / self.queries for s in slopes])
-        return sum(0.5 * (f + g) for f, g in evaluations) / self.queries if here is None else here
+        self._update(layout, directions, [s / (size or 1.0) / self.queries for s in slopes], sign)
+        return loss
+
+    def _curvature(self, layout: _Layout, direction: Direction, closure: Closure, reach: float) -> tuple[float, int]:
+        """``uᵀHu`` along the last direction from one evaluation more, and the side where that leaves the parameters."""
+        perturbation, blocks, sign = layout.perturbation, range(len(layout.blocks)), self._sign
+        above, below = self.evaluations[-1]
+        try:
+            if isinstance(perturbation, Snapshot):
+                for index in blocks:
+                    perturbation.far(index, direction.part(index), reach)
+            elif self.one_sided:
+                reach, sign = -self.mu, -1
+                for index in blocks:
+                    perturbation.minus(index, direction.part(index))
+            else:
+                reach = 0.0
+                _restore(layout, direction, sign=sign)
+                sign = 0
+            far = float(_detached(closure()))
+        except BaseException:
+            _restore(layout, direction, sign=sign)
+            raise
+        if self.one_sided:
+            return 2.0 * ((far - below) / reach - (above - below) / self.mu) / (reach - self.mu), sign
+        slope, middle = (above - below) / (2.0 * self.mu), 0.5 * (above + below)
+        return 2.0 * (far - middle - reach * slope) / (reach * reach - self.mu * self.mu), sign
 
     @property
     def _sign(self) -> int:
@@ -155,7 +203,7 @@ class ZeroOrderOptimizer(Optimizer):
             above, below = torch.stack([above, below]).tolist()  # a device is waited for once
         return float(above), float(below)
 
-    def _update(self, layout: _Layout, directions: list[Direction], slopes: list[float]) -> None:
+    def _update(self, layout: _Layout, directions: list[Direction], slopes: list[float], sign: int) -> None:
         """Bring the parameters back from the last query, block by block, and move them."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -165,13 +213,53 @@ class ZeroOrderOptimizer(Optimizer):
             number = layout.group_of[index]
             group = self.param_groups[number]
             # Its last use: the estimate may take the place of the direction.
-            estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=self._sign)
+            estimate = layout.perturbation.restore(index, directions[-1].part(index), sign=sign)
             torch._foreach_mul_(estimate, slopes[-1])
             for direction, slope in zip(directions[:-1], slopes[:-1], strict=True):
                 used = layout.perturbation.used(index, direction.part(index))
                 torch._foreach_add_(estimate, used, alpha=slope)
             state = {slot: block.select(tensors) for slot, tensors in states[number].items()}
             rules[number].update(block.pieces, estimate, state, lr=float(group["lr"]), step=group["step"])
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step is a sum of its directions, so that `undo` needs no more than its numbers."""
+        return not self._rule.slots and (self.name != "signsgd" or self.queries == 1)
+
+    def reseed(self, seed: int) -> None:
+        """The coming step draws from this seed."""
+        self._generator.manual_seed(seed)
+
+    @torch.no_grad()
+    def undo(self, seed: int, slopes: Sequence[float], lrs: Sequence[float]) -> None:
+        """Take back the step that began with ``reseed(seed)``, up to the rounding of its sums.
+
+        Args:
+            seed: Its seed.
+            slopes: Slopes that it used, one for each query.
+            lrs: Step size of every group.
+
+        Raises:
+            ValueError: If steps cannot be taken back from these numbers; see `replays`.
+        """
+        if not self.replays:
+            raise ValueError(f"{type(self).__name__} has a memory: its steps cannot be taken back from their numbers")
+        layout = self._current_layout()
+        layout.perturbation.begin()
+        self.reseed(seed)
+        size = math.sqrt(sum(s * s for s in slopes) / self.queries) if self._rule.normalizes else 1.0
+        for slope in slopes:
+            direction = Direction(layout.blocks, self._generator, law=self.directions, keep=False)
+            for index, block in enumerate(layout.blocks):
+                moved = layout.perturbation.used(index, direction.part(index))
+                torch._foreach_mul_(moved, slope / (size or 1.0) / self.queries)
+                if self.name == "signsgd":
+                    torch._foreach_sign_(moved)
+                torch._foreach_add_(block.pieces, moved, alpha=lrs[layout.group_of[index]])
+        for group, params, lr in zip(self.param_groups, layout.params, lrs, strict=True):
+            group["step"] -= 1
+            if group.get("weight_decay") and params:
+                torch._foreach_div_(params, 1.0 - lr * group["weight_decay"])
 
     def _state_of(self, rule: Rule, params: list[Tensor]) -> State:
         for p in params:

@@ -1,5 +1,7 @@
 """Loss surfaces and parameters that are perturbed in place and come back exactly."""
 
+from __future__ import annotations
+
 import math
 import time
 from abc import ABC, abstractmethod
@@ -54,7 +56,7 @@ class Perturbation(Protocol):
         ...
 
 
-def choose_perturbation(blocks: Sequence[Block], *, mu: float, restore: Restore) -> Perturbation:
+def choose_perturbation(blocks: Sequence[Block], *, mu: float, restore: Restore) -> Snapshot | FixedPoint:
     """The perturbation that ``restore`` names.
 
     ``auto`` is a snapshot for parameters of up to 64 MiB and for half precision, where a grid would be too coarse to
@@ -96,6 +98,12 @@ class Snapshot:
     def minus(self, index: int, direction: Sequence[Tensor]) -> None:
         """See `Perturbation.minus`."""
         torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=-2.0 * self._mu)
+
+    def far(self, index: int, direction: Sequence[Tensor], distance: float) -> None:
+        """Block ``index`` from wherever it is to ``θ + distance·u``."""
+        pieces = self._blocks[index].pieces
+        torch._foreach_copy_(pieces, self._saved[index])
+        torch._foreach_add_(pieces, self.used(index, direction), alpha=distance)
 
     def restore(self, index: int, direction: Sequence[Tensor], *, sign: int) -> list[Tensor]:
         """See `Perturbation.restore`."""
@@ -215,7 +223,7 @@ class SequentialSurface(Surface):
         objective: The prepared problem.
     """
 
-    def __init__(self, objective: "Objective") -> None:
+    def __init__(self, objective: Objective) -> None:
         self._objective = objective
 
     def values(self, theta: Tensor) -> Tensor:
@@ -257,7 +265,7 @@ class MiniBatchSurface(SequentialSurface):
         seed: Seed of all mini-batches.
     """
 
-    def __init__(self, objective: "Objective", batch_size: int, *, seed: int) -> None:
+    def __init__(self, objective: Objective, batch_size: int, *, seed: int) -> None:
         super().__init__(objective)
         self.batch_size, self.seed = batch_size, seed
         self._examples = Examples(objective)
@@ -292,7 +300,7 @@ class StackedSurface(Surface):
     Small models spend their time in vmap itself: what it does is recorded once for each number of rows, and replayed.
     """
 
-    def __init__(self, objective: "Objective") -> None:
+    def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._replays: dict[int, Callable[[Tensor], Tensor]] = {}
         self._points: Tensor | None = None
@@ -343,7 +351,7 @@ class StackedMiniBatchSurface(StackedSurface):
         ValueError: If the examples of the problem do not fit into one batch.
     """
 
-    def __init__(self, objective: "Objective", batch_size: int, *, seed: int) -> None:
+    def __init__(self, objective: Objective, batch_size: int, *, seed: int) -> None:
         super().__init__(objective)
         self._examples = Examples(objective)
         if objective.batch_size_of is not None or objective.on_host or self._examples.whole:
@@ -462,7 +470,7 @@ class QuadraticSurface(Surface):
         return self._model(theta)
 
 
-def choose_surface(objective: "Objective", *, replicas: int, first_order: bool) -> tuple[Surface, str | None]:
+def choose_surface(objective: Objective, *, replicas: int, first_order: bool) -> tuple[Surface, str | None]:
     """The faster way to evaluate ``replicas`` rows: together where the model allows it and it pays, else in turn.
 
     Both see the same directions; they differ by rounding alone.
@@ -495,7 +503,7 @@ def choose_surface(objective: "Objective", *, replicas: int, first_order: bool) 
 
 
 def choose_mini_batches(
-    objective: "Objective", batch_size: int, *, replicas: int, seed: int
+    objective: Objective, batch_size: int, *, replicas: int, seed: int
 ) -> MiniBatchSurface | StackedMiniBatchSurface:
     """The faster way to give every replica mini-batches of its own: the same ones either way."""
     one_by_one = MiniBatchSurface(objective, batch_size, seed=seed)

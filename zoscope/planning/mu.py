@@ -18,7 +18,7 @@ from zoscope.curvature.finite_difference import Difference
 from zoscope.curvature.forward import DirectionSampler, exploring
 from zoscope.errors import UsageError
 from zoscope.optim.directions import new_generator
-from zoscope.problem import Objective
+from zoscope.problem import Objective, Problem
 from zoscope.problem.objective import Examples
 from zoscope.result import JsonObject
 from zoscope.theory.spectrum import Estimate, widening
@@ -54,7 +54,9 @@ class UpdateRounding(JsonObject):
         vanishing: Share of the entries of all updates that are below half a last place of their weight and change
             nothing.
         kept: ``E⟨applied, intended⟩ / E‖intended‖²``. Entries that survive are rounded up more than down, so that this
-            stays near 1 while half of the entries vanish, and falls quickly after that.
+            stays near 1 while half of the entries vanish, and falls quickly after that. An upper end: it is about
+            writing the update alone, not about weights that were rounded when they were perturbed and put back, and
+            not about the loss that rounding adds; bfloat16 runs have kept 0.67 to 0.78 where it says 0.98.
         least_lr: Step size from which on 90 % is kept. Below it weights should be kept in float32 besides (master
             weights) and rounded for the forward passes alone.
     """
@@ -123,6 +125,50 @@ class PerturbationScale(JsonObject):
 
 
 def perturbation_scale(
+    problem: Problem,
+    *,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    one_sided: bool = False,
+    tolerance: float = 0.1,
+    directions: int = 12,
+    device: str = "auto",
+    dtype: str = "own",
+    seed: int = 0,
+) -> PerturbationScale:
+    """Which μ (MeZO's ε): the range in which slopes along random directions are right to ``tolerance``.
+
+    The problem comes back as it was. Only losses are computed: it does without gradients.
+
+    Args:
+        problem: Model, batches and loss.
+        batch_size: Examples of a training step; ``None`` for all of them.
+        lr: Step size of ZO-GD for which to say what rounding of the weights leaves of a step.
+        one_sided: Whether training takes ``(f(θ+μu) − f(θ))/μ``.
+        tolerance: Relative error of a slope that is good enough.
+        directions: How many.
+        device: Where.
+        dtype: The one that trains; ``own`` is the model's.
+        seed: Of directions and mini-batches.
+
+    Raises:
+        UsageError: For too few directions.
+        SpecError: If the problem cannot be evaluated.
+        NumericalError: If memory runs out.
+    """
+    with problem.prepare(device=device, dtype=dtype, differentiable=False) as objective:
+        return measure_scale(
+            objective,
+            batch_size=batch_size,
+            lr=lr,
+            one_sided=one_sided,
+            tolerance=tolerance,
+            directions=directions,
+            seed=seed,
+        )
+
+
+def measure_scale(
     objective: Objective,
     *,
     batch_size: int | None = None,
@@ -326,7 +372,8 @@ def update_rounding(params: Sequence[Tensor], *, lr: float, slope: float) -> Upd
     c = slope * np.array([NormalDist().inv_cdf(0.5 + (k + 0.5) / (2 * QUANTILES)) for k in range(QUANTILES)])
 
     def kept(rate: float) -> float:
-        return float(c**2 @ _kept(rate * c[:, None] / spacings) @ shares / (c @ c))
+        with np.errstate(over="ignore"):  # far above the last place all is kept
+            return float(c**2 @ _kept(rate * c[:, None] / spacings) @ shares / (c @ c))
 
     half = 0.5 * spacings / (lr * c[:, None])
     vanishing = float(np.mean(np.vectorize(lambda x: math.erf(x / math.sqrt(2)))(half) @ shares))

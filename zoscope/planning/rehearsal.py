@@ -47,17 +47,18 @@ WORTH = 0.05
 TRUST = 0.1
 """Squared error of the linear gradient at the end of a macro step, over N, from which macro steps become shorter."""
 
-PRODUCTS = 2
-"""Products of the Hessian that go with every gradient at least."""
+PRODUCTS = 1
+"""Products of the Hessian that go with the gradients of all runs."""
 
 LEAST = 0.05
 """Least share of N that is left by what fades, and of 1 by what noise feeds back."""
 
-FINEST = 8
-"""A stiff run takes at most so many times the macro steps asked for."""
+FINEST, SHORTEST = 8, 16
+"""A stiff run takes at most so many times the macro steps asked for, or one in so many steps if that is more."""
 
-BEGIN, GROWTH = 0.25, 1.5
-"""First macro steps are shorter, as curvature, momentum and v settle: share of K, and growth from one to the next."""
+BEGIN, FIRST, GROWTH = 0.25, 8, 1.5
+"""First macro steps are shorter, as curvature, momentum and v settle: share of K and most steps of the first one, and
+growth from one to the next."""
 
 
 class Gradients(Protocol):
@@ -89,7 +90,6 @@ class Law:
         weight_decay: w of ``ĝ + w x``.
         a: Weight of the signal in the estimate's second moment.
         b: Weight of its isotropic noise.
-        mu: Smoothing radius; 0 where smoothing does not show.
     """
 
     family: str
@@ -100,7 +100,6 @@ class Law:
     weight_decay: float = 0.0
     a: float = 2.0
     b: float = 1.0
-    mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -293,6 +292,8 @@ def rehearse(
     ceiling: float,
     top: TopSpace,
     shape: Shape | None = None,
+    trust: float = TRUST,
+    enough: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Rehearsed:
     """Rehearse runs at one step size.
@@ -309,9 +310,12 @@ def rehearse(
         ceiling: Loss above which a run has left.
         top: Directions of large curvature at the start.
         shape: The schedule.
+        trust: Squared error of the linear gradient, over N, that is good enough.
+        enough: Stop where so many have left; the others then end nowhere, with an infinite loss.
         on_step: Called with the number of steps just done.
     """
-    return _Rehearsal(source, start, law, lr, steps, macro, replicas, seed, ceiling, top.copy(), shape).run(on_step)
+    rehearsal = _Rehearsal(source, start, law, lr, steps, macro, replicas, seed, ceiling, top.copy(), shape, trust)
+    return rehearsal.run(on_step, enough or replicas)
 
 
 class _Rehearsal:
@@ -328,9 +332,10 @@ class _Rehearsal:
         ceiling: float,
         top: TopSpace,
         shape: Shape | None,
+        trust: float,
     ) -> None:
         self._source, self._law, self._lr, self._steps, self._macro = source, law, lr, steps, macro
-        self._ceiling, self._top, self._shape = ceiling, top, shape
+        self._ceiling, self._top, self._shape, self._trust = ceiling, top, shape, trust
         self._x = start.repeat(replicas, 1)
         self._m = torch.zeros_like(self._x) if law.momentum else None
         self._v = torch.zeros_like(self._x) if law.family == "adam" else None
@@ -343,15 +348,16 @@ class _Rehearsal:
         self._expected: tuple[Tensor, Tensor, Tensor] | None = None
         self._longest, self._last = math.inf, 1
 
-    def run(self, on_step: Callable[[int], None] | None) -> Rehearsed:
+    def run(self, on_step: Callable[[int], None] | None, enough: int) -> Rehearsed:
         self._source.begin()
-        done, size = 0, max(1, int(BEGIN * self._steps / self._macro))
+        done, size = 0, min(max(1, int(BEGIN * self._steps / self._macro)), FIRST)
         if self._law.momentum or self._v is not None:
             size = 1
         looked: list[int] = []
         losses: list[Array] = []
         scale = 0.0
-        while done < self._steps and self._index:
+        fewest = len(self._index) - enough
+        while done < self._steps and len(self._index) > fewest:
             gradients, values = self._look(scale)
             self._looks += 1
             looked.append(done)
@@ -359,7 +365,7 @@ class _Rehearsal:
             gone = ~(values <= self._ceiling)
             if bool(gone.any()):
                 gradients = self._drop(gone, gradients, done)
-                if not self._index:
+                if len(self._index) <= fewest:
                     break
             eta = self._lr * self._factor(done, size)
             size = self._size(done, size, eta)
@@ -369,12 +375,14 @@ class _Rehearsal:
             done += size
             if on_step is not None:
                 on_step(size)
-        if self._index:
+        if len(self._index) > fewest:
             values = self._source.values(self._x)
             looked.append(done)
             losses.append(self._record(values))
             gone = ~(values <= self._ceiling)
             self._drop(gone, self._x, done)
+        elif self._index:
+            losses[-1] = np.full(len(self._left), np.inf)
         return Rehearsed(np.array(looked), np.array(losses), tuple(self._left), self._gradients, self._batches)
 
     def _factor(self, done: int, size: int) -> float:
@@ -388,7 +396,7 @@ class _Rehearsal:
         longest = self._steps / self._macro
         stiff = self._scaled_outside() * eta
         wanted = min(longest, STIFF / stiff if stiff > 0 else math.inf, self._longest, GROWTH * last + 0.5)
-        looks, most = self._looks, FINEST * self._macro
+        looks, most = self._looks, max(FINEST * self._macro, self._steps // SHORTEST)
         least = (self._steps - done) / max(most - looks, 1) if 2 * looks > most else 1.0
         return int(min(max(wanted, least, 1.0), self._steps - done))
 
@@ -417,8 +425,6 @@ class _Rehearsal:
     def _look(self, scale: float) -> tuple[Tensor, Tensor]:
         """Gradients and losses of all runs, and beside one of them for a product of the Hessian."""
         points = self._x
-        if self._law.mu:
-            points = points + self._law.mu * self._normal()
         count = len(points)
         chosen = self._chosen(scale)
         if chosen is None:
@@ -439,7 +445,7 @@ class _Rehearsal:
             return
         basis, expected, power = self._expected
         off = ((gradients @ basis.T - expected).double().square().sum(dim=1) / power[:, 0]).mean()
-        change = math.sqrt(TRUST / max(float(off), 1e-6)) if bool(torch.isfinite(off)) else 0.5
+        change = math.sqrt(self._trust / max(float(off), 1e-6)) if bool(torch.isfinite(off)) else 0.5
         self._longest = max(min(max(change, 0.5), GROWTH) * self._last, 1.0)
 
     def _along(self, scale: float) -> float:
@@ -451,7 +457,7 @@ class _Rehearsal:
         if self._previous is None or scale == 0:
             return None
         count = len(self._x)
-        vectors, places = self._top.choose(self._previous, max(count, PRODUCTS), scale=self._along(scale))
+        vectors, places = self._top.choose(self._previous, PRODUCTS, scale=self._along(scale))
         if not places or not bool(torch.isfinite(vectors).all()):
             return None
         rows = [(self._top.turn + n) % count for n in range(len(places))]

@@ -36,6 +36,12 @@ TOP = 20
 FEWEST_MACRO, MOST_MACRO = 50, 3200
 """Macro steps of the coarsest rehearsal, and of the finest."""
 
+LOOSEST = 0.25
+"""``trust`` of the coarsest rehearsal; twice the macro steps, half of it."""
+
+FEW = 2
+"""Runs for every step size while the answer is only approached."""
+
 LOOKS = 25
 """Times that real replicas are looked at with all examples."""
 
@@ -58,6 +64,7 @@ class Question:
         shape: Step size over its peak at a step; ``None`` for a constant one.
         replicas: Runs for every step size; half as many where they are rehearsed.
         seed: Seed of every random number.
+        few: Whether the answer is only approached: by ``FEW`` runs, which rehearsals give up when half have left.
     """
 
     law: Law
@@ -68,6 +75,17 @@ class Question:
     shape: Shape | None
     replicas: int
     seed: int
+    few: bool = False
+
+    @property
+    def num_real(self) -> int:
+        """Real runs for every step size."""
+        return min(FEW, self.replicas) if self.few else self.replicas
+
+    @property
+    def num_rehearsed(self) -> int:
+        """Rehearsed runs for every step size."""
+        return FEW if self.few else max(FEW, self.replicas // 2)
 
 
 @dataclass
@@ -88,9 +106,14 @@ class Runs(Protocol):
 
     Attributes:
         replicas: How many.
+        question: What is planned.
     """
 
     replicas: int
+    question: Question
+
+    def of(self, question: Question) -> Runs:
+        """The same kind of runs for another question, such as one with more replicas."""
 
     def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
         """Run to the end, or until the loss is above ``ceiling``."""
@@ -110,31 +133,35 @@ class RealRuns:
     """
 
     def __init__(self, objective: Objective, question: Question, cost: Cost) -> None:
-        self._objective, self._question, self._cost = objective, question, cost
+        self._objective, self.question, self._cost = objective, question, cost
         self._start = objective.read()
-        self._share, self.replicas = share_of(objective, question), question.replicas
+        self._share, self.replicas = share_of(objective, question), question.num_real
         if question.batch_size is None:
-            self._surface, self.why_not = choose_surface(objective, replicas=question.replicas, first_order=False)
+            self._surface, self.why_not = choose_surface(objective, replicas=self.replicas, first_order=False)
         else:
             self._surface, self.why_not = (
-                choose_mini_batches(objective, question.batch_size, replicas=question.replicas, seed=question.seed),
+                choose_mini_batches(objective, question.batch_size, replicas=self.replicas, seed=question.seed),
                 None,
             )
+
+    def of(self, question: Question) -> RealRuns:
+        """See `Runs`."""
+        return RealRuns(self._objective, question, self._cost)
 
     @property
     def price(self) -> float:
         """See `Runs.price`."""
-        return self.replicas * real_price(self._question, self._share)
+        return self.replicas * real_price(self.question, self._share)
 
     def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
         """See `Runs`."""
-        question, surface = self._question, self._surface
+        question, surface = self.question, self._surface
         plan = ReplicaPlan(
             rule=question.rule,
             estimator=question.estimator,
             lr=lr,
             steps=question.steps,
-            replicas=question.replicas,
+            replicas=self.replicas,
             seed=question.seed,
             limits=Limits(left=ceiling),
             shape=question.shape,
@@ -177,26 +204,30 @@ class RehearsedRuns:
     def __init__(
         self, objective: Objective, question: Question, cost: Cost, *, macro: int, top: TopSpace | None = None
     ) -> None:
-        self._objective, self._question, self._cost, self.macro = objective, question, cost, macro
+        self._objective, self.question, self._cost, self.macro = objective, question, cost, macro
         self._start = objective.read()
-        self._share, self.replicas = share_of(objective, question), max(2, question.replicas // 2)
+        self._share, self.replicas = share_of(objective, question), question.num_rehearsed
         self._source = ObjectiveGradients(
             objective, batch_size=question.batch_size, replicas=self.replicas, seed=question.seed
         )
         self.top = top if top is not None else top_space(objective, seed=question.seed, cost=cost)
 
-    def finer(self) -> RehearsedRuns:
-        """The same with twice the macro steps."""
-        return RehearsedRuns(self._objective, self._question, self._cost, macro=2 * self.macro, top=self.top)
+    def of(self, question: Question) -> RehearsedRuns:
+        """See `Runs`."""
+        return RehearsedRuns(self._objective, question, self._cost, macro=self.macro, top=self.top)
+
+    def finer(self, question: Question) -> RehearsedRuns:
+        """The same with twice the macro steps, for a question that may have more replicas."""
+        return RehearsedRuns(self._objective, question, self._cost, macro=2 * self.macro, top=self.top)
 
     @property
     def price(self) -> float:
         """See `Runs.price`."""
-        return self.replicas * rehearsal_price(self._question, self._share, macro=self.macro)
+        return self.replicas * rehearsal_price(self.question, self._share, macro=self.macro)
 
     def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
         """See `Runs`."""
-        question = self._question
+        question = self.question
         try:
             found = rehearse(
                 self._source,
@@ -210,6 +241,8 @@ class RehearsedRuns:
                 ceiling=ceiling,
                 top=self.top,
                 shape=question.shape,
+                trust=LOOSEST * FEWEST_MACRO / self.macro,
+                enough=-(-self.replicas // 2) if question.few else None,
                 on_step=on_step,
             )
         finally:

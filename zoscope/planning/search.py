@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 COARSE = 2.0
 """Factor between the first step sizes."""
 
-SETTLING = 8
+SETTLING = 4
 """Most trials for the edges of single runs, once that of half of them is known."""
 
 BEYOND = 3.0
@@ -34,6 +34,9 @@ SCATTER = 0.03
 
 FALLING = 2.0**0.5
 """Factor between the step sizes among which the lowest loss is looked for."""
+
+NEAR = 1.1
+"""Neighbours may be farther from each other than ``FALLING`` by so much."""
 
 RISKY, SAFE = 0.05, 0.01
 """Most risk of the best step size, and of the safe one."""
@@ -164,15 +167,15 @@ class Search:
             inner, factor = outer, min(factor * 1.5, 8.0)
         return (inner, None) if stays else (None, inner)
 
-    def refine(self, low: float, high: float, *, rtol: float) -> Edge:
-        """Bisect until the edges of half of the runs are known to ``rtol``."""
+    def refine(self, low: float, high: float, *, rtol: float) -> tuple[float, float]:
+        """Bisect until the bracket around the edge of half of the runs is as narrow as ``rtol``."""
         while high / low > 1 + rtol:
             middle = math.sqrt(low * high)
             if self.share(middle) < 0.5:
                 low = middle
             else:
                 high = middle
-        return self.edge()
+        return low, high
 
     def settle(self, *, rtol: float) -> Edge:
         """Find the edges of all runs, each to ``rtol`` as far as ``SETTLING`` more trials go."""
@@ -206,23 +209,34 @@ class Search:
             brackets.append((lrs[cut - 1] if cut else 0.0, lrs[cut] if cut < len(lrs) else np.inf))
         return Edge(np.array(brackets))
 
-    def lowest(self, top: float, *, start: float) -> Trial:
-        """The trial with the lowest mean final loss up to ``top``: a grid downwards, then between its neighbours."""
-        lr, worse, best = top, 0, self.trial(top)
-        while worse < 2 and lr > top / WIDEST:
-            lr /= FALLING
-            found = self.trial(lr)
-            if found.mean < best.mean:
-                best, worse = found, 0
+    def lowest(self, top: float) -> Trial:
+        """The trial with the lowest mean final loss up to ``top``: one with neighbours no farther than ``FALLING``.
+
+        Between those the vertex of a parabola through all three is tried, too.
+        """
+        self.trial(top)
+        while True:
+            tried = sorted((t for t in self.trials.values() if t.lr <= top * (1 + 1e-3)), key=lambda t: t.lr)
+            best = min(tried, key=lambda t: t.mean)
+            place = tried.index(best)
+            below, above = tried[place - 1] if place else None, tried[place + 1] if place + 1 < len(tried) else None
+            if above is not None and math.isfinite(best.mean) and above.lr / best.lr > NEAR * FALLING:
+                self.trial(math.sqrt(above.lr * best.lr))
+            elif best.lr * WIDEST < top:
+                return best
+            elif below is None or not math.isfinite(best.mean):
+                self.trial(tried[0].lr / FALLING)
+            elif best.lr / below.lr > NEAR * FALLING:
+                self.trial(max(best.lr / FALLING, math.sqrt(best.lr * below.lr)))
             else:
-                worse += 1
-            if worse and best.mean == math.inf:
-                worse = 0  # all so far left
-        for neighbour in (best.lr * FALLING**0.5, best.lr / FALLING**0.5):
-            if neighbour <= top:
-                found = self.trial(neighbour)
-                best = min(best, found, key=lambda trial: trial.mean)
-        return best
+                break
+        if below is None or above is None or not math.isfinite(above.mean):
+            return best
+        x, y = np.log([below.lr, best.lr, above.lr]), np.array([below.mean, best.mean, above.mean])
+        square, slope, _ = np.polyfit(x - x[1], y, 2)
+        if square <= 0:
+            return best
+        return min(best, self.trial(best.lr * math.exp(-slope / (2 * square))), key=lambda t: t.mean)
 
 
 def loss_stderr(trial: Trial, start: float) -> float:

@@ -22,6 +22,7 @@ from zoscope.runtime import autograd_errors as graph
 _AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5}
 _MEAN_RTOL = 1e-3  # a mean over examples, or not: rounding stays far below, padding or class weights show above
 _MEAN_LIMIT = 0.05  # beyond this, cutting a batch measures another function
+LARGEST = 1e50  # losses and gradients: the fourth powers of curvatures, of which error bars are made, stay numbers
 _LOSS_REMEDY = "The loss is called as loss(model, batch) and returns a scalar tensor."
 
 
@@ -139,6 +140,11 @@ def _finite(loss: Tensor, index: int, objective: Objective) -> float:
             f"The loss is {value}{which} at the given parameters: expected a finite number. Check the data for NaN, "
             f"the checkpoint, and logarithms or divisions in the loss.{half}"
         )
+    if abs(value) > LARGEST:
+        raise NumericalError(
+            f"The loss is {value:.3g} at the given parameters: expected less than {LARGEST:g}, since the squares of "
+            "curvatures have to be numbers too. Scale the loss; step sizes then scale by the inverse."
+        )
     return value
 
 
@@ -168,11 +174,12 @@ def _check_gradient(objective: Objective, loss: Tensor) -> None:
             f"{len(unused)} of {len(grads)} parameter tensors ({scalars:,} of {objective.num_params:,} numbers: "
             f"{some(unused)}) have no effect on the first batch's loss; their curvature counts as zero.",
         )
-    bad = [n for n, g in zip(objective.names, grads, strict=True) if g is not None and not bool(g.isfinite().all())]
+    pairs = zip(objective.names, grads, strict=True)
+    bad = [n for n, g in pairs if g is not None and g.numel() and not float(g.detach().abs().max()) < LARGEST]
     if bad:
         raise NumericalError(
-            f"The loss is finite but its gradient is not, for {some(bad)}: expected finite numbers. Typical causes are "
-            "sqrt, norm or log at zero; add a small constant inside."
+            f"The loss is finite but its gradient is not, for {some(bad)}: expected numbers below {LARGEST:g}. Typical "
+            "causes are sqrt, norm or log at zero; add a small constant inside."
         )
 
 

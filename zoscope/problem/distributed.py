@@ -68,6 +68,9 @@ def _line_up(
     ranks.attempt(lambda: _follow(objective, splits, signature, rank=ranks.rank))
     for tensor in _state(objective):
         ranks.share(tensor)
+    values = ranks.attempt(lambda: _losses(objective))
+    expected = ranks.share(values.clone())
+    ranks.attempt(lambda: _refuse_other_losses(values, expected, objective.dtype, rank=ranks.rank))
     objective.process_group = group = ProcessGroup(ranks)
     group.deal_out(objective, indivisible)
 
@@ -91,6 +94,46 @@ def _follow(objective: Objective, splits: list[int], signature: tuple[Any, ...],
         f"The spec gives other {what} on rank {rank} than on rank 0: expected the same problem on every rank. Fix the "
         "seeds of what it draws, and shard nothing by rank itself: zoscope distributes the batches."
     )
+
+
+COMPARED = 8
+"""Batches whose losses are compared over ranks."""
+
+_LOSS_RTOL = {torch.float64: 1e-8, torch.float32: 1e-4}
+_ASIDE = 0.02
+
+
+@torch.no_grad()
+def _losses(objective: Objective) -> Tensor:
+    """Losses ``(2, n)`` of some batches where the parameters stand, and a little aside, in float64.
+
+    Where a loss is stationary it may agree on all ranks and its derivatives differ.
+    """
+    shards = objective.shards[:: -(-len(objective.shards) // COMPARED)]
+    here = [objective.value_of([shard]) for shard in shards]
+    before = [parameter.detach().clone() for parameter in objective.params]
+    try:
+        for parameter in objective.params:
+            size = float(parameter.detach().double().square().mean().sqrt()) if parameter.numel() else 0.0
+            shift = torch.cos(torch.arange(parameter.numel(), dtype=torch.float32)).to(parameter)
+            parameter.add_(shift.view(parameter.shape), alpha=_ASIDE * (size or 1.0))
+        aside = [objective.value_of([shard]) for shard in shards]
+    finally:
+        for parameter, value in zip(objective.params, before, strict=True):
+            parameter.copy_(value)
+    return torch.tensor([here, aside], dtype=torch.float64)
+
+
+def _refuse_other_losses(values: Tensor, expected: Tensor, dtype: torch.dtype, *, rank: int) -> None:
+    values, expected = (found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for found in (values, expected))
+    scale = float(torch.maximum(values.abs(), expected.abs()).max())
+    apart = float((values - expected).abs().max())
+    if apart > _LOSS_RTOL.get(dtype, 2e-2) * scale:
+        raise SpecError(
+            f"The spec gives another loss on rank {rank} than on rank 0 for the same data and parameters (they differ "
+            f"by {apart / scale:.2g} of the loss): expected the same problem on every rank. Fix the seeds of what the "
+            "loss function draws or holds, and let it depend on no rank."
+        )
 
 
 def _signature(objective: Objective) -> tuple[Any, ...]:

@@ -519,6 +519,11 @@ def _refuse_unusable(name: str, parameter: Tensor, *, sharded: bool) -> None:
         raise SpecError(f"Parameter '{name}' has no values (meta device): load the weights before measuring.")
     if parameter.is_complex():
         raise SpecError(f"Parameter '{name}' is complex: only real parameters are supported; store it as view_as_real.")
+    if parameter.layout != torch.strided:
+        raise SpecError(
+            f"Parameter '{name}' is stored as {parameter.layout}: expected a dense tensor, whose numbers can be "
+            "varied one by one. Use .to_dense()."
+        )
     if type(parameter.data).__name__ == "DTensor" and not sharded:
         raise SpecError(
             f"Parameter '{name}' is sharded (DTensor): Hessian products of sharded models are not supported. Pass an "

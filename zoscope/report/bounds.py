@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from zoscope.analysis.advice import SHORT
 from zoscope.analysis.notices import PROVISIONAL
+from zoscope.report.console import CleanConsole
 from zoscope.report.style import (
     MISSING,
     as_report,
@@ -395,7 +395,7 @@ def _bounds(result: BoundsResult, width: int) -> Iterator[RenderableType]:
     """One table where it fits, else two: a number that is cut is worse than one further down."""
     wide = bounds_table(result)
     settings = settings_line(result)
-    if Console(width=ROOMY).measure(wide).maximum <= width:
+    if CleanConsole(width=ROOMY).measure(wide).maximum <= width:
         yield heading("Step-size bounds", "; ".join(filter(None, (settings, PAPER))))
         yield wide
     else:

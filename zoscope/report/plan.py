@@ -52,7 +52,7 @@ def render(result: PlanResult, *, warnings: bool = True, verbose: bool = True) -
             yield heading("Schedules", "lowest expected loss first")
             yield schedules_table(result)
         if verbose:
-            yield heading("Step sizes tried", f"{count(result.replicas)} runs each, {result.method}")
+            yield heading("Step sizes tried", f"up to {count(result.replicas)} runs each, {result.method}")
             yield curve_table(result)
 
     return Report(result, sections, warnings)
@@ -149,7 +149,7 @@ def curve_table(result: PlanResult) -> Table:
             Text(step_size(point.lr), style="bold green" if best else ""),
             quantity(point.loss_mean),
             spread,
-            f"{point.left} of {result.replicas}",
+            f"{point.left} of {point.runs}",
             percent(point.risk),
         )
     return table

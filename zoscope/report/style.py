@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from zoscope.errors import UsageError
+from zoscope.files import write_whole
 from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
+from zoscope.report.console import CleanConsole, cleaned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import ConsoleOptions, JustifyMethod, RenderableType
+    from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
+    from rich.segment import Segment
 
     from zoscope.result import MeasuredResult, RichResult
     from zoscope.theory.spectrum import Estimate
@@ -43,11 +45,18 @@ class Report(Generic[Result]):
     sections: Callable[[Result, int], Iterator[RenderableType]]
     warnings: bool = True
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Everything, top to bottom."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """Everything, top to bottom, with signs in place of control characters on any console."""
+        yield from cleaned(self._segments(console, options.update(markup=False)))
+
+    def _segments(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for renderable in self._parts(options.max_width):
+            yield from console.render(renderable, options)
+
+    def _parts(self, width: int) -> Iterator[RenderableType]:
         from zoscope.analysis.notices import PROVISIONAL  # late, as other users of this file have no result
 
-        yield from self.sections(self.result, options.max_width)
+        yield from self.sections(self.result, width)
         told = [notice.message for notice in self.result.warnings if notice.code != PROVISIONAL]  # that is above
         if self.warnings and told:
             yield heading("Warnings")
@@ -304,7 +313,7 @@ def new_figure(*, width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, *, option: str = "--plot") -> None:
-    """Write the picture; its format follows the file name.
+    """Write the picture, whole or not at all; its format follows the file name.
 
     Raises:
         UsageError: If the format is not known, or the file cannot be written.
@@ -313,9 +322,11 @@ def save(figure: Figure, path: Path, *, option: str = "--plot") -> None:
 
     # Fixed ids and no date: the same result makes the same file.
     metadata: dict[str, Any] | None = {"Date": None} if path.suffix == ".svg" else None
+    buffer = io.BytesIO()
     try:
         with matplotlib.rc_context({"svg.hashsalt": "zoscope"}):
-            figure.savefig(path, dpi=DPI, metadata=metadata)
+            figure.savefig(buffer, format=path.suffix.removeprefix(".").lower(), dpi=DPI, metadata=metadata)
+        write_whole(path, buffer.getvalue())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{option}: cannot write {path} ({error}). Choose another name, such as {path.stem or 'plot'}.png."
@@ -345,5 +356,5 @@ def to_text(renderable: RenderableType, *, width: int = WIDTH) -> str:
     return console.export_text(styles=False)
 
 
-def _recorder(width: int) -> Console:
-    return Console(width=width, record=True, file=io.StringIO(), force_terminal=True, force_jupyter=False)
+def _recorder(width: int) -> CleanConsole:
+    return CleanConsole(width=width, record=True, file=io.StringIO(), force_terminal=True, force_jupyter=False)

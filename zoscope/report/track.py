@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from zoscope.config.load import AUTOMATIC
 from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
 from zoscope.report.style import (
     COLOURS,
@@ -69,12 +70,19 @@ def draw(result: TrackResult, paths: Sequence[Path], *, option: str = "--plot") 
         UsageError: If matplotlib is not installed, does not know a format, or a file cannot be written.
     """
     require_matplotlib(option)
-    figure: Any = new_figure(width=8, height=6)
-    losses, curvature = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    automatic = str(result.config.get("lr")).startswith("auto")
+    figure: Any = new_figure(width=8, height=7.5 if automatic else 6)
+    losses, *sizes, curvature = figure.subplots(
+        2 + automatic, 1, sharex=True, height_ratios=(2, 2, 3) if automatic else (2, 3)
+    )
+    _draw_path(losses, result.records)
     _draw_loss(losses, result.records, colour=BLACK, label="loss")
     _cap(losses, [result.records])
     _draw_band(curvature, result)
-    for axes in (losses, curvature):
+    for axes in sizes:
+        _draw_sizes(axes, result.records)
+        _mark_rollbacks(axes, result.records)
+    for axes in () if automatic else (losses, curvature):
         _mark_jumps(axes, result.records, named=axes is losses)
     losses.set_ylabel("loss")
     curvature.set_xlabel("step")
@@ -110,6 +118,38 @@ def draw_comparison(comparison: Comparison, paths: Sequence[Path], *, option: st
     losses.legend(fontsize="small", frameon=False, ncols=2 if len(comparison.results) > 4 else 1)
     for path in paths:
         save(figure, path, option=option)
+
+
+def _draw_path(axes: Any, records: Sequence[Record]) -> None:
+    """The losses that the steps themselves saw."""
+    points = [point for record in records for point in record.path]
+    axes.plot(
+        [step for step, _, _ in points], gaps(loss for _, loss, _ in points), color=BLUE, linewidth=0.8, alpha=0.7
+    )
+
+
+def _draw_sizes(axes: Any, records: Sequence[Record]) -> None:
+    """The step size that set itself, and the edge: as the run saw it, and from the Hessian."""
+    points = [point for record in records for point in record.path if point[2]]
+    axes.plot([step for step, _, _ in points], [lr for _, _, lr in points], color=BLACK, linewidth=1.2, label="lr")
+    seen = [(record.step, record.auto["edge"]) for record in records if record.auto and record.auto.get("edge")]
+    edges = [edge for _, edge in seen]
+    axes.plot([step for step, _ in seen], edges, color=BLUE, linewidth=1.2, linestyle="--", label="edge, as it saw it")
+    exact = gaps(record.exact for record in records)
+    axes.plot(
+        [record.step for record in records], exact, color=GREEN, linestyle=":", linewidth=1.6, label="η*, from HVPs"
+    )
+    axes.set_yscale("log")
+    axes.set_ylabel("step size")
+    axes.legend(fontsize="small", frameon=False, ncols=3)
+
+
+def _mark_rollbacks(axes: Any, records: Sequence[Record]) -> None:
+    """Where the run was brought back, up to the distance of two measurements."""
+    counts = [(record.step, record.auto["rollbacks"]) for record in records if record.auto]
+    for (_, before), (step, after) in pairwise([(0, 0), *counts]):
+        if after > before:
+            axes.axvline(step, color=ORANGE, linewidth=0.9, linestyle="-.", zorder=0)
 
 
 def _draw_loss(axes: Any, records: Sequence[Record], *, colour: str, label: str, style: str = "-") -> None:
@@ -181,7 +221,7 @@ def _staircase(records: Sequence[Record]) -> tuple[list[float], list[float]]:
 
 
 def _jumps(before: float, after: float) -> bool:
-    return abs(after / before - 1) > JUMP
+    return bool(before and after) and abs(after / before - 1) > JUMP
 
 
 def _mark_jumps(axes: Any, records: Sequence[Record], *, named: bool) -> None:
@@ -389,7 +429,7 @@ class LiveView:
         ]
         record = self._record
         if self._run is not None and record is not None and record.exact:
-            ratio = self._run.request.lr_at(step) / record.exact
+            ratio = self._run.lr / record.exact
             lines += [
                 Text("η/η*   ") + gauge(ratio) + Text(f"  {quantity(ratio, digits=2)}"),
                 Text(line(record, steps=steps), style="dim"),
@@ -497,6 +537,8 @@ def header(result: TrackResult) -> Text:
 
 def step_sizes_named(lr: float | str | Mapping[str, Any]) -> str:
     """Step sizes of a configuration in a few words."""
+    if lr in AUTOMATIC:
+        return str(lr)
     if isinstance(lr, Mapping):
         return f"{lr['schedule']}, peak {lr['peak']:g}"
     parts = str(lr).split(",")
@@ -590,5 +632,11 @@ def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
     share = f"{100 * result.measuring_seconds / result.seconds:.0f} %" if result.seconds > 0 else MISSING
     per = _products(result)
     yield "measuring", f"every {count(result.every)} steps, {count(result.num_hvps)} HVPs{per}, {share} of the time"
+    last = result.records[-1].auto if result.records else None
+    if last is not None:
+        yield (
+            "step size",
+            f"set itself; brought back {counted(last['rollbacks'], 'time')}, now held by: {last['limit']}",
+        )
     if result.folder is not None:
         yield "folder", str(result.folder)

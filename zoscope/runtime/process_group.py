@@ -184,8 +184,11 @@ def _keep_alive(peer: socket.socket) -> None:
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-JOIN = timedelta(minutes=10)
-"""How long ranks wait for each other to start."""
+JOIN, JOIN_BY_HAND = timedelta(minutes=10), timedelta(minutes=1)
+"""How long ranks wait for each other to start: under torchrun, which starts all of them, and without it."""
+
+PATIENCE = 10.0
+"""Seconds after which a rank says that it is waiting."""
 
 ENDLESS = timedelta(days=30)
 """Timeout of an operation: rank 0 may be busy for hours. That a process is gone is seen by the watch, at once."""
@@ -466,13 +469,25 @@ def joined(
 
 
 def _initialise(backend: str) -> None:
+    wait = JOIN if dist.is_torchelastic_launched() else JOIN_BY_HAND
+    waiting = threading.Timer(PATIENCE, _say_waiting, [wait])
+    waiting.daemon = True
+    waiting.start()
     try:
-        dist.init_process_group(backend, timeout=JOIN)
-    except (RuntimeError, ValueError) as error:
+        dist.init_process_group(backend, timeout=wait)
+    except (RuntimeError, ValueError, OverflowError) as error:
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
         raise UsageError(
             f"The processes of this job did not find each other ({str(error).strip().splitlines()[0]}). Expected all "
-            f"of them within {JOIN.seconds // 60} minutes; the environment says {found}. Start zoscope with "
+            f"of them within {wait.seconds} s; the environment says {found}. Start zoscope with "
             "torchrun, or unset RANK if it was meant to run by itself."
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _say_waiting(wait: timedelta) -> None:
+    if os.environ.get("RANK") == "0" or not dist.is_torchelastic_launched():
+        with suppress(OSError):
+            os.write(2, f"Waiting for the other processes of this job, for {wait.seconds} s at most.\n".encode())

@@ -16,6 +16,7 @@ from typing import Any
 
 from zoscope import runtime
 from zoscope.errors import SpecError, UsageError, ZoscopeError
+from zoscope.files import resolved
 from zoscope.problem import Problem
 from zoscope.problem.checkpoint import load_checkpoint
 from zoscope.problem.data import described, format_frames, where
@@ -36,7 +37,7 @@ def existing(path: Path) -> Path:
         close = difflib.get_close_matches(path.name, names, n=3) or [n for n in names if n == f"{path.name}.py"]
         hint = f" Did you mean {' or '.join(str(folder / n) for n in close)}?" if close else ""
         raise UsageError(f"SPEC {path} does not exist.{hint} Write a starter with: zoscope init {path}")
-    return path.resolve()
+    return resolved(path)
 
 
 _local_modules: dict[str, Path] = {}  # modules that specs imported from their own folders, and which folder that was

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from zoscope.errors import UsageError
+from zoscope.files import read_text, reason
+
+SHOWN = 60
+"""Characters of a setting that an error message repeats."""
 
 DEFAULT_NAME = "problem"
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z")
@@ -35,7 +39,7 @@ def resolve_spec(spec: str | None, *, cwd: Path) -> tuple[str, str | None]:
         if found is None:
             continue
         if not isinstance(found, str):
-            raise UsageError(f"{name}: problem is {found!r}: expected a spec such as model.py or model.py:problem.")
+            raise UsageError(f"{name}: problem is a {type(found).__name__}: expected a spec, such as model.py:problem.")
         return _relative_to(cwd, found), name
     if (cwd / "model.py").is_file():
         return _relative_to(cwd, "model.py"), "model.py"
@@ -50,8 +54,8 @@ def _spec_of_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        config = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UsageError(f"{path.name} cannot be read: {_reason(error)}. Fix it, or name a SPEC.") from error
     return config.get("problem") if isinstance(config, dict) else None
 
@@ -67,10 +71,11 @@ def _spec_of_pyproject(path: Path) -> Any:
     import tomllib
 
     try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path.name} cannot be read: {error}. Fix it, or name a SPEC.") from error
-    table = config.get("tool", {}).get("zoscope", {})
+        config = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError, OSError) as error:
+        raise UsageError(f"{path.name} cannot be read: {reason(error)}. Fix it, or name a SPEC.") from error
+    tools = config.get("tool")
+    table = tools.get("zoscope") if isinstance(tools, dict) else None
     return table.get("problem") if isinstance(table, dict) else None
 
 
@@ -112,13 +117,17 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
         key = key.strip()
         if not equals or not key.isidentifier():
             raise UsageError(
-                f"--set {item!r}: expected key=value, with a key that names an argument of the spec's function."
+                f"--set {_start(item)}: expected key=value, with a key that names an argument of the spec's function."
             )
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # also a number too long, or nested too deeply
             raise UsageError(
-                f"--set {item!r}: the value is not YAML; put quotes around it: {key}='\"...\"'."
+                f"--set {_start(item)}: the value is not YAML that can be read; put quotes around it: {key}='\"...\"'."
             ) from error
         settings[key] = float(text) if _EXPONENT.match(text.strip()) else value  # YAML 1.1 reads 1e-3 as a string
     return settings
+
+
+def _start(item: str) -> str:
+    return repr(item) if len(item) <= SHOWN else f"{item[:SHOWN]!r}…"
