@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import zoscope.optim.optimizers as module
-from zoscope import ZOGD, ZOGDM, ZOAdam, ZONormalized, ZOSignSGD
+from zoscope import ZOGD, ZOGDM, AutoLR, ZOAdam, ZONormalized, ZOSignSGD
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 from zoscope.optim.rules import GD, GDM, new_state
 from zoscope.registry import DIRECTIONS
@@ -351,3 +351,19 @@ def test_a_copy_goes_on_as_the_original(kind, twin) -> None:
     assert stepped(other, 3) == stepped(original, 3)
     torch.optim.lr_scheduler.LambdaLR(other, lambda step: 0.5)
     assert stepped(other, 1)[0] > 0
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_has_the_step_sizes_that_set_themselves(twin) -> None:
+    def loss(auto: AutoLR, optimizer: ZOGD) -> float:
+        (x,) = optimizer.param_groups[0]["params"]
+        return auto.step(lambda: x.square().sum())
+
+    optimizer = ZOGD([torch.nn.Parameter(torch.ones(5))], lr=1e-2)
+    auto = AutoLR(optimizer, steps=50)
+    for _ in range(5):
+        loss(auto, optimizer)
+    other, other_auto = twin((optimizer, auto))
+    assert other.control is not None
+    assert loss(other_auto, other) == loss(auto, optimizer)
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]

@@ -560,22 +560,22 @@ class StabilityMonitor:
     ) -> None:
         self._problem = problem = subject_of(problem, None)
         self._optimizers: tuple[Optimizer, ...] = ()
-        self._stranger: Optimizer | None = None  # an optimizer of a known rule that holds other tensors
+        self._lead: tuple[Optimizer, int] | None = None  # the optimizer and the place of the group whose lr counts
+        self._stranger = False  # an optimizer of a known rule holds other tensors
         found: dict[str, Any] = {}
         if isinstance(optimizer, str):
             name = name or optimizer
         else:
             several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
             self._optimizers = tuple(map(bare_optimizer, several))
-            if name is None:  # whether it is covered does not depend on what it holds
-                setup_of(self._optimizers[0])
+            holding: Sequence[Optimizer] = ()
             try:
-                self._optimizers = TrainedBy.of(self._optimizers, problem).optimizers
+                holding = TrainedBy.of(self._optimizers, problem).optimizers
             except ValueError:
                 if name is None:
                     raise
-                self._stranger, self._optimizers = self._optimizers[0], ()
-            name, found = _rule_of(self._optimizers, name)
+                self._stranger, self._lead, self._optimizers = True, (self._optimizers[0], 0), ()
+            name, found = _rule_of(holding, name)
         asked = keywords("StabilityMonitor", {**found, **options})
         self._every, self._steps = asked["every"], asked["steps"]
         self._request = TrackRequest(
@@ -620,9 +620,9 @@ class StabilityMonitor:
         if loss is not None:
             self._losses.append(float(loss))
             self.hear(self._losses[-1])
-        if lr is not None or self._optimizers or self._stranger is not None:
-            lr = self._positive(self._lr() if lr is None else lr)
         if self._done % self._every:
+            if lr is not None or self._lead is not None:
+                self._positive(self._lr() if lr is None else lr)
             return None
         return self.measure(lr=lr, step=self._done)
 
@@ -651,11 +651,11 @@ class StabilityMonitor:
             SpecError, NumericalError: As ``zoscope.bounds``.
             UsageError: If the file cannot be written.
         """
+        request, trained = self._request, self._trained()
         lr = self._positive(self._lr() if lr is None else lr)
         require_positive("lr", lr)
         done = max(self._done, 0) if step is None else step
         remaining = 0 if self._steps is None else max(self._steps - done, 0)
-        request, trained = self._request, self._trained()
         subject = self._problem if trained is None else trained.restricted(self._problem)
         first = self._state is None  # what is checked of the problem does not change as it trains
         with curvature_session(subject, request, check=first) as session:
@@ -687,17 +687,22 @@ class StabilityMonitor:
 
     def _trained(self) -> TrainedBy | None:
         """What the optimizers do with the problem's parameters now: groups come and go, and layers thaw."""
-        return TrainedBy.of(self._optimizers, self._problem) if self._optimizers else None
+        if not self._optimizers:
+            return None
+        found = TrainedBy.of(self._optimizers, self._problem)
+        places = [(optimizer, i) for optimizer in found.optimizers for i in range(len(optimizer.param_groups))]
+        lead = found.distinct_groups[0]
+        self._lead = next((optimizer, i) for optimizer, i in places if optimizer.param_groups[i] is lead)
+        return found
 
     def _lr(self) -> float:
-        if self._stranger is not None:
-            return float(self._stranger.param_groups[0]["lr"])
-        if not self._optimizers:
+        if self._lead is None:
             raise ValueError(
                 "lr is missing: pass the step size, monitor.step(loss=..., lr=...), or give the monitor the optimizer "
                 "itself instead of its name"
             )
-        return float(TrainedBy.of(self._optimizers, self._problem).distinct_groups[0]["lr"])
+        optimizer, place = self._lead
+        return float(optimizer.param_groups[place]["lr"])
 
     def _positive(self, lr: float) -> float:
         """In place of 0, where schedules begin and end, the last step size above it, or what is warmed up to."""
@@ -707,19 +712,17 @@ class StabilityMonitor:
         return lr
 
     def _planned(self) -> float | None:
-        if self._stranger is not None:
-            return float(self._stranger.defaults["lr"])
-        if not self._optimizers:
+        if self._lead is None:
             return None
-        trained = TrainedBy.of(self._optimizers, self._problem)
-        found = trained.distinct_groups[0].get("initial_lr", trained.optimizers[0].defaults.get("lr"))
+        optimizer, place = self._lead
+        found = optimizer.param_groups[place].get("initial_lr", optimizer.defaults.get("lr"))
         return None if found is None else float(found)
 
     def _remarks(self, record: Record, trained: TrainedBy | None) -> Iterable[Notice]:
         """On what the loop does beside the rule."""
         if trained is not None:
             yield from _decay_notices(record, trained)
-        if self._stranger is not None:
+        if self._stranger:
             yield Notice(
                 "other-parameters",
                 "The optimizer holds none of the problem's parameters. Its first step size is taken for all of them.",

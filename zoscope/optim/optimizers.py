@@ -166,7 +166,7 @@ class ZeroOrderOptimizer(Optimizer):
                 reach = 0.0
                 _restore(layout, direction, sign=sign)
                 sign = 0
-            far = float(_detached(closure()))
+            far = float(loss_of(closure))
         except BaseException:
             _restore(layout, direction, sign=sign)
             raise
@@ -307,7 +307,7 @@ class ZeroOrderOptimizer(Optimizer):
         self._generator.set_state(stream.cpu())
 
 
-_KEPT = ("mu", "queries", "directions", "restore", "one_sided", "evaluations", "_rule")
+_KEPT = ("mu", "queries", "directions", "restore", "one_sided", "evaluations", "control", "_rule")
 """Attributes of a zeroth-order optimizer that its copies share."""
 
 
