@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from zoscope import ZOGD, UsageError
-from zoscope.integrations.zo_trainer import ZOTrainer, ZOTrainingArguments
+from zoscope.integrations.trainer import ZOTrainer, ZOTrainingArguments
 
 from .zo_trainer_job import examples, flat, network, trainer
 

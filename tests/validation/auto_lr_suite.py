@@ -1,7 +1,7 @@
 """How `zoscope.AutoLR` ends beside the best of fifteen step sizes, chosen with hindsight, of plain runs.
 
-    python tests/validation/plain_loop.py --tasks moons,blobs --optimizers gd --batch all --json edges.jsonl
-    python tests/validation/auto_lr_suite.py edges.jsonl
+python tests/validation/plain_loop.py --tasks moons,blobs --optimizers gd --batch all --json edges.jsonl
+python tests/validation/auto_lr_suite.py edges.jsonl
 """
 
 import argparse

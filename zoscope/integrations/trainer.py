@@ -26,6 +26,8 @@ except ImportError:
         "'zoscope[hf]'"
     ) from None
 
+from zoscope.integrations.zo_trainer import ZOTrainer, ZOTrainingArguments
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from zoscope.analysis.track_results import Record
 
-__all__ = ["StabilityCallback", "watch_trainer"]
+__all__ = ["StabilityCallback", "ZOTrainer", "ZOTrainingArguments", "watch_trainer"]
 
 
 def watch_trainer(

@@ -20,8 +20,10 @@ from zoscope.registry import OPTIMIZERS
 try:
     from transformers import Trainer, TrainingArguments
     from transformers.optimization import get_constant_schedule
-except ImportError as error:  # pragma: no cover - the message is tested where transformers is absent
-    raise ImportError("ZOTrainer needs transformers: pip install 'zoscope[hf]'") from error
+except ImportError:
+    raise UsageError(
+        "ZOTrainer needs transformers, which is not installed. Install it with: pip install 'zoscope[hf]'"
+    ) from None
 
 SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine"}
 MODES = {"two_side": False, "one_side": True}
