@@ -134,7 +134,7 @@ def checked(measurement: CheckMeasurement, name: str, threshold: str, steps: int
     options = {"optimizer": f"zo-{name}", "lr": lr, "steps": steps, "threshold": threshold}
     tree = ("the command line", override_tree(options))
     (config,) = build_checks(EMPTY, overrides=[tree], only=(), needs_spec=False, notices=())
-    return _judged(config, measurement)
+    return _judged(config, measurement, None)  # the third is for plans
 
 
 def cases() -> Iterator[Case]:

@@ -319,6 +319,8 @@ def conforms(value: Any, hint: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(conforms(value, choice) for choice in args)
+    if origin is tuple and args[-1] is Ellipsis:
+        return isinstance(value, list | tuple) and all(conforms(item, args[0]) for item in value)
     if origin is tuple:
         return (
             isinstance(value, list | tuple)
