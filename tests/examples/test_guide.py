@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "examples" / "guide"
 PAGES = [ROOT / "README.md", *sorted(page for page in GUIDE.glob("*.md") if page.name != "options.md")]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
-LATER = {"auto-lr.md"}  # linked to before it is there
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -45,7 +44,7 @@ def test_every_command_and_option_exists(page: Path) -> None:
 @EVERY_PAGE
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert Path(target).name in LATER or (page.parent / target).exists(), target
+        assert (page.parent / target).exists(), target
 
 
 @EVERY_PAGE

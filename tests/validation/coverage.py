@@ -329,7 +329,7 @@ BEFORE = {
     "cnn": (38, 152),
     "resnet": (71, 332),
 }
-"""Median products of the README's benchmark tables: moments, thresholds."""
+"""Median products of the guide's benchmark tables: moments, thresholds."""
 
 
 def products(workloads: Sequence[str], *, seeds: int, console: Console) -> None:

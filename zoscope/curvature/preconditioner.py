@@ -199,7 +199,7 @@ def expected_preconditioner(gradient: Tensor, *, moments: EstimatorMoments, eps:
     Raises:
         NumericalError: If P is zero or not finite somewhere.
 
-    Source: arXiv:2604.14669; the constants as in the README's theory section.
+    Source: arXiv:2604.14669; the constants as in the guide's page on theory.
     """
     root = expected_diagonal(gradient, moments=moments, eps=0.0)
     return assemble(root, eps=eps, source="expected", dtype=gradient.dtype)

@@ -113,7 +113,7 @@ class MiniBatchCondition:
         version: ``"full"`` keeps negative eigenvalues; ``"positive"`` takes them as zero: no escape along them, though
             the examples' noise there accumulates.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
 
     rule: UpdateRule

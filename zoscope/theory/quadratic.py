@@ -154,7 +154,7 @@ def descent_threshold(
     Raises:
         ValueError: If an argument is not finite, or ``alignment`` or ``noise`` is negative.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     for name, value in (("trace", trace), ("rayleigh", rayleigh), ("noise_curvature", noise_curvature)):
         require_finite(name, value)
@@ -184,7 +184,7 @@ def one_sided_mu(grad_norm: float, trace: float, frobenius_sq: float) -> float:
     Returns:
         ``2‖g‖/√((Tr H)² + 2‖H‖_F²)``, in the parameters' unit; ``inf`` without curvature.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     require_non_negative("grad_norm", grad_norm)
     square = trace**2 + 2 * frobenius_sq
@@ -204,7 +204,7 @@ def gradient_floor(pull: float, *, noise_sq: float = 0.0) -> float:
     Returns:
         ``‖g‖`` in loss/param; 0 where the curvature does not hold a run up.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     square = max(pull, 0.0) ** 2
     return math.sqrt(0.5 * (square + math.sqrt(square * (square + 4 * noise_sq))))
@@ -294,7 +294,7 @@ class QuadraticModel:
     Raises:
         ValueError: If ``loss`` is not finite. Every method raises it for an argument out of range.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
 
     spectrum: Spectrum

@@ -19,7 +19,7 @@ class EstimatorMoments:
     Raises:
         ValueError: If ``a`` is not positive or ``b`` is negative.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
 
     a: float
@@ -54,7 +54,7 @@ def estimator_moments(
     Raises:
         ValueError: If the law is unknown, or ``queries`` or ``dimension`` is not a positive integer.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     require_count("queries", queries)
     if directions not in DIRECTIONS:
@@ -163,7 +163,7 @@ def floor_factor(adapts: Adaptivity, moments: EstimatorMoments) -> float:
     Returns:
         Dimensionless. It leaves out the curvature along the gradient, small beside ``Tr H`` where many modes have some.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     queries = 1 / moments.b
     if adapts == "second-moment":

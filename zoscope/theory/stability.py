@@ -247,8 +247,8 @@ class StabilityCondition:
         ValueError: If ``steps`` is not a positive integer, or infinite time is asked of the full version, where no
             step size is stable for ever.
 
-    Source: infinite time arXiv:2604.14669, Theorems 1-3; other (a, b) and the horizon derived in the README's theory
-    section.
+    Source: infinite time arXiv:2604.14669, Theorems 1-3; other (a, b) and the horizon derived in the guide's page on
+    theory.
     """
 
     rule: UpdateRule
@@ -555,7 +555,7 @@ class ModeCoupling:
     def threshold(self, *, rule: UpdateRule, moments: EstimatorMoments) -> float:
         """Exact infinite-time threshold, in the unit of the learning rate; at most that of a P that commutes.
 
-        Source: derived in the README's theory section.
+        Source: derived in the guide's page on theory.
         """
         commuting = StabilityCondition(rule, moments).threshold(Spectrum.of(self.eigenvalues))
         if not math.isfinite(commuting):
@@ -602,7 +602,7 @@ def paper_bounds(
     Raises:
         ValueError: If an argument is not finite.
 
-    Source: arXiv:2604.14669; other (a, b) derived in the README's theory section.
+    Source: arXiv:2604.14669; other (a, b) derived in the guide's page on theory.
     """
     require_finite("trace", trace)
     require_finite("lambda_max", lambda_max)
@@ -633,7 +633,7 @@ def tight_bounds(
     Raises:
         ValueError: If an argument is not finite or ``frobenius_sq`` is negative.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     require_finite("trace", trace)
     require_non_negative("frobenius_sq", frobenius_sq)
@@ -671,7 +671,7 @@ def forward_only_bounds(
     Raises:
         ValueError: If an argument is not finite or ``frobenius_sq`` is negative.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     require_non_negative("frobenius_sq", frobenius_sq)
     norm = math.sqrt(frobenius_sq)
@@ -704,7 +704,7 @@ def forward_only_batches(
     Raises:
         ValueError: If an argument is not finite, or ``frobenius_sq`` or ``spread_sq`` is negative.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     require_non_negative("spread_sq", spread_sq)
     whole = forward_only_bounds(trace, frobenius_sq, rule=rule, moments=moments).upper
@@ -735,7 +735,7 @@ def forward_only_horizon(
     Raises:
         ValueError: If ``squares`` is not finite or negative, or ``steps`` no positive integer.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     require_non_negative("squares", squares)
     require_count("steps", steps)
@@ -837,7 +837,7 @@ def horizon_curve(
     Raises:
         ValueError: If a horizon is not a positive integer.
 
-    Source: derived in the README's theory section.
+    Source: derived in the guide's page on theory.
     """
     conditions = [
         StabilityCondition(rule, moments, horizon, version) for horizon in steps for version in ("full", "positive")
