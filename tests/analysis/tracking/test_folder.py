@@ -56,6 +56,21 @@ def test_the_checkpoint_is_a_state_dict_that_other_commands_take(tmp_path):
     assert all(torch.equal(value, result.parameters[name]) for name, value in problem.model.state_dict().items())
 
 
+@pytest.mark.parametrize("optimizer", ["zo-gd", "zo-gdm", "zo-adam", "zo-normalized", "zo-signsgd"])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_step_size_that_sets_itself_goes_on_as_if_nothing_had_been(optimizer, batch_size, tmp_path):
+    options = {**OPTIONS, "optimizer": optimizer, "batch_size": batch_size, "lr": "auto:linear"}
+    whole = zoscope.track(network(), run=tmp_path / "whole", **options)
+    interrupted(tmp_path / "parts", 17, **options)
+    rest = zoscope.track(network(), run=tmp_path / "parts", resume=True, **options)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert all(torch.equal(value, whole.parameters[name]) for name, value in rest.parameters.items())
+    path = [point for record in whole.records for point in record.path]
+    assert [step for step, _, _ in path] == list(range(1, 41))
+    assert whole.records[-1].auto["rollbacks"] == 0
+    assert whole.records[0].lr == 0 < whole.records[2].lr
+
+
 @pytest.mark.parametrize("optimizer", ALL)
 @pytest.mark.parametrize("batch_size", [None, 5])
 def test_a_run_that_was_interrupted_goes_on_as_if_nothing_had_been(optimizer, batch_size, tmp_path):

@@ -347,3 +347,16 @@ def test_a_point_without_second_derivatives_is_measured_without_curvature_and_sa
     (notice,) = [notice for notice in result.warnings if notice.code == "no-curvature"]
     assert notice.message.startswith("At step 0 there is no curvature. ")
     assert "not finite" in notice.message
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lr": "auto", "optimizer": "gd"}, "zo- optimizers"),
+        ({"lr": "auto", "forward_every": 5}, "forward_every"),
+        ({"lr": "auto:fast"}, "auto:cosine"),
+    ],
+)
+def test_a_step_size_that_sets_itself_says_what_it_goes_with(options, said):
+    with pytest.raises(ValueError, match=said):
+        zoscope.track(quadratic(EIGENVALUES), steps=10, **options)
