@@ -138,9 +138,6 @@ class AutoLR:
         self._unit = 1.0
         self.last: AutoLRRecord | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
     @property
     def lr(self) -> float:
         """Step size of the last step, in the optimizer's unit; 0 before the first one and while it measures."""
