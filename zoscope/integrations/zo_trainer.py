@@ -25,7 +25,7 @@ except ImportError:
         "ZOTrainer needs transformers, which is not installed. Install it with: pip install 'zoscope[hf]'"
     ) from None
 
-SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine"}
+SCHEDULES = ("constant", "linear", "cosine")
 MODES = {"two_side": False, "one_side": True}
 
 
@@ -146,7 +146,7 @@ class ZOTrainer(Trainer):
                     f"lr_scheduler_type {kind} with learning_rate auto. Expected one of {', '.join(SCHEDULES)}."
                 )
             assert self._zo is not None
-            self.auto_lr = AutoLR(self._zo, steps=num_training_steps, schedule=cast(Any, SCHEDULES[kind]))
+            self.auto_lr = AutoLR(self._zo, steps=num_training_steps, schedule=cast(Any, kind))
             inner = getattr(shell, "optimizer", shell)
             inner.auto = self.auto_lr
         if self.lr_scheduler is None:
@@ -199,7 +199,6 @@ class _Shell(Optimizer):
         self.param_groups = optimizer.param_groups
         self._optimizer = optimizer
         self.auto: AutoLR | None = None
-        self._early: Any = None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing."""
