@@ -446,7 +446,7 @@ class _Rehearsal:
         basis, expected, power = self._expected
         off = ((gradients @ basis.T - expected).double().square().sum(dim=1) / power[:, 0]).mean()
         change = math.sqrt(self._trust / max(float(off), 1e-6)) if bool(torch.isfinite(off)) else 0.5
-        self._longest = max(min(max(change, 0.5), GROWTH) * self._last, 1.0)
+        self._longest = min(max(change, 0.5), GROWTH) * self._last + 0.5  # which lets one step become two
 
     def _along(self, scale: float) -> float:
         """A step size along the gradient: momentum makes it longer, Adam's P longer or shorter."""
