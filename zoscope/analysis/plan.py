@@ -20,6 +20,7 @@ from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.optim.rules import rule_from_options
 from zoscope.options import SCHEDULES, PlanMethod, PlanOptions, keywords
+from zoscope.planning.mu import PerturbationScale, measure_scale, perturbation_notices
 from zoscope.planning.rehearsal import Law
 from zoscope.planning.runs import (
     FEW,
@@ -39,6 +40,7 @@ from zoscope.planning.search import RISKY, SAFE, Edge, Run, Search, Trial, finit
 from zoscope.problem import Notice
 from zoscope.registry import family_of, optimizer_record
 from zoscope.result import JsonObject, MeasuredResult, ProblemInfo
+from zoscope.runtime.devices import HALF
 from zoscope.theory.rules import estimator_moments, update_rule
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ SATURATED = 0.1
 AGREE = 0.05
 """Change of the edge, and of the loss in units of its fall, from one rehearsal to a finer one that is small enough."""
 
-EDGE_RTOL = 0.1
-"""Width of the brackets of single runs' edges."""
+EDGE_RTOL, REHEARSED_RTOL = 0.1, 0.2
+"""Width of the brackets of single runs' edges; a rehearsal is not worth a narrower one."""
 
 APPROACH_RTOL, NEIGHBOUR = 0.25, 1.5
 """Width of the bracket that few runs find, and the first factor between the step sizes tried for it."""
@@ -193,12 +195,15 @@ class PlanResult(MeasuredResult):
         method: How runs were looked ahead at.
         replicas: Runs at every step size.
         cost: What it took.
+        perturbation: At which μ slopes are right, with the batch and in the dtype that train.
         schedules: The answers for other schedules, if they were asked for, lowest expected loss first.
         interrupted: Whether this is what was known when it was stopped.
     """
 
     schema: ClassVar[str] = "zoscope.plan/1"
-    keys: ClassVar[str] = "question answer edge safe curve paths method replicas cost schedules interrupted"
+    keys: ClassVar[str] = (
+        "question answer edge safe curve paths method replicas cost perturbation schedules interrupted"
+    )
 
     question: Mapping[str, Any]
     answer: Answer
@@ -209,6 +214,7 @@ class PlanResult(MeasuredResult):
     method: str
     replicas: int
     cost: PlanCost
+    perturbation: PerturbationScale
     schedules: tuple[ScheduleAnswer, ...] = ()
     interrupted: bool = False
 
@@ -387,7 +393,7 @@ class _Planner:
         if low is None or high is None:
             return search.edge(), None
         search.refine(low, high, rtol=EDGE_RTOL)
-        edge = search.settle(rtol=EDGE_RTOL)
+        edge = search.settle(rtol=REHEARSED_RTOL if isinstance(self.runs, RehearsedRuns) else EDGE_RTOL)
         top = edge.at_risk(RISKY)
         if top is None:
             return edge, None
@@ -516,10 +522,13 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
         )
         gradients = sum(cost.gradients for cost in costs)
         passes = sum(cost.forward_passes for cost in costs)
+        lr = best.lr if best is not None and lowers else None
+        scale = _perturbation(subject, found, objective, question, lr)
+        passes += scale.num_evaluations * share_of(objective, question)
         return PlanResult(
             question=settings,
             answer=Answer(
-                lr=best.lr if best is not None and lowers else None,
+                lr=lr,
                 risk=edge.risk(best.lr) if best is not None and lowers else None,
                 expected_loss=best.mean if best is not None and lowers else None,
                 loss_start=loss,
@@ -530,6 +539,7 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             paths=tuple(_path(trial) for trial in planner.tried if trial.runs),
             method=planner.used,
             replicas=planner.runs.replicas,
+            perturbation=scale,
             cost=PlanCost(gradients, passes, run, SWEEP * planner.runs.replicas * run),
             schedules=tuple(rows),
             spec=problem.name if found["spec"] is None else found["spec"],
@@ -539,8 +549,32 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             problem=ProblemInfo(objective.num_params, objective.num_examples, loss, grad_norm),
             num_hvps=0,
             seconds=time.perf_counter() - began,
-            warnings=told,
+            warnings=(*told, *perturbation_notices(scale, found["mu"])),
         )
+
+
+def _perturbation(
+    subject: Problem, found: Mapping[str, Any], objective: Objective, question: Question, lr: float | None
+) -> PerturbationScale:
+    """At which μ slopes are right: in the weights' own dtype, where no other is asked for."""
+
+    def measured(prepared: Objective) -> PerturbationScale:
+        return measure_scale(
+            prepared,
+            batch_size=question.batch_size,
+            lr=lr if question.law.family == "gd" else None,
+            one_sided=question.estimator.one_sided,
+            seed=question.seed,
+        )
+
+    if found["dtype"] != "auto" or not any(param.dtype in HALF for param in subject.model.parameters()):
+        return measured(objective)
+    options = {name: found[name] for name in ("device", "micro_batch", "max_memory")}
+    try:
+        with subject.prepare(dtype="own", differentiable=False, **options) as trained:
+            return measured(trained)
+    except SpecError:  # batches of another dtype than the weights, which a training would convert
+        return measured(objective)
 
 
 def _notices(
