@@ -50,6 +50,12 @@ def format_frames(error: BaseException) -> str:
     return "".join(user_frames(error).format()).rstrip()
 
 
+def raised_by_user(error: BaseException) -> bool:
+    """Whether an error was raised outside of zoscope, in words that are the user's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and not frames[-1].filename.startswith(_OWN)
+
+
 def where(error: BaseException) -> str:
     """Place of an error, such as `` (model.py, line 12)``; empty where unknown."""
     frames = user_frames(error)
