@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-    from zoscope.cli.options import OutputOptions
+    from zoscope.cli.options import Given, OutputOptions
     from zoscope.problem import Notice
 
 
@@ -256,12 +256,20 @@ def _try_folder(path: Path, folder: Path, option: str) -> None:
 
 def check_picture(path: Path, *, option: str = "--plot") -> None:
     """Refuse a picture that cannot be drawn or written, before the work and not after it."""
-    from zoscope.report.style import require_matplotlib  # late, for a fast --help
+    from zoscope.report.figures import require_matplotlib  # late, for a fast --help
 
     if path.suffix.lower() not in PICTURES:
         raise UsageError(f"{option}: {path} has no picture's name. Expected one that ends in {', '.join(PICTURES)}.")
     require_matplotlib(option)
     check_writable(path, option=option)
+
+
+def illustrate(result: Document, given: Given) -> None:
+    """Write the picture of a result, if one was asked for."""
+    if given.plot is not None:
+        from zoscope.report.figures import draw  # late: pictures take time to load
+
+        draw(result.to_dict(), [given.plot])
 
 
 def write_whole(path: Path, text: str, *, option: str = "--output") -> None:
