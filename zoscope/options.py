@@ -423,6 +423,15 @@ _TABLE = (
         check="Step sizes and their thresholds as a picture: .png, .svg or .pdf.",
         track="Also write the picture here; of several runs one over another. A run's own folder has it anyway.",
     ),
+    _option(
+        "html", Place("page"), "One page for a browser: the answer, curves with hover and zoom, tables (needs plotly).",
+        None, "FILE", report="The page to write (needs plotly).",
+    ),
+    # --- a report
+    _option(
+        "results", Several(Place()), "JSON documents that zoscope wrote (--json), or folders of tracked runs.",
+        None, "RESULT",
+    ),
     # --- a plan
     _option(
         "schedule", TEXT,
@@ -524,7 +533,7 @@ OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
 
 _RULE = "optimizer beta dampening weight_decay betas eps preconditioner directions differences queries"
 _MEASURE = "rtol max_hvps method curvature hvp device dtype seed micro_batch max_memory strict shard_basis"
-_PROBLEM, _OUTPUT = "settings params checkpoint", "json output plot quiet"
+_PROBLEM, _OUTPUT = "settings params checkpoint", "json output plot html quiet"
 
 COMMANDS: dict[str, dict[str, str]] = {
     "bounds": {
@@ -558,7 +567,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Measurement": "rtol max_hvps curvature method hvp device dtype seed micro_batch max_memory shard_basis strict",
         "Arguments": "config",
         "Options": "only hf_args",
-        "Output": "format json output plot schema quiet",
+        "Output": "format json output plot html schema quiet",
         "Baseline and cache": "baseline max_drop update_baseline cache",
     },
     "track": {
@@ -578,12 +587,13 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Measurement": _MEASURE,
         "Output": _OUTPUT,
     },
+    "report": {"Arguments": "results", "Output": "html quiet"},
 }
 """Options of every command, by panel of its help page and in the order of that page."""
 
 ONLY_HERE = {
-    "check": "config only hf_args format json output plot schema quiet baseline max_drop update_baseline cache",
-    "track": "spec config resume overwrite sweep plot tensorboard compare json output quiet",
+    "check": "config only hf_args format json output plot html schema quiet baseline max_drop update_baseline cache",
+    "track": "spec config resume overwrite sweep plot html tensorboard compare json output quiet",
 }
 """Options of the commands that read a file which it cannot hold; the others have no default on the command line."""
 

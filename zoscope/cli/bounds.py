@@ -19,8 +19,9 @@ PRECISION = "precision"  # code of the notice that --rtol was not reached
 @takes_options("bounds")
 def command(given: Given) -> None:
     """Curvature and step-size bounds for GD, GDM and Adam, first- and zeroth-order."""
-    if given.estimate and given.plot is not None:
-        raise UsageError("--estimate with --plot: of costs there is no picture. Leave out one of the two.")
+    for option in ("plot", "html"):
+        if given.estimate and getattr(given, option) is not None:
+            raise UsageError(f"--estimate with --{option}: of costs there is no picture. Leave out one of the two.")
     with loading(quiet=given.quiet):
         loaded = given.load()
     if given.estimate:

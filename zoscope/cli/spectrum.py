@@ -44,6 +44,6 @@ def _show(result: SpectrumResult | MomentsResult, given: Given) -> None:
 
     if isinstance(result, MomentsResult):
         emit(result, given.out, shown=render_moments(result, warnings=False))
-        return
-    emit(result, given.out, shown=render(result, warnings=False))
+    else:
+        emit(result, given.out, shown=render(result, warnings=False))
     illustrate(result, given)

@@ -14,7 +14,15 @@ import numpy as np
 
 from zoscope.config.load import AUTOMATIC, Schedule, StepSizes, step_sizes, training_step_sizes
 from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
-from zoscope.report.style import OPERATOR_NAMES, count, optimizer_name, quantity, step_size, term_of
+from zoscope.report.style import (
+    OPERATOR_NAMES,
+    count,
+    optimizer_name,
+    quantity,
+    step_size,
+    step_size_at_most,
+    term_of,
+)
 from zoscope.text import clean
 from zoscope.theory.density import position_of
 
@@ -353,7 +361,7 @@ def _plan(document: Document) -> Picture:
             Line(
                 path["steps"],
                 path["loss"],
-                f"{step_size(path['lr'])}{' (the answer)' if path['lr'] == answer['lr'] else ''}",
+                _path_name(path["lr"], answer["lr"]),
                 replace(look_of(number), width=2.4 if path["lr"] == answer["lr"] else 1.3),
             )
             for number, path in enumerate(paths)
@@ -364,6 +372,10 @@ def _plan(document: Document) -> Picture:
     return Picture(title, tuple(charts))
 
 
+def _path_name(lr: float, answer: float | None) -> str:
+    return f"{step_size_at_most(lr)} (the answer)" if lr == answer else step_size(lr)
+
+
 def _losses_by_size(document: Document) -> Chart:
     curve, answer, edge = document["curve"], document["answer"], document["edge"]
     lrs = [point["lr"] for point in curve]
@@ -371,7 +383,7 @@ def _losses_by_size(document: Document) -> Chart:
     risk = [point["risk"] for point in curve]
     shared: list[Mark] = []
     if answer["lr"] is not None:
-        shared.append(Rule(answer["lr"], f"the answer: {step_size(answer['lr'])}", Look(GREEN, width=1.8)))
+        shared.append(Rule(answer["lr"], f"the answer: {step_size_at_most(answer['lr'])}", Look(GREEN, width=1.8)))
     if edge["lr"] is not None:
         shared.append(Rule(edge["lr"], f"half leave: {step_size(edge['lr'])}", Look(ORANGE, "dashed")))
     hover = [f"{point['left']} of {point['runs']} left" for point in curve]
@@ -450,7 +462,7 @@ def _curves(document: Document, runs: Sequence[Document]) -> Chart:
             predicted = replace(look, dash="dashed", width=2.2, opacity=1.0)
             losses.append(Line(curves["steps"], below, f"{label}, predicted", predicted))
     losses.append(Rule(document["problem"]["loss"], "loss at the start", level=True))
-    distances = [replace(mark, label="") for mark in distances if isinstance(mark, Line)]
+    distances = [replace(mark, label="", y=_above_zero(mark.y)) for mark in distances if isinstance(mark, Line)]
     log = _all_positive(mark.y for mark in losses if isinstance(mark, Line))
     return Chart(
         Axis("step"),
@@ -460,6 +472,10 @@ def _curves(document: Document, runs: Sequence[Document]) -> Chart:
         ),
         "Runs and their predicted mean",
     )
+
+
+def _above_zero(values: Numbers) -> list[float | None]:
+    return [value if value is not None and value > 0 else None for value in values]
 
 
 def _edge(edge: Document) -> Chart:
