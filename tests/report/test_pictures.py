@@ -296,6 +296,7 @@ def test_the_loss_of_every_step_is_drawn() -> None:
     losses = figure(document).axes[0]
     steps, values = curve(losses, "loss of the steps")
     assert steps == list(range(1, 41))
+    assert all(float(place).is_integer() for place in losses.get_xticks())
     assert values == [point[1] for record in document["records"] for point in record["path"]]
     assert bars(losses, "loss of all examples") == [(r["step"], r["loss"]) for r in document["records"]]
 

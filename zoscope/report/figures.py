@@ -167,7 +167,7 @@ def _draw_chart(axes: Sequence[Any], chart: Chart) -> None:
 
 
 def _set_axis(axes: Any, which: str, axis: Axis) -> None:
-    from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     getattr(axes, f"set_{which}label")(axis.label)
     own = axes.xaxis if which == "x" else axes.yaxis
@@ -182,6 +182,8 @@ def _set_axis(axes: Any, which: str, axis: Axis) -> None:
         own.set_major_locator(LogLocator(subs=subs) if decades > 0.8 else AutoLocator())
         own.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
         own.set_minor_formatter(NullFormatter())
+    if axis.whole:
+        own.set_major_locator(MaxNLocator(integer=True))
     if axis.ticks is not None:
         getattr(axes, f"set_{which}ticks")(axis.ticks[0], labels=axis.ticks[1])
         getattr(axes, f"set_{which}ticks")([], minor=True)

@@ -145,12 +145,14 @@ class Axis:
         log: Whether it is logarithmic.
         limits: Its ends; ``None`` for what the marks take.
         ticks: Places and their texts, where they are not left to whoever draws.
+        whole: Whether there is nothing between whole numbers.
     """
 
     label: str = ""
     log: bool = False
     limits: tuple[float, float] | None = None
     ticks: tuple[tuple[float, ...], tuple[str, ...]] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ HALF = 0.3
 def _bounds(document: Document) -> Picture:
     rows = list(document["optimizers"].items())
     charts = [_ruler(document, rows)]
-    if any(_positive(point["upper"] for point in (row["zo"]["horizon"] or {}).get("curve", ())) for _, row in rows):
+    if any(_has_horizon(row) for _, row in rows):
         charts.append(_horizons(document, rows))
     return Picture(_title(document, "step sizes"), tuple(charts))
 
@@ -301,9 +303,15 @@ def _zones(rows: Sequence[tuple[str, Document]], *, low: float) -> Iterator[Band
                 yield Band((left, right), bottom, top, shown, colour, opacity, hatch)
 
 
+def _has_horizon(row: Document) -> bool:
+    """Whether any η*(T) is a number: not where only forward passes were made, and not where nothing limits it."""
+    horizon = row["zo"]["horizon"]
+    return horizon is not None and bool(_positive(point["upper"] for point in horizon["curve"]))
+
+
 def _horizons(document: Document, rows: Sequence[tuple[str, Document]]) -> Chart:
     """η*(T), with the paper's interval and the exact threshold at infinity."""
-    known = [(number, name, row["zo"]) for number, (name, row) in enumerate(rows) if row["zo"]["horizon"]]
+    known = [(number, name, row["zo"]) for number, (name, row) in enumerate(rows) if _has_horizon(row)]
     times = sorted({point["steps"] for _, _, zo in known for point in zo["horizon"]["curve"]})
     last = times[-1]
     marks: list[Mark] = []
@@ -334,7 +342,8 @@ def _horizons(document: Document, rows: Sequence[tuple[str, Document]]) -> Chart
     ticks = ((*decades, infinity), (*map(power_of_ten, decades), "∞"))
     axis = Axis("steps N", log=True, limits=(times[0] / 1.3, last * 10 ** (0.8 + 0.15 * (len(rows) - 1))), ticks=ticks)
     panel = Panel(Axis("largest stable step size η*", log=True), tuple(marks), height=3.4)
-    return Chart(axis, (panel,), "Stable for how many steps")
+    whole = " with all examples at every step" if any(row["zo"].get("minibatch") for _, row in rows) else ""
+    return Chart(axis, (panel,), f"Stable for how many steps{whole}")
 
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -368,7 +377,9 @@ def _plan(document: Document) -> Picture:
         ]
         marks.append(Rule(answer["loss_start"], "loss at the start", level=True))
         axis = Axis("loss, mean of the runs that stay", log=_all_positive(path["loss"] for path in paths))
-        charts.append(Chart(Axis("step"), (Panel(axis, tuple(marks)),), "Predicted loss curves by step size"))
+        charts.append(
+            Chart(Axis("step", whole=True), (Panel(axis, tuple(marks)),), "Predicted loss curves by step size")
+        )
     return Picture(title, tuple(charts))
 
 
@@ -465,7 +476,7 @@ def _curves(document: Document, runs: Sequence[Document]) -> Chart:
     distances = [replace(mark, label="", y=_above_zero(mark.y)) for mark in distances if isinstance(mark, Line)]
     log = _all_positive(mark.y for mark in losses if isinstance(mark, Line))
     return Chart(
-        Axis("step"),
+        Axis("step", whole=True),
         (
             Panel(Axis("loss", log=log), tuple(losses)),
             Panel(Axis("‖θ − θ₀‖²", log=True), tuple(distances), height=2.0),
@@ -517,7 +528,7 @@ def _track(document: Document) -> Picture:
     if any(record.get("floor") is not None for record in records):
         panels.append(_floor_panel(records))
     title = _title(document, optimizer_name(document["optimizer"]))
-    return Picture(title, (Chart(Axis("step"), tuple(panels)),))
+    return Picture(title, (Chart(Axis("step", whole=True), tuple(panels)),))
 
 
 def _steps(records: Sequence[Document]) -> list[int]:
@@ -704,7 +715,7 @@ def _comparison(document: Document) -> Picture:
         Panel(Axis("step size / exact threshold η*", limits=(0.0, min(2.0, 1.1 * max(highest, 1.0)))), tuple(ratios)),
     )
     left_out = f" ({MOST_RUNS} of {len(runs)} shown)" if len(runs) > MOST_RUNS else ""
-    return Picture(f"{len(runs)} runs{left_out}", (Chart(Axis("step"), panels),))
+    return Picture(f"{len(runs)} runs{left_out}", (Chart(Axis("step", whole=True), panels),))
 
 
 def _ratios(run: Document) -> tuple[list[int], list[float]]:
