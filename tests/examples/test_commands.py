@@ -87,7 +87,7 @@ class Command:
             return words
         if "--resume" in words:
             return [*words, "--max-seconds", "0.2"]
-        return [*words, *SHORT.get(self.name, "").split(), *["--overwrite"] * (self.name == "track")]
+        return [*words, *SHORT.get(self.name, "").split()]
 
 
 NAMED = rf"zoscope +((?:{'|'.join(COMMANDS)})\b[^`#\n]*)"
@@ -165,10 +165,14 @@ SHAPES = {"base.weight": (3, 4), "base.bias": (3,), "lora.weight": (3, 4)}
 
 
 def prepare(command: Command, world: Path, language_model: Callable[[], Path]) -> list[str]:
-    """The words of a command in the world of its page; what ``init`` writes takes the place of what is there."""
+    """The words of a command in the world of its page; what it writes takes the place of what is there."""
     if command.name == "init":
         for name in ("model.py", "training_args.json", *["zoscope.yaml"] * ("--ci" in command.words)):
             (world / name).unlink(missing_ok=True)
+    if (
+        command.name == "track" and "--run" not in command.words
+    ):  # each page begins anew; the folder has the spec's name
+        shutil.rmtree(world / "runs" / "model-zo-gd", ignore_errors=True)
     if "--compare" in command.words:  # with a run that the page has not made
         there = next(world.glob("runs/**/config.yaml")).parent
         for folder in command.words[2:]:
