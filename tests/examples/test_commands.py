@@ -207,7 +207,7 @@ def test_every_command_runs_in_short(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", filter(commands, PAGES), ids=named)
+@pytest.mark.parametrize("page", list(filter(commands, PAGES)), ids=named)
 def test_every_command_runs_as_it_stands(page: Path, world: Path, request: pytest.FixtureRequest) -> None:
     for command in commands(page):
         words = prepare(command, world, lambda: request.getfixturevalue("language_model"))
