@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, emit, loading, measuring, warn
+from zoscope.cli.output import about, emit, measuring
 from zoscope.errors import NumericalError
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ PRECISION = "precision"  # code of the notice that --rtol was not reached
 @takes_options("bounds")
 def command(given: Given) -> None:
     """Curvature and step-size bounds for GD, GDM and Adam, first- and zeroth-order."""
-    with loading(quiet=given.quiet):
-        loaded = given.load()
+    loaded = given.load()
     if given.estimate:
         costs = _estimate(loaded, given)
         emit(costs, given.out)
@@ -36,14 +35,8 @@ def command(given: Given) -> None:
             on_progress=on_progress,
             **given.keywords("bounds", "strict"),
         )
-    from zoscope.analysis.notices import PROVISIONAL  # late, for a fast --help
-    from zoscope.report.bounds import render
-
-    emit(result, given.out, shown=render(result, warnings=False))
     nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
-    elsewhere = (PROVISIONAL,) if not given.json else ()  # the report shows it beside the step size
-    told = [notice for notice in result.warnings if notice not in nonsmooth and notice.code not in elsewhere]
-    warn(told, quiet=given.quiet)
+    emit(result, given.out, [notice for notice in result.warnings if notice not in nonsmooth])
     if nonsmooth:  # after the result, which is honest all the same
         raise NumericalError(nonsmooth[0].message)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, aside, emit, loading, visible, warn
+from zoscope.cli.output import about, aside, emit, loading, visible
 from zoscope.errors import UsageError
 from zoscope.report.console import CleanConsole
 
@@ -41,8 +41,7 @@ def command(place: Given) -> None:
         return
     if place.resume is None and not place.overwrite:
         _refuse_occupied(folder)  # before the spec loads, which may take a while
-    from zoscope.analysis.track_results import TrackInterruptedError
-    from zoscope.report.track import render  # late, for a fast --help
+    from zoscope.analysis.track_results import TrackInterruptedError  # late, for a fast --help
 
     interrupted = False
     try:
@@ -53,8 +52,7 @@ def command(place: Given) -> None:
         from zoscope.report.track import draw
 
         draw(result, [place.plot])
-    emit(result, place.out, shown=render(result, warnings=False))
-    warn(result.warnings, quiet=place.quiet)
+    emit(result, place.out)
     if interrupted:
         _say_interrupted(folder)
     if result.status == "diverged":
@@ -219,7 +217,7 @@ def _tracked(
         request = TrackRequest.of(**options, run=folder, resume=resume, overwrite=overwrite)
     except ValueError as error:  # each option alone was in order
         raise UsageError(f"Options that do not fit together: {error}.") from None
-    with loading(quiet=place.quiet):
+    with loading(_display(origin["spec"]), quiet=place.quiet):
         loaded = load_spec(
             origin["spec"],
             settings=origin.get("set", {}),
@@ -355,11 +353,8 @@ def _compare(place: Given) -> None:
 
 
 def _show(comparison: Comparison, place: Given) -> None:
-    from zoscope.report.track import render_comparison
-
     if place.plot is not None:
         from zoscope.report.track import draw_comparison
 
         draw_comparison(comparison, [place.plot])
-
-    emit(comparison, place.out, shown=render_comparison(comparison))
+    emit(comparison, place.out)
