@@ -184,8 +184,12 @@ def test_every_option_is_declared_in_the_table_alone() -> None:
         for line, name, value in defaults(path):
             if name in known and isinstance(value, ast.Constant) and type(value.value) in {str, int, float}:
                 repeated += [f"{path.relative_to(PACKAGE)}:{line} {name}"] if value.value in known[name] else []
-        for line, name in calls(path):  # `init` and --version are no measurements
-            if path.name not in {"app.py", "init.py"} and name.split(".")[-1] in {"Option", "Argument", "Declared"}:
+        for line, name in calls(path):  # `init`, `explain` and --version are no measurements
+            if path.name not in {"app.py", "explain.py", "init.py"} and name.split(".")[-1] in {
+                "Option",
+                "Argument",
+                "Declared",
+            }:
                 assert path.relative_to(PACKAGE).as_posix() == "cli/options.py", f"{path.name}:{line}"
     assert not repeated, "\n".join(repeated)
 

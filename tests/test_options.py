@@ -95,7 +95,7 @@ def test_a_keyword_argument_has_the_type_of_the_table(function: str, name: str) 
 
 
 def test_every_option_of_a_command_is_an_argument_of_its_function() -> None:
-    only_there = {"settings", "checkpoint", "estimate", "plot", "html", "moments", "json", "output", "quiet"}
+    only_there = {"settings", "checkpoint", "estimate", "plot", "html", "moments", "verbose", "json", "output", "quiet"}
     only_there |= {"tensorboard", "logger", "config", "sweep", "compare"}
     for command in ("bounds", "probe", "track", "spectrum"):
         taken = {argument(command, name).name for name in KEYWORDS[command][1].__annotations__}

@@ -149,6 +149,16 @@ def _mode_of(target: Path) -> int:
     return 0o666 & ~mask
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again; it may not exist yet.
+
+    Raises:
+        RuntimeError: If the user has no home.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(home) if home else Path.home() / ".cache") / "zoscope"
+
+
 def is_special(path: Path) -> bool:
     """Whether it is there and no regular file, such as /dev/stderr or a named pipe: to replace it would destroy it."""
     return path.exists() and not path.is_file()

@@ -445,7 +445,6 @@ _TABLE = (
     ),
     _option("compare_schedules", FLAG, "Also answer for the other schedules.", False),
     _option("max_cost", Real(high=1e15), "Most forward passes over all examples to spend.", None, "PASSES"),
-    _option("verbose", FLAG, "Also show every step size tried.", False),
     # --- a spectrum
     _option("top", Whole(), "Largest and smallest eigenvalues to list.", 10, "K"),
     _option("by_layer", FLAG, "Split the trace by layer, at no further cost.", False),
@@ -531,6 +530,7 @@ _TABLE = (
         "Write the result to FILE too, whole or not at all; JSON with --json or a .json name, else text.", None, "FILE",
         check=Use("Write this format to FILE too; repeatable.", domain=Several(TEXT), metavar="FORMAT=FILE"),
     ),
+    _option("verbose", FLAG, "Show everything: detailed tables, and notices in full.", False),
     _option("quiet", FLAG, "No progress and no warnings on stderr.", False),
 )  # fmt: skip
 
@@ -538,7 +538,7 @@ OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
 
 _RULE = "optimizer beta dampening weight_decay betas eps preconditioner directions differences queries"
 _MEASURE = "rtol max_hvps method curvature hvp device dtype seed micro_batch max_memory strict shard_basis"
-_PROBLEM, _OUTPUT = "settings params checkpoint", "json output plot html quiet"
+_PROBLEM, _OUTPUT = "settings params checkpoint", "verbose json output plot html quiet"
 
 COMMANDS: dict[str, dict[str, str]] = {
     "bounds": {
@@ -564,7 +564,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "weight_decay betas eps",
         "Search": "hf_args method replicas max_cost compare_schedules cache",
         "Measurement": "device dtype seed micro_batch max_memory",
-        "Output": f"verbose {_OUTPUT}",
+        "Output": _OUTPUT,
     },
     "check": {
         "Check": f"spec settings checkpoint params optimizer lr steps {_RULE.partition(' ')[2]} mu batch_size",
@@ -572,7 +572,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Measurement": "rtol max_hvps curvature method hvp device dtype seed micro_batch max_memory shard_basis strict",
         "Arguments": "config",
         "Options": "only hf_args",
-        "Output": "format json output plot html schema quiet",
+        "Output": "verbose format json output plot html schema quiet",
         "Baseline and cache": "baseline max_drop update_baseline cache",
     },
     "track": {
@@ -597,8 +597,9 @@ COMMANDS: dict[str, dict[str, str]] = {
 """Options of every command, by panel of its help page and in the order of that page."""
 
 ONLY_HERE = {
-    "check": "config only hf_args format json output plot html schema quiet baseline max_drop update_baseline cache",
-    "track": "spec config resume overwrite sweep plot html logger tensorboard compare json output quiet",
+    "check": "config only hf_args verbose format json output plot html schema quiet baseline max_drop update_baseline "
+    "cache",
+    "track": "spec config resume overwrite sweep plot html logger tensorboard compare verbose json output quiet",
 }
 """Options of the commands that read a file which it cannot hold; the others have no default on the command line."""
 

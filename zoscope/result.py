@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from zoscope.problem import Notice
+    from zoscope.report.answer import Report
 
 
 def encode(value: Any) -> Any:
@@ -89,19 +90,29 @@ class JsonObject:
 class RichResult(JsonObject):
     """A result with tables of its own, which ``zoscope.report`` makes."""
 
-    warnings: tuple[Notice, ...] = ()
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What to know before trusting a number."""
+        return ()
 
-    def __rich__(self) -> RenderableType:
-        """Tables for the terminal."""
+    def report(self, *, verbose: bool = False, warnings: bool = True) -> Report[Any]:
+        """What it shows of itself, to be printed, in ``rich``, in a notebook or with ``print``.
+
+        Args:
+            verbose: Everything, in place of the answer alone.
+            warnings: Whether it ends with what to know before trusting a number.
+        """
         from zoscope.report import render  # late, as whoever wants numbers needs no tables
 
-        return render(self)
+        return render(self, verbose=verbose, warnings=warnings)
+
+    def __rich__(self) -> RenderableType:
+        """The answer for the terminal."""
+        return self.report()
 
     def __str__(self) -> str:
-        """The same without colours."""
-        from zoscope.report.style import to_text
-
-        return to_text(self).rstrip()
+        """The same without colours; ``report(verbose=True)`` has everything."""
+        return str(self.report())
 
     def to_frame(self) -> DataFrame:
         """What the result lists, such as optimizers, records, runs or checks, a row for each, for pandas.
@@ -124,9 +135,7 @@ class RichResult(JsonObject):
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """The same for a notebook."""
-        from zoscope.report.style import to_html
-
-        return {"text/html": to_html(self), "text/plain": str(self)}
+        return self.report()._repr_mimebundle_()
 
 
 @dataclass(frozen=True)

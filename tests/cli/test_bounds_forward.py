@@ -24,7 +24,7 @@ def black_box(tmp_path: Path) -> Path:
 
 
 def test_a_simulator_gets_a_table_of_what_can_be_known(zoscope_cli, black_box: Path) -> None:
-    finished = zoscope_cli("bounds", black_box, "--curvature", "forward", "--lr", "0.5", "--rtol", "0.2")
+    finished = zoscope_cli("bounds", black_box, "--curvature", "forward", "--lr", "0.5", "--rtol", "0.2", "-v")
     assert finished.code == 0, finished.err
     for text in ("directions, two forward passes each", "not known", "H ⪰ 0", "blows up in the long run"):
         assert text in " ".join(finished.out.split())

@@ -244,7 +244,7 @@ def test_the_policy_plan_holds_lr_against_where_half_of_the_planned_runs_leave(z
     assert check["ci95"][0] < check["threshold"] < check["ci95"][1]
     above = zoscope_cli("check", "--only", "zo", "--lr", 2 * check["threshold"], "--json")
     assert above.code == 1
-    assert "half of the planned runs leave" in json.loads(above.out)["checks"][0]["message"]
+    assert "half of the planned runs diverge" in json.loads(above.out)["checks"][0]["message"]
 
 
 def test_the_policy_plan_is_for_zeroth_order_optimizers(zoscope_cli, project: Path) -> None:

@@ -20,11 +20,12 @@ class Result:
     """A result of one number."""
 
     value: float = 1.5
+    warnings = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": "test/1", "value": self.value, "name": "η"}
 
-    def __rich__(self) -> Table:
+    def report(self, *, verbose: bool = False, warnings: bool = True) -> Table:
         table = Table("η*")
         table.add_row(f"[bold]{self.value}[/bold]")
         return table

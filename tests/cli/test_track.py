@@ -38,10 +38,10 @@ SHORT = ("--lr", "0.01", "--steps", "20", "--every", "10")
 
 
 def test_a_run_prints_its_measurements_and_leaves_a_folder(zoscope_cli, drawn_spec, tmp_path) -> None:
-    finished = zoscope_cli("track", drawn_spec, "--optimizer", "zo-gd", *SHORT)
+    finished = zoscope_cli("track", drawn_spec, "--optimizer", "zo-gd", *SHORT, "-v")
     assert finished.code == 0, finished.err
     assert "in the band" in finished.out or "not reached" in finished.out
-    assert "finished: all 20 steps are done" in finished.out
+    assert "Finished: all 20 steps are done" in finished.out
     run = tmp_path / "runs" / "model-zo-gd"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     assert {"plot.png", "plot.svg"} <= {path.name for path in run.iterdir()}
@@ -94,12 +94,12 @@ def test_a_run_stopped_by_time_goes_on(zoscope_cli, spec, tmp_path) -> None:
 def test_a_diverged_run_is_shown_and_exits_3(zoscope_cli, spec) -> None:
     finished = zoscope_cli("track", spec, "--optimizer", "gd", "--lr", "5", "--steps", "300", "--run", "r")
     assert finished.code == 3
-    assert "diverged: the loss was" in finished.out
+    assert "Diverged: the loss was" in finished.out
 
 
 def test_a_sweep_is_a_folder_of_runs_and_a_table(zoscope_cli, spec, tmp_path) -> None:
     options = ("--optimizer", "zo-gdm", *SHORT, "--run", "s")
-    finished = zoscope_cli("track", spec, *options, "--sweep", "beta=0,0.5", "--sweep", "set.scale=1,2")
+    finished = zoscope_cli("track", spec, *options, "--sweep", "beta=0,0.5", "--sweep", "set.scale=1,2", "-v")
     assert finished.code == 0, finished.err
     runs = sorted(path.parent.name for path in (tmp_path / "s").glob("*/metrics.jsonl"))
     assert runs == ["beta=0,scale=1", "beta=0,scale=2", "beta=0.5,scale=1", "beta=0.5,scale=2"]
@@ -134,7 +134,7 @@ def test_one_run_of_a_sweep_that_fails_does_not_end_it(zoscope_cli, spec) -> Non
 def test_runs_are_compared(zoscope_cli, spec) -> None:
     zoscope_cli("track", spec, *SHORT, "--run", "one")
     zoscope_cli("track", spec, *SHORT, "--run", "two", "--seed", "1")
-    finished = zoscope_cli("track", "--compare", "one", "two")
+    finished = zoscope_cli("track", "--compare", "one", "two", "-v")
     assert finished.code == 0, finished.err
     assert "They differ in seed." in finished.out
 

@@ -22,16 +22,17 @@ def read(tmp_path, text):
 def test_every_option_is_a_key_an_argument_and_an_option():
     keys = set(TRACK.names)
     request = {entry.name for entry in dataclasses.fields(TrackRequest)} - {"preconditioner", "on_progress"}
-    options = {*left_open("track")} - {"settings"} | {"spec", "set", "sweep"}
+    options = {*left_open("track")} - {"settings"} | {"spec", "problem", "set", "sweep"}
     python = set(KEYWORDS["track"][1].__annotations__)
     assert options == keys
     assert request == python
-    assert python - {"resume", "overwrite"} | {"set", "checkpoint", "sweep"} == keys
+    assert python - {"resume", "overwrite"} | {"problem", "set", "checkpoint", "sweep"} == keys
 
 
 def test_a_configuration_of_a_run_holds_what_makes_it_what_it_is():
     kept = {*TrackRequest.of(lr=1.0).config(), *TRACK_CONFIG.split()}
-    anew = {"max_seconds", "max_memory", "shard_basis", "strict", "run", "params", "spec", "set", "checkpoint", "sweep"}
+    anew = {"max_seconds", "max_memory", "shard_basis", "strict", "run", "params"}
+    anew |= {"spec", "problem", "set", "checkpoint", "sweep"}
     assert kept | anew == set(TRACK.names)
 
 
@@ -52,6 +53,12 @@ def test_step_sizes(text, expected, tmp_path):
 def test_paths_are_relative_to_the_file(tmp_path):
     found = read(tmp_path, "spec: sub/model.py:other\ncheckpoint: weights.pt")
     assert found == {"spec": f"{tmp_path}/sub/model.py:other", "checkpoint": f"{tmp_path}/weights.pt"}
+
+
+def test_a_spec_may_be_called_problem_as_in_the_file_of_checks(tmp_path):
+    assert read(tmp_path, "problem: model.py") == {"spec": f"{tmp_path}/model.py"}
+    with pytest.raises(UsageError, match="both spec and problem"):
+        read(tmp_path, "problem: model.py\nspec: model.py")
 
 
 @pytest.mark.parametrize(

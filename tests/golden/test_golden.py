@@ -1,5 +1,7 @@
 """What the command line prints, word by word: every command, as text at 80 and 120 columns and as JSON.
 
+Text is the answer, and in the files of ``v80`` and ``v120`` all that ``--verbose`` adds.
+
 Each case runs in this process, in a folder of its own, and is compared with the files of its name beside this one.
 ``GOLDEN=write pytest tests/golden`` writes those files anew. Look at ``git diff tests/golden`` afterwards: it is what
 users will see change.
@@ -34,7 +36,7 @@ HERE = Path(__file__).parent
 QUADRATIC = HERE.parents[1] / "examples" / "quadratic.py"
 WRITE = os.environ.get("GOLDEN") == "write"
 
-# Text at 80 and at 120 columns, and JSON. A case is one command line or several, as in a shell.
+# Answer and everything at 80 and at 120 columns, and JSON. A case is one command line or several, as in a shell.
 RESULTS = {
     "bounds": "bounds quadratic.py",
     "bounds-gd-lr": "bounds quadratic.py --optimizer gd --lr 0.02",
@@ -44,7 +46,7 @@ RESULTS = {
     "bounds-forward": "bounds functions.py:simulator --curvature forward --rtol 0.2 --lr 0.5",
     "bounds-estimate": "bounds net.py --estimate",
     "bounds-saddle": "bounds functions.py:saddle",
-    "plan": "plan functions.py:even --steps 30 --replicas 2 -v",
+    "plan": "plan functions.py:even --steps 30 --replicas 2",
     "probe": "probe functions.py:even --threshold exact --growth 30 --replicas 4",
     "probe-gd": "probe quadratic.py --optimizer gd",
     "check": "check checks.yaml",
@@ -62,7 +64,7 @@ RESULTS = {
     "spectrum-moments": "spectrum functions.py:wide --moments --rtol 0.05",
 }
 
-# Text at 80 columns and JSON.
+# Answer and everything at 80 columns, and JSON.
 DETAILS = {
     "bounds-found": "bounds",
     "bounds-gdm-lr": "bounds quadratic.py --optimizer zo-gdm --beta 0.5 --lr 0.1 --steps 50",
@@ -114,6 +116,10 @@ LINES = {
     "init-exists": "init model.py",
     "init-no-python": "init model.txt",
     "init-no-folder": "init gone/model.py",
+    "explain": "explain",
+    "explain-code": "explain few-modes",
+    "explain-last": "bounds functions.py:saddle -q; explain indefinite-hessian",
+    "error-explain": "explain few-mods",
     "bounds-exact": "bounds quadratic.py --optimizer zo-gd --threshold exact --lr 0.044",
     "bounds-adaptive": "bounds functions.py:even --optimizer zo-signsgd --optimizer zo-normalized --lr 0.04",
     "probe-sign-edge": "probe functions.py:even --optimizer zo-signsgd --edge",
@@ -225,6 +231,7 @@ PAGES = {
     "help-track": "track --help",
     "help-spectrum": "spectrum --help",
     "help-report": "report --help",
+    "help-explain": "explain --help",
     "help-init": "init --help",
     "usage-command": "bound net.py",
     "usage-option": "bounds net.py --lrr 0.1",
@@ -233,7 +240,12 @@ PAGES = {
     "usage-argument": "bounds net.py model.py",
 }
 
-TABLES = ((RESULTS, ("80", "120", "json")), (DETAILS, ("80", "json")), (LINES, ("80",)), (PAGES, ("80", "120")))
+TABLES = (
+    (RESULTS, ("80", "120", "v80", "v120", "json")),
+    (DETAILS, ("80", "v80", "json")),
+    (LINES, ("80",)),
+    (PAGES, ("80", "120")),
+)
 CASES = {(name, form): table[name] for table, forms in TABLES for name in table for form in forms}
 TYPER = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("typer", "rich"))
 SHOWN = (".md", ".py", ".txt", ".xml", ".yaml")
@@ -262,14 +274,16 @@ def test_the_command_line_says_what_it_did(
     (folder / "broken.py").write_text('"""What Python cannot read."""\n\nproblem = (\n')
     before = {*folder.rglob("*")}
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "100" if form == "json" else form)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("COLUMNS", "100" if form == "json" else form.removeprefix("v"))
     monkeypatch.delenv("COLORTERM", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed: it takes seconds to load
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if "--estimate" in commands:  # a table of times, which has to be of one width
         monkeypatch.setattr(time, "perf_counter", itertools.count(0, 1e-3).__next__)
 
-    runs = list(finished(commands, form == "json", monkeypatch, capfd))
+    extra = {"j": " --json", "v": " --verbose"}.get(form[0], "")
+    runs = list(finished(commands, extra, monkeypatch, capfd))
     made = [path for path in sorted({*folder.rglob("*")} - before) if path.is_file() and path.suffix != ".pyc"]
     text = (as_json if form == "json" else as_text)(runs, made, folder)
     file = stored(name, form)
@@ -280,6 +294,15 @@ def test_the_command_line_says_what_it_did(
     differs = json_differences if form == "json" else text_differences
     found = list(differs(expected, text))
     assert not found, f"{file.name}\n" + "\n".join(found[:40])
+
+
+@pytest.mark.parametrize("name", [name for table in (RESULTS, DETAILS) for name in table])
+def test_an_answer_has_twelve_lines_at_most(name: str) -> None:
+    """With its notices, but without the lines that follow a run while it goes on; of several commands the last."""
+    *_, last = stored(name, "80").read_text(encoding="utf-8").split("$ zoscope ")
+    lines = last.partition("--- file")[0].splitlines()[2:]
+    said = [line for line in lines if not re.match(r"--- std|([\w=,.]+: )?step \d|Error: ", line)]
+    assert len(said) <= 12, "\n".join(said)
 
 
 def test_every_stored_file_is_that_of_a_case() -> None:
@@ -296,12 +319,11 @@ Run = tuple[str, int, str, str]
 
 
 def finished(
-    commands: str, as_json: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    commands: str, extra: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
-    """Command line, exit code, stdout and stderr of each command; the last one with ``--json`` where that is asked."""
+    """Command line, exit code, stdout and stderr of each command; the last one with an option more, if any."""
     lines = [line.strip() for line in commands.split(";")]
-    if as_json:
-        lines[-1] += " --json"
+    lines[-1] += extra
     for line in lines:
         words = shlex.split(line)
         while words and re.match(r"[A-Z_]+=", words[0]):

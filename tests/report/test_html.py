@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from zoscope import CheckReport, UsageError
+from zoscope.analysis.explanations import explanation
 from zoscope.report import html
 from zoscope.report.html import SCHEMAS, json_block, page, section, settings, write
 from zoscope.report.pictures import picture_of
@@ -91,6 +92,7 @@ def test_a_page_has_the_answer_the_curves_the_notices_and_the_document(name: str
     for notice in document.get("warnings", ()):
         assert notice["code"] in found.text
         assert " ".join(notice["message"].split()) in found.text
+        assert explanation(notice["code"]).remedy in found.text
     assert "zoscope bounds model.py --html page.html" in found.text
     assert not [address for address in found.addresses if not address.startswith("#")]
     assert len(set(found.ids)) == len(found.ids)

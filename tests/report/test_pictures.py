@@ -136,12 +136,12 @@ def test_the_ruler_has_a_row_per_optimizer_with_its_step_sizes() -> None:
     ruler, _ = figure(golden("bounds")).axes
     assert [tick.get_text() for tick in ruler.get_yticklabels()] == ["ZO-GD", "ZO-GDM", "ZO-Adam"]
     assert ruler.get_xscale() == "log"
-    assert labels(ruler)[:3] == ["the loss falls", "close to the edge", "too large; first order would still be stable"]
+    assert labels(ruler)[:3] == ["the loss falls", "close to the edge", "diverges; first order would be stable"]
     rows = [*golden("bounds")["optimizers"].values()]
     heights = [2.0, 1.0, 0.0]
     assert bars(ruler, "edge, 95 %") == [(r["zo"]["limit"]["value"], h) for r, h in zip(rows, heights, strict=True)]
     assert bars(ruler, "first-order bound") == [(row["fo"], h) for row, h in zip(rows, heights, strict=True)]
-    best = bars(ruler, "recommended (or up to it)")
+    best = bars(ruler, "lr to use, at most")
     assert best == [(row["zo"]["recommended"], h) for row, h in zip(rows, heights, strict=True)]
     (asked,) = (line for line in figure(document).axes[0].get_lines() if line.get_label() == "lr = 0.02")
     assert list(asked.get_xdata()) == [0.02, 0.02]
@@ -197,7 +197,7 @@ def test_a_plan_shows_loss_and_risk_over_step_sizes_and_loss_over_steps() -> Non
     assert [m for m in means if not math.isnan(m)] == [
         p["loss_mean"] for p in document["curve"] if p["loss_mean"] is not None
     ]
-    assert curve(risks, "risk: share of runs that leave")[1] == [point["risk"] for point in document["curve"]]
+    assert curve(risks, "risk: share of runs that diverge")[1] == [point["risk"] for point in document["curve"]]
     answer = document["answer"]["lr"]
     assert curve(losses, next(name for name in labels(losses) if name.startswith("the answer")))[0] == [answer, answer]
     assert paths.get_xlabel() == "step"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, Context
 from pathlib import Path
@@ -32,6 +32,7 @@ from zoscope.config.training import load_hf_args
 from zoscope.errors import UsageError
 from zoscope.files import parse_json, read_bytes, reason
 from zoscope.options import CheckOptions, refuse_unknown
+from zoscope.problem import Notice
 from zoscope.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ PHRASES = {
     "descent": "descent threshold",
     "forward": "threshold from forward passes",
     "short-horizon": "threshold of all eigenvalues",
-    PLAN: "step size at which half of the planned runs leave",
+    PLAN: "step size at which half of the planned runs diverge",
 }
 
 
@@ -259,7 +260,7 @@ UNSTABLE = ("diverged", "sharpened")
 
 
 def with_probe(result: CheckResult, config: CheckConfig, bench: CheckRunner) -> CheckResult:
-    """The result with a probe at the configured step size; a run that leaves the valley turns pass and warn into fail.
+    """The result with a probe at the configured step size; a run that diverges turns pass and warn into fail.
 
     A run whose mean loss rises, or that cannot tell, warns: it is no proof that training diverges.
 
@@ -275,7 +276,7 @@ def with_probe(result: CheckResult, config: CheckConfig, bench: CheckRunner) -> 
         return result  # nothing limits the step size, so there is nothing to see
     run = bench.recall(config, probe_options(config, value), _probed)
     verdict = str(run["verdict"])
-    left = f"{run['diverged']} of {run['replicas']} replicas left"
+    left = f"{run['diverged']} of {run['replicas']} replicas diverged"
     message = f"{result.message} A probe of {run['steps_done']} steps ({left}): {verdict}; {run['reason']}."
     changed = replace(result, probe=run, message=message)
     if verdict in UNSTABLE:
@@ -348,21 +349,23 @@ def _planned(problem: Problem, options: Mapping[str, Any]) -> dict[str, Any]:
         "edge": found.edge.lr,
         "ci95": found.edge.ci95,
         "lr": found.answer.lr,
-        "notices": [notice.message for notice in found.warnings],
+        "notices": [[notice.code, notice.message] for notice in found.warnings],
     }
 
 
-def _by_plan(config: CheckConfig, bench: CheckRunner) -> tuple[Held, tuple[str, ...]]:
+def _by_plan(config: CheckConfig, bench: CheckRunner) -> tuple[Held, tuple[Notice, ...]]:
     """What a plan holds a step size against, and its notices."""
     if not config.optimizer.zeroth_order:
         raise UsageError(f"policy.threshold plan is for zo- optimizers, and this one is {config.optimizer.name}.")
     found = bench.recall(config, plan_options(config), _planned)
+    notices = tuple(Notice(code, message) for code, message in found["notices"])
     if found["edge"] is None:
-        return Held(Limit(PLAN, math.inf, math.inf, math.inf)), tuple(found["notices"])
+        return Held(Limit(PLAN, math.inf, math.inf, math.inf)), notices
     edge = float(found["edge"])
     low, high = found["ci95"] or (edge, edge)
-    said = () if found["lr"] is None else (f"zoscope plan expects the lowest loss at lr {found['lr']:.3g}.",)
-    return Held(Limit(PLAN, edge, low, high, error=0.5 * (high - low))), (*said, *found["notices"])
+    if found["lr"] is not None:
+        notices = (Notice("plan-lr", f"zoscope plan expects the lowest loss at lr {found['lr']:.3g}."), *notices)
+    return Held(Limit(PLAN, edge, low, high, error=0.5 * (high - low))), notices
 
 
 def check(
@@ -477,7 +480,7 @@ def _run(
 
 def _judged(config: CheckConfig, measurement: CheckMeasurement, bench: CheckRunner) -> CheckResult:
     optimizer, policy = config.optimizer, config.policy
-    said: tuple[str, ...]
+    said: tuple[Notice, ...]
     if policy.threshold == PLAN:
         held, said = _by_plan(config, bench)
     else:
@@ -496,6 +499,7 @@ def _judged(config: CheckConfig, measurement: CheckMeasurement, bench: CheckRunn
         steps=config.steps,
         doubts=held.doubts,
     )
+    notices = (*(Notice("hf-args", text) for text in config.notices), *said, *measurement.notices)
     return CheckResult(
         **_identity(config),
         status=decision.status,
@@ -504,7 +508,8 @@ def _judged(config: CheckConfig, measurement: CheckMeasurement, bench: CheckRunn
         threshold=held.limit,
         doubts=held.doubts,
         largest_lr=decision.largest_lr,
-        notices=(*config.notices, *said, *measurement.notices),
+        notices=tuple(notice.message for notice in notices),
+        codes=tuple(notice.code for notice in notices),
         seconds=measurement.seconds,
         cached=measurement.cached,
     )
@@ -518,6 +523,7 @@ def _failed(config: CheckConfig, failure: Failure) -> CheckResult:
         message=failure.message,
         exit_code=failure.exit_code,
         notices=config.notices,
+        codes=("hf-args",) * len(config.notices),
         details=failure.details,
     )
 
@@ -547,22 +553,22 @@ def _settings(config: CheckConfig) -> dict[str, Any]:
     return settings
 
 
-def _own_notices(config: CheckConfig, measurement: CheckMeasurement) -> list[str]:
-    notices = []
+def _own_notices(config: CheckConfig, measurement: CheckMeasurement) -> Iterator[Notice]:
     if described := config.optimizer.schedule.describe():
-        notices.append(f"lr is the {described}.")
+        yield Notice("schedule-peak", f"lr is the {described}.")
     size, examples = config.estimator.batch_size, measurement.num_examples
     if size is not None and size < examples and measurement.optimizers[config.optimizer.rule].minibatch:
-        notices.append(f"The threshold is that of mini-batches of {size} of {examples} examples.")
+        yield Notice("mini-batch", f"The threshold is that of mini-batches of {size} of {examples} examples.")
         held = measurement.optimizers[config.optimizer.rule].zeroth_order[config.steps].get("descent")
         if held is not None and held.limit.name == "descent" and config.optimizer.lr > held.limit.high:
-            notices.append(
-                f"Above {held.limit.value:.3g} the noise of such mini-batches raises the expected loss, to a floor "
-                "or out of the valley. Larger batches or a smaller lr lower it."
+            yield Notice(
+                "batch-noise",
+                f"Above {held.limit.value:.3g} the noise of such mini-batches raises the expected loss: to a floor, or "
+                "until the run diverges. Larger batches or a smaller lr lower it.",
             )
     elif size is not None and size < examples:
-        notices.append(
+        yield Notice(
+            "full-batch-threshold",
             f"Training uses mini-batches of {size} of {examples} examples. The threshold is that of the full batch; "
-            f"that of mini-batches can be as low as {size / examples:.2g} times it."
+            f"that of mini-batches can be as low as {size / examples:.2g} times it.",
         )
-    return notices

@@ -11,6 +11,7 @@ from zoscope.result import JsonObject, RichResult
 
 if TYPE_CHECKING:
     from zoscope.analysis.advice import Limit
+    from zoscope.problem import Notice
 
 CheckStatus = Literal["pass", "warn", "fail", "error"]
 SEVERITY: tuple[CheckStatus, ...] = ("pass", "warn", "fail", "error")
@@ -58,6 +59,7 @@ class CheckResult(JsonObject):
         baseline: Comparison with the baseline, when one was given.
         probe: Document of the short training probe, when one was asked for.
         notices: What to know before trusting the number.
+        codes: Of each of them.
         details: The user's own traceback lines on an error in their code.
         seconds: Time of the measurement, shared by checks that share it.
         cached: Whether the measurement came from the cache.
@@ -85,6 +87,7 @@ class CheckResult(JsonObject):
     baseline: BaselineComparison | None = None
     probe: Mapping[str, Any] | None = None
     notices: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
     details: str = ""
     seconds: float = 0.0
     cached: bool = False
@@ -118,6 +121,14 @@ class CheckReport(RichResult):
     config: str | None = None
     seconds: float = 0.0
     version: str = __version__
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """The notices of all checks."""
+        from zoscope.problem import Notice  # late: it takes torch
+
+        pairs = (pair for check in self.checks for pair in zip(check.codes, check.notices, strict=False))
+        return tuple(Notice(code, message) for code, message in dict.fromkeys(pairs))
 
     @property
     def status(self) -> CheckStatus:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from zoscope._version import __version__
 from zoscope.analysis.advice import FORWARD, JUMPS, Limit, forward_limit
-from zoscope.analysis.notices import PROVISIONAL
+from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.config.load import CheckConfig
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
 from zoscope.files import parse_json, read_bytes
 from zoscope.options import THRESHOLDS
-from zoscope.problem import Problem
+from zoscope.problem import Notice, Problem
 from zoscope.registry import FAMILIES, OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _iterates(value: Callable[..., Any]) -> bool:
     return hasattr(value, "__next__") or hasattr(value, "read")
 
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ class CheckMeasurement:
 
     optimizers: Mapping[str, OptimizerThresholds]
     num_examples: int
-    notices: tuple[str, ...]
+    notices: tuple[Notice, ...]
     seconds: float
     cached: bool = False
 
@@ -413,7 +413,7 @@ class CheckMeasurement:
             optimizers={name: _thresholds(result, entry, steps) for name, entry in result.optimizers.items()},
             num_examples=result.problem.num_examples,
             # Whether a threshold is provisional depends on the steps: each check says so of its own.
-            notices=tuple(notice.message for notice in result.warnings if notice.code != PROVISIONAL),
+            notices=tuple(notice for notice in result.warnings if notice.code != PROVISIONAL),
             seconds=seconds,
         )
 
@@ -422,7 +422,7 @@ class CheckMeasurement:
         return {
             "optimizers": {name: entry.to_dict() for name, entry in self.optimizers.items()},
             "num_examples": self.num_examples,
-            "notices": list(self.notices),
+            "notices": [[notice.code, notice.message] for notice in self.notices],
             "seconds": self.seconds,
         }
 
@@ -436,7 +436,7 @@ class CheckMeasurement:
         return cls(
             optimizers={name: OptimizerThresholds.from_dict(row) for name, row in document["optimizers"].items()},
             num_examples=int(document["num_examples"]),
-            notices=tuple(str(notice) for notice in document["notices"]),
+            notices=tuple(Notice(code, message) for code, message in document["notices"]),
             seconds=float(document["seconds"]),
             cached=True,
         )
@@ -668,7 +668,8 @@ class CheckRunner:
         if isinstance(key, str) and self.cache is not None:
             self.cache.put(key, measurement.to_dict())
         if isinstance(key, Uncached):
-            return replace(measurement, notices=(*measurement.notices, f"Not cached: {key.reason}."))
+            notice = Notice("not-cached", f"Not cached: {key.reason}.")
+            return replace(measurement, notices=(*measurement.notices, notice))
         return measurement
 
     def _kept(self, key: str | Uncached | None) -> CheckMeasurement | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.curvature.slq import DENSE_LIMIT
 from zoscope.problem import Notice
 from zoscope.runtime import spawn_generators
@@ -302,9 +303,6 @@ _MISSED = (
     "kinks (ReLU, max-pooling, absolute values), which they cannot see, or an operation that hides its second "
     "derivative, as a custom autograd.Function can"
 )
-
-PROVISIONAL = "provisional"
-"""Code of the notice that reports show beside the step size itself."""
 
 LARGE_COMMUTATOR = 0.05
 """Relative commutator up to which P and H count as commuting: the largest seen in the paper's training runs."""

@@ -301,19 +301,20 @@ def judge_run(
     if verdict == "sharpened":
         return None, "stable at first; the landscape sharpened past this step size on the way, which does not count"
     if verdict == "diverged":
-        return above, "left the valley" if above else "left the valley although the curvature did not rise past it"
+        return above, "diverged" if above else "diverged although the curvature did not rise past it"
     if verdict == "inconclusive":
         why = "the time or step cap came first" if capped else "the replicas disagree, or the run is too short to tell"
         return None, why
     if not above:
-        return True, "stayed in the valley"
+        return True, "converged"
     if few_modes:
         return None, FEW_MODES_REMARK
     if growth is None:
-        return None, "stayed in the valley, which does not count: how fast the noise of mini-batches grows is not known"
+        return None, "did not diverge, which does not count: how fast the noise of mini-batches grows is not known"
     if growth < wanted:
-        return None, f"stayed, but the predicted growth of only {growth:.3g} might not show yet; --steps gives more"
-    return False, f"stayed in the valley although the mean square should have grown by {growth:.3g}"
+        why = f"the predicted growth of only {growth:.3g} might not show yet; --steps gives more"
+        return None, f"did not diverge, but {why}"
+    return False, f"did not diverge although the mean square should have grown by {growth:.3g}"
 
 
 def outcome(runs: Sequence[ProbeRun], *, few_modes: bool) -> tuple[Outcome, str]:
@@ -672,15 +673,19 @@ def edge_outcome(edge: Edge, forecast: Prediction) -> tuple[Outcome, str]:
         sure = forecast.threshold.horizon_ci95
         low, high = min(low, sure[0]), max(high, sure[1])
     below, above = 1 - edge.value / low, edge.value / high - 1
-    if max(below, above) <= AGREES:
-        return "confirmed", f"the edge lies within {AGREES:.0%} of the predicted interval"
-    where = f"{below:.0%} below" if below > 0 else f"{above:.0%} above"
+    apart = max(below, above)
+    where = "in" if apart <= 0 else f"{100 * apart:.2g} % {'below' if below > 0 else 'above'}"
+    interval = f"the predicted interval, {low:.3g} to {high:.3g}"
+    if apart <= AGREES:
+        counts = f"; up to {100 * AGREES:g} % counts as agreement" if apart > 0 else ""
+        return "confirmed", f"the edge {edge.value:.3g} lies {where} {interval}{counts}"
     if below > 0 and edge.sharpened and edge.end is not None:
         return "inconclusive", (
-            f"the edge lies {where} the predicted interval, but the landscape sharpened: where the first run was last "
-            f"in the valley, at step {edge.end.step}, the threshold had come down to {edge.end.threshold:.3g}"
+            f"the edge {edge.value:.3g} lies {where} {interval}, but the landscape sharpened: at step {edge.end.step}, "
+            f"before the first run diverged, the threshold had come down to {edge.end.threshold:.3g}"
         )
-    return "refuted", f"the edge lies {where} the predicted interval, more than {AGREES:.0%}"
+    counts = f"more than {100 * AGREES:g} % counts as a difference"
+    return "refuted", f"the edge {edge.value:.3g} lies {where} {interval}; {counts}"
 
 
 def _reference(forecast: Prediction) -> float | None:

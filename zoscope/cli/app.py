@@ -24,7 +24,7 @@ from zoscope.report.console import CleanConsole, usable
 from zoscope.text import clean
 
 # Order of the help page. Each is a module of this package whose ``command`` is the command of that name.
-COMMANDS = ("bounds", "plan", "probe", "check", "track", "spectrum", "report", "init")
+COMMANDS = ("bounds", "plan", "probe", "check", "track", "spectrum", "report", "explain", "init")
 
 EXIT_USAGE = 2
 EXIT_FAILED = 3

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, emit, illustrate, loading, measuring, warn
+from zoscope.cli.output import about, emit, illustrate, measuring
 from zoscope.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ def command(given: Given) -> None:
     for option in ("plot", "html"):
         if given.estimate and getattr(given, option) is not None:
             raise UsageError(f"--estimate with --{option}: of costs there is no picture. Leave out one of the two.")
-    with loading(quiet=given.quiet):
-        loaded = given.load()
+    loaded = given.load()
     if given.estimate:
         costs = _estimate(loaded, given)
         emit(costs, given.out)
@@ -39,15 +38,9 @@ def command(given: Given) -> None:
             on_progress=on_progress,
             **given.keywords("bounds", "strict"),
         )
-    from zoscope.analysis.notices import PROVISIONAL  # late, for a fast --help
-    from zoscope.report.bounds import render
-
-    emit(result, given.out, shown=render(result, warnings=False))
-    illustrate(result, given)
     nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
-    elsewhere = (PROVISIONAL,) if not given.json else ()  # the report shows it beside the step size
-    told = [notice for notice in result.warnings if notice not in nonsmooth and notice.code not in elsewhere]
-    warn(told, quiet=given.quiet)
+    emit(result, given.out, [notice for notice in result.warnings if notice not in nonsmooth])
+    illustrate(result, given)
     if nonsmooth:  # after the result, which is honest all the same
         raise NumericalError(nonsmooth[0].message)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -14,14 +13,26 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import zoscope
-from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import as_json, as_text, check_writable, illustrate, measuring, say, to_stdout, write_whole
+from zoscope.cli.options import Given, OutputOptions, takes_options
+from zoscope.cli.output import (
+    as_json,
+    as_text,
+    check_writable,
+    illustrate,
+    measuring,
+    remember,
+    say,
+    show,
+    warn,
+    write_whole,
+)
 from zoscope.cli.validate import checked, choice
 from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
 from zoscope.files import resolved
 from zoscope.options import FORMATS, OPTIONS
-from zoscope.report.console import CleanConsole
+from zoscope.report.answer import MOST_LINES
+from zoscope.result import encode
 from zoscope.text import clean, clean_json
 
 if TYPE_CHECKING:
@@ -79,7 +90,10 @@ def formatted(report: CheckReport, name: str) -> str:
 
 
 def _writer(name: str) -> Callable[[CheckReport], str]:
-    plain: dict[str, Callable[[CheckReport], str]] = {"text": as_text, "json": as_json}
+    plain: dict[str, Callable[[CheckReport], str]] = {
+        "text": lambda report: as_text(report.report(verbose=True)),
+        "json": as_json,
+    }
     if name in plain:
         return plain[name]
     # Each in a module of its name, with an XML library behind one of them: loaded when it is used.
@@ -148,11 +162,12 @@ def command(given: Given) -> None:
         document = baseline_document(report, earlier=replaced, keep_absent=bool(given.only))
         write_whole(given.baseline, json.dumps(document, indent=2, allow_nan=False) + "\n", option="--baseline")
     if shown == "text":
-        with to_stdout():
-            CleanConsole().print(report)
-            sys.stdout.flush()
+        used = show(report.report(verbose=given.verbose, warnings=False))
+        if not given.verbose:  # there each notice stands by its checks
+            warn(report.warnings, OutputOptions(quiet=given.quiet), room=MOST_LINES - used)
     else:
         say(formatted(report, shown))
+    remember(json.dumps({**report.to_dict(), "warnings": encode(report.warnings)}))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 

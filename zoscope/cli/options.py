@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Context
 from typer import Option as Declared
 
-from zoscope.cli.output import load_torch
+from zoscope.cli.output import load_torch, loading
 from zoscope.cli.validate import checked
 from zoscope.errors import UsageError
 from zoscope.options import KEYWORDS, Flag, Option, Several, left_open, options_of, shown, single
@@ -77,7 +77,7 @@ class Given:
     @property
     def out(self) -> OutputOptions:
         """Where the result goes."""
-        return OutputOptions(self.json, self.output, self.quiet)
+        return OutputOptions(self.json, self.output, self.quiet, self.verbose)
 
     def load(self) -> LoadedSpec:
         """The problem; from here on torch is loaded. Its ``display`` says where a SPEC that was left out came from."""
@@ -86,7 +86,8 @@ class Given:
 
         settings = parse_settings(self.settings or [])
         spec, source = resolve_spec(self.spec, cwd=Path.cwd())
-        loaded = load_spec(spec, settings=settings, params=self.params, checkpoint=self.checkpoint)
+        with loading(spec, quiet=self.quiet):
+            loaded = load_spec(spec, settings=settings, params=self.params, checkpoint=self.checkpoint)
         if source is None:
             return loaded
         found = "found here" if source == spec else f"from {source}"
@@ -142,6 +143,7 @@ class OutputOptions:
     json: bool = False
     output: Path | None = None
     quiet: bool = False
+    verbose: bool = False
 
     @property
     def file_format(self) -> Literal["json", "text"]:

@@ -12,15 +12,18 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from zoscope import files
+from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.errors import OutputError, UsageError, ZoscopeError
 from zoscope.files import is_special, reason
+from zoscope.report.answer import MOST_LINES, notice_lines
 from zoscope.report.console import CleanConsole
 from zoscope.text import clean, clean_json
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
     from zoscope.cli.options import Given, OutputOptions
     from zoscope.problem import Notice
+    from zoscope.result import RichResult
 
 
 def load_torch() -> None:
@@ -59,12 +63,13 @@ def visible(*, quiet: bool) -> bool:
 
 
 @contextmanager
-def loading(*, quiet: bool) -> Iterator[None]:
-    """A sign of life while a spec loads, which may well train a model; what it prints appears above."""
+def loading(spec: str, *, quiet: bool) -> Iterator[None]:
+    """A sign of life while a spec runs, which may well train a model; what it prints appears above."""
     if not visible(quiet=quiet):
         yield
         return
-    with CleanConsole(stderr=True).status("loading the problem"):
+    with progress_line() as progress:
+        progress.add_task(f"running {clean(spec)}: its model and data load or train here", total=None)
         yield
 
 
@@ -85,7 +90,7 @@ def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | N
         with aside():
             yield None
         return
-    with _bar() as progress, aside():
+    with progress_line("{task.completed:.0f}/{task.total:.0f} HVPs", "{task.fields[precision]}") as progress, aside():
         task = progress.add_task("first products", total=max_hvps, precision="")
         spent = 0
 
@@ -127,19 +132,18 @@ def products_needed(num_hvps: int, precision: float | None, *, max_hvps: int, rt
     return min(max_hvps, math.ceil(num_hvps * max(precision / rtol, 1.0) ** 2))
 
 
-def _bar() -> Progress:
+def progress_line(*middle: str) -> Progress:
+    """One line on stderr: what is done, with columns such as a count a bar and the time left, the time so far last."""
     # Late: only a terminal needs it.
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    counts = (BarColumn(bar_width=24), *map(TextColumn, middle), TimeRemainingColumn(compact=True), TextColumn("left,"))
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} HVPs"),
-        TextColumn("{task.fields[precision]}"),
+        TextColumn("{task.description}", markup=False),
+        *(counts if middle else ()),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("so far"),
         console=CleanConsole(stderr=True),
         transient=True,
     )
@@ -148,40 +152,37 @@ def _bar() -> Progress:
 PICTURES = (".png", ".svg", ".pdf")
 
 
-class Document(Protocol):
-    """A result: a JSON document that renders itself in rich."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON document."""
-
-    def __rich__(self) -> RenderableType:
-        """The same for a terminal."""
-
-
-def emit(result: Document, options: OutputOptions, *, shown: RenderableType | None = None) -> None:
-    """Write ``result`` to stdout and, if asked, to a file: JSON or tables.
+def emit(result: RichResult, options: OutputOptions, notices: Iterable[Notice] | None = None) -> None:
+    """Write a result to stdout, its notices to stderr and, if asked, the whole of it to a file.
 
     Args:
         result: What was found.
         options: Where to and in which form.
-        shown: What stdout shows in place of the whole result, when it shows tables.
+        notices: What there is to say about it, where that is not what the result itself says.
     """
+    document = as_json(result)
+    remember(document)
     if options.output is not None:
-        write_whole(options.output, as_json(result) if options.file_format == "json" else as_text(result))
+        whole = options.file_format == "json"
+        write_whole(options.output, document if whole else as_text(result.report(verbose=True)))
+    used = 0
     if options.json:
-        say(as_json(result))
+        say(document)
     else:
-        _print(result if shown is None else shown)
+        used = show(result.report(verbose=options.verbose, warnings=False))
+    warn(result.warnings if notices is None else notices, options, room=MOST_LINES - used)
 
 
-def _print(shown: RenderableType) -> None:
-    """Print on stdout, in colours where it is a terminal."""
+def show(shown: RenderableType) -> int:
+    """Print on stdout, in colours where it is a terminal; the number of lines."""
     console = CleanConsole()
+    text = as_text(shown, width=console.width)
     if console.is_terminal:
         with to_stdout():
             console.print(shown)
     else:
-        say(as_text(shown, width=console.width))
+        say(text)
+    return text.count("\n")
 
 
 def say(text: str) -> None:
@@ -205,7 +206,7 @@ def to_stdout() -> Iterator[None]:
         ) from None
 
 
-def as_json(result: Document) -> str:
+def as_json(result: RichResult) -> str:
     """One JSON document; never NaN or Infinity."""
     return clean_json(json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
@@ -218,13 +219,56 @@ def as_text(result: RenderableType, *, width: int = 120) -> str:
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
-def warn(notices: Iterable[Notice], *, quiet: bool) -> None:
-    """Warnings on stderr, one paragraph each."""
-    if quiet:
+def warn(notices: Iterable[Notice], options: OutputOptions, *, room: int = MOST_LINES) -> None:
+    """Notices on stderr: a line for each that matters, or with ``--verbose`` and ``--json`` a paragraph for each."""
+    if options.quiet:
         return
-    console = CleanConsole(stderr=True, soft_wrap=True)
+    console = CleanConsole(stderr=True)
+    if not (options.verbose or options.json):
+        guide = guide_address() if console.is_terminal else None
+        for line in notice_lines(notices, width=console.width, room=room, guide=guide):
+            console.print(line, soft_wrap=True)
+        return
     for notice in notices:
-        console.print(Text("Warning: ", style="yellow") + Text(notice.message, style="default"))
+        if notice.code != PROVISIONAL or options.json:  # the report shows it beside the step size
+            text = Text("Warning: ", style="yellow") + Text(notice.message, style="default")
+            console.print(text, soft_wrap=True)
+
+
+def guide_address() -> str | None:
+    """Where the guide's page on notices is on the web, if the package says where its documentation is."""
+    try:
+        addresses = metadata("zoscope").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    found = dict(entry.split(", ", 1) for entry in addresses if ", " in entry)
+    return f"{found['Documentation'].rstrip('/')}/notices.md" if "Documentation" in found else None
+
+
+# --- the last result, for ``zoscope explain`` -------------------------------------------------------------------------
+
+LAST = "last.json"
+MOST_REMEMBERED = 4 * 2**20
+"""Characters of a document that is kept whole; of a larger one only what it warns of."""
+
+
+def remember(document: str) -> None:
+    """Keep the last result; where there is no room for it, nothing is said."""
+    if len(document) > MOST_REMEMBERED:
+        found = json.loads(document)
+        document = json.dumps({key: found[key] for key in ("schema", "spec", "warnings") if key in found})
+    with suppress(OSError, RuntimeError):
+        folder = files.cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_whole(folder / LAST, document.encode())
+
+
+def remembered() -> dict[str, Any]:
+    """The last result as a document; empty without one."""
+    with suppress(OSError, RuntimeError, ValueError):
+        found = files.parse_json(files.read_bytes(files.cache_folder() / LAST))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def to_stderr(text: str, *, quiet: bool) -> None:
@@ -281,7 +325,7 @@ def check_page(path: Path, *, option: str = "--html") -> None:
     check_writable(path, option=option)
 
 
-def illustrate(result: Document, given: Given) -> None:
+def illustrate(result: RichResult, given: Given) -> None:
     """Write the picture and the page of a result, those that were asked for."""
     if given.plot is not None:
         from zoscope.report.figures import draw  # late: pictures take time to load

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import aside, emit, illustrate, loading, visible, warn
-from zoscope.report.console import CleanConsole
+from zoscope.cli.output import aside, emit, illustrate, progress_line, visible
 
 
 @takes_options("plan")
@@ -21,15 +20,12 @@ def command(given: Given) -> None:
 
         found, notices = plan_arguments(given.hf_args)
         asked |= {name: value for name, value in found.items() if name not in given.said}
-    with loading(quiet=given.quiet):
-        loaded = given.load()
+    loaded = given.load()
     with planning(quiet=given.quiet) as on_progress, aside():
         result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **asked)
     from zoscope.problem import Notice  # late, for a fast --help
-    from zoscope.report.plan import render
 
-    emit(result, given.out, shown=render(result, warnings=False, verbose=given.verbose))
-    warn([*(Notice("hf-args", text) for text in notices), *result.warnings], quiet=given.quiet)
+    emit(result, given.out, [*(Notice("hf-args", text) for text in notices), *result.warnings])
     illustrate(result, given)
 
 
@@ -43,19 +39,7 @@ def planning(*, quiet: bool) -> Iterator[Callable[[str, float, float], None] | N
     if not visible(quiet=quiet):
         yield None
         return
-    # Late: only a terminal needs it.
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=CleanConsole(stderr=True), transient=True) as progress:
+    with progress_line("{task.completed:,.0f}/{task.total:,.0f} steps") as progress:
         task = progress.add_task("first guess", total=1)
         current = ""
 

@@ -11,10 +11,9 @@ import typer
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import aside, emit, illustrate, loading, visible, warn
+from zoscope.cli.output import aside, emit, illustrate, progress_line, visible
 from zoscope.errors import UsageError
 from zoscope.registry import is_zeroth_order
-from zoscope.report.console import CleanConsole
 
 if TYPE_CHECKING:
     from zoscope.analysis.probe_results import ProbeResult
@@ -30,8 +29,7 @@ def command(given: Given) -> None:
         raise UsageError(f"--optimizer: got {', '.join(names)}. Expected one; probe them one at a time.")
     if given.batch_size is not None and (given.linearized or not is_zeroth_order(names[0])):
         raise UsageError("--batch-size is for zeroth-order runs on the loss itself. Leave it out here.")
-    with loading(quiet=given.quiet):
-        loaded = given.load()
+    loaded = given.load()
     from zoscope.analysis.probe_results import ProbeInterruptedError  # late, for a fast --help
 
     interrupted = False
@@ -54,10 +52,7 @@ def command(given: Given) -> None:
 
 
 def _show(result: ProbeResult, given: Given) -> None:
-    from zoscope.report.probe import render
-
-    emit(result, given.out, shown=render(result, warnings=False))
-    warn(result.warnings, quiet=given.quiet)
+    emit(result, given.out)
     illustrate(result, given)
 
 
@@ -71,20 +66,7 @@ def running(*, quiet: bool) -> Iterator[tuple[Callable[..., None] | None, Callab
     if not visible(quiet=quiet):
         yield None, None
         return
-    # Late: only a terminal needs it.
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[pace]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=CleanConsole(stderr=True), transient=True) as progress:
+    with progress_line("{task.completed:.0f}/{task.total:.0f}", "{task.fields[pace]}") as progress:
         task = progress.add_task("measuring", total=1, pace="HVPs")
         began, current = time.perf_counter(), ""
 

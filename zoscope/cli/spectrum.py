@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, emit, illustrate, loading, measuring, warn
+from zoscope.cli.output import about, emit, illustrate, measuring
 from zoscope.errors import NumericalError, UsageError
-
-if TYPE_CHECKING:
-    from zoscope.analysis.spectrum import MomentsResult, SpectrumResult
 
 PRECISION = "precision"  # code of the notice that --rtol was not reached
 
@@ -24,26 +19,14 @@ def command(given: Given) -> None:
             f"--moments with {unwanted[0]}: trace, norm and λ_max alone are measured without the spectrum behind "
             f"them. Leave out one of the two."
         )
-    with loading(quiet=given.quiet):
-        loaded = given.load()
+    loaded = given.load()
     progress = measuring(max_hvps=given.max_hvps, rtol=given.rtol, quiet=given.quiet)
     with about(loaded.display), progress as on_progress:
         verb = zoscope.moments if given.moments else zoscope.spectrum
         options = given.keywords(verb.__name__, "strict")
         result = verb(loaded.problem, spec=loaded.display, on_progress=on_progress, **options)
-    _show(result, given)
     nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
-    warn((notice for notice in result.warnings if notice not in nonsmooth), quiet=given.quiet)
+    emit(result, given.out, [notice for notice in result.warnings if notice not in nonsmooth])
+    illustrate(result, given)
     if nonsmooth:  # after the result, which is honest all the same
         raise NumericalError(nonsmooth[0].message)
-
-
-def _show(result: SpectrumResult | MomentsResult, given: Given) -> None:
-    from zoscope.analysis.spectrum import MomentsResult  # late, for a fast --help
-    from zoscope.report.spectrum import render, render_moments
-
-    if isinstance(result, MomentsResult):
-        emit(result, given.out, shown=render_moments(result, warnings=False))
-    else:
-        emit(result, given.out, shown=render(result, warnings=False))
-    illustrate(result, given)

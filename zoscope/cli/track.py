@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, aside, emit, illustrate, loading, visible, warn
+from zoscope.cli.output import about, aside, emit, illustrate, loading, visible
 from zoscope.cli.validate import choice
 from zoscope.errors import UsageError
 from zoscope.report.console import CleanConsole
@@ -45,8 +45,7 @@ def command(place: Given) -> None:
         return
     if place.resume is None and not place.overwrite:
         _refuse_occupied(folder)  # before the spec loads, which may take a while
-    from zoscope.analysis.track_results import TrackInterruptedError
-    from zoscope.report.track import render  # late, for a fast --help
+    from zoscope.analysis.track_results import TrackInterruptedError  # late, for a fast --help
 
     interrupted = False
     try:
@@ -54,8 +53,7 @@ def command(place: Given) -> None:
     except TrackInterruptedError as error:
         result, interrupted = error.result, True
     illustrate(result, place)
-    emit(result, place.out, shown=render(result, warnings=False))
-    warn(result.warnings, quiet=place.quiet)
+    emit(result, place.out)
     if interrupted:
         _say_interrupted(folder)
     if result.status == "diverged":
@@ -220,7 +218,7 @@ def _tracked(
         request = TrackRequest.of(**options, run=folder, resume=resume, overwrite=overwrite)
     except ValueError as error:  # each option alone was in order
         raise UsageError(f"Options that do not fit together: {error}.") from None
-    with loading(quiet=place.quiet):
+    with loading(_display(origin["spec"]), quiet=place.quiet):
         loaded = load_spec(
             origin["spec"],
             settings=origin.get("set", {}),
@@ -366,7 +364,5 @@ def _compare(place: Given) -> None:
 
 
 def _show(comparison: Comparison, place: Given) -> None:
-    from zoscope.report.track import render_comparison
-
     illustrate(comparison, place)
-    emit(comparison, place.out, shown=render_comparison(comparison))
+    emit(comparison, place.out)

@@ -415,6 +415,7 @@ CHECK = Section((Key("name", Text(200), "Name of the check, unique in the file."
 ROOT = Section(
     (
         Key("problem", Text(), f"Spec used where none is given: {key_of('spec').doc}"),
+        Key("spec", Text(), "The same as problem, as the file of zoscope track calls it."),
         Key("defaults", DEFAULTS, "Values that every check starts from."),
         Key("checks", ListOf(CHECK), "The checks; every one runs."),
     ),

@@ -502,7 +502,7 @@ class Document:
     @property
     def problem(self) -> str | None:
         """The spec used where a check names none."""
-        problem: str | None = self.values.get("problem")
+        problem: str | None = self.values.get("problem") or self.values.get("spec")
         return problem
 
     @property

@@ -125,6 +125,7 @@ SPECIAL: dict[str, Kind] = {"lr": LearningRate(), "every": Interval()}
 TRACK = Section(
     (
         key_of("spec", kind=Text(), use="track"),
+        Key("problem", Text(), "The same as spec, as zoscope.yaml calls it."),
         key_of("settings", kind=Arguments(), key="set", use="track"),
         *(key_of(name, kind=SPECIAL.get(name), use="track") for name in left_open("track") if name != "settings"),
         Key("sweep", Grid(), "Options with lists of values; one run for each combination."),
@@ -134,7 +135,7 @@ TRACK = Section(
 
 KINDS: dict[str, Kind] = {key.name: key.kind for key in TRACK.keys}
 SETTING = "set."
-FIXED = ("spec", "checkpoint", "set", "run", "sweep")
+FIXED = ("spec", "problem", "checkpoint", "set", "run", "sweep")
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z")
 
 
@@ -152,6 +153,12 @@ def read_track_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config: cannot read {file} ({reason(error)}).") from None
     folder = resolved(file).parent
+    if "problem" in values:
+        if "spec" in values:
+            raise UsageError(
+                f"{shown_path(file)} has both spec and problem, which mean the same. Leave out one of them."
+            )
+        values["spec"] = values.pop("problem")
     if "spec" in values:
         values["spec"] = absolute_spec(values["spec"], folder)
     if "checkpoint" in values:

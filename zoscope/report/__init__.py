@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from zoscope.report.answer import Report
     from zoscope.result import RichResult
 
 _HOME = {
@@ -23,8 +22,9 @@ _HOME = {
 }
 
 
-def render(result: RichResult) -> RenderableType:
-    """The tables of a result, for ``rich``; their module is loaded on first use."""
+def render(result: RichResult, *, verbose: bool = False, warnings: bool = True) -> Report[Any]:
+    """The answer of a result, or with ``verbose`` everything; its module is loaded on first use."""
     module, name = _HOME[type(result).__name__].split(".")
-    shown: RenderableType = getattr(import_module(f"zoscope.report.{module}"), name)(result)
-    return shown
+    shown = getattr(import_module(f"zoscope.report.{module}"), name)
+    report: Report[Any] = shown(result, verbose=verbose, warnings=warnings)
+    return report

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from zoscope.analysis.advice import SHORT
-from zoscope.analysis.notices import PROVISIONAL
+from zoscope.analysis.advice import JUMPS, SHORT
+from zoscope.analysis.explanations import PROVISIONAL
+from zoscope.report.answer import as_report, one_line, ruler
 from zoscope.report.console import CleanConsole
 from zoscope.report.style import (
     MISSING,
     OPERATOR_NAMES,
-    as_report,
     count,
     counted,
     curvature_of,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 FIRST_ORDER = ("", "FO")
 ASSUMING = ("paper's ZO\ninterval", "tight ZO\ninterval")
 FOR_EVER = ("infinite\ntime, exact",)
-COMPARED = ("descent", "FO ÷\nbinding")
+DESCENT, COMPARED = "descent", "FO ÷\nbinding"
 
 
 def curvature_table(result: BoundsResult) -> Table:
@@ -85,7 +86,7 @@ def _eigenvalue(eigenvalue: Eigenvalue) -> str:
 
 def bounds_table(result: BoundsResult) -> Table:
     """A row per optimizer and every bound in it; wide."""
-    table = number_table(*FIRST_ORDER, *ASSUMING, _stable_for(result), *FOR_EVER, *COMPARED)
+    table = number_table(*FIRST_ORDER, *ASSUMING, _stable_for(result), *FOR_EVER, *_compared_with(result))
     for row in result.optimizers.values():
         table.add_row(*_first_order(result, row), *_intervals(row), _stable(row), _exact(row), *_compared(row))
     return table
@@ -97,7 +98,7 @@ SYMBOLS = {"beta": "β", "dampening": "τ", "weight_decay": "w", "betas": "β", 
 
 def planned_table(result: BoundsResult) -> Table:
     """The half of the bounds that is about the planned steps."""
-    table = number_table(*FIRST_ORDER, _stable_for(result), *COMPARED)
+    table = number_table(*FIRST_ORDER, _stable_for(result), *_compared_with(result))
     for row in result.optimizers.values():
         table.add_row(*_first_order(result, row), _stable(row), *_compared(row))
     return table
@@ -167,9 +168,19 @@ def _exact(row: OptimizerBounds) -> str:
     return MISSING if row.exact is None else step_size_with_error(row.exact.value, row.exact.half_width)
 
 
+def _compared_with(result: BoundsResult) -> list[str]:
+    """Columns of `_compared`: with mini-batches what binds is in a table of its own, and so is the ratio to it."""
+    batches = any(row.minibatch for row in result.optimizers.values())
+    return [DESCENT] if batches else [DESCENT, COMPARED]
+
+
 def _compared(row: OptimizerBounds) -> list[str]:
-    times = MISSING if row.times_below_fo is None else f"{quantity(row.times_below_fo, digits=2)} ×"
-    return [_with_ends(row.descent, row.descent, row.descent_ci95), times]
+    descent = _with_ends(row.descent, row.descent, row.descent_ci95)
+    return [descent] if row.minibatch else [descent, _times_below_fo(row)]
+
+
+def _times_below_fo(row: OptimizerBounds) -> str:
+    return MISSING if row.times_below_fo is None else f"{quantity(row.times_below_fo, digits=2)} ×"
 
 
 def _stable(row: OptimizerBounds) -> Text:
@@ -221,7 +232,7 @@ def minibatch_section(result: BoundsResult) -> Iterator[RenderableType]:
 
 def _table(result: BoundsResult) -> Table:
     table = number_table(
-        "", f"stable for {count(result.steps)}\nsteps up to", "of full\nbatch", "infinite\ntime", "descent"
+        "", f"stable for {count(result.steps)}\nsteps up to", "of full\nbatch", "infinite\ntime", DESCENT, COMPARED
     )
     for row in result.optimizers.values():
         if row.minibatch is not None:
@@ -231,6 +242,7 @@ def _table(result: BoundsResult) -> Table:
                 _share(row, row.minibatch),
                 step_size_of(row.minibatch.exact),
                 step_size_of(row.minibatch.descent),
+                _times_below_fo(row),
             )
     return table
 
@@ -313,8 +325,7 @@ NAMES = {"hessian": "hessian", "ggn": "ggn", "forward": "forward (2 passes each)
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-@as_report
-def render_cost(result: CostEstimate, width: int) -> Iterator[RenderableType]:
+def cost(result: CostEstimate, width: int) -> Iterator[RenderableType]:
     """Header, a row per kind, the recommendation."""
     facts = [
         f"{count(result.num_params)} parameters",
@@ -336,10 +347,17 @@ def render_cost(result: CostEstimate, width: int) -> Iterator[RenderableType]:
         table.add_row(NAMES[cost.kind], *cells)
     yield table
     yield Text(f"\nUse --curvature {result.recommended}: {result.reason}.")
+
+
+def cost_details(result: CostEstimate, width: int) -> Iterator[RenderableType]:
+    """Why a kind is not available."""
     problems = [(cost.kind, cost.problem) for cost in result.kinds if cost.problem is not None]
     if problems:
         yield heading("Not available")
         yield grid(problems)
+
+
+render_cost = as_report(cost, cost_details)
 
 
 def memory(size: int | None) -> str:
@@ -360,9 +378,113 @@ LITTLE_CURVATURE = "little-curvature"
 PAPER = "the paper's interval assumes H ⪰ 0"
 
 
-@as_report
-def render(result: BoundsResult, width: int) -> Iterator[RenderableType]:
+DROPPED = ((True, True), (False, True), (False, False))
+"""The paper's interval and the errors: what the answer leaves out first where there is little room."""
+
+
+def answer(result: BoundsResult, width: int) -> Iterator[RenderableType]:
+    """One table and one ruler."""
+    yield _title(result, width)
+    tables = [_short_table(result, interval=interval, errors=errors) for interval, errors in DROPPED]
+    yield next((table for table in tables if _natural_width(table) <= width), tables[-1])
+    rulers = (_ruler(result, row, width) for row in result.optimizers.values())
+    yield from itertools.islice(filter(None, rulers), 1)
+
+
+def _title(result: BoundsResult, width: int) -> Text:
+    problem = result.problem
+    examples = counted(problem.num_examples, "example")
+    for row in result.optimizers.values():
+        batch = row.minibatch or (None if row.forward is None else row.forward.minibatch)
+        if batch is not None:
+            examples = f"batches of {count(batch.batch_size)} of {examples}"
+            break
+    facts = [result.spec or "zoscope bounds", counted(problem.num_params, "parameter"), examples]
+    return one_line([*facts, f"loss {quantity(problem.loss)}", duration(result.seconds)], width=width)
+
+
+def _short_table(result: BoundsResult, *, interval: bool, errors: bool) -> Table:
+    """What the answer shows of every optimizer: what a step size asked about does, or else the paper's interval."""
+    rows = list(result.optimizers.values())
+    asked = next((row.verdict.lr for row in rows if row.verdict is not None), None)
+    judged = [] if asked is None else [f"lr = {asked:g}"]
+    if result.forward is not None:
+        table = number_table("", "descent", "ZO for ever, from", "to", *judged, "use lr")
+        for row in rows:
+            if row.forward is not None:
+                lower, upper, descent = (_about(estimate, errors) for estimate in row.forward.met)
+                table.add_row(_name(row), descent, lower, upper, *_judged(row), _use(result, row))
+        return table
+    paper = ["paper's interval"] if interval and not judged and not any(row.minibatch for row in rows) else []
+    table = number_table("", "FO", "ZO for ever", *paper, f"ZO, {counted(result.steps, 'step')}", *judged, "use lr")
+    for row in rows:
+        for_ever = _about(row.exact if row.minibatch is None else row.minibatch.exact, errors)
+        shown = [step_range(row.zo_lower, row.zo_upper)] if paper else []
+        table.add_row(_name(row), step_size(row.fo), for_ever, *shown, _planned(row), *_judged(row), _use(result, row))
+    return table
+
+
+OUTLOOKS = {"stable": ("stable", "green"), "uncertain": ("may diverge", "yellow"), "unstable": ("diverges", "red")}
+TO_THE_FLOOR = {"stable": ("falls", "green"), "uncertain": ("near floor", "yellow"), "unstable": ("rises", "red")}
+"""Of a run that never diverges on a quadratic, and stalls at its floor."""
+
+
+def _judged(row: OptimizerBounds) -> list[Text]:
+    """What the step size asked about does, in a word: ``1.25 × may diverge``; nothing where none was."""
+    if row.verdict is None:
+        return []
+    words, colour = (OUTLOOKS if row.rule.is_linear else TO_THE_FLOOR)[row.verdict.outlook]
+    ratio = "" if row.verdict.ratio is None else f"{quantity(row.verdict.ratio, digits=3)} × "
+    return [Text(f"{ratio}{words}", style=colour)]
+
+
+def _about(estimate: Estimate | None, errors: bool) -> str:
+    if estimate is None:
+        return MISSING
+    digits = min(digits_for(estimate.value, estimate.half_width), 3)
+    shown = step_size(estimate.value, digits=digits)
+    return shown + error(estimate.value, estimate.half_width) if errors else shown
+
+
+def _planned(row: OptimizerBounds) -> str:
+    """What limits the planned steps: η*(N) with both ends, or the descent threshold where that is smaller."""
+    point = row.minibatch.horizon if row.minibatch else row.horizon.planned if row.horizon else None
+    if row.binding is not None and row.binding.name == "descent":
+        half_width = 0.0 if row.limit is None else row.limit.error
+        digits = min(digits_for(row.binding.value, half_width), 3)
+        return f"{step_size(row.binding.value, digits=digits)} (descent)"
+    if point is None:
+        return MISSING
+    return step_range(point.lower.value, point.upper.value, digits=min(_digits(point), 3))
+
+
+def _use(result: BoundsResult, row: OptimizerBounds) -> Text:
+    """The step size to use: ``≤ 1.15e-2``, ``3e-3 to 1.1e-2``, with a question mark where it is provisional."""
+    if any(notice.code == JUMPS for notice in result.warnings):
+        return Text("not known", style="bold yellow")
+    if row.recommended is None:
+        unlimited = row.limit is not None and math.isinf(row.limit.value)
+        return Text("no limit here" if unlimited else "not known", style="bold yellow")
+    digits = 1 if LITTLE_CURVATURE in row.doubts else 2 if row.doubts else 3
+    high = step_size_at_most(row.recommended, digits=digits)
+    if row.recommended_range is not None:
+        low = step_size_at_most(row.recommended_range[0], digits=min(digits, 2))
+        return Text(f"{low} to {high}", style="bold yellow")
+    return Text(f"≤ {high} ?", style="bold yellow") if row.doubts else Text(f"≤ {high}", style="bold green")
+
+
+def _ruler(result: BoundsResult, row: OptimizerBounds, width: int) -> Text | None:
+    if row.recommended is None:
+        return None
+    asked = None if row.verdict is None else row.verdict.lr
+    edge = None if row.limit is None else row.limit.value if row.limit.edge is None else row.limit.edge
+    marks = {"use": row.recommended, "edge": edge, "lr": asked, "FO": row.fo}
+    return ruler(marks, width=width, label=f"{_name(row)} " if len(result.optimizers) > 1 else "")
+
+
+def details(result: BoundsResult, width: int) -> Iterator[RenderableType]:
     """Everything, top to bottom."""
+    yield Text("")
     yield _header(result, width=width)
     yield heading("Curvature", "± is the half-width of the 95 % interval")
     if result.forward is not None:
@@ -384,11 +506,18 @@ def render(result: BoundsResult, width: int) -> Iterator[RenderableType]:
         yield from verdicts(result)
 
 
+render = as_report(answer, details)
+
+
+def _natural_width(table: Table) -> int:
+    return CleanConsole(width=ROOMY).measure(table).maximum
+
+
 def _bounds(result: BoundsResult, width: int) -> Iterator[RenderableType]:
     """One table where it fits, else two: a number that is cut is worse than one further down."""
     wide = bounds_table(result)
     settings = settings_line(result)
-    if CleanConsole(width=ROOMY).measure(wide).maximum <= width:
+    if _natural_width(wide) <= width:
         yield heading("Step-size bounds", "; ".join(filter(None, (settings, PAPER))))
         yield wide
     else:
@@ -464,7 +593,8 @@ def _advice(row: OptimizerBounds, steps: int) -> Text:
     if LITTLE_CURVATURE in row.doubts:
         text.append(", and measure again after warm-up")
     if row.predicted_lr is not None:
-        text.append(f"; the predicted loss is lowest at {step_size(row.predicted_lr, digits=2)}")
+        lowest = step_size(row.predicted_lr, digits=2)
+        text.append(f". If the curvature stayed as it is, the loss would be lowest at {lowest}")
     return text.append(".")
 
 

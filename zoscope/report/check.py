@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -17,7 +18,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from zoscope.report.style import as_report
+from zoscope.analysis.check_results import SEVERITY
+from zoscope.report.answer import MOST_LINES, as_report
+from zoscope.report.style import duration
 
 if TYPE_CHECKING:
     from zoscope.analysis.check_results import CheckReport, CheckResult
@@ -201,16 +204,68 @@ def _uri(file: str) -> str:
     return path.as_uri() if path.is_absolute() else quote(path.as_posix(), errors="replace")
 
 
+LONGEST_NAME = 24
+"""Columns of the name of a check in the answer."""
+
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "error": "bold magenta"}
 
 
-@as_report
-def render(result: CheckReport, width: int) -> Iterator[RenderableType]:
-    """Table, explanations, summary."""
+def answer(result: CheckReport, width: int) -> Iterator[RenderableType]:
+    """A line on all checks and one for each, the worst first; errors have all of their words where there is room."""
+    yield _summary(result)
+    room = MOST_LINES - 1 - bool(result.warnings)
+    worst = sorted(result.checks, key=lambda check: -SEVERITY.index(check.status))
+    shown = worst
+    if any(check.status == "error" for check in worst):
+        shown = [check for check in worst if check.status != "pass"]
+    if len(shown) > room or len(shown) < len(worst):
+        shown = shown[: room - 1]
+    yield _lines_of(shown, width=width, room=room)
+    rest = [check.status for check in worst[len(shown) :]]
+    if rest:
+        counts = ", ".join(f"{rest.count(status)} {status}" for status in dict.fromkeys(rest))
+        yield Text(f"+{len(rest)} more: {counts}")
+
+
+def _lines_of(checks: list[CheckResult], *, width: int, room: int) -> Table:
+    names = min(max((len(check.name) for check in checks), default=0), LONGEST_NAME)
+    optimizers = max((len(check.optimizer) for check in checks), default=0)
+    statuses = max(map(len, STYLES))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for size in (statuses, names, optimizers):
+        table.add_column(no_wrap=True, width=size, overflow="ellipsis")
+    table.add_column(overflow="fold")
+    wrap = len(checks) <= room // 2
+    for check in checks:
+        sentence = _sentence(check)
+        if not wrap:
+            sentence.truncate(max(width - statuses - names - optimizers - 6, 10), overflow="ellipsis")
+        table.add_row(Text(check.status, style=STYLES[check.status]), Text(check.name), check.optimizer, sentence)
+    return table
+
+
+def _sentence(check: CheckResult) -> Text:
+    """What a line says of a check."""
+    if check.threshold is None:
+        return Text(" ".join(check.message.split()))
+    if check.ratio is None or math.isinf(check.threshold.value):
+        return Text(f"lr {check.lr:g}; nothing limits the step size here")
+    text = f"lr {check.lr:g} is {check.ratio:.2g} × threshold {check.threshold.value:.3g}"
+    if check.status != "pass":
+        text += ", none passes" if check.largest_lr is None else f", passes up to {check.largest_lr:g}"
+        if check.baseline is not None and check.baseline.failed:
+            text += f". {check.baseline.message}"
+    return Text(text)
+
+
+def details(result: CheckReport, width: int) -> Iterator[RenderableType]:
+    """Table, explanations, notices."""
     yield _table(result)
     yield from (_paragraph(check) for check in result.checks if _needs_words(check))
     yield from (_note(notice, names) for notice, names in shared_notices(result).items())
-    yield _summary(result)
+
+
+render = as_report(answer, details)
 
 
 def _table(report: CheckReport) -> Table:
@@ -287,8 +342,7 @@ def place(check: CheckResult) -> str:
 
 
 def _summary(report: CheckReport) -> Text:
-    counts = report.counts()
-    parts = [f"{count} {status}" for status, count in counts.items() if count]
+    parts = [f"{count} {status}" for status, count in report.counts().items() if count]
     total = len(report.checks)
-    seconds = f" in {report.seconds:.1f} s" if report.seconds else ""
+    seconds = f" in {duration(report.seconds)}" if report.seconds else ""
     return Text(f"{total} check{'s' if total != 1 else ''}: {', '.join(parts)}{seconds}", style=STYLES[report.status])

@@ -9,6 +9,7 @@ from html import escape as _escape
 from pathlib import Path
 from typing import Any
 
+from zoscope.analysis.explanations import explanation
 from zoscope.errors import UsageError
 from zoscope.files import reason, write_whole
 from zoscope.registry import OPTIMIZERS
@@ -259,8 +260,16 @@ def _notices(document: Document) -> str:
         found = [(", ".join(those), message) for message, those in names.items()]
     if not found:
         return ""
-    rows = "".join(f"<dt>{escape(code)}</dt><dd>{escape(message)}</dd>" for code, message in dict.fromkeys(found))
+    rows = "".join(_notice(code, message) for code, message in dict.fromkeys(found))
     return f"<h3>Notices</h3>\n<dl>{rows}</dl>"
+
+
+def _notice(code: str, message: str) -> str:
+    """What a notice says, and below it why it matters and what to do."""
+    known = explanation(code)
+    more = " ".join(filter(None, (known.matters, known.remedy)))
+    why = f'<dd class="about">{escape(more)}</dd>' if more else ""
+    return f"<dt>{escape(code)}</dt><dd>{escape(message)}</dd>{why}"
 
 
 def _settings(document: Document) -> str:
@@ -347,11 +356,11 @@ def _plan(document: Document) -> Answer:
     sentence = "No step size lowers the loss."
     if answer["lr"] is not None:
         loss = f"loss {quantity(answer['loss_start'])} → {quantity(answer['expected_loss'], digits=3)} expected"
-        sentence = f"Use lr {step_size_at_most(answer['lr'])}: {loss}; {_percent(answer['risk'])} of runs leave at it."
+        sentence = f"Use lr {step_size_at_most(answer['lr'])}: {loss}; {_percent(answer['risk'])} of runs diverge."
     interval = "" if edge["ci95"] is None else f" (95 %: {step_range(*edge['ci95'])})"
     facts = [
-        ("half of the runs leave at", f"{step_size(edge['lr'])}{interval}"),
-        (f"{_percent(safe['risk'])} of the runs leave at", step_size(safe["lr"])),
+        ("half of the runs diverge at", f"{step_size(edge['lr'])}{interval}"),
+        (f"{_percent(safe['risk'])} of the runs diverge at", step_size(safe["lr"])),
         ("looked ahead by", f"{document['method']}, {counted(document['replicas'], 'run')} at most per step size"),
         ("cost", f"{rough_count(cost['forward_passes'])} forward passes; one run takes {rough_count(cost['run'])}"),
     ]
@@ -379,8 +388,8 @@ def _plan(document: Document) -> Answer:
         sentence,
         (
             Table("Behind the answer", ("", ""), facts),
-            Table("Schedules", ("", "peak step size", "expected loss", "risk", "half leave at"), schedules),
-            Table("Step sizes tried", ("step size", "final loss", "range", "left", "risk"), tried),
+            Table("Schedules", ("", "peak step size", "expected loss", "risk", "half diverge at"), schedules),
+            Table("Step sizes tried", ("step size", "final loss", "range", "diverged", "risk"), tried),
         ),
     )
 

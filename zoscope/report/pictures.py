@@ -249,7 +249,7 @@ def _ruler(document: Document, rows: Sequence[tuple[str, Document]]) -> Chart:
         if row["fo"] is not None:
             found["first"].append((row["fo"], height, row["fo"], row["fo"]))
     labels = (
-        ("best", "recommended (or up to it)", Look(GREEN, marker="circle"), True),
+        ("best", "lr to use, at most", Look(GREEN, marker="circle"), True),
         ("edge", "edge, 95 %", Look(ORANGE, marker="diamond"), True),
         ("first", "first-order bound", Look(BLACK, marker="square"), False),
     )
@@ -288,7 +288,7 @@ def _zones(rows: Sequence[tuple[str, Document]], *, low: float) -> Iterator[Band
     kinds = (
         ("the loss falls", GREEN, 0.45, ""),
         ("close to the edge", YELLOW, 0.4, "/"),
-        ("too large; first order would still be stable", ORANGE, 0.15, "x"),
+        ("diverges; first order would be stable", ORANGE, 0.15, "x"),
     )
     named: set[str] = set()
     for height, (_, row) in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
@@ -396,8 +396,8 @@ def _losses_by_size(document: Document) -> Chart:
     if answer["lr"] is not None:
         shared.append(Rule(answer["lr"], f"the answer: {step_size_at_most(answer['lr'])}", Look(GREEN, width=1.8)))
     if edge["lr"] is not None:
-        shared.append(Rule(edge["lr"], f"half leave: {step_size(edge['lr'])}", Look(ORANGE, "dashed")))
-    hover = [f"{point['left']} of {point['runs']} left" for point in curve]
+        shared.append(Rule(edge["lr"], f"half diverge: {step_size(edge['lr'])}", Look(ORANGE, "dashed")))
+    hover = [f"{point['left']} of {point['runs']} diverged" for point in curve]
     losses = (
         Band(lrs, low, high, "lowest to highest", BLUE, 0.2),
         Line(lrs, mean, "final loss, mean of the runs that stay", Look(BLUE, marker="circle"), hover=hover),
@@ -407,14 +407,14 @@ def _losses_by_size(document: Document) -> Chart:
     unnamed = tuple(replace(rule, label="") for rule in shared if isinstance(rule, Rule))
     risks: tuple[Mark, ...] = (
         Band(lrs, [0.0] * len(lrs), risk, colour=ORANGE, opacity=0.3),
-        Line(lrs, risk, "risk: share of runs that leave", Look(ORANGE, marker="square")),
+        Line(lrs, risk, "risk: share of runs that diverge", Look(ORANGE, marker="square")),
         *unnamed,
     )
     if edge["ci95"]:
         ends = [value for value in edge["ci95"] if value is not None]
         if len(ends) == 2:
             look = Look(BLACK, marker="diamond")
-            risks += (Points((edge["lr"],), (0.5,), "half leave, 95 %", look, (ends[0],), (ends[1],), across=True),)
+            risks += (Points((edge["lr"],), (0.5,), "half diverge, 95 %", look, (ends[0],), (ends[1],), across=True),)
     top = Panel(Axis("final loss", log=_all_positive((low, high, mean))), losses)
     return Chart(
         Axis("step size", log=True),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from zoscope.report.answer import as_report, one_line, ruler
 from zoscope.report.style import (
     MISSING,
-    Report,
     count,
     counted,
     duration,
@@ -32,63 +32,65 @@ if TYPE_CHECKING:
     from zoscope.analysis.plan import PlanResult
 
 
-def render(result: PlanResult, *, warnings: bool = True, verbose: bool = True) -> Report[PlanResult]:
-    """The answer; with ``verbose`` also every step size that was tried."""
-
-    def sections(result: PlanResult, width: int) -> Iterator[RenderableType]:
-        yield _header(result, width)
-        yield Text("")
-        yield grid(_answer(result))
-        if result.schedules:
-            yield heading("Schedules", "lowest expected loss first")
-            yield schedules_table(result)
-        if verbose:
-            yield heading("Step sizes tried", f"up to {count(result.replicas)} runs each, {result.method}")
-            yield curve_table(result)
-
-    return Report(result, sections, warnings)
+def answer(result: PlanResult, width: int) -> Iterator[RenderableType]:
+    """The step size, what it costs to take more, and where runs diverge."""
+    yield one_line([_name(result), *_question(result), duration(result.seconds)], width=width)
+    yield grid(_answer(result))
+    marks = {"best": result.answer.lr, "edge": result.edge.lr}
+    drawn = ruler(marks, width=width)
+    if drawn is not None:
+        yield drawn
+    if result.schedules:
+        yield schedules_table(result)
 
 
-def _header(result: PlanResult, width: int) -> Text:
-    question, problem = result.question, result.problem
+def details(result: PlanResult, width: int) -> Iterator[RenderableType]:
+    """Every step size that was tried, and what it took."""
+    yield heading("Run")
+    yield Text("\n".join(lines_of([*_question(result), *_problem(result)], width=width)), style="dim")
+    yield grid([("looked ahead by", _method(result)), ("cost", _cost(result))])
+    yield heading("Step sizes tried", f"up to {count(result.replicas)} runs each, {result.method}")
+    yield curve_table(result)
+
+
+render = as_report(answer, details)
+
+
+def _name(result: PlanResult) -> str:
+    return f"{result.spec or 'problem'}: {optimizer_name(result.question['optimizer'])}"
+
+
+def _question(result: PlanResult) -> list[str]:
+    question = result.question
     batch = "all examples" if question["batch_size"] is None else f"batches of {count(question['batch_size'])}"
     warmup = f", warm-up {question['warmup']:g}" if question["warmup"] else ""
-    facts = [
-        f"{count(question['steps'])} steps",
-        batch,
-        f"{question['schedule']} step size{warmup}",
-        f"{counted(problem.num_params, 'parameter')}",
+    return [f"{count(question['steps'])} steps", batch, f"{question['schedule']} step size{warmup}"]
+
+
+def _problem(result: PlanResult) -> list[str]:
+    problem = result.problem
+    return [
+        counted(problem.num_params, "parameter"),
         counted(problem.num_examples, "example"),
         f"{result.device} {result.dtype}",
     ]
-    text = Text.assemble((f"{result.spec or 'problem'}: {optimizer_name(result.question['optimizer'])}", "bold"))
-    for line in lines_of(facts, width=width):
-        text.append(f"\n{line}", style="dim")
-    return text
 
 
 def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
     answer, edge = result.answer, result.edge
-    peak = (
-        "step size" if result.question["schedule"] == "constant" and not result.question["warmup"] else "peak step size"
-    )
+    constant = result.question["schedule"] == "constant" and not result.question["warmup"]
+    label = "use lr" if constant else "use peak lr"
     if answer.lr is None:
-        yield peak, Text("none lowers the loss", style="bold yellow")
+        yield label, Text("none lowers the loss", style="bold yellow")
     else:
         lr = Text(step_size_at_most(answer.lr), style="bold green")
-        yield (
-            peak,
-            lr + Text(f"   loss {quantity(answer.loss_start)} → {quantity(answer.expected_loss, digits=3)} expected"),
-        )
-        yield (
-            "risk",
-            f"{percent(answer.risk)} of runs leave at it; {percent(result.safe.risk)} at {step_size(result.safe.lr)}",
-        )
+        losses = f"loss {quantity(answer.loss_start)} → {quantity(answer.expected_loss, digits=3)} expected"
+        yield label, lr + Text(f"   {losses}, {percent(answer.risk)} of runs diverge")
+        if result.safe.lr is not None and result.safe.lr < answer.lr:
+            yield "safer", f"{step_size_at_most(result.safe.lr)}   {percent(result.safe.risk)} of runs diverge"
     if edge.lr is not None:
-        interval = "" if edge.ci95 is None else f"   95 %: {step_range(*edge.ci95)}"
-        yield "half leave at", f"{step_size(edge.lr)}{interval}"
-    yield "looked ahead by", _method(result)
-    yield "cost", _cost(result)
+        interval = "" if edge.ci95 is None else f" (95 %: {step_range(*edge.ci95)})"
+        yield "edge", f"{step_size(edge.lr)}   half of the runs diverge{interval}"
 
 
 def _method(result: PlanResult) -> str:
@@ -118,7 +120,7 @@ def percent(share: float | None) -> str:
 
 def schedules_table(result: PlanResult) -> Table:
     """One row per schedule."""
-    table = number_table("schedule", "peak step size", "expected loss", "risk", "half leave at")
+    table = number_table("schedule", "peak lr", "expected loss", "diverge", "half diverge at")
     for row in result.schedules:
         table.add_row(
             row.schedule,
@@ -132,7 +134,7 @@ def schedules_table(result: PlanResult) -> Table:
 
 def curve_table(result: PlanResult) -> Table:
     """One row per step size."""
-    table = number_table("step size", "final loss", "range", "left", "risk")
+    table = number_table("step size", "final loss", "range", "diverged", "risk")
     for point in result.curve:
         best = point.lr == result.answer.lr
         spread = MISSING if point.loss_lo is None else f"{quantity(point.loss_lo)} – {quantity(point.loss_hi)}"

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from zoscope.report.answer import as_report, one_line
 from zoscope.report.style import (
     MISSING,
-    as_report,
     count,
+    counted,
+    duration,
     grid,
     header,
     heading,
@@ -40,11 +42,28 @@ THRESHOLD_NAMES = {
 }
 
 
-@as_report
-def render(result: ProbeResult, width: int) -> Iterator[RenderableType]:
+MOST_RUNS = 6
+"""Runs, or step sizes of an edge, that the answer lists."""
+
+
+def answer(result: ProbeResult, width: int) -> Iterator[RenderableType]:
+    """The verdict, the threshold, and a row per run."""
+    problem = result.problem
+    facts = [_name(result), counted(problem.num_params, "parameter"), counted(problem.num_examples, "example")]
+    yield one_line([*facts, f"loss {quantity(problem.loss)}", duration(result.seconds)], width=width)
+    yield verdict_line(result)
+    threshold = result.threshold
+    yield Text(f"Threshold {step_size(threshold.value)}: {THRESHOLD_NAMES[threshold.name]}.")
+    if result.runs:
+        yield runs_table(result, short=True)
+    if result.edge is not None:
+        yield Text(_edge_line(result, result.edge))
+
+
+def details(result: ProbeResult, width: int) -> Iterator[RenderableType]:
     """Everything, top to bottom."""
-    name = f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}"
-    yield header(result, name, width=width)
+    yield Text("")
+    yield header(result, _name(result), width=width)
     yield heading("Predicted")
     yield predictions(result)
     if result.runs:
@@ -62,9 +81,23 @@ def render(result: ProbeResult, width: int) -> Iterator[RenderableType]:
         yield edge_table(result.edge)
         if result.edge.end is not None:
             lowest = min(point.lr for point in result.edge.points if point.lost)
-            yield heading("Curvature measured again", "where the first run was last in the valley")
+            yield heading("Curvature measured again", "where the first run was just before it diverged")
             yield grid([(f"η {step_size(lowest)}", _end(result, result.edge.end, lowest))])
-    yield verdict_line(result)
+
+
+render = as_report(answer, details)
+
+
+def _name(result: ProbeResult) -> str:
+    return f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}"
+
+
+def _edge_line(result: ProbeResult, edge: Edge) -> str:
+    if not edge.found:
+        return f"Edge not found with {len(edge.points)} step sizes."
+    ratio = edge.value / result.threshold.value
+    within = f"half of the runs diverge within {count(edge.steps)} steps"
+    return f"Edge {step_size(edge.value)}, {ratio:.2f} × the threshold: {within}."
 
 
 def predictions(result: ProbeResult) -> Table:
@@ -91,24 +124,27 @@ def _horizon_label(result: ProbeResult) -> str:
     return "η*" if steps is None else f"η*({count(steps)})"
 
 
-def runs_table(result: ProbeResult) -> Table:
-    """One row per step size and variant."""
+def runs_table(result: ProbeResult, *, short: bool = False) -> Table:
+    """One row per step size and variant; for the answer without the columns on the prediction, and not too many."""
+    runs = result.runs[:MOST_RUNS] if short else result.runs
     columns: dict[str, list[str | Text]] = {
-        "step size": [_label(run) for run in result.runs],
-        "η": [step_size(run.lr) for run in result.runs],
-        "ρ per step": [MISSING if r.rate_predicted is None else f"{r.rate_predicted:.4f}" for r in result.runs],
-        "steps": [_steps(run) for run in result.runs],
-        "diverged": [f"{run.diverged} of {run.replicas}" for run in result.runs],
-        "loss at end": [quantity(run.loss_end, digits=3) for run in result.runs],
-        "curve off by": [_curve_error(run) for run in result.runs],
-        "verdict": [Text(run.verdict, style=VERDICT_STYLES[run.as_predicted]) for run in result.runs],
+        "step size": [_label(run) for run in runs],
+        "η": [step_size(run.lr) for run in runs],
+        "ρ per step": [MISSING if r.rate_predicted is None else f"{r.rate_predicted:.4f}" for r in runs],
+        "steps": [_steps(run) for run in runs],
+        "diverged": [f"{run.diverged} of {run.replicas}" for run in runs],
+        "loss at end": [quantity(run.loss_end, digits=3) for run in runs],
+        "curve off by": [_curve_error(run) for run in runs],
+        "verdict": [Text(run.verdict, style=VERDICT_STYLES[run.as_predicted]) for run in runs],
     }
-    unknown = [name for name in ("ρ per step", "curve off by") if set(columns[name]) == {MISSING}]
+    unknown = [name for name in ("ρ per step", "curve off by") if short or set(columns[name]) == {MISSING}]
     shown = {name: cells for name, cells in columns.items() if name not in unknown}
     table = number_table(*shown)
     table.columns[-1].no_wrap = True
     for row in zip(*shown.values(), strict=True):
         table.add_row(*row)
+    if len(runs) < len(result.runs):
+        table.add_row(f"+{len(result.runs) - len(runs)} more")
     return table
 
 
@@ -178,8 +214,8 @@ def edge_table(edge: Edge) -> Table:
 
 
 def verdict_line(result: ProbeResult) -> Text:
-    """The last word."""
-    text = Text("\n")
+    """The outcome in a sentence."""
+    text = Text()
     text.append(result.outcome.capitalize(), style=OUTCOME_STYLES[result.outcome])
     text.append(f": {result.reason}.")
     if result.interrupted:

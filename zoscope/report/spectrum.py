@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from zoscope.report.answer import as_report, one_line
 from zoscope.report.style import (
     MISSING,
     OPERATOR_NAMES,
-    as_report,
     count,
+    counted,
     curvature_of,
+    duration,
     grid,
     header,
     heading,
@@ -36,9 +38,70 @@ NAME = "zoscope spectrum"
 NOT_CONVERGED = "*"
 
 
-@as_report
-def render(result: SpectrumResult, width: int) -> Iterator[RenderableType]:
+LISTED = 4
+"""Eigenvalues of each end, and layers, in the answer."""
+
+BARS = 24
+"""Longest bar of a decade, in columns."""
+
+DECADES = 4
+"""Decades of the answer, those with most curvature."""
+
+
+def answer(result: SpectrumResult, width: int) -> Iterator[RenderableType]:
+    """Both ends, the sums, and where the curvature is."""
+    yield _title(result, width)
+    curvature = result.curvature
+    negative = quantity(-curvature.negative_mass, digits=3)
+    rank = f"{quantity(curvature.effective_rank, digits=3)} of {count(result.problem.num_params)}"
+    yield grid(
+        [
+            ("largest", ", ".join(_value(eigenvalue) for eigenvalue in result.top[:LISTED])),
+            ("smallest", ", ".join(_value(eigenvalue) for eigenvalue in result.bottom[:LISTED]) or MISSING),
+            ("trace", f"{curvature_of(curvature.trace)}, of which negative {negative}; effective rank {rank}"),
+        ]
+    )
+    if result.layers is not None:
+        yield _layers_line(result.layers)
+    yield _decades(result)
+
+
+def _value(eigenvalue: Eigenvalue) -> str:
+    text = quantity_with_error(eigenvalue.value, eigenvalue.residual)
+    return text if eigenvalue.converged else f"{text} {NOT_CONVERGED}"
+
+
+def _title(result: SpectrumResult | MomentsResult, width: int) -> Text:
+    problem, name = result.problem, OPERATOR_NAMES.get(result.operator, result.operator)
+    facts = [f"{result.spec or NAME}: {name}", counted(problem.num_params, "parameter")]
+    facts += [counted(problem.num_examples, "example"), f"loss {quantity(problem.loss)}", duration(result.seconds)]
+    return one_line(facts, width=width)
+
+
+def _layers_line(layers: tuple[LayerTrace, ...]) -> Text:
+    largest = sorted((layer for layer in layers if layer.share is not None), key=lambda layer: -abs(layer.share or 0.0))
+    shares = [f"{layer.name} {100 * (layer.share or 0.0):.0f} %" for layer in largest[:LISTED]]
+    more = f", +{len(layers) - len(shares)} more" if len(layers) > len(shares) else ""
+    return Text(f"trace by layer  {', '.join(shares)}{more}")
+
+
+def _decades(result: SpectrumResult) -> Table:
+    """The decades with most curvature, from the largest eigenvalues down, each with its share of Σ|λ|."""
+    whole = sum(abs(part.total.value) for part in result.decades) or 1.0
+    largest = sorted(result.decades, key=lambda part: -abs(part.total.value))[:DECADES]
+    table = number_table("λ", "how many", "share of Σ|λ|")
+    for part in reversed(result.decades):
+        if part in largest:
+            share = abs(part.total.value) / whole
+            bar = Text(f"{'█' * round(BARS * share)} {100 * share:.0f} %")
+            table.add_row(_interval(part), _count(part.count), bar)
+    table.columns[-1].justify = "left"
+    return table
+
+
+def details(result: SpectrumResult, width: int) -> Iterator[RenderableType]:
     """Everything, top to bottom."""
+    yield Text("")
     yield header(result, result.spec or NAME, width=width, how=[result.curvature.method])
     yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
     yield moments_table(result)
@@ -52,15 +115,13 @@ def render(result: SpectrumResult, width: int) -> Iterator[RenderableType]:
         yield layers_table(result.layers, result.curvature.trace)
 
 
-@as_report
-def render_moments(result: MomentsResult, width: int) -> Iterator[RenderableType]:
-    """Everything, top to bottom."""
+render = as_report(answer, details)
+
+
+def moments_answer(result: MomentsResult, width: int) -> Iterator[RenderableType]:
+    """Three numbers."""
     found = result.moments
-    how = "the same probe vectors for all examples"
-    if found.pieces > 1:
-        how = f"probe vectors of their own for {found.pieces} pieces of the data"
-    yield header(result, result.spec or NAME, width=width, how=[how])
-    yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
+    yield _title(result, width)
     yield grid(
         [
             ("λ_max", quantity_with_error(found.lambda_max.value, found.lambda_max.residual)),
@@ -68,6 +129,20 @@ def render_moments(result: MomentsResult, width: int) -> Iterator[RenderableType
             ("‖·‖_F²", curvature_of(found.frobenius_sq)),
         ]
     )
+
+
+def moments_details(result: MomentsResult, width: int) -> Iterator[RenderableType]:
+    """What was measured, and how."""
+    found = result.moments
+    how = "the same probe vectors for all examples"
+    if found.pieces > 1:
+        how = f"probe vectors of their own for {found.pieces} pieces of the data"
+    yield Text("")
+    yield header(result, result.spec or NAME, width=width, how=[how])
+    yield heading(OPERATOR_NAMES.get(result.operator, result.operator), "± is the half-width of the 95 % interval")
+
+
+render_moments = as_report(moments_answer, moments_details)
 
 
 def moments_table(result: SpectrumResult) -> RenderableType:

@@ -4,73 +4,22 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from decimal import ROUND_DOWN, Context
-from functools import wraps
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
-from zoscope.report.console import CleanConsole, cleaned
+from zoscope.report.console import CleanConsole
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
-    from rich.segment import Segment
+    from rich.console import JustifyMethod, RenderableType
 
-    from zoscope.result import MeasuredResult, RichResult
+    from zoscope.result import MeasuredResult
     from zoscope.theory.spectrum import Estimate
-
-Result = TypeVar("Result", bound="RichResult")
-
-
-@dataclass(frozen=True)
-class Report(Generic[Result]):
-    """Lays a result out for the width that it is printed at.
-
-    Args:
-        result: What to show.
-        sections: ``sections(result, width)``: everything but the warnings, top to bottom.
-        warnings: Whether to end with the warnings.
-    """
-
-    result: Result
-    sections: Callable[[Result, int], Iterator[RenderableType]]
-    warnings: bool = True
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        """Everything, top to bottom, with signs in place of control characters on any console."""
-        yield from cleaned(self._segments(console, options.update(markup=False)))
-
-    def _segments(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        for renderable in self._parts(options.max_width):
-            yield from console.render(renderable, options)
-
-    def _parts(self, width: int) -> Iterator[RenderableType]:
-        from zoscope.analysis.notices import PROVISIONAL  # late, as other users of this file have no result
-
-        yield from self.sections(self.result, width)
-        told = [notice.message for notice in self.result.warnings if notice.code != PROVISIONAL]  # that is above
-        if self.warnings and told:
-            yield heading("Warnings")
-            yield grid(("•", message) for message in told)
-
-
-def as_report(sections: Callable[[Result, int], Iterator[RenderableType]]) -> Callable[..., Report[Result]]:
-    """Turn the sections of a report into ``render(result, *, warnings=True)``.
-
-    With ``warnings=False`` they are left to another stream.
-    """
-
-    @wraps(sections)
-    def render(result: Result, *, warnings: bool = True) -> Report[Result]:
-        return Report(result, sections, warnings)
-
-    return render
-
 
 MISSING = "–"
 INFINITE = "∞"

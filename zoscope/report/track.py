@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.text import Text
 
 from zoscope.config.load import AUTOMATIC
+from zoscope.report.answer import as_report, one_line
 from zoscope.report.style import (
     MISSING,
-    as_report,
     count,
     counted,
     duration,
@@ -56,11 +56,23 @@ LABEL, NUMBERS = 28, 62
 """Longest label, and the width of everything beside it."""
 
 
-@as_report
-def render_comparison(comparison: Comparison, width: int) -> Iterator[RenderableType]:
-    """The table, what the columns are, what failed."""
+MOST_RUNS = 8
+"""Runs that the answer lists, those with the lowest loss."""
+
+
+def comparison_answer(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """A row per run, and what failed."""
+    lost = [entry.label for entry in comparison.failed]
+    yield comparison_table(comparison, width=width, most=MOST_RUNS)
+    if lost:
+        yield Text(f"Failed: {', '.join(lost)}")
+
+
+def comparison_details(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """The whole table, what the columns are, what failed."""
     yield heading("Runs", "each at its last measurement")
-    yield comparison_table(comparison, width=width)
+    if len(comparison.results) > MOST_RUNS:
+        yield comparison_table(comparison, width=width)
     same = differing(comparison)
     if same and len(comparison.results) > 1:
         yield Text(f"They differ in {', '.join(same)}.", style="dim")
@@ -73,6 +85,9 @@ def render_comparison(comparison: Comparison, width: int) -> Iterator[Renderable
         yield grid((entry.label, entry.error or "") for entry in comparison.failed)
 
 
+render_comparison = as_report(comparison_answer, comparison_details)
+
+
 def differing(comparison: Comparison) -> list[str]:
     """Options in which the runs differ."""
     configs = [result.config for _, result in comparison.results]
@@ -83,12 +98,28 @@ def differing(comparison: Comparison) -> list[str]:
     return [word for key in found for word in (named if key == "set" else [key])]
 
 
-def comparison_table(comparison: Comparison, *, width: int) -> Table:
-    """One row per run; where there is little room, labels are cut rather than numbers."""
+def comparison_table(comparison: Comparison, *, width: int, most: int | None = None) -> Table:
+    """One row per run; where there is little room, labels are cut rather than numbers.
+
+    Args:
+        comparison: The runs.
+        width: Columns.
+        most: Rows, if there are more runs; then those with the lowest loss.
+    """
+    runs = list(comparison.results)
+    if most is not None and len(runs) > most:
+        runs = sorted(runs, key=lambda run: _last_loss(run[1]))[:most]
     columns = number_table("run", "steps", "loss", "η", "trace", "λ_max", "term", "η/η*", "in band")
-    for label, result in comparison.results:
+    for label, result in runs:
         columns.add_row(_short(label, min(LABEL, max(width - NUMBERS, LABEL // 2))), *_cells(result))
+    if len(runs) < len(comparison.results):
+        columns.add_row(f"+{len(comparison.results) - len(runs)} more")
     return columns
+
+
+def _last_loss(result: TrackResult) -> float:
+    loss = result.records[-1].loss if result.records else None
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def _cells(result: TrackResult) -> list[str | Text]:
@@ -296,9 +327,27 @@ MOST_STEP_SIZES = 4
 STATUS_STYLES = {"finished": "bold green", "target": "bold green", "diverged": "bold red"}
 
 
-@as_report
-def render(result: TrackResult, width: int) -> Iterator[RenderableType]:
+SHOWN_ROWS = 4
+"""Measurements in the answer."""
+
+
+def answer(result: TrackResult, width: int) -> Iterator[RenderableType]:
+    """How it ended, a few measurements, and where the run is."""
+    facts = [f"{_name(result)}, lr {step_sizes_named(result.config['lr'])}", counted(result.num_params, "parameter")]
+    yield one_line([*facts, counted(result.num_examples, "example"), duration(result.seconds)], width=width)
+    word = "Stopped" if result.status == "time" else result.status.capitalize()
+    status = Text(word, style=STATUS_STYLES.get(result.status, "bold yellow"))
+    yield Text.assemble(status, f": {result.reason}; {_losses(result)}")
+    yield from _closest(result)
+    if result.records:
+        yield table(result, thinned(result.records, SHOWN_ROWS), short=True)
+    if result.folder is not None:
+        yield Text(f"folder {result.folder}")
+
+
+def details(result: TrackResult, width: int) -> Iterator[RenderableType]:
     """Everything, top to bottom."""
+    yield Text("")
     yield header(result)
     if result.records:
         shown = thinned(result.records)
@@ -311,9 +360,30 @@ def render(result: TrackResult, width: int) -> Iterator[RenderableType]:
     yield grid(facts(result))
 
 
+render = as_report(answer, details)
+
+
+def _name(result: TrackResult) -> str:
+    return f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}"
+
+
+def _losses(result: TrackResult) -> str:
+    first, last = (result.records[0].loss, result.records[-1].loss) if result.records else (None, None)
+    return f"loss {quantity(first, digits=3)} → {quantity(last, digits=3)}"
+
+
+def _closest(result: TrackResult) -> Iterator[Text]:
+    """How near to the threshold the step size came."""
+    known = [record for record in result.records if record.ratio is not None]
+    if known:
+        highest = max(known, key=lambda record: record.ratio or 0.0)
+        ratio, step = quantity(highest.ratio, digits=2), count(highest.step)
+        yield Text(f"lr was at most {ratio} × the threshold η*, at step {step}")
+
+
 def header(result: TrackResult) -> Text:
     """What was trained, and what it took."""
-    name = Text(f"{result.spec or 'problem'}: {optimizer_name(result.optimizer)}", style="bold")
+    name = Text(_name(result), style="bold")
     facts = [
         f"{count(result.num_params)} parameters",
         counted(result.num_examples, "example"),
@@ -345,9 +415,10 @@ def thinned(records: Sequence[Record], most: int = MOST_ROWS) -> list[Record]:
     return [records[index] for index in picked]
 
 
-def table(result: TrackResult, records: Sequence[Record]) -> Table:
-    """One row per measurement."""
-    about = ("‖g‖", "floor") if _stalls(result) else ("lower", "term", "upper", "η*", "η/η*")
+def table(result: TrackResult, records: Sequence[Record], *, short: bool = False) -> Table:
+    """One row per measurement; for the answer without the band."""
+    band = () if short else ("lower", "term", "upper")
+    about = ("‖g‖", "floor") if _stalls(result) else (*band, "η*", "η/η*")
     columns = number_table("step", "loss", "η", "trace", "λ_max", *about)
     for record in records:
         columns.add_row(
@@ -356,7 +427,7 @@ def table(result: TrackResult, records: Sequence[Record]) -> Table:
             step_size(record.lr),
             quantity(record.trace, digits=3),
             quantity(record.lambda_max, digits=3),
-            *(_against_floor(record) if _stalls(result) else _against_band(record)),
+            *(_against_floor(record) if _stalls(result) else _against_band(record)[3 if short else 0 :]),
         )
     return columns
 

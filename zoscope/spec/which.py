@@ -57,7 +57,7 @@ def _spec_of_yaml(path: Path) -> Any:
         config = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UsageError(f"{path.name} cannot be read: {_reason(error)}. Fix it, or name a SPEC.") from error
-    return config.get("problem") if isinstance(config, dict) else None
+    return config.get("problem", config.get("spec")) if isinstance(config, dict) else None
 
 
 def _reason(error: Exception) -> str:
@@ -76,7 +76,7 @@ def _spec_of_pyproject(path: Path) -> Any:
         raise UsageError(f"{path.name} cannot be read: {reason(error)}. Fix it, or name a SPEC.") from error
     tools = config.get("tool")
     table = tools.get("zoscope") if isinstance(tools, dict) else None
-    return table.get("problem") if isinstance(table, dict) else None
+    return table.get("problem", table.get("spec")) if isinstance(table, dict) else None
 
 
 def _relative_to(cwd: Path, spec: str) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zoscope import BoundsResult, Notice
-from zoscope.analysis.notices import PROVISIONAL
+from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.report.bounds import advice, render
 from zoscope.report.style import step_size_at_most
 
@@ -16,9 +16,9 @@ Make = Callable[..., BoundsResult]
 WIDTHS = (80, 120, 200)
 
 
-def shown(result: object, width: int) -> str:
+def shown(result: object, width: int, *, verbose: bool = True) -> str:
     console = Console(width=width, file=io.StringIO(), record=True, color_system=None)
-    console.print(result)
+    console.print(render(result, verbose=verbose) if isinstance(result, BoundsResult) else result)
     return console.export_text(styles=False)
 
 
@@ -43,7 +43,7 @@ def test_no_line_is_wider_than_the_terminal(make_result: Make, width: int, steps
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e6])
 def test_the_same_numbers_are_shown_at_80_and_at_120_columns(make_result: Make, scale: float) -> None:
     result = make_result(lr=0.02 / scale, scale=scale)
-    narrow, wide = numbers(shown(result, 80)), numbers(shown(result, 120))
+    narrow, wide = (numbers(shown(result, width).partition("Curvature")[2]) for width in (80, 120))
     assert set(narrow) == set(wide)
 
 
@@ -65,7 +65,8 @@ def test_numbers_stay_in_one_piece_in_a_narrow_terminal(make_result: Make) -> No
     result = make_result()
     text = shown(result, 60)
     assert "…" not in text
-    assert set(numbers(text)) == set(numbers(shown(result, 80)))
+    narrow, wide = (shown(result, width).partition("Curvature")[2] for width in (60, 80))
+    assert set(numbers(narrow)) == set(numbers(wide))
 
 
 def test_a_wide_terminal_holds_one_table_of_bounds_and_80_columns_two(make_result: Make) -> None:
@@ -95,7 +96,7 @@ def test_warnings_come_last_and_can_be_left_to_another_stream(make_result: Make)
     result = make_result()
     text = shown(result, 120)
     assert text.index("Warnings") > text.index("Stable for how many steps")
-    assert "indefinite" not in shown(render(result, warnings=False), 120)
+    assert "indefinite" not in shown(render(result, verbose=True, warnings=False), 120)
 
 
 @pytest.mark.parametrize(
@@ -161,4 +162,52 @@ def test_no_colour_is_written_where_none_is_wanted(make_result: Make, monkeypatc
 def test_a_notebook_gets_html_and_text(make_result: Make) -> None:
     bundle = make_result()._repr_mimebundle_()
     assert bundle["text/html"].startswith("<pre")
-    assert "Step-size bounds" in bundle["text/plain"]
+    assert "use lr" in bundle["text/plain"]
+    assert "result.report(verbose=True)" in bundle["text/plain"]
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("lr", [None, 0.02])
+@pytest.mark.parametrize("steps", [1, 1000, 50_000])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.3])
+def test_the_answer_is_twelve_lines_at_most_and_keeps_to_its_width(
+    make_result: Make, width: int, lr: float | None, steps: int, noise: float
+) -> None:
+    text = shown(make_result(lr=lr, steps=steps, noise=noise), width, verbose=False)
+    lines = text.splitlines()
+    assert len(lines) <= 12
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    assert all(any(line.startswith(f"{name} ") and "e-" in line for line in lines) for name in ("GD", "GDM", "Adam"))
+
+
+def test_the_answer_has_the_bounds_that_the_details_have(make_result: Make) -> None:
+    result = make_result(noise=0.0)
+    text = shown(result, 120, verbose=False)
+    floats = [float(number.replace(",", "")) for number in numbers(text)]
+    for row in result.optimizers.values():
+        for value in (row.fo, row.exact.value, row.zo_lower, row.zo_upper, row.recommended):
+            assert any(number == pytest.approx(value, rel=0.06) for number in floats), value  # two digits in doubt
+    assert "● use  ┃ edge  ◆ FO" in text
+
+
+def test_a_step_size_asked_about_has_its_column(make_result: Make) -> None:
+    text = shown(make_result(lr=0.02, noise=0.0), 80, verbose=False)
+    assert "lr = 0.02" in text
+    assert "× diverges" in text
+    assert "▲ lr" in text
+
+
+def test_a_step_size_that_is_not_known_is_not_called_unlimited(make_result: Make) -> None:
+    result = replace(make_result(noise=0.0), warnings=(Notice("piecewise-constant", "It jumps."),))
+    assert shown(result, 80, verbose=False).count("not known") == 3
+
+
+def test_everything_begins_with_the_answer(make_result: Make) -> None:
+    result = make_result()
+    answer = shown(render(result, warnings=False), 80)
+    assert shown(result, 80).startswith(answer)
+    assert str(result.report(verbose=True)).startswith(str(result.report(warnings=False)))

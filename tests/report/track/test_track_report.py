@@ -50,7 +50,7 @@ def shown(renderable, width):
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("optimizer", ["zo-gd", "zo-gdm", "zo-adam", "gd", "gdm", "adam"])
 def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(optimizer, width):
-    text = shown(render(run(optimizer=optimizer, lr=0.001, steps=30)), width)
+    text = shown(render(run(optimizer=optimizer, lr=0.001, steps=30), verbose=True), width)
     assert all(len(row) <= width for row in text.splitlines())
     assert "…" not in text
     for heading in ("step", "loss", "trace", "term", "η/η*"):
@@ -59,7 +59,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(optimizer, widt
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_comparison_fits_too(comparison, width):
-    text = shown(render_comparison(comparison), width)
+    text = shown(render_comparison(comparison, verbose=True), width)
     assert all(len(row) <= width for row in text.splitlines())
     assert "diverged: the loss was" in text
     assert "the start is not finite" in text
@@ -70,7 +70,23 @@ def test_at_most_twenty_rows_with_both_ends(result):
     rows = thinned(result.records)
     assert len(rows) == MOST_ROWS
     assert (rows[0], rows[-1]) == (result.records[0], result.records[-1])
-    assert f"{MOST_ROWS} of 31" in shown(render(result), 100)
+    assert f"{MOST_ROWS} of 31" in shown(render(result, verbose=True), 100)
+
+
+@pytest.mark.parametrize("optimizer", ["zo-gd", "adam", "zo-normalized"])
+def test_the_answer_is_short_and_says_how_near_the_edge_was(optimizer):
+    text = shown(render(run(optimizer=optimizer, lr=0.001, steps=30)), 80)
+    assert len(text.splitlines()) <= 12
+    assert "Finished: all 30 steps are done; loss " in text
+    assert ("× the threshold η*, at step" in text) == (optimizer != "zo-normalized")
+
+
+def test_of_many_runs_the_best_are_listed(result, comparison):
+    many = Comparison(tuple(Entry(f"run {n}", result) for n in range(20)) + comparison.entries[1:])
+    text = shown(render_comparison(many), 80)
+    assert len(text.splitlines()) <= 12
+    assert "+13 more" in text
+    assert "Failed: none" in text
 
 
 def at(step, threshold, lower=90.0, upper=110.0):
