@@ -96,7 +96,7 @@ def test_a_keyword_argument_has_the_type_of_the_table(function: str, name: str) 
 
 def test_every_option_of_a_command_is_an_argument_of_its_function() -> None:
     only_there = {"settings", "checkpoint", "estimate", "plot", "moments", "verbose", "json", "output", "quiet"}
-    only_there |= {"tensorboard", "config", "sweep", "compare"}
+    only_there |= {"tensorboard", "config", "sweep", "compare", "logger"}
     for command in ("bounds", "probe", "track", "spectrum"):
         taken = {argument(command, name).name for name in KEYWORDS[command][1].__annotations__}
         assert {option.name for _, option in options_of(command)} - only_there == taken - {"preconditioner"} | (

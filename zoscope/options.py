@@ -478,7 +478,11 @@ _TABLE = (
         "are separated by ';'. Repeatable: every combination.",
         None, "KEY=V1,V2",
     ),
-    _option("tensorboard", FLAG, "Also write TensorBoard scalars into the folder.", False),
+    _option("tensorboard", FLAG, "The same as --logger tensorboard.", False),
+    _option(
+        "logger", Several(TEXT),
+        "Also log the run to tensorboard (its files are in the folder), wandb or mlflow; repeatable.", None, "NAME",
+    ),
     _option("compare", FLAG, "Compare the runs in the folders given instead of SPEC.", False),
     # --- checks
     _option(
@@ -566,7 +570,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "betas eps target_loss divergence max_seconds seed",
         "Measurement": "every rtol max_hvps method curvature hvp device dtype micro_batch max_memory shard_basis "
         "strict forward_every",
-        "Run folder": "checkpoint_every run config resume overwrite sweep plot tensorboard compare",
+        "Run folder": "checkpoint_every run config resume overwrite sweep plot logger tensorboard compare",
         "Output": _OUTPUT,
     },
     "spectrum": {
@@ -581,7 +585,7 @@ COMMANDS: dict[str, dict[str, str]] = {
 
 ONLY_HERE = {
     "check": "config only hf_args verbose format json output schema quiet baseline max_drop update_baseline cache",
-    "track": "spec config resume overwrite sweep plot tensorboard compare verbose json output quiet",
+    "track": "spec config resume overwrite sweep plot logger tensorboard compare verbose json output quiet",
 }
 """Options of the commands that read a file which it cannot hold; the others have no default on the command line."""
 

@@ -42,6 +42,12 @@ def test_torch_is_loaded_without_a_collection_of_garbage() -> None:
     assert done.stdout.split() == ["0", "True", "True"]
 
 
+def test_help_loads_no_torch() -> None:
+    loaded = loaded_after("--help")
+    assert "zoscope.cli.bounds" in loaded
+    assert not loaded & {"torch", "numpy", "scipy"}
+
+
 def test_help_of_a_command_loads_no_other_command() -> None:
     loaded = loaded_after("bounds", "--help")
     assert "zoscope.cli.bounds" in loaded

@@ -31,7 +31,10 @@ def commands(text: str) -> list[str]:
     return re.findall(r"zoscope check[^\n#`]*(?:\n +--[^\n]*)*", text)
 
 
-@pytest.mark.parametrize("name", ["github-workflow.yml", "gitlab-ci.yml", "pre-commit-config.yaml", "README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["github-workflow.yml", "gitlab-ci.yml", "pre-commit-config.yaml", "README.md", "../../.pre-commit-hooks.yaml"],
+)
 def test_every_option_in_the_files_exists(name: str) -> None:
     group = typer.main.get_command(build())
     known = {option for parameter in group.commands["check"].params for option in parameter.opts}  # type: ignore[attr-defined]

@@ -194,3 +194,18 @@ def test_float32_weights_and_zeros_keep_their_updates() -> None:
     assert wide.vanishing < 1e-2
     zeros = update_rounding([torch.zeros(100, dtype=torch.bfloat16)], lr=1e-6, slope=1.0)
     assert zeros.kept == pytest.approx(1.0)
+
+
+def test_a_plan_says_at_which_mu_slopes_are_right_in_the_dtype_that_trains() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1).bfloat16()
+    inputs, targets = torch.randn(64, 8).bfloat16(), torch.randn(64, 1).bfloat16()
+    problem = zoscope.Problem.from_criterion(model, [(inputs, targets)], lambda y, t: (y - t).float().square().mean())
+    found = zoscope.plan(problem, steps=20, mu=1e-6, replicas=2)
+    assert found.dtype == "float32"
+    assert found.perturbation.dtype == "bfloat16"
+    assert found.perturbation.lower is not None
+    assert found.perturbation.lower.value > 1e-4
+    assert "mu" in {warning.code for warning in found.warnings}
+    assert "mu" not in {w.code for w in zoscope.plan(problem, steps=20, mu=1e-2, replicas=2).warnings}
+    assert found.to_dict()["perturbation"]["best"] == found.perturbation.best

@@ -20,7 +20,7 @@ class Quadratic:
     def __init__(self, eigenvalues: np.ndarray) -> None:
         self.eigenvalues = torch.from_numpy(eigenvalues)
 
-    def begin(self) -> None:
+    def begin(self, runs) -> None:
         pass
 
     def full(self, theta):
@@ -29,7 +29,7 @@ class Quadratic:
     def values(self, theta):
         return 0.5 * (self.eigenvalues * theta**2).sum(dim=1)
 
-    def batch(self, theta, replicas):
+    def batch(self, theta, rows):
         return None
 
 
@@ -46,7 +46,7 @@ def final_losses(law: Law, *, lr: float, steps: int, macro: int, replicas: int, 
         lr=lr,
         steps=steps,
         macro=macro,
-        replicas=replicas,
+        runs=range(replicas),
         seed=1,
         ceiling=math.inf,
         top=top(),
@@ -141,7 +141,7 @@ def test_adam_stalls_where_its_noise_holds_it():
         lr=lr,
         steps=3000,
         macro=600,
-        replicas=4,
+        runs=range(4),
         seed=0,
         ceiling=math.inf,
         top=top(),
@@ -160,3 +160,31 @@ def test_a_direction_that_was_left_out_is_found_when_it_grows():
         vectors, places = space.choose(gradient, 2, scale=1.0)
         space.learn(vectors, places, vectors @ hessian, scale=1.0)
     assert max(space.values) == pytest.approx(9.0, rel=1e-3)
+
+
+class _WildAtFirst(Quadratic):
+    """Gradients that change by a factor from look to look, ten times: what no linear model foretells."""
+
+    looks = 0
+
+    def full(self, theta):
+        self.looks += 1
+        return theta * self.eigenvalues * (4.0 if self.looks < 10 and self.looks % 2 else 1.0), self.values(theta)
+
+
+def test_macro_steps_that_came_down_to_one_step_grow_again():
+    found = rehearse(
+        _WildAtFirst(EIGENVALUES),
+        torch.full((len(EIGENVALUES),), 0.3, dtype=torch.float64),
+        law=Law("gd"),
+        lr=2e-3,
+        steps=2000,
+        macro=40,
+        runs=range(2),
+        seed=0,
+        ceiling=math.inf,
+        top=top(),
+    )
+    sizes = np.diff(found.steps)
+    assert sizes.min() == 1
+    assert len(sizes) < 100

@@ -1,25 +1,27 @@
 """The search over step sizes, on runs whose edges are known."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from zoscope.planning.search import Edge, Search, Trial
+from zoscope.planning.search import Edge, Run, Search
 
 EDGES = np.array([0.9, 1.0, 1.1, 1.05])
 
 
-def runner(lr: float) -> Trial:
-    gone = lr > EDGES
-    ends = np.where(gone, np.inf, (math.log(lr / 0.3)) ** 2 + 1.0)
-    left = tuple(5 if out else None for out in gone)
-    return Trial(lr, ends, left, np.array([0.0, 10.0]), np.stack([np.full(4, 2.0), ends]))
+def one(end: float) -> Run:
+    return Run(None if math.isfinite(end) else 5, np.array([0.0, 10.0]), np.array([2.0, end]))
+
+
+def runner(lr: float, runs: Sequence[int], enough: int) -> dict[int, Run]:
+    return {run: one(math.inf if lr > EDGES[run] else math.log(lr / 0.3) ** 2 + 1.0) for run in runs}
 
 
 @pytest.mark.parametrize("guess", [1e-3, 0.5, 40.0])
 def test_edges_and_the_lowest_loss_are_found_from_any_guess(guess):
-    search = Search(runner)
+    search = Search(runner, len(EDGES))
     low, high = search.bracket(guess)
     search.refine(low, high, rtol=0.1)
     edge = search.settle(rtol=0.05)
@@ -27,7 +29,7 @@ def test_edges_and_the_lowest_loss_are_found_from_any_guess(guess):
     assert edge.ci95[0] < edge.lr < edge.ci95[1]
     best = search.lowest(edge.at_risk(0.05))
     assert best.lr == pytest.approx(0.3, rel=0.25)
-    assert not best.gone.any()
+    assert np.isfinite(best.ends).all()
 
 
 def test_the_risk_rises_from_nothing_past_a_half_at_the_edge():
@@ -37,19 +39,48 @@ def test_the_risk_rises_from_nothing_past_a_half_at_the_edge():
     assert edge.risk(edge.at_risk(0.05)) == pytest.approx(0.05, rel=1e-6)
 
 
-def test_a_trial_is_run_once():
-    asked = []
-    search = Search(lambda lr: asked.append(lr) or runner(lr))
+def test_a_run_is_made_once_and_not_where_its_fate_is_known():
+    asked: list[tuple[float, list[int]]] = []
+
+    def told(lr, runs, enough):
+        asked.append((lr, list(runs)))
+        return runner(lr, runs, enough)
+
+    search = Search(told, 2)
     search.trial(0.5)
     search.trial(0.50000001)
-    assert asked == [0.5]
+    search.replicas = 4
+    search.trial(0.5)
+    assert asked == [(0.5, [0, 1]), (0.5, [2, 3])]
+    assert search.half_leave(1.02)  # runs 0 and 1 leave there, 2 and 3 stay
+    assert search.fates(0.3) == [False] * 4
+    assert search.fates(1.04) == [True, True, None, None]
+    assert search.fates(0.8) == [None, None, False, False]
+    asked.clear()
+    assert search.half_leave(1.04)
+    assert not search.half_leave(0.8)
+    assert asked == [(0.8, [0, 1])]
+
+
+def test_runs_given_up_when_half_have_left_are_made_where_they_matter():
+    def hasty(lr, runs, enough):
+        found = runner(lr, runs, enough)
+        gone = [run for run in runs if found[run].left is not None]
+        return {run: found[run] for run in gone[:enough]} if len(gone) >= enough else found
+
+    search = Search(hasty, 4)
+    assert search.half_leave(2.0)
+    assert search.fates(2.0).count(None) == 2
+    low, high = search.bracket(2.0)
+    search.refine(low, high, rtol=0.1)
+    edge = search.settle(rtol=0.05)
+    assert np.isfinite(edge.brackets).all()
+    assert (edge.brackets[:, 0] <= EDGES).all()
+    assert (edge.brackets[:, 1] >= EDGES).all()
 
 
 def test_runs_that_never_leave_have_no_edge():
-    def calm(lr: float) -> Trial:
-        return Trial(lr, np.ones(3), (None,) * 3, np.array([0.0]), np.ones((1, 3)))
-
-    search = Search(calm)
+    search = Search(lambda lr, runs, enough: {run: one(1.0) for run in runs}, 3)
     low, high = search.bracket(1.0)
     assert high is None
     assert search.edge().lr is None

@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 LOGGED = {
     "loss": "loss",
     "lr": "lr",
+    "grad_norm": "grad_norm",
     "trace": "trace",
     "lambda_max": "lambda_max",
+    "lambda_min": "lambda_min",
     "lower": "lower",
     "upper": "upper",
     "threshold": "threshold",

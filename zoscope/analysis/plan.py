@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,10 @@ from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.optim.rules import rule_from_options
 from zoscope.options import SCHEDULES, PlanMethod, PlanOptions, keywords
+from zoscope.planning.mu import PerturbationScale, measure_scale, perturbation_notices
 from zoscope.planning.rehearsal import Law
 from zoscope.planning.runs import (
+    FEW,
     FEWEST_MACRO,
     MOST_MACRO,
     Cost,
@@ -34,10 +36,11 @@ from zoscope.planning.runs import (
     rehearsal_price,
     share_of,
 )
-from zoscope.planning.search import RISKY, SAFE, Edge, Search, Trial, finite_range, loss_stderr
+from zoscope.planning.search import RISKY, SAFE, Edge, Run, Search, Trial, finite_range, loss_stderr
 from zoscope.problem import Notice
 from zoscope.registry import family_of, optimizer_record
 from zoscope.result import JsonObject, MeasuredResult, ProblemInfo
+from zoscope.runtime.devices import HALF
 from zoscope.theory.rules import estimator_moments, update_rule
 
 if TYPE_CHECKING:
@@ -58,8 +61,8 @@ SATURATED = 0.1
 AGREE = 0.05
 """Change of the edge, and of the loss in units of its fall, from one rehearsal to a finer one that is small enough."""
 
-EDGE_RTOL = 0.1
-"""Width of the brackets of single runs' edges."""
+EDGE_RTOL, REHEARSED_RTOL = 0.1, 0.2
+"""Width of the brackets of single runs' edges; a rehearsal is not worth a narrower one."""
 
 APPROACH_RTOL, NEIGHBOUR = 0.25, 1.5
 """Width of the bracket that few runs find, and the first factor between the step sizes tried for it."""
@@ -192,12 +195,15 @@ class PlanResult(MeasuredResult):
         method: How runs were looked ahead at.
         replicas: Runs at every step size.
         cost: What it took.
+        perturbation: At which μ slopes are right, with the batch and in the dtype that train.
         schedules: The answers for other schedules, if they were asked for, lowest expected loss first.
         interrupted: Whether this is what was known when it was stopped.
     """
 
     schema: ClassVar[str] = "zoscope.plan/1"
-    keys: ClassVar[str] = "question answer edge safe curve paths method replicas cost schedules interrupted"
+    keys: ClassVar[str] = (
+        "question answer edge safe curve paths method replicas cost perturbation schedules interrupted"
+    )
 
     question: Mapping[str, Any]
     answer: Answer
@@ -208,6 +214,7 @@ class PlanResult(MeasuredResult):
     method: str
     replicas: int
     cost: PlanCost
+    perturbation: PerturbationScale
     schedules: tuple[ScheduleAnswer, ...] = ()
     interrupted: bool = False
 
@@ -241,7 +248,6 @@ class _Planner:
     ceiling: float = field(init=False)
     runs: Runs = field(init=False)
     search: Search = field(init=False)
-    approach: dict[float, Trial] = field(default_factory=dict)
     spent: bool = False
     coarse: bool = False
     saturated: bool = False
@@ -257,32 +263,25 @@ class _Planner:
 
     @property
     def tried(self) -> list[Trial]:
-        """Trials of all runs by step size, and outside of their range those of few runs that led there."""
-        found = self.search.trials
-        ends = (min(found), max(found)) if found else (math.inf, -math.inf)
-        led = [trial for lr, trial in self.approach.items() if not ends[0] <= lr <= ends[1]]
-        return sorted([*led, *found.values()], key=lambda trial: trial.lr)
+        """Trials by step size, rising."""
+        return sorted(self.search.trials.values(), key=lambda trial: trial.lr)
 
     def go(self) -> tuple[Edge, Trial | None]:
         """The edge, and the trial of the best step size: approached by few runs, then by all of them."""
-        self.runs = self._first_runs()
-        self.search = Search(self._trial)
         edge, best = Edge(np.empty((0, 2))), None
+        self._go_on(self._first_runs(), FEW)
         try:
             guess = self._guess()
             try:
-                near, lowest = self._approach(guess)
-                self._go_on(self.runs.of(self.question))
-                edge, best = self._answer(near, lowest)
+                edge, best = self._found(guess)
                 while isinstance(self.runs, RehearsedRuns) and not self._holds(self.runs, edge, best):
                     if not self._refined():
                         break
-                    edge, best = self._answer(edge.lr or near, lowest if best is None else best.lr)
+                    lowest = None if best is None else best.lr
+                    edge, best = self._answer(edge.lr or lowest, lowest)
             except _DearError:
-                self._go_on(RealRuns(self.objective, replace(self.question, few=True), self.cost))
-                near, lowest = self._approach(guess)
-                self._go_on(self.runs.of(self.question))
-                edge, best = self._answer(near, lowest)
+                self._go_on(RealRuns(self.objective, self.question, self.cost), FEW)
+                edge, best = self._found(guess)
         except _BudgetSpentError:
             self.spent = True
             edge = self.search.edge() if self.search.trials else edge
@@ -290,9 +289,16 @@ class _Planner:
             best = min(trials, key=lambda trial: trial.mean, default=best)
         return edge, best
 
-    def _go_on(self, runs: Runs) -> None:
-        """Search anew, with other runs."""
-        self.runs, self.search = runs, Search(self._trial)
+    def _go_on(self, runs: Runs, replicas: int | None = None) -> None:
+        """Search anew, with other runs: all of them, or few."""
+        self.runs = runs
+        self.search = Search(self._made, min(replicas or runs.replicas, runs.replicas))
+
+    def _found(self, guess: float) -> tuple[Edge, Trial | None]:
+        """The answer by all runs, from a guess: few of them come near to it."""
+        near, lowest = self._approach(guess)
+        self.search.replicas = self.runs.replicas
+        return self._answer(near, lowest)
 
     def _approach(self, guess: float) -> tuple[float | None, float | None]:
         """About where half of the runs leave, and where the loss is lowest; ``None`` where there is no such thing."""
@@ -304,7 +310,6 @@ class _Planner:
             low, high = self.search.refine(low, high, rtol=APPROACH_RTOL)
             edge = math.sqrt(low * high)
         best = self.search.lowest(low)
-        self.approach = self.search.trials
         return edge, best.lr if math.isfinite(best.mean) else None
 
     def _holds(self, runs: RehearsedRuns, edge: Edge, best: Trial | None) -> bool:
@@ -312,14 +317,13 @@ class _Planner:
         if 2 * runs.macro > min(self.question.steps, MOST_MACRO):
             return True
         search = self.search
-        self._go_on(runs.finer(replace(self.question, few=True)))
+        self._go_on(runs.finer(), FEW)
         try:
-            if edge.lr is not None and self.search.share(edge.lr * (1 + AGREE)) < 0.5:
+            if edge.lr is not None and not self.search.half_leave(edge.lr * (1 + AGREE)):
                 return False
             if best is None:
                 return True
-            few = self.runs.replicas
-            moved = abs(self.search.trial(best.lr).mean - float(best.ends[:few].mean()))
+            moved = abs(self.search.trial(best.lr).mean - float(best.ends[: self.search.replicas].mean()))
             return moved <= AGREE * max(abs(self.loss - best.mean), 1e-12)
         finally:
             self.runs, self.search = runs, search
@@ -335,7 +339,7 @@ class _Planner:
         if plateau <= self.loss + SATURATED * abs(self.loss):
             return low, high
         self.saturated, self.ceiling = True, 0.5 * (self.loss + plateau)
-        self.search = Search(self._trial)
+        self._go_on(self.runs, FEW)
         return self.search.bracket(guess, factor=NEIGHBOUR)
 
     def runs_of(self, question: Question) -> Runs:
@@ -343,7 +347,7 @@ class _Planner:
         return self.runs.of(question)
 
     def _first_runs(self) -> Runs:
-        question = replace(self.question, few=True)
+        question = self.question
         real = real_price(question, self._share)
         coarse = rehearsal_price(question, self._share, macro=FEWEST_MACRO)
         # A rehearsal is done at least twice, the second time twice as finely.
@@ -363,7 +367,7 @@ class _Planner:
         if macro > min(question.steps, MOST_MACRO):
             self.coarse = True
             return False
-        self._go_on(self.runs.finer(question))
+        self._go_on(self.runs.finer())
         return True
 
     def _guess(self) -> float:
@@ -389,7 +393,7 @@ class _Planner:
         if low is None or high is None:
             return search.edge(), None
         search.refine(low, high, rtol=EDGE_RTOL)
-        edge = search.settle(rtol=EDGE_RTOL)
+        edge = search.settle(rtol=REHEARSED_RTOL if isinstance(self.runs, RehearsedRuns) else EDGE_RTOL)
         top = edge.at_risk(RISKY)
         if top is None:
             return edge, None
@@ -398,23 +402,23 @@ class _Planner:
             best = search.lowest(best.lr)
         return edge, best if math.isfinite(best.mean) else None
 
-    def _trial(self, lr: float) -> Trial:
-        macro = self.runs.macro if isinstance(self.runs, RehearsedRuns) else 0
-        key = (
-            f"{self.used}:{macro}:{self.runs.replicas}:{bool(macro) and self.runs.question.few}:{lr!r}:{self.ceiling!r}"
-        )
-        kept = self.store.get(key)
-        if kept is not None and "dear" in kept:
+    def _made(self, lr: float, numbers: Sequence[int], enough: int) -> dict[int, Run]:
+        """Runs at a step size; those that are in the store are not made again."""
+        runs, macro = self.runs, self.runs.macro if isinstance(self.runs, RehearsedRuns) else 0
+        kind = f"{self.used}:{macro}:{lr!r}:{self.ceiling!r}"
+        if self.store.get("dear") == kind:
             raise _DearError
-        if kept is not None:
-            return _read_trial(kept)
-        if self.cost.forward_passes + 0.2 * self.runs.price > self.max_cost:
+        kept = {run: _read_run(self.store[f"{kind}:{run}"]) for run in numbers if f"{kind}:{run}" in self.store}
+        missing, gone = [run for run in numbers if run not in kept], sum(run.left is not None for run in kept.values())
+        if not missing or gone >= enough:
+            return kept
+        if self.cost.forward_passes + 0.2 * len(missing) * runs.price > self.max_cost:
             raise _BudgetSpentError
         tick = None
         if self.on_progress is not None:
             report, done, total = self.on_progress, 0.0, float(self.question.steps)
-            if isinstance(self.runs, RealRuns):
-                total *= self.runs.replicas
+            if isinstance(runs, RealRuns):
+                total *= len(missing)
             what = f"{self.used} {len(self.search.trials) + 1}, lr {lr:.3g}"
             report(what, 0.0, total)
 
@@ -424,41 +428,26 @@ class _Planner:
                 report(what, min(done, total), total)
 
         before = self.cost.forward_passes
-        found = self.runs(lr, self.ceiling, tick)
-        self.store[key] = _written_trial(found)
+        made = runs(lr, self.ceiling, missing, enough=enough - gone, on_step=tick)
+        self.store.update({f"{kind}:{run}": _written_run(one) for run, one in made.items()})
+        dear = len(missing) * real_price(self.question, self._share)
+        if self.method == "auto" and self.used == "rehearsal" and self.cost.forward_passes - before > dear:
+            self.store["dear"] = kind
         self._keep_cost()
         self.save()
-        if self.method == "auto" and self.used == "rehearsal":
-            real = len(found.ends) * real_price(self.question, self._share)
-            if self.cost.forward_passes - before > real:
-                self.store[key] = {"dear": True}
-                self.save()
-                raise _DearError
-        return found
+        if self.store.get("dear") == kind:
+            raise _DearError
+        return kept | made
 
 
-def _written_trial(trial: Trial) -> dict[str, Any]:
-    def plain(array: Any) -> Any:
-        return [plain(item) for item in array] if np.ndim(array) else float(array) if math.isfinite(array) else None
-
-    return {
-        "lr": trial.lr,
-        "ends": plain(trial.ends),
-        "left": list(trial.left),
-        "steps": plain(trial.steps),
-        "losses": plain(trial.losses),
-    }
+def _written_run(run: Run) -> dict[str, Any]:
+    losses = [loss if math.isfinite(loss) else None for loss in run.losses.tolist()]
+    return {"left": run.left, "steps": run.steps.tolist(), "losses": losses}
 
 
-def _read_trial(entry: Mapping[str, Any]) -> Trial:
-    def array(values: Any) -> Any:
-        return np.array(values, dtype=object if values is None else None).astype(float)
-
-    def full(values: Any) -> Any:
-        found = array(values)
-        return np.where(np.isnan(found), np.inf, found)
-
-    return Trial(entry["lr"], full(entry["ends"]), tuple(entry["left"]), full(entry["steps"]), full(entry["losses"]))
+def _read_run(entry: Mapping[str, Any]) -> Run:
+    losses = [math.inf if loss is None else loss for loss in entry["losses"]]
+    return Run(entry["left"], np.array(entry["steps"]), np.array(losses))
 
 
 def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpack[PlanOptions]) -> PlanResult:
@@ -533,20 +522,24 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
         )
         gradients = sum(cost.gradients for cost in costs)
         passes = sum(cost.forward_passes for cost in costs)
+        lr = best.lr if best is not None and lowers else None
+        scale = _perturbation(subject, found, objective, question, lr)
+        passes += scale.num_evaluations * share_of(objective, question)
         return PlanResult(
             question=settings,
             answer=Answer(
-                lr=best.lr if best is not None and lowers else None,
+                lr=lr,
                 risk=edge.risk(best.lr) if best is not None and lowers else None,
                 expected_loss=best.mean if best is not None and lowers else None,
                 loss_start=loss,
             ),
             edge=EdgeEstimate(edge.lr, edge.ci95),
             safe=SafeStepSize(edge.at_risk(SAFE), SAFE),
-            curve=tuple(_curve_point(trial, edge) for trial in planner.tried),
-            paths=tuple(_path(trial) for trial in planner.tried),
+            curve=tuple(_curve_point(trial, edge, planner.search.fates(trial.lr)) for trial in planner.tried),
+            paths=tuple(_path(trial) for trial in planner.tried if trial.runs),
             method=planner.used,
             replicas=planner.runs.replicas,
+            perturbation=scale,
             cost=PlanCost(gradients, passes, run, SWEEP * planner.runs.replicas * run),
             schedules=tuple(rows),
             spec=problem.name if found["spec"] is None else found["spec"],
@@ -556,8 +549,32 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             problem=ProblemInfo(objective.num_params, objective.num_examples, loss, grad_norm),
             num_hvps=0,
             seconds=time.perf_counter() - began,
-            warnings=told,
+            warnings=(*told, *perturbation_notices(scale, found["mu"])),
         )
+
+
+def _perturbation(
+    subject: Problem, found: Mapping[str, Any], objective: Objective, question: Question, lr: float | None
+) -> PerturbationScale:
+    """At which μ slopes are right: in the weights' own dtype, where no other is asked for."""
+
+    def measured(prepared: Objective) -> PerturbationScale:
+        return measure_scale(
+            prepared,
+            batch_size=question.batch_size,
+            lr=lr if question.law.family == "gd" else None,
+            one_sided=question.estimator.one_sided,
+            seed=question.seed,
+        )
+
+    if found["dtype"] != "auto" or not any(param.dtype in HALF for param in subject.model.parameters()):
+        return measured(objective)
+    options = {name: found[name] for name in ("device", "micro_batch", "max_memory")}
+    try:
+        with subject.prepare(dtype="own", differentiable=False, **options) as trained:
+            return measured(trained)
+    except SpecError:  # batches of another dtype than the weights, which a training would convert
+        return measured(objective)
 
 
 def _notices(
@@ -672,7 +689,8 @@ def _remedy(planner: _Planner, edge: Edge) -> str:
     for told, asked in tries:
         runs = planner.runs_of(asked)
         for share in REMEDIES:
-            found = runs(share * edge.lr, planner.ceiling)
+            lr, numbers = share * edge.lr, range(runs.replicas)
+            found = Trial(lr, runs(lr, planner.ceiling, numbers, enough=runs.replicas))
             if found.mean + loss_stderr(found, planner.loss) < planner.loss * (1 - WORTHWHILE):
                 return f"{told[0].upper()}{told[1:]} does: at {found.lr:.2g} the loss falls to {found.mean:.4g}."
     return advice
@@ -758,7 +776,7 @@ def _store(
         return {}, lambda: None
     folder = Cache.open(Path(cache))
     try:
-        key = folder.key(problem_fingerprint(subject, source=None), {"plan": 2, **settings})
+        key = folder.key(problem_fingerprint(subject, source=None), {"plan": 3, **settings})
     except UncacheableError as error:
         raise UsageError(f"--cache: runs of this problem cannot be kept, as it holds {error}. Leave it out.") from None
     store = folder.get(key) or {}
@@ -772,15 +790,19 @@ def _schedule_answer(name: str, edge: Edge, best: Trial | None, loss: float) -> 
     return ScheduleAnswer(name, best.lr, edge.risk(best.lr), best.mean, edge.lr)
 
 
-def _curve_point(trial: Trial, edge: Edge) -> CurvePoint:
+def _curve_point(trial: Trial, edge: Edge, fates: Sequence[bool | None]) -> CurvePoint:
     stayed = trial.ends[np.isfinite(trial.ends)]
     low, high = finite_range(list(trial.ends))
     mean = float(stayed.mean()) if len(stayed) else None
-    return CurvePoint(trial.lr, edge.risk(trial.lr), int(trial.gone.sum()), mean, low, high, len(trial.ends))
+    known = len(fates) - fates.count(None)
+    return CurvePoint(trial.lr, edge.risk(trial.lr), fates.count(True), mean, low, high, known)
 
 
 def _path(trial: Trial) -> LossPath:
-    keep = np.unique(np.linspace(0, len(trial.steps) - 1, min(POINTS, len(trial.steps))).round().astype(int))
-    rows = trial.losses[keep]
+    """The mean of the runs that were made, at the steps of the one that was looked at most often."""
+    longest = max(trial.runs.values(), key=lambda run: len(run.steps))
+    keep = np.unique(np.linspace(0, len(longest.steps) - 1, min(POINTS, len(longest.steps))).round().astype(int))
+    steps = longest.steps[keep]
+    rows = np.array([np.interp(steps, run.steps, run.losses, right=math.inf) for run in trial.runs.values()]).T
     means = [float(row[np.isfinite(row)].mean()) if np.isfinite(row).any() else None for row in rows]
-    return LossPath(trial.lr, tuple(int(step) for step in trial.steps[keep]), tuple(means))
+    return LossPath(trial.lr, tuple(int(step) for step in steps), tuple(means))

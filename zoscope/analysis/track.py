@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from zoscope.analysis.request import curvature_session
 from zoscope.analysis.track_folder import CONFIG, RunFolder
-from zoscope.analysis.track_loop import Observer, Run, gentle_interrupts
+from zoscope.analysis.track_loop import Logged, Observer, Run, gentle_interrupts
 from zoscope.analysis.track_results import (
     OVER,
     SCHEMA,
@@ -29,6 +29,7 @@ from zoscope.result import RichResult, pick
 
 if TYPE_CHECKING:
     from zoscope.analysis.request import ProblemLike
+    from zoscope.optim.auto_lr import Log
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,13 @@ def _folder_name(label: str) -> str:
 DEFAULTS = {key.name: key.default for key in TRACK.keys}
 
 
-def track(problem: ProblemLike, *, observers: Sequence[Observer] = (), **options: Unpack[TrackOptions]) -> TrackResult:
+def track(
+    problem: ProblemLike,
+    *,
+    observers: Sequence[Observer] = (),
+    loggers: Sequence[Log] = (),
+    **options: Unpack[TrackOptions],
+) -> TrackResult:
     """Train a problem, and measure every so often how its step size compares with what its curvature allows.
 
     The problem comes back as it was; the trained parameters are in the result, and in ``checkpoint.pt`` of the folder.
@@ -256,6 +263,8 @@ def track(problem: ProblemLike, *, observers: Sequence[Observer] = (), **options
     Args:
         problem: Model, batches and loss; a function that returns them, or a spec, such as ``"model.py"``.
         observers: Told of every step and of every measurement.
+        loggers: Each is called as ``log(values, step)`` with what was measured: those of
+            `zoscope.integrations.loggers`, or functions.
         **options: Those of ``zoscope track``: ``examples/guide/options.md`` has types, defaults and ranges. ``lr`` has
             to be there: a number, text such as ``"0.001,20000:0.007"``, or a schedule.
 
@@ -273,7 +282,7 @@ def track(problem: ProblemLike, *, observers: Sequence[Observer] = (), **options
     """
     request = TrackRequest.of(**options)
     origin = {} if request.params is None else {"params": request.params}
-    result = track_request(problem, request, origin=origin, observers=observers)
+    result = track_request(problem, request, origin=origin, observers=(*observers, *map(Logged, loggers)))
     if request.strict:
         require_precision(result.records, request.rtol)
     return result

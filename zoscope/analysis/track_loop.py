@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoscope.analysis.monitor import ForwardMonitor, ForwardRecord
+from zoscope.analysis.monitor import ForwardMonitor, ForwardRecord, log_values
 from zoscope.analysis.track_folder import Known
 from zoscope.analysis.track_measuring import Measurer, Moment
 from zoscope.config.load import AutomaticStepSize
@@ -25,7 +25,7 @@ from zoscope.curvature.operators import gradient
 from zoscope.errors import UsageError
 from zoscope.files import reason
 from zoscope.optim import optimizers
-from zoscope.optim.auto_lr import AutoLR
+from zoscope.optim.auto_lr import AutoLR, Log
 from zoscope.optim.optimizers import ZeroOrderOptimizer
 from zoscope.optim.rules import new_state, rule_from_options
 from zoscope.problem.distributed import MiniBatch
@@ -499,6 +499,34 @@ class Observer(Protocol):
 
     def measured(self, record: Record) -> None:
         """A measurement was made and kept."""
+
+
+class Logged:
+    """An observer that hands each measurement to a log, and the losses of the steps before it.
+
+    Args:
+        log: Called as ``log(values, step)``; a few hundred times in a whole run.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def begun(self, run: Run) -> None:
+        """See `Observer`."""
+
+    def stepped(self, step: int, loss: float) -> None:
+        """See `Observer`; a call for every step would cost more than the step."""
+
+    def measuring(self, step: int) -> None:
+        """See `Observer`."""
+
+    def measured(self, record: Record) -> None:
+        """See `Observer`."""
+        for step, loss, lr in record.path:
+            seen = {"zoscope/step_loss": loss, "zoscope/lr": lr}
+            self._log({name: value for name, value in seen.items() if value is not None}, step)
+        metrics = {f"zoscope/metrics/{name}": value for name, value in record.metrics.items() if value is not None}
+        self._log({**log_values(record), **metrics}, record.step)
 
 
 @dataclass

@@ -31,6 +31,7 @@ EXIT_FAILED = 3
 EXIT_INTERRUPTED = 130
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MISTAKES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)  # in a name that was given
+COMPLETES = "_ZOSCOPE_COMPLETE"  # set by a shell that wants completions; what it has so far is in other variables
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for a program that the signal ends
 
 # Newer releases of Typer ship a click of their own, so that click itself may be absent or another one.
@@ -55,7 +56,6 @@ def build(args: Sequence[str] = ()) -> typer.Typer:
     """The application with its commands: the one that ``args`` begin with, as its modules take time to load, or all."""
     app = typer.Typer(
         name="zoscope",
-        add_completion=False,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -122,6 +122,8 @@ def run(args: Sequence[str]) -> int:
 def _invoke(args: list[str]) -> int:
     # Not command.main(): it turns a broken pipe and every usage error into exits of its own.
     command: Any = typer.main.get_command(build(args))
+    if COMPLETES in os.environ:
+        command.main(args, prog_name="zoscope")
     try:
         with command.make_context("zoscope", args) as context:
             command.invoke(context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import about, aside, emit, loading, visible
+from zoscope.cli.validate import choice
 from zoscope.errors import UsageError
 from zoscope.report.console import CleanConsole
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.track_results import TrackResult
 
 EXIT_FAILED = 3
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 RUN_PICTURES = ("plot.png", "plot.svg")
 ANEW = ("max_seconds", "max_memory", "shard_basis", "strict")  # options of a session, not of the run
 Values = dict[str, Any]
@@ -34,6 +36,8 @@ def command(place: Given) -> None:
     if place.compare:
         _compare(place)
         return
+    for name in place.logger or ():
+        choice("--logger", name, LOGGERS)
     given = _given(place)
     values, folder = _fresh(given, place) if place.resume is None else _resumed(given, place)
     if "sweep" in values:
@@ -225,9 +229,13 @@ def _tracked(
             checkpoint=None if "checkpoint" not in origin else Path(origin["checkpoint"]),
         )
     display = _display(loaded.display)
-    logs = _logs(folder, place)
     try:
-        with about(display), watching(quiet=place.quiet, label=label) as observers, aside():
+        with (
+            _logs(folder, place) as logs,
+            about(display),
+            watching(quiet=place.quiet, label=label) as observers,
+            aside(),
+        ):
             result = track_request(
                 loaded.problem,
                 replace(request, spec=display),
@@ -241,12 +249,18 @@ def _tracked(
     return result
 
 
-def _logs(folder: Path, place: Given) -> tuple[Observer, ...]:
-    if not place.tensorboard:
-        return ()
-    from zoscope.integrations.tensorboard import TensorBoard
+@contextmanager
+def _logs(folder: Path, place: Given) -> Iterator[tuple[Observer, ...]]:
+    """Observers that hand the run to the loggers asked for, which end with it."""
+    names = dict.fromkeys([*(place.logger or ()), *["tensorboard"] * place.tensorboard])
+    if not names:
+        yield ()
+        return
+    from zoscope.analysis.track_loop import Logged
+    from zoscope.integrations.loggers import logger
 
-    return (TensorBoard(folder / "tensorboard"),)
+    with ExitStack() as stack:
+        yield tuple(Logged(stack.enter_context(closing(logger(name, folder)))) for name in names)
 
 
 def _picture(result: TrackResult, folder: Path) -> None:

@@ -18,6 +18,8 @@ from zoscope.optim.step_size import MARGIN, Decision, Limit, Schedule, StepSizeC
 __all__ = ["AutoLR", "AutoLRRecord"]
 
 Undo = Callable[[int, float], None]
+Log = Callable[[Mapping[str, float], int], None]
+"""Takes values by name and a step; those of `zoscope.integrations.loggers`, or a function of one's own."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class AutoLRRecord:
     limit: Limit
     rollbacks: int
     clipped: int
+
+    def log_values(self) -> dict[str, float]:
+        """What is known, by the names of `zoscope.track`'s logs."""
+        values: dict[str, float] = {"loss": self.loss, "lr": self.lr, "trace": self.trace, "rollbacks": self.rollbacks}
+        if self.edge:
+            values |= {"edge": self.edge, "ratio": self.lr / self.edge}
+        return {f"zoscope/{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +105,8 @@ class AutoLR:
         undo: For a loop of one's own: called as ``undo(seed, amount)``, adds ``amount·u`` to the parameters, u being
             the direction of that seed. Without it, a loss that leaves only makes the following steps smaller.
         queries: For a loop of one's own: directions averaged in a step.
+        loggers: Each is called as ``log(values, step)`` on the first step, every ``log_every`` steps, and on the last.
+        log_every: Steps between such calls.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -116,7 +127,12 @@ class AutoLR:
         margin: float = MARGIN,
         undo: Undo | None = None,
         queries: int = 1,
+        loggers: Sequence[Log] = (),
+        log_every: int = 10,
     ) -> None:
+        if log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {log_every}")
+        self._loggers, self._log_every = tuple(loggers), log_every
         self._optimizer, self._undo = optimizer, undo
         rounding = 6e-8
         if optimizer is not None:
@@ -261,6 +277,10 @@ class AutoLR:
             controller.rollbacks,
             controller.clipped,
         )
+        if self._loggers and ((controller.step - 1) % self._log_every == 0 or controller.step == controller.steps):
+            values = self.last.log_values()
+            for log in self._loggers:
+                log(values, controller.step)
         return decision
 
     def _seed(self, step: int) -> int:

@@ -144,6 +144,7 @@ class ReplicaPlan:
         lr: Step size.
         steps: Steps to run.
         replicas: Number R of direction streams; replica r sees the same directions however the replicas are run.
+        chosen: The replicas to run; ``None`` for all of them.
         seed: Seed that the streams are spawned from.
         limits: When to stop.
         shape: Step size of a step, from 0, over ``lr``; ``None`` for a constant one.
@@ -159,6 +160,12 @@ class ReplicaPlan:
     limits: Limits
     shape: Callable[[float], float] | None = None
     records: int = RECORDS
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Which replicas run."""
+        return range(self.replicas) if self.chosen is None else self.chosen
 
 
 @dataclass
@@ -203,7 +210,7 @@ class _Record:
 def run(
     surface: Surface, start: Tensor, plan: ReplicaPlan, *, together: bool, on_step: Tick | None = None
 ) -> Trajectory:
-    """Run ``plan.replicas`` copies of an optimizer from ``start`` ``(d,)``.
+    """Run the replicas of a plan, copies of an optimizer, from ``start`` ``(d,)``.
 
     Args:
         surface: The loss.
@@ -212,8 +219,7 @@ def run(
         together: Whether to step all replicas at a time; otherwise one is run to its end after another.
         on_step: Called with the number of replica steps just done.
     """
-    everyone = range(plan.replicas)
-    groups = [list(everyone)] if together else [[replica] for replica in everyone]
+    groups = [list(plan.numbers)] if together else [[replica] for replica in plan.numbers]
     return joined(run_groups(surface, start, plan, groups=groups, on_step=on_step))
 
 
@@ -350,7 +356,7 @@ def run_mini_batches(
         plan: How.
         on_step: Called with the number of replica steps just done, on this rank.
     """
-    if plan.replicas == 1:
+    if len(plan.numbers) == 1:
         return run(surface, start, plan, together=False, on_step=on_step)
     parts = _dealt(objective, surface.batch_size, surface.seed, start, plan, surface=surface, on_step=on_step)
     return joined([part.to(start.device) for part in parts])
@@ -370,7 +376,7 @@ def _dealt(
     """Run this rank's replicas; those of all ranks on rank 0, on the CPU, and nothing on the others."""
     ranks = objective.ranks
     surface = surface or MiniBatchSurface(objective, batch_size, seed=seed)
-    groups = [[int(replica)] for replica in np.array_split(np.arange(plan.replicas), ranks.size)[ranks.rank]]
+    groups = [[int(replica)] for replica in np.array_split(np.array(plan.numbers), ranks.size)[ranks.rank]]
     with objective.alone():  # losses are this rank's own
         parts = ranks.attempt(lambda: run_groups(surface, start, plan, groups=groups, on_step=on_step))
     return [part for found in ranks.gather([part.to(CPU) for part in parts]) for part in found]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from zoscope.curvature.finite_difference import Difference
 from zoscope.curvature.forward import DirectionSampler, exploring
 from zoscope.errors import UsageError
 from zoscope.optim.directions import new_generator
-from zoscope.problem import Objective, Problem
+from zoscope.problem import Notice, Objective, Problem
 from zoscope.problem.objective import Examples
-from zoscope.result import JsonObject
+from zoscope.result import JsonObject, RichResult, pick
 from zoscope.theory.spectrum import Estimate, widening
 
 GRID = tuple(10.0 ** (k / 2) for k in range(-12, 1))
@@ -74,7 +75,7 @@ class UpdateRounding(JsonObject):
 
 
 @dataclass(frozen=True)
-class PerturbationScale(JsonObject):
+class PerturbationScale(RichResult):
     """The values of μ at which slopes along random directions are right to ``tolerance``.
 
     Args:
@@ -112,6 +113,22 @@ class PerturbationScale(JsonObject):
     updates: UpdateRounding | None
     num_evaluations: int
     seconds: float
+
+    schema: ClassVar[str] = "zoscope.mu/1"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document: JSON numbers, strings and null only."""
+        return {"schema": self.schema} | pick(self, " ".join(entry.name for entry in fields(self)))
+
+    @property
+    def range(self) -> str:
+        """Where slopes are right, in words."""
+        low, high = (None if end is None else f"{end.value:.2g}" for end in (self.lower, self.upper))
+        if not self.usable:
+            return "no μ"
+        if low is None and high is None:
+            return f"every μ from {self.tried[0]:.2g} to {self.tried[-1]:.2g}"
+        return f"μ up to {high}" if low is None else f"μ from {low} on" if high is None else f"μ from {low} to {high}"
 
     @property
     def usable(self) -> bool:
@@ -239,6 +256,27 @@ def measure_scale(
         num_evaluations=evaluations,
         seconds=time.perf_counter() - started,
     )
+
+
+def perturbation_notices(scale: PerturbationScale, mu: float) -> Iterator[Notice]:
+    """What to know before training with μ."""
+    within = f"right within {scale.tolerance:.0%}"
+    if not scale.usable:
+        yield Notice("mu", f"Slopes along random directions are {within} at none of the μ tried, 1e-6 to 1.")
+    elif not scale.allows(mu):
+        yield Notice(
+            "mu",
+            f"At μ = {mu:.3g} slopes along random directions are not {within}: they are with {scale.range}. "
+            f"Use --mu {scale.best:.2g}.",
+        )
+    if scale.updates is not None and scale.updates.matters:
+        found = scale.updates
+        yield Notice(
+            "rounding",
+            f"Rounding to {found.dtype} leaves {found.kept:.0%} of a step at {found.lr:.2g}, and "
+            f"{found.vanishing:.0%} of its entries vanish. Keep the weights in float32 besides (master weights), or "
+            f"take a step size of {found.least_lr:.2g} or more.",
+        )
 
 
 def _coarsest(params: Sequence[Tensor]) -> str:

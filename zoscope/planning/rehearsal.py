@@ -20,7 +20,7 @@ first; Q and Λ follow (Rayleigh and Ritz). K is made so small that ``ηKλ`` st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,11 +70,11 @@ class Gradients(Protocol):
     def values(self, theta: Tensor) -> Tensor:
         """Losses ``(R,)``."""
 
-    def batch(self, theta: Tensor, replicas: list[int]) -> Tensor | None:
-        """Gradients ``(R, d)`` over a new mini-batch for each row; ``None`` where steps see all examples."""
+    def batch(self, theta: Tensor, rows: list[int]) -> Tensor | None:
+        """Gradients ``(R, d)`` over a new mini-batch for each of these rows; ``None`` where steps see all examples."""
 
-    def begin(self) -> None:
-        """Mini-batches start anew."""
+    def begin(self, runs: Sequence[int]) -> None:
+        """The rows are these runs, and their mini-batches start anew."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def rehearse(
     lr: float,
     steps: int,
     macro: int,
-    replicas: int,
+    runs: Sequence[int],
     seed: int,
     ceiling: float,
     top: TopSpace,
@@ -305,7 +305,7 @@ def rehearse(
         lr: Peak of the step size.
         steps: N.
         macro: Macro steps to take at least.
-        replicas: Runs R; run r has the same random numbers whatever the step size is.
+        runs: Numbers of the R runs to make; one has the same random numbers whatever the step size is.
         seed: Seed of them.
         ceiling: Loss above which a run has left.
         top: Directions of large curvature at the start.
@@ -314,8 +314,8 @@ def rehearse(
         enough: Stop where so many have left; the others then end nowhere, with an infinite loss.
         on_step: Called with the number of steps just done.
     """
-    rehearsal = _Rehearsal(source, start, law, lr, steps, macro, replicas, seed, ceiling, top.copy(), shape, trust)
-    return rehearsal.run(on_step, enough or replicas)
+    rehearsal = _Rehearsal(source, start, law, lr, steps, macro, runs, seed, ceiling, top.copy(), shape, trust)
+    return rehearsal.run(on_step, enough or len(runs))
 
 
 class _Rehearsal:
@@ -327,7 +327,7 @@ class _Rehearsal:
         lr: float,
         steps: int,
         macro: int,
-        replicas: int,
+        runs: Sequence[int],
         seed: int,
         ceiling: float,
         top: TopSpace,
@@ -336,12 +336,14 @@ class _Rehearsal:
     ) -> None:
         self._source, self._law, self._lr, self._steps, self._macro = source, law, lr, steps, macro
         self._ceiling, self._top, self._shape, self._trust = ceiling, top, shape, trust
-        self._x = start.repeat(replicas, 1)
+        self._runs = runs
+        self._x = start.repeat(len(runs), 1)
         self._m = torch.zeros_like(self._x) if law.momentum else None
         self._v = torch.zeros_like(self._x) if law.family == "adam" else None
-        self._index = list(range(replicas))
-        self._streams = spawn_streams(seed, replicas, start.device)
-        self._left: list[int | None] = [None] * replicas
+        self._index = list(range(len(runs)))
+        streams = spawn_streams(seed, max(runs) + 1, start.device)
+        self._streams = [streams[run] for run in runs]
+        self._left: list[int | None] = [None] * len(runs)
         self._gradients = self._batches = self._looks = 0
         self._previous: Tensor | None = None
         self._inverse, self._width = 1.0, 0.0
@@ -349,7 +351,7 @@ class _Rehearsal:
         self._longest, self._last = math.inf, 1
 
     def run(self, on_step: Callable[[int], None] | None, enough: int) -> Rehearsed:
-        self._source.begin()
+        self._source.begin(self._runs)
         done, size = 0, min(max(1, int(BEGIN * self._steps / self._macro)), FIRST)
         if self._law.momentum or self._v is not None:
             size = 1
@@ -446,7 +448,7 @@ class _Rehearsal:
         basis, expected, power = self._expected
         off = ((gradients @ basis.T - expected).double().square().sum(dim=1) / power[:, 0]).mean()
         change = math.sqrt(self._trust / max(float(off), 1e-6)) if bool(torch.isfinite(off)) else 0.5
-        self._longest = max(min(max(change, 0.5), GROWTH) * self._last, 1.0)
+        self._longest = min(max(change, 0.5), GROWTH) * self._last + 0.5  # which lets one step become two
 
     def _along(self, scale: float) -> float:
         """A step size along the gradient: momentum makes it longer, Adam's P longer or shorter."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,7 @@ from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, choo
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run, run_mini_batches
 from zoscope.optim.rules import Rule
 from zoscope.planning.rehearsal import Law, Shape, TopSpace, rehearse
-from zoscope.planning.search import Trial
+from zoscope.planning.search import Run
 from zoscope.planning.sources import ObjectiveGradients
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ class Question:
         shape: Step size over its peak at a step; ``None`` for a constant one.
         replicas: Runs for every step size; half as many where they are rehearsed.
         seed: Seed of every random number.
-        few: Whether the answer is only approached: by ``FEW`` runs, which rehearsals give up when half have left.
     """
 
     law: Law
@@ -75,17 +74,6 @@ class Question:
     shape: Shape | None
     replicas: int
     seed: int
-    few: bool = False
-
-    @property
-    def num_real(self) -> int:
-        """Real runs for every step size."""
-        return min(FEW, self.replicas) if self.few else self.replicas
-
-    @property
-    def num_rehearsed(self) -> int:
-        """Rehearsed runs for every step size."""
-        return FEW if self.few else max(FEW, self.replicas // 2)
 
 
 @dataclass
@@ -105,7 +93,7 @@ class Runs(Protocol):
     """Runs at a step size.
 
     Attributes:
-        replicas: How many.
+        replicas: How many the answer is from.
         question: What is planned.
     """
 
@@ -113,14 +101,19 @@ class Runs(Protocol):
     question: Question
 
     def of(self, question: Question) -> Runs:
-        """The same kind of runs for another question, such as one with more replicas."""
+        """The same kind of runs for another question."""
 
-    def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
-        """Run to the end, or until the loss is above ``ceiling``."""
+    def __call__(
+        self, lr: float, ceiling: float, runs: Sequence[int], *, enough: int, on_step: OnStep | None = None
+    ) -> dict[int, Run]:
+        """Make the runs of these numbers, to the end or until the loss is above ``ceiling``.
+
+        Those that are not decided when ``enough`` have left may be missing.
+        """
 
     @property
     def price(self) -> float:
-        """Forward passes over all examples that runs at a step size take, about."""
+        """Forward passes over all examples that a run takes, about."""
 
 
 class RealRuns:
@@ -135,7 +128,7 @@ class RealRuns:
     def __init__(self, objective: Objective, question: Question, cost: Cost) -> None:
         self._objective, self.question, self._cost = objective, question, cost
         self._start = objective.read()
-        self._share, self.replicas = share_of(objective, question), question.num_real
+        self._share, self.replicas = share_of(objective, question), question.replicas
         if question.batch_size is None:
             self._surface, self.why_not = choose_surface(objective, replicas=self.replicas, first_order=False)
         else:
@@ -151,9 +144,11 @@ class RealRuns:
     @property
     def price(self) -> float:
         """See `Runs.price`."""
-        return self.replicas * real_price(self.question, self._share)
+        return real_price(self.question, self._share)
 
-    def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
+    def __call__(
+        self, lr: float, ceiling: float, runs: Sequence[int], *, enough: int, on_step: OnStep | None = None
+    ) -> dict[int, Run]:
         """See `Runs`."""
         question, surface = self.question, self._surface
         plan = ReplicaPlan(
@@ -162,6 +157,7 @@ class RealRuns:
             lr=lr,
             steps=question.steps,
             replicas=self.replicas,
+            chosen=tuple(runs),
             seed=question.seed,
             limits=Limits(left=ceiling),
             shape=question.shape,
@@ -185,9 +181,8 @@ class RealRuns:
             self._objective.write(self._start)
         looks = float(np.isfinite(found.losses).sum())
         self._cost.forward_passes += 2.0 * question.estimator.queries * self._share * done + looks
-        gone = np.array([step is not None for step in found.left])
-        ends = np.where(gone, np.inf, found.losses[-1])
-        return Trial(lr, ends, found.left, found.steps.astype(float), found.losses)
+        made = zip(runs, found.left, found.losses.T, strict=True)
+        return {run: Run(left, found.steps.astype(float), losses) for run, left, losses in made}
 
 
 class RehearsedRuns:
@@ -206,9 +201,9 @@ class RehearsedRuns:
     ) -> None:
         self._objective, self.question, self._cost, self.macro = objective, question, cost, macro
         self._start = objective.read()
-        self._share, self.replicas = share_of(objective, question), question.num_rehearsed
+        self._share, self.replicas = share_of(objective, question), max(FEW, question.replicas // 2)
         self._source = ObjectiveGradients(
-            objective, batch_size=question.batch_size, replicas=self.replicas, seed=question.seed
+            objective, batch_size=question.batch_size, most=self.replicas, seed=question.seed
         )
         self.top = top if top is not None else top_space(objective, seed=question.seed, cost=cost)
 
@@ -216,16 +211,18 @@ class RehearsedRuns:
         """See `Runs`."""
         return RehearsedRuns(self._objective, question, self._cost, macro=self.macro, top=self.top)
 
-    def finer(self, question: Question) -> RehearsedRuns:
-        """The same with twice the macro steps, for a question that may have more replicas."""
-        return RehearsedRuns(self._objective, question, self._cost, macro=2 * self.macro, top=self.top)
+    def finer(self) -> RehearsedRuns:
+        """The same with twice the macro steps."""
+        return RehearsedRuns(self._objective, self.question, self._cost, macro=2 * self.macro, top=self.top)
 
     @property
     def price(self) -> float:
         """See `Runs.price`."""
-        return self.replicas * rehearsal_price(self.question, self._share, macro=self.macro)
+        return rehearsal_price(self.question, self._share, macro=self.macro)
 
-    def __call__(self, lr: float, ceiling: float, on_step: OnStep | None = None) -> Trial:
+    def __call__(
+        self, lr: float, ceiling: float, runs: Sequence[int], *, enough: int, on_step: OnStep | None = None
+    ) -> dict[int, Run]:
         """See `Runs`."""
         question = self.question
         try:
@@ -236,21 +233,22 @@ class RehearsedRuns:
                 lr=lr,
                 steps=question.steps,
                 macro=self.macro,
-                replicas=self.replicas,
+                runs=runs,
                 seed=question.seed,
                 ceiling=ceiling,
                 top=self.top,
                 shape=question.shape,
                 trust=LOOSEST * FEWEST_MACRO / self.macro,
-                enough=-(-self.replicas // 2) if question.few else None,
+                enough=enough,
                 on_step=on_step,
             )
         finally:
             self._objective.write(self._start)
         self._cost.gradients += found.gradients
-        self._cost.forward_passes += GRADIENT * (found.gradients + self._share * found.batches) + self.replicas
-        gone = np.array([step is not None for step in found.left])
-        return Trial(lr, np.where(gone, np.inf, found.losses[-1]), found.left, found.steps, found.losses)
+        self._cost.forward_passes += GRADIENT * (found.gradients + self._share * found.batches) + len(runs)
+        made = zip(runs, found.left, found.losses.T, strict=True)
+        decided = ((run, left, losses) for run, left, losses in made if left is not None or math.isfinite(losses[-1]))
+        return {run: Run(left, found.steps, losses) for run, left, losses in decided}
 
 
 def share_of(objective: Objective, question: Question) -> float:

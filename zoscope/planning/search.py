@@ -1,14 +1,15 @@
 """Searching step sizes by runs with common random numbers: the best one, the edge, and the risk in between.
 
-Every run r leaves above a step size of its own, since it meets the same random numbers whatever the step size is. The
-logarithms of these edges scatter about normally over runs, so that a few runs give the share that leaves at any step
-size: a Student distribution around their mean, wider by what a mean of so few is uncertain.
+Every run r leaves above a step size of its own, since it meets the same random numbers whatever the step size is. So a
+run that left at a smaller step size need not be made, nor one that stayed at a larger one. The logarithms of these
+edges scatter about normally over runs, so that a few runs give the share that leaves at any step size: a Student
+distribution around their mean, wider by what a mean of so few is uncertain.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +21,14 @@ Array = NDArray[np.float64]
 COARSE = 2.0
 """Factor between the first step sizes."""
 
-SETTLING = 4
-"""Most trials for the edges of single runs, once that of half of them is known."""
+SETTLING = 8
+"""Most step sizes tried for the edges of single runs, once that of half of them is known."""
 
 BEYOND = 3.0
 """How far from the edge of half of the runs the others' edges are looked for."""
+
+WIDER = 1.4
+"""Factor between the step sizes at which the edge of a single run is looked for."""
 
 WIDEST = 4.0**9
 """How far from the first guess an edge is looked for, either way."""
@@ -43,27 +47,41 @@ RISKY, SAFE = 0.05, 0.01
 
 
 @dataclass(frozen=True, eq=False)
+class Run:
+    """One run at one step size.
+
+    Args:
+        left: Step by which it had left, or ``None``.
+        steps: ``(n,)`` steps at which it was looked at, 0 first.
+        losses: ``(n,)`` losses there; infinite from where it has left.
+    """
+
+    left: int | None
+    steps: Array
+    losses: Array
+
+    @property
+    def end(self) -> float:
+        """Final loss; infinite for a run that left."""
+        return math.inf if self.left is not None else float(self.losses[-1])
+
+
+@dataclass(frozen=True, eq=False)
 class Trial:
     """Runs at one step size.
 
     Args:
         lr: Peak of the step size.
-        ends: ``(R,)`` final losses; infinite for runs that left.
-        left: For every run the step by which it had left, or ``None``.
-        steps: ``(n,)`` steps at which the runs were looked at.
-        losses: ``(n, R)`` losses there.
+        runs: By number.
     """
 
     lr: float
-    ends: Array
-    left: tuple[int | None, ...]
-    steps: Array
-    losses: Array
+    runs: Mapping[int, Run]
 
     @property
-    def gone(self) -> NDArray[np.bool_]:
-        """Which runs left."""
-        return np.array([step is not None for step in self.left])
+    def ends(self) -> Array:
+        """Final losses of the runs that were made."""
+        return np.array([run.end for run in self.runs.values()])
 
     @property
     def mean(self) -> float:
@@ -71,8 +89,9 @@ class Trial:
         return float(self.ends.mean())
 
 
-Runner = Callable[[float], Trial]
-"""Runs at a step size, the same for the same one."""
+Runner = Callable[[float, Sequence[int], int], Mapping[int, Run]]
+"""Makes runs of these numbers at a step size, the same for the same one; those that are not decided when so many have
+left may be missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,72 +157,100 @@ class Search:
     """Trials so far, and what they say.
 
     Args:
-        runner: Runs at a step size.
+        runner: Makes runs.
+        replicas: Runs R that an answer is from.
         trials: By step size.
     """
 
     runner: Runner
+    replicas: int
     trials: dict[float, Trial] = field(default_factory=dict)
 
     def trial(self, lr: float) -> Trial:
-        """Runs at a step size, rounded so that one is met again."""
-        lr = float(f"{lr:.4g}")
-        if lr not in self.trials:
-            self.trials[lr] = self.runner(lr)
+        """All runs at a step size."""
+        return self._made(lr, range(self.replicas), self.replicas)
+
+    def _made(self, lr: float, runs: Sequence[int], enough: int) -> Trial:
+        lr = _met_again(lr)
+        known = self.trials[lr].runs if lr in self.trials else {}
+        missing = [run for run in runs if run not in known]
+        if missing or lr not in self.trials:
+            self.trials[lr] = Trial(lr, {**known, **self.runner(lr, missing, enough)})
         return self.trials[lr]
 
-    def share(self, lr: float) -> float:
-        """Share of the runs that leave."""
-        return float(self.trial(lr).gone.mean())
+    def fates(self, lr: float) -> list[bool | None]:
+        """Whether each run leaves, as far as it is known from this step size, a smaller or a larger one."""
+        lr = _met_again(lr)
+        found: list[bool | None] = []
+        for run in range(self.replicas):
+            known = {trial.lr: trial.runs[run].left is not None for trial in self.trials.values() if run in trial.runs}
+            left = any(gone and tried <= lr for tried, gone in known.items())
+            stayed = any(not gone and tried >= lr for tried, gone in known.items())
+            found.append(known.get(lr, left or (False if stayed else None)))
+        return found
+
+    def half_leave(self, lr: float) -> bool:
+        """Whether half of the runs leave; makes those whose fate is not known."""
+        half, known = -(-self.replicas // 2), self.fates(lr)
+        if known.count(True) < half <= self.replicas - known.count(False):
+            unknown = [run for run, fate in enumerate(known) if fate is None]
+            self._made(lr, unknown, half - known.count(True))
+            known = self.fates(lr)
+        return known.count(True) >= half
 
     def bracket(self, guess: float, *, factor: float = COARSE) -> tuple[float | None, float | None]:
         """Step sizes at which fewer than half of the runs leave and at which half or more do."""
-        stays = self.share(guess) < 0.5
+        leave = self.half_leave(guess)
         inner = guess
         while max(inner / guess, guess / inner) < WIDEST:
-            outer = inner * factor if stays else inner / factor
-            if (self.share(outer) < 0.5) != stays:
-                return (inner, outer) if stays else (outer, inner)
+            outer = inner / factor if leave else inner * factor
+            if self.half_leave(outer) != leave:
+                return (outer, inner) if leave else (inner, outer)
             inner, factor = outer, min(factor * 1.5, 8.0)
-        return (inner, None) if stays else (None, inner)
+        return (None, inner) if leave else (inner, None)
 
     def refine(self, low: float, high: float, *, rtol: float) -> tuple[float, float]:
         """Bisect until the bracket around the edge of half of the runs is as narrow as ``rtol``."""
         while high / low > 1 + rtol:
             middle = math.sqrt(low * high)
-            if self.share(middle) < 0.5:
-                low = middle
-            else:
+            if self.half_leave(middle):
                 high = middle
+            else:
+                low = middle
         return low, high
 
     def settle(self, *, rtol: float) -> Edge:
-        """Find the edges of all runs, each to ``rtol`` as far as ``SETTLING`` more trials go."""
+        """Find the edges of all runs, each to ``rtol`` as far as ``SETTLING`` step sizes go."""
         for _ in range(SETTLING):
             edge = self.edge()
-            above, below = ~np.isfinite(edge.brackets[:, 1]), edge.brackets[:, 0] == 0
-            lrs = sorted(self.trials)
-            if above.any() and lrs[-1] < BEYOND * (edge.lr or lrs[-1]):
-                self.trial(1.4 * lrs[-1])
-                continue
-            if below.any() and lrs[0] > (edge.lr or lrs[0]) / BEYOND:
-                self.trial(lrs[0] / 1.4)
-                continue
-            wide = [pair for pair in edge.brackets if pair[0] > 0 and 1 + rtol < pair[1] / pair[0] < math.inf]
+            wide = [pair for pair in edge.brackets if self._worth(pair, edge, rtol)]
             if not wide:
                 return edge
-            low, high = max(wide, key=lambda pair: pair[1] / pair[0])
-            self.trial(math.sqrt(low * high))
+            low, high = max(wide, key=lambda pair: pair[1] / pair[0] if pair[0] > 0 else math.inf)
+            if low > 0 and math.isfinite(high):
+                lr = math.sqrt(low * high)
+            else:
+                lr = WIDER * low if low > 0 else high / WIDER if math.isfinite(high) else edge.lr or min(self.trials)
+            between = [run for run, pair in enumerate(edge.brackets) if pair[0] < lr < pair[1]]
+            self._made(lr, between, len(between))
         return self.edge()
+
+    def _worth(self, pair: Array, edge: Edge, rtol: float) -> bool:
+        """Whether the bracket of a run is wide, and not open far from the others' edges."""
+        low, high = pair
+        if low > 0 and math.isfinite(high):
+            return bool(high / low > 1 + rtol)
+        known = edge.lr or (low if low > 0 else high)
+        return bool(low < BEYOND * known / WIDER and high > known * WIDER / BEYOND)
 
     def edge(self) -> Edge:
         """What the trials say of every run: the step size that splits them with the fewest exceptions."""
-        lrs = np.array(sorted(self.trials))
-        gone = np.array([self.trials[lr].gone for lr in lrs])  # (n, R)
         brackets = []
-        for column in gone.T:
+        for run in range(self.replicas):
+            tried = sorted((t.lr, t.runs[run].left is not None) for t in self.trials.values() if run in t.runs)
+            lrs, gone = [lr for lr, _ in tried], np.array([left for _, left in tried], dtype=bool)
             # A run that stays above where it left once, or the other way round, is rare: the fewest exceptions decide.
-            wrong = [int(column[:cut].sum() + (~column[cut:]).sum()) for cut in range(len(lrs) + 1)]
+            wrong = [int(gone[:cut].sum() + (~gone[cut:]).sum()) for cut in range(len(lrs) + 1)]
             cuts = np.flatnonzero(np.array(wrong) == min(wrong))
             cut = int(cuts[len(cuts) // 2])
             brackets.append((lrs[cut - 1] if cut else 0.0, lrs[cut] if cut < len(lrs) else np.inf))
@@ -216,7 +263,8 @@ class Search:
         """
         self.trial(top)
         while True:
-            tried = sorted((t for t in self.trials.values() if t.lr <= top * (1 + 1e-3)), key=lambda t: t.lr)
+            whole = [trial for trial in self.trials.values() if len(trial.runs) >= self.replicas]
+            tried = sorted((trial for trial in whole if trial.lr <= top * (1 + 1e-3)), key=lambda trial: trial.lr)
             best = min(tried, key=lambda t: t.mean)
             place = tried.index(best)
             below, above = tried[place - 1] if place else None, tried[place + 1] if place + 1 < len(tried) else None
@@ -237,6 +285,11 @@ class Search:
         if square <= 0:
             return best
         return min(best, self.trial(best.lr * math.exp(-slope / (2 * square))), key=lambda t: t.mean)
+
+
+def _met_again(lr: float) -> float:
+    """A step size rounded so that one that was tried is met again."""
+    return float(f"{lr:.4g}")
 
 
 def loss_stderr(trial: Trial, start: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,27 +27,25 @@ class ObjectiveGradients:
     Args:
         objective: The prepared problem; its parameters are left where the last evaluation was.
         batch_size: Examples of a mini-batch; ``None`` for all of them.
-        replicas: Runs.
+        most: Runs at a time, at most.
         seed: Seed of the mini-batches.
     """
 
-    def __init__(self, objective: Objective, *, batch_size: int | None, replicas: int, seed: int) -> None:
-        self._objective, self._batch_size, self._replicas, self._seed = objective, batch_size, replicas, seed
+    def __init__(self, objective: Objective, *, batch_size: int | None, most: int, seed: int) -> None:
+        self._objective, self._batch_size, self._seed = objective, batch_size, seed
         self._in_turn = SequentialSurface(objective)
-        self._surface = _surface(objective, 2 * replicas)
+        self._surface = _surface(objective, 2 * most)
         self._examples = None if batch_size is None else Examples(objective)
         self._stacked: StackedMiniBatchSurface | None = None
         if batch_size is not None and isinstance(self._surface, StackedSurface):
-            self._stacked = _stacked_batches(objective, batch_size, seed=seed, replicas=replicas)
-        self.begin()
+            self._stacked = _stacked_batches(objective, batch_size, seed=seed, replicas=most)
+        self._generators: list[torch.Generator] = []
 
-    def begin(self) -> None:
+    def begin(self, runs: Sequence[int]) -> None:
         """See `Gradients.begin`."""
-        replicas = range(self._replicas)
-        keys = [np.random.SeedSequence(self._seed, spawn_key=(0, replica)) for replica in replicas]
-        self._generators = [new_generator(key) for key in keys]
+        self._generators = [new_generator(np.random.SeedSequence(self._seed, spawn_key=(0, run))) for run in runs]
         if self._stacked is not None:
-            self._stacked.begin(replicas)
+            self._stacked.begin(runs)
 
     def full(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """See `Gradients.full`."""
@@ -57,21 +56,21 @@ class ObjectiveGradients:
         """See `Gradients.values`."""
         return self._in_turn.values(theta)
 
-    def batch(self, theta: Tensor, replicas: list[int]) -> Tensor | None:
+    def batch(self, theta: Tensor, rows: list[int]) -> Tensor | None:
         """See `Gradients.batch`."""
         if self._examples is None or self._batch_size is None:
             return None
         if self._stacked is not None:
-            self._stacked.keep(replicas)
+            self._stacked.keep(rows)
             self._stacked.next_step()
             with torch.enable_grad():
                 return self._stacked.batch_gradients(theta)
-        rows = []
-        for row, replica in zip(theta, replicas, strict=True):
-            shards = self._examples.draw(self._batch_size, self._generators[replica])
-            self._objective.write(row)
-            rows.append(self._objective.gradient_of(shards)[1])
-        return torch.stack(rows)
+        gradients = []
+        for point, row in zip(theta, rows, strict=True):
+            shards = self._examples.draw(self._batch_size, self._generators[row])
+            self._objective.write(point)
+            gradients.append(self._objective.gradient_of(shards)[1])
+        return torch.stack(gradients)
 
 
 def _stacked_batches(

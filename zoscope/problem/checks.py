@@ -2,18 +2,20 @@
 
 import math
 import numbers
+import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError
 from zoscope.problem import pytree as nest
-from zoscope.problem.data import examples_in, user_code
+from zoscope.problem.data import examples_in, user_code, written_at
 from zoscope.problem.model import ActiveLayers, some, uses_batch_statistics, watched
 from zoscope.problem.objective import Objective, Shard
 from zoscope.runtime import autograd_errors as graph
@@ -23,7 +25,11 @@ _AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5}
 _MEAN_RTOL = 1e-3  # a mean over examples, or not: rounding stays far below, padding or class weights show above
 _MEAN_LIMIT = 0.05  # beyond this, cutting a batch measures another function
 LARGEST = 1e50  # losses and gradients: the fourth powers of curvatures, of which error bars are made, stay numbers
-_LOSS_REMEDY = "The loss is called as loss(model, batch) and returns a scalar tensor."
+_SHAPES = (
+    r"shapes? .*(multipl|broadcast|mismatch|invalid)|size mismatch|must match the size|batch_size .*match"
+    r"|expected input.* to have"
+)
+"""How torch says that two shapes do not fit."""
 
 
 def check(objective: Objective, *, differentiable: bool, cut: bool) -> None:
@@ -98,11 +104,56 @@ def _refuse_half(narrow: _Narrowings) -> None:
 
 def _evaluated(objective: Objective, shard: Shard, index: int) -> Tensor:
     which = f" on batch {index} of {len(objective.shards)}" if len(objective.shards) > 1 else ""
-    with user_code(f"The loss function{which}", remedy=_LOSS_REMEDY):
-        return _scalar(objective.loss(shard))
+    with user_code(f"The loss function{which}", remedy=lambda error: _remedy(objective, shard, error)):
+        return _scalar(objective.loss(shard), written_at(objective.loss_function))
 
 
-def _scalar(loss: Any) -> Tensor:
+def _remedy(objective: Objective, shard: Shard, error: BaseException) -> str:
+    """What to do about an error that the user's loss raised, from what it was called with."""
+    loss, batch, text = objective.loss_function, shard.batch, str(error)
+    seen = nest.outlined(batch)
+    if isinstance(loss, nn.modules.loss._Loss):
+        name = type(loss).__name__
+        return (
+            f"{name} compares outputs with targets, and loss is called as loss(model, batch): use "
+            f"zoscope.Problem.from_criterion(model, batches, nn.{name}())."
+        )
+    if isinstance(error, (TypeError, AttributeError)) and (kinds := _no_tensors(batch)):
+        return (
+            f"The batch is {seen}: it holds {kinds} where a tensor is needed. Turn {kinds} into tensors where the "
+            "batches are made, with a tokenizer or torch.as_tensor."
+        )
+    shards = objective.shards
+    if isinstance(error, ValueError) and len(shards) == 2 and all(isinstance(s.batch, Tensor) for s in shards):
+        return (
+            f"The batch is {seen}: a list of two tensors is read as two batches. For inputs and targets pass the tuple "
+            "(inputs, targets), or the list [(inputs, targets)]."
+        )
+    if re.search(_SHAPES, text, re.IGNORECASE | re.DOTALL):
+        names = zip(objective.names, objective.params, strict=True)
+        first = next((f" '{name}' of the model is {nest.outlined(p)}." for name, p in names if p.ndim > 1), "")
+        return (
+            f"Shapes do not fit: the batch is {seen}.{first} Print the shapes on that line, and mend the data or the "
+            "line."
+        )
+    return (
+        f"The loss is called as loss(model, batch), here with a {type(objective.model).__name__} and {seen}, and "
+        "returns a scalar tensor."
+    )
+
+
+def _no_tensors(batch: Any) -> str:
+    """What a batch holds that layers do not take, in words; empty where there is nothing."""
+    leaves = list(nest.leaves(batch))
+    kinds = {
+        "text": any(isinstance(x, str) for x in leaves),
+        "NumPy arrays": any(isinstance(x, np.ndarray) for x in leaves),
+    }
+    return " and ".join(kind for kind, there in kinds.items() if there)
+
+
+def _scalar(loss: Any, place: str) -> Tensor:
+    """The loss, which has to be a scalar tensor; ``place`` is where the user's function is written."""
     if not isinstance(loss, Tensor):
         said = f"{'an' if isinstance(loss, numbers.Integral) else 'a'} {type(loss).__name__}"
         remedy = "return the tensor itself, without .item() or float()"
@@ -115,20 +166,30 @@ def _scalar(loss: Any) -> Tensor:
             remedy = "end with .item(), which --curvature forward takes"
         if isinstance(getattr(loss, "loss", None), Tensor):
             remedy = "return its .loss"
+        elif isinstance(loss, (tuple, list, Mapping)):
+            said, remedy = f"{said} {nest.outlined(loss)}", _of_several(loss)
         elif loss is None:
             said, remedy = "None", "end the function with a return statement"
-        raise SpecError(f"The loss function returned {said}: expected a scalar torch.Tensor; {remedy}.")
+        raise SpecError(f"The loss function{place} returned {said}: expected a scalar torch.Tensor; {remedy}.")
     if not loss.is_floating_point():
         raise SpecError(
-            f"The loss is a tensor of dtype {str(loss.dtype).removeprefix('torch.')}: expected a floating-point "
+            f"The loss{place} is a tensor of dtype {str(loss.dtype).removeprefix('torch.')}: expected a floating-point "
             "scalar, since others have no derivative (argmax, counts and accuracies do not)."
         )
     if loss.ndim != 0:
         raise SpecError(
-            f"The loss has shape {tuple(loss.shape)}: expected a scalar, the mean over the batch. Use "
+            f"The loss{place} has shape {tuple(loss.shape)}: expected a scalar, the mean over the batch. Use "
             "reduction='mean', or end with .mean()."
         )
     return loss
+
+
+def _of_several(found: Any) -> str:
+    """Which item of what a loss function returned is the loss, as the end of a sentence."""
+    items = list(found.items() if isinstance(found, Mapping) else enumerate(found))
+    scalars = [key for key, item in items if isinstance(item, Tensor) and item.ndim == 0]
+    key = "loss" if "loss" in scalars else scalars[0] if scalars else None
+    return "return the loss alone" if key is None else f"return the loss alone, its item [{key!r}]"
 
 
 def _finite(loss: Tensor, index: int, objective: Objective) -> float:
@@ -151,7 +212,8 @@ def _finite(loss: Tensor, index: int, objective: Objective) -> float:
 def _check_gradient(objective: Objective, loss: Tensor) -> None:
     if loss.grad_fn is None:
         raise SpecError(
-            "The loss has no gradient: it does not depend on any parameter that is varied. Likely causes: "
+            f"The loss{written_at(objective.loss_function)} has no gradient: it does not depend on any parameter that "
+            "is varied. Likely causes: "
             "torch.no_grad(), .detach(), .item() or argmax on the way, a model other than the one that loss(model, "
             "batch) receives, or --params that select unused parameters."
         )
@@ -212,8 +274,8 @@ def _refuse_random(objective: Objective, a: float, b: float, active: ActiveLayer
         cause = "it keeps state from one call to the next, or has its own source of randomness"
         remedy = "Make it a function of the model and the batch alone; model.eval() stops layers that update themselves"
     raise SpecError(
-        f"Two evaluations of the loss on one batch gave {a:.9g} and {b:.9g}, so it is not a function that has a "
-        f"curvature: {cause}. {remedy}."
+        f"Two evaluations of the loss{written_at(objective.loss_function)} on one batch gave {a:.9g} and {b:.9g}, so "
+        f"it is not a function that has a curvature: {cause}. {remedy}."
     )
 
 
@@ -261,7 +323,8 @@ def _check_mean(objective: Objective, whole: float, *, cut: bool) -> None:
     if deviation <= max(_MEAN_RTOL, 10 * _AGREEMENT.get(objective.dtype, 2e-2)):
         return
     if abs(whole - sum(parts)) <= _MEAN_RTOL * abs(whole):
-        said = "The loss grows with the batch size: it is a sum over examples, not a mean"
+        place = written_at(objective.loss_function)
+        said = f"The loss{place} grows with the batch size: it is a sum over examples, not a mean"
         remedy = "Use reduction='mean' (or divide by the number of examples)"
         examples = sum(counts)
         objective.notify(

@@ -79,7 +79,7 @@ class Problem:
         self.notices: tuple[Notice, ...] = ()  # what a reader of every result should know
         self.own_device_only = False
         self.shared: Problem | None = None  # the one that all ranks of a job have loaded
-        self._source = batches
+        self._source, self._place = batches, data.called_from()
         self._batch_size = batch_size
 
     @classmethod
@@ -150,7 +150,7 @@ class Problem:
         Raises:
             SpecError: If there are none, or a second pass over a loader gives others.
         """
-        return data.materialise(self._source, batch_size=self._batch_size)
+        return data.materialise(self._source, batch_size=self._batch_size, place=self._place)
 
     @cached_property
     def counts(self) -> list[int]:

@@ -1,9 +1,12 @@
 """Batches as a user gives them, and losses as functions of a model and a batch."""
 
 import contextlib
+import functools
+import inspect
 import itertools
 import numbers
 import os
+import re
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,10 +50,45 @@ def format_frames(error: BaseException) -> str:
     return "".join(user_frames(error).format()).rstrip()
 
 
+def raised_by_user(error: BaseException) -> bool:
+    """Whether an error was raised outside of zoscope, in words that are the user's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and not frames[-1].filename.startswith(_OWN)
+
+
 def where(error: BaseException) -> str:
     """Place of an error, such as `` (model.py, line 12)``; empty where unknown."""
     frames = user_frames(error)
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def written_at(function: Any) -> str:
+    """Place of a user's function, such as `` (model.py, line 12)``; empty for one of a library."""
+    while (inner := _inside(function)) is not None:
+        function = inner
+    code = getattr(function, "__code__", None) or getattr(vars(type(function)).get("__call__"), "__code__", None)
+    if code is None or code.co_filename.startswith((_OWN, "<", *_LIBRARIES)):
+        return ""
+    return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})"
+
+
+def _inside(function: Any) -> Any:
+    """What a wrapper around a user's function calls; None for the function itself."""
+    if isinstance(function, (CriterionLoss, NumberLoss)):
+        return function.criterion if isinstance(function, CriterionLoss) else function.loss
+    if isinstance(function, functools.partial):
+        return function.func
+    return getattr(function, "__func__", None) or getattr(function, "__wrapped__", None)
+
+
+def called_from() -> str:
+    """Line of the user's code that has called into zoscope, such as `` (model.py, line 12)``; empty where unknown."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(("<", *_LIBRARIES)):
+        return ""
+    return f" ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
 
 
 def described(error: BaseException) -> str:
@@ -61,14 +99,14 @@ def described(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def user_code(what: str, *, remedy: str) -> Iterator[None]:
+def user_code(what: str, *, remedy: str | Callable[[BaseException], str]) -> Iterator[None]:
     """Turn what the user's code raises inside into a SpecError with the user's frame.
 
     Errors of zoscope itself and lack of memory pass through.
 
     Args:
         what: Subject of the sentence, e.g. ``"The loss function"``.
-        remedy: Last sentence, unless the error says more itself.
+        remedy: Last sentence, or what makes one of an error, unless the error says more itself.
     """
     try:
         yield
@@ -77,7 +115,7 @@ def user_code(what: str, *, remedy: str) -> Iterator[None]:
     except Exception as error:
         if runtime.is_out_of_memory(error):
             raise
-        said = runtime.explain_autograd_error(error) or _hint(error) or remedy
+        said = runtime.explain_autograd_error(error) or _hint(error) or (remedy(error) if callable(remedy) else remedy)
         raise SpecError(
             f"{what} raised {described(error)}{where(error)}. {said}", frame=format_frames(error)
         ) from error
@@ -87,11 +125,13 @@ def _hint(error: BaseException) -> str | None:
     text = str(error)
     if "call numpy() on Tensor that requires grad" in text:
         return "For a loss that leaves torch use 'zoscope bounds --curvature forward', which takes no derivatives."
-    if "same device" in text or ("device" in text and "cuda" in text and "cpu" in text):
+    if re.search(r"same device|not on the expected device|device.*cuda.*cpu|device.*cpu.*cuda", text, re.DOTALL):
         return (
             "A tensor that is neither in the model nor in the batches lives on another device: "
             "register it as a buffer, put it into the batches, or use --device cpu."
         )
+    if re.search(r"scalar type Long|to be Long|(long|int) or (byte|int)", text, re.IGNORECASE):
+        return "Class labels and indices are integers: call .long() on them where the batches are made."
     if "same dtype" in text or "expected scalar type" in text:
         return (
             "A tensor that is neither in the model nor in the batches has another dtype: "
@@ -104,33 +144,44 @@ _COMPARED = 8  # batches of a second pass: a shuffle or an augmentation shows in
 _FIX_ORDER = "pass shuffle=False and no random augmentation, or fix one draw with batches=list(loader)"
 
 
-def materialise(batches: Any, *, batch_size: int | None) -> list[Any]:
+def materialise(batches: Any, *, batch_size: int | None, place: str = "") -> list[Any]:
     """Read batches into a list.
 
     Args:
         batches: A list of batches, any iterable of batches, or a dataset in memory: a tensor, a tuple of tensors of one
             length, or a dict of such.
         batch_size: Examples per batch of a dataset in memory; None takes it as one batch.
+        place: Where the problem was made, such as `` (model.py, line 12)``.
 
     Raises:
-        SpecError: If there are no batches, or a second pass over a loader yields others than the first.
+        SpecError: If there are no batches, a second pass over a loader yields others than the first, or tensors have
+            no values.
     """
-    if _in_memory(batches):
-        return _sliced(batches, batch_size)
+    found = _sliced(batches, batch_size) if _in_memory(batches) else _read(batches, batch_size, place)
+    for index, batch in enumerate(found):
+        if any(isinstance(item, Tensor) and item.is_meta for item in nest.leaves(batch)):
+            raise SpecError(
+                f"Batch {index} of {len(found)}{place} holds a tensor without values (meta device): expected one on "
+                "the CPU or a GPU. Load the data into it; model and batches are moved to --device by themselves."
+            )
+    return found
+
+
+def _read(batches: Any, batch_size: int | None, place: str) -> list[Any]:
     if batch_size is not None:
         raise SpecError(
-            f"batch_size={batch_size} was given with batches of type {type(batches).__name__}, which already are "
-            "batches: leave batch_size out, or pass a tuple of tensors such as (inputs, targets)."
+            f"batch_size={batch_size} was given{place} with batches of type {type(batches).__name__}, which already "
+            "are batches: leave batch_size out, or pass a tuple of tensors such as (inputs, targets)."
         )
     if isinstance(batches, Dataset):
         raise SpecError(
-            f"batches is a dataset ({type(batches).__name__}), whose items are single examples: wrap it as "
-            "torch.utils.data.DataLoader(dataset, batch_size=...)."
+            f"batches is a dataset of type {type(batches).__name__}{place}, whose items are single examples: wrap it "
+            "as torch.utils.data.DataLoader(dataset, batch_size=...)."
         )
     if isinstance(batches, (str, bytes)) or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
         raise SpecError(
-            f"batches is of type {type(batches).__name__}: expected a list of batches, a DataLoader, or a tuple of "
-            "tensors (inputs, targets) with batch_size."
+            f"batches is of type {type(batches).__name__}{place}: expected a list of batches, a DataLoader, or a tuple "
+            f"of tensors (inputs, targets) with batch_size.{_call_it(batches)}"
         )
     with (
         _loader_state_kept(batches),
@@ -138,12 +189,18 @@ def materialise(batches: Any, *, batch_size: int | None) -> list[Any]:
         user_code("Iterating over the batches", remedy="Fix the loader."),
     ):
         found = list(batches)
-        _same_twice(batches, found)
+        _same_twice(batches, found, place)
     if not found:
+        used = " An iterator or generator that was used before is empty: make a list of it, batches=list(...), first."
         raise SpecError(
-            "batches is empty: expected at least one batch (an iterator that was used before is empty too)."
+            f"batches is empty{place}: expected at least one batch.{used if isinstance(batches, Iterator) else ''}"
         )
     return found
+
+
+def _call_it(batches: Any) -> str:
+    name = getattr(batches, "__name__", "")
+    return f" To use what {name} makes, call it: {name}()." if inspect.isgeneratorfunction(batches) else ""
 
 
 def _in_memory(batches: Any) -> bool:
@@ -174,7 +231,7 @@ def _sliced(data: Any, batch_size: int | None) -> list[Any]:
     return pieces
 
 
-def _same_twice(batches: Any, first: list[Any]) -> None:
+def _same_twice(batches: Any, first: list[Any], place: str) -> None:
     if isinstance(batches, (list, tuple, Iterator)):
         return  # a sequence in memory, or a one-shot iterator that the first pass has used up
     again = list(itertools.islice(iter(batches), _COMPARED))
@@ -184,7 +241,7 @@ def _same_twice(batches: Any, first: list[Any]) -> None:
         if not nest.same(a, b):
             kind = "its sampler shuffles" if _shuffles(batches) else "it shuffles or augments at random"
             raise SpecError(
-                f"Two passes over the {type(batches).__name__} gave different batches (first in batch {index}): "
+                f"Two passes over the {type(batches).__name__}{place} gave different batches (first in batch {index}): "
                 f"{kind}, so the loss is not one function. To measure it, {_FIX_ORDER}."
             )
 
@@ -268,11 +325,11 @@ class NumberLoss:
     """A loss that may return a Python or NumPy number instead of a tensor, where no derivative is wanted."""
 
     def __init__(self, loss: LossFunction) -> None:
-        self._loss = loss
+        self.loss = loss
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Loss of a batch; a number becomes a float64 scalar on the CPU."""
-        value: Any = self._loss(model, batch)
+        value: Any = self.loss(model, batch)
         return torch.tensor(float(value), dtype=torch.float64) if _is_number(value) else value
 
 

@@ -250,6 +250,11 @@ class Objective(Twin):
         """A shard with its batch on the device."""
         return replace(shard, batch=nest.moved(shard.batch, device=self.device, dtype=self.batch_dtype))
 
+    @property
+    def loss_function(self) -> LossFunction:
+        """What the user's loss is, or a wrapper around it."""
+        return self._loss
+
     def loss(self, shard: Shard) -> Tensor:
         """Mean loss of a shard, a scalar that can be differentiated twice by :attr:`params`."""
         return self._as_trained(lambda: self._loss(self.model, self.batch(shard)))

@@ -59,6 +59,32 @@ def leaves(nest: Any) -> Iterator[Any]:
         yield nest
 
 
+def outlined(nest: Any, *, most: int = 4) -> str:
+    """What is in a nest, in a few words: ``(tensor 12 × 3, tensor 12 of int64)``.
+
+    Args:
+        nest: Any.
+        most: Items of a container that are listed.
+    """
+    if isinstance(nest, (Tensor, np.ndarray)):
+        kind = "tensor" if isinstance(nest, Tensor) else "NumPy array"
+        dtype = str(nest.dtype).removeprefix("torch.")
+        shape = " × ".join(map(str, nest.shape)) or "scalar"
+        return f"{kind} {shape}" + ("" if dtype.startswith(("float", "bfloat")) else f" of {dtype}")
+    if isinstance(nest, str):
+        return "text"
+    more = ", …" if isinstance(nest, (Mapping, list, tuple)) and len(nest) > most else ""
+    if isinstance(nest, Mapping):
+        items = itertools.islice(nest.items(), most)
+        return "{" + ", ".join(f"{key}: {outlined(value)}" for key, value in items) + more + "}"
+    if isinstance(nest, (list, tuple)):
+        if len(nest) > 1 and all(isinstance(item, str) for item in nest):
+            return f"{len(nest)} texts"
+        opening, closing = "()" if isinstance(nest, tuple) else "[]"
+        return opening + ", ".join(outlined(item) for item in nest[:most]) + more + closing
+    return type(nest).__name__
+
+
 def leading_dimension(nest: Any) -> int | None:
     """Length of the first tensor or array with a leading dimension; None where a nest has none."""
     for item in leaves(nest):

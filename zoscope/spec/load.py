@@ -19,7 +19,7 @@ from zoscope.errors import SpecError, UsageError, ZoscopeError
 from zoscope.files import resolved
 from zoscope.problem import Problem
 from zoscope.problem.checkpoint import load_checkpoint
-from zoscope.problem.data import described, format_frames, where
+from zoscope.problem.data import described, format_frames, raised_by_user, where
 from zoscope.spec.which import DEFAULT_NAME, split_spec
 
 
@@ -92,7 +92,7 @@ def loading(what: str, *, missing: str | None = None) -> Iterator[None]:
     try:
         yield
     except ZoscopeError as error:
-        if isinstance(error, SpecError) and not error.frame:
+        if isinstance(error, SpecError) and not error.frame and not raised_by_user(error):
             error.frame = format_frames(error)
         raise
     except ModuleNotFoundError as error:
