@@ -224,6 +224,7 @@ PAGES = {
     "help-check": "check --help",
     "help-track": "track --help",
     "help-spectrum": "spectrum --help",
+    "help-report": "report --help",
     "help-init": "init --help",
     "usage-command": "bound net.py",
     "usage-option": "bounds net.py --lrr 0.1",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, emit, loading, measuring, warn
-from zoscope.errors import NumericalError
+from zoscope.cli.output import about, emit, illustrate, loading, measuring, warn
+from zoscope.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
     from zoscope.analysis.estimate import CostEstimate
@@ -19,6 +19,9 @@ PRECISION = "precision"  # code of the notice that --rtol was not reached
 @takes_options("bounds")
 def command(given: Given) -> None:
     """Curvature and step-size bounds for GD, GDM and Adam, first- and zeroth-order."""
+    for option in ("plot", "html"):
+        if given.estimate and getattr(given, option) is not None:
+            raise UsageError(f"--estimate with --{option}: of costs there is no picture. Leave out one of the two.")
     with loading(quiet=given.quiet):
         loaded = given.load()
     if given.estimate:
@@ -40,6 +43,7 @@ def command(given: Given) -> None:
     from zoscope.report.bounds import render
 
     emit(result, given.out, shown=render(result, warnings=False))
+    illustrate(result, given)
     nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
     elsewhere = (PROVISIONAL,) if not given.json else ()  # the report shows it beside the step size
     told = [notice for notice in result.warnings if notice not in nonsmooth and notice.code not in elsewhere]

@@ -15,7 +15,7 @@ import typer
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import as_json, as_text, check_writable, measuring, say, to_stdout, write_whole
+from zoscope.cli.output import as_json, as_text, check_writable, illustrate, measuring, say, to_stdout, write_whole
 from zoscope.cli.validate import checked, choice
 from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
@@ -141,6 +141,7 @@ def command(given: Given) -> None:
         _annotate(error, shown, files)
         raise
     write_all(report, files)
+    illustrate(report, given)
     if given.baseline is not None and given.update_baseline:
         from zoscope.analysis.check import baseline_document
 

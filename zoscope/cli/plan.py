@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import aside, emit, loading, visible, warn
+from zoscope.cli.output import aside, emit, illustrate, loading, visible, warn
 from zoscope.report.console import CleanConsole
 
 
@@ -26,12 +26,11 @@ def command(given: Given) -> None:
     with planning(quiet=given.quiet) as on_progress, aside():
         result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **asked)
     from zoscope.problem import Notice  # late, for a fast --help
-    from zoscope.report.plan import draw, render
+    from zoscope.report.plan import render
 
     emit(result, given.out, shown=render(result, warnings=False, verbose=given.verbose))
     warn([*(Notice("hf-args", text) for text in notices), *result.warnings], quiet=given.quiet)
-    if given.plot is not None:
-        draw(result, given.plot)
+    illustrate(result, given)
 
 
 @contextmanager

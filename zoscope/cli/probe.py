@@ -11,7 +11,7 @@ import typer
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import aside, emit, loading, visible, warn
+from zoscope.cli.output import aside, emit, illustrate, loading, visible, warn
 from zoscope.errors import UsageError
 from zoscope.registry import is_zeroth_order
 from zoscope.report.console import CleanConsole
@@ -58,10 +58,7 @@ def _show(result: ProbeResult, given: Given) -> None:
 
     emit(result, given.out, shown=render(result, warnings=False))
     warn(result.warnings, quiet=given.quiet)
-    if given.plot is not None:
-        from zoscope.report.probe import draw
-
-        draw(result, given.plot)
+    illustrate(result, given)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, emit, loading, measuring, warn
+from zoscope.cli.output import about, emit, illustrate, loading, measuring, warn
 from zoscope.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
@@ -44,9 +44,6 @@ def _show(result: SpectrumResult | MomentsResult, given: Given) -> None:
 
     if isinstance(result, MomentsResult):
         emit(result, given.out, shown=render_moments(result, warnings=False))
-        return
-    emit(result, given.out, shown=render(result, warnings=False))
-    if given.plot is not None:
-        from zoscope.report.spectrum import draw
-
-        draw(result, given.plot)
+    else:
+        emit(result, given.out, shown=render(result, warnings=False))
+    illustrate(result, given)

@@ -13,6 +13,7 @@ from zoscope.analysis.notices import PROVISIONAL
 from zoscope.report.console import CleanConsole
 from zoscope.report.style import (
     MISSING,
+    OPERATOR_NAMES,
     as_report,
     count,
     counted,
@@ -45,14 +46,6 @@ if TYPE_CHECKING:
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.theory.spectrum import Estimate
     from zoscope.theory.stability import HorizonPoint
-
-OPERATOR_NAMES = {
-    "hessian": "Hessian H",
-    "preconditioned_hessian": "P^-½ H P^-½ (Adam)",
-    "ggn": "Gauss-Newton G",
-    "preconditioned_ggn": "P^-½ G P^-½ (Adam)",
-}
-
 
 FIRST_ORDER = ("", "FO")
 ASSUMING = ("paper's ZO\ninterval", "tight ZO\ninterval")
