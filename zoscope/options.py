@@ -509,7 +509,10 @@ _TABLE = (
         "probe", FLAG, "Add a short training probe.", False, check=Use(flags=("--probe/--no-probe",)),
         file="Also run a short training probe at this lr.",
     ),
-    _option("only", Several(TEXT), "Only the check of this name; repeatable.", None, "NAME"),
+    _option(
+        "only", Several(TEXT), "Only the check of this name; repeatable.", None, "NAME",
+        plan=Use("Only this part of the answer: mu, at which μ (MeZO's ε) slopes are right.", domain=Words(("mu",))),
+    ),
     _option(
         "hf_args", Place(), "TrainingArguments, JSON or YAML, that override the configuration.", None, "FILE",
         plan="TrainingArguments, JSON or YAML: the run to plan. What is said here overrides them.",
@@ -562,7 +565,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Problem": _PROBLEM,
         "Run": "optimizer steps batch_size schedule warmup mu directions differences queries beta dampening "
         "weight_decay betas eps",
-        "Search": "hf_args method replicas max_cost compare_schedules cache",
+        "Search": "hf_args only method replicas max_cost compare_schedules cache",
         "Measurement": "device dtype seed micro_batch max_memory",
         "Output": _OUTPUT,
     },

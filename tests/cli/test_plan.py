@@ -133,3 +133,15 @@ def test_training_arguments_are_planned_and_options_override_them(zoscope_cli, s
     refused = zoscope_cli("plan", spec, "--hf-args", path)
     assert refused.code == 2
     assert "--hf-args" in refused.err
+
+
+def test_only_the_range_of_mu_is_measured(zoscope_cli, spec):
+    document = json.loads(zoscope_cli("plan", spec, "--only", "mu", "--json", "--quiet").out)
+    assert document["schema"] == "zoscope.mu/1"
+    assert document["dtype"] == "float64"
+    shown = zoscope_cli("plan", spec, "--only", "mu", "--batch-size", "4", "--quiet")
+    assert shown.code == 0
+    assert "use μ" in shown.out
+    refused = zoscope_cli("plan", spec, "--only", "lr")
+    assert refused.code == 2
+    assert "mu" in refused.paragraph

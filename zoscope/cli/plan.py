@@ -21,11 +21,25 @@ def command(given: Given) -> None:
         found, notices = plan_arguments(given.hf_args)
         asked |= {name: value for name, value in found.items() if name not in given.said}
     loaded = given.load()
-    with planning(quiet=given.quiet) as on_progress, aside():
-        result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **asked)
     from zoscope.problem import Notice  # late, for a fast --help
 
-    emit(result, given.out, [*(Notice("hf-args", text) for text in notices), *result.warnings])
+    told = [Notice("hf-args", text) for text in notices]
+    if given.only == "mu":
+        from zoscope.planning.mu import perturbation_notices
+
+        chosen = {name: asked[name] for name in ("batch_size", "device", "seed")}
+        if asked["dtype"] != "auto":
+            chosen["dtype"] = asked["dtype"]
+        problem = loaded.problem if given.params is None else loaded.problem.with_params(given.params)
+        with aside():
+            scale = zoscope.perturbation_scale(problem, one_sided=given.differences == "one-sided", **chosen)
+        if "mu" in given.said or not scale.usable:
+            told += perturbation_notices(scale, given.mu)
+        emit(scale, given.out, told)
+        return
+    with planning(quiet=given.quiet) as on_progress, aside():
+        result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **asked)
+    emit(result, given.out, [*told, *result.warnings])
     illustrate(result, given)
 
 

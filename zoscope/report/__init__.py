@@ -14,6 +14,7 @@ _HOME = {
     "CostEstimate": "bounds.render_cost",
     "CheckReport": "check.render",
     "PlanResult": "plan.render",
+    "PerturbationScale": "plan.render_scale",
     "ProbeResult": "probe.render",
     "SpectrumResult": "spectrum.render",
     "MomentsResult": "spectrum.render_moments",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from zoscope.analysis.plan import PlanResult
+    from zoscope.planning.mu import PerturbationScale
 
 
 def answer(result: PlanResult, width: int) -> Iterator[RenderableType]:
@@ -91,13 +93,46 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
     if edge.lr is not None:
         interval = "" if edge.ci95 is None else f" (95 %: {step_range(*edge.ci95)})"
         yield "edge", f"{step_size(edge.lr)}   half of the runs diverge{interval}"
+    yield _mu(result.perturbation, asked=result.question["mu"])
+
+
+def _mu(scale: PerturbationScale, *, asked: float | None = None) -> tuple[str, str | Text]:
+    """The μ to use, which is the one asked for wherever slopes are right at it."""
+    right = f"slopes right within {percent(scale.tolerance)} with"
+    best = asked if asked is not None and scale.allows(asked) else scale.best
+    if best is None:
+        return "use μ", Text(f"{right} {scale.range} tried", style="bold yellow")
+    return "use μ", Text(f"{best:.2g}", style="bold green") + Text(f"   {right} {scale.range}")
+
+
+def scale_answer(result: PerturbationScale, width: int) -> Iterator[RenderableType]:
+    """The range of μ."""
+    batch = "all examples" if result.batch_size is None else f"batches of {count(result.batch_size)}"
+    evaluated = f"{count(result.num_evaluations)} losses"
+    yield one_line(["μ, MeZO's ε", batch, result.dtype, evaluated, duration(result.seconds)], width=width)
+    yield grid([_mu(result)])
+
+
+def scale_details(result: PerturbationScale, width: int) -> Iterator[RenderableType]:
+    """Every μ that was tried."""
+    table = number_table("μ", "slopes off by", "loss higher by")
+    for mu, error, rise in zip(result.tried, result.slope_errors, result.loss_rises, strict=True):
+        table.add_row(Text(f"{mu:.2g}", style="bold green" if mu == result.best else ""), _off(error), _off(rise))
+    yield table
+
+
+def _off(share: float) -> str:
+    return MISSING if not math.isfinite(share) else f"{100 * share:.2g} %"
+
+
+render_scale = as_report(scale_answer, scale_details)
 
 
 def _method(result: PlanResult) -> str:
     tried = counted(len(result.curve), "step size")
     if result.method == "rehearsal":
         return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, {duration(result.seconds)}"
-    return f"real runs, {tried}, {count(result.replicas)} runs each, {duration(result.seconds)}"
+    return f"real runs, {tried}, up to {count(result.replicas)} runs each, {duration(result.seconds)}"
 
 
 def _cost(result: PlanResult) -> str:
