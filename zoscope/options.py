@@ -314,6 +314,7 @@ _TABLE = (
         "B", probe="Random batches of B examples (default: all examples).",
         plan="Examples per step, drawn at random (default: all).", check="Examples per step of training.",
         track="Examples per step, without replacement in each epoch (default: all).",
+        StabilityMonitor_python="Examples per step of the loop, whose noise lowers the threshold (default: all).",
         file="Examples per step of training, where that is fewer than the data.",
     ),
     _option(
@@ -735,6 +736,7 @@ class MonitorOptions(MeasureOptions, RuleOptions, total=False):
     method: Method
     curvature: Matrix
     mu: float
+    batch_size: int | None
 
 
 class _Training(TypedDict):
