@@ -130,6 +130,19 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The error bars are as wide as the disagreement; the Hessian itself may lie outside.",
         "Let the loss end in float32 (logits.float()), or use a wider `--dtype`.",
     ),
+    "mu": Explanation(
+        "at this μ slopes are not right; the message names one",
+        "At the μ of the run (`--mu`, which MeZO calls ε) two-point slopes of the loss are not within 10 % of the real "
+        "ones.",
+        "Steps then follow another function: too large a μ smooths the loss, too small a one measures its rounding.",
+        "Use the μ that the message names.",
+    ),
+    "rounding": Explanation(
+        "weights in 16 bits lose a part of each step",
+        "Rounding the weights to their type takes off a part of every step, and many entries do not move at all.",
+        "Training is slower than predicted, or stands still.",
+        "Keep the weights in float32 besides (master weights), or take a larger step size.",
+    ),
     "coarse": Explanation(
         "the rehearsal had not settled; real runs would be surer",
         "With twice as many macro steps the answer still moved by more than 5 %.",

@@ -31,8 +31,6 @@ from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
 from zoscope.files import resolved
 from zoscope.options import FORMATS, OPTIONS
-from zoscope.report.answer import MOST_LINES
-from zoscope.result import encode
 from zoscope.text import clean, clean_json
 
 if TYPE_CHECKING:
@@ -164,9 +162,11 @@ def command(given: Given) -> None:
     if shown == "text":
         used = show(report.report(verbose=given.verbose, warnings=False))
         if not given.verbose:  # there each notice stands by its checks
-            warn(report.warnings, OutputOptions(quiet=given.quiet), room=MOST_LINES - used)
+            warn(report.warnings, OutputOptions(quiet=given.quiet), used=used)
     else:
         say(formatted(report, shown))
+    from zoscope.result import encode  # late: it takes numpy
+
     remember(json.dumps({**report.to_dict(), "warnings": encode(report.warnings)}))
     if report.exit_code:
         raise typer.Exit(report.exit_code)

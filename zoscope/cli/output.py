@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from zoscope import files
-from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.errors import OutputError, UsageError, ZoscopeError
 from zoscope.files import is_special, reason
-from zoscope.report.answer import MOST_LINES, notice_lines
 from zoscope.report.console import CleanConsole
 from zoscope.text import clean, clean_json
 
@@ -170,7 +168,7 @@ def emit(result: RichResult, options: OutputOptions, notices: Iterable[Notice] |
         say(document)
     else:
         used = show(result.report(verbose=options.verbose, warnings=False))
-    warn(result.warnings if notices is None else notices, options, room=MOST_LINES - used)
+    warn(result.warnings if notices is None else notices, options, used=used)
 
 
 def show(shown: RenderableType) -> int:
@@ -219,14 +217,23 @@ def as_text(result: RenderableType, *, width: int = 120) -> str:
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 
-def warn(notices: Iterable[Notice], options: OutputOptions, *, room: int = MOST_LINES) -> None:
-    """Notices on stderr: a line for each that matters, or with ``--verbose`` and ``--json`` a paragraph for each."""
+def warn(notices: Iterable[Notice], options: OutputOptions, *, used: int = 0) -> None:
+    """Notices on stderr: a line for each that matters, or with ``--verbose`` and ``--json`` a paragraph for each.
+
+    Args:
+        notices: What there is to say.
+        options: In which form.
+        used: Lines that the answer has.
+    """
     if options.quiet:
         return
+    from zoscope.analysis.explanations import PROVISIONAL  # late, for a fast --help
+    from zoscope.report.answer import MOST_LINES, notice_lines
+
     console = CleanConsole(stderr=True)
     if not (options.verbose or options.json):
         guide = guide_address() if console.is_terminal else None
-        for line in notice_lines(notices, width=console.width, room=room, guide=guide):
+        for line in notice_lines(notices, width=console.width, room=MOST_LINES - used, guide=guide):
             console.print(line, soft_wrap=True)
         return
     for notice in notices:
