@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def commands(page: Path) -> list[Command]:
     return found
 
 
+def possible(page: Path) -> list[Command]:
+    """Those that can run here: pages for a browser need plotly."""
+    return [command for command in commands(page) if "--html" not in command.words or find_spec("plotly") is not None]
+
+
 def test_commands_are_found() -> None:
     found = {page.name: [command.text for command in commands(page)] for page in GUIDE}
     assert "zoscope bounds model.py --set checkpoint=other.pt" in found["your-model.md"]
@@ -198,7 +204,7 @@ def test_every_command_runs_in_short(
     for example in (world / "examples").glob("*.py"):
         text = re.sub(r"(\bsteps: int = )\d+", r"\g<1>2", example.read_text(encoding="utf-8"))
         example.write_text(text, encoding="utf-8")
-    for command in commands(page):
+    for command in possible(page):
         words = prepare(command, world, lambda: request.getfixturevalue("language_model"))
         code = run(replace(command, words=tuple(words)).short())
         said = capfd.readouterr().err
@@ -209,8 +215,11 @@ def test_every_command_runs_in_short(
 @pytest.mark.slow
 @pytest.mark.parametrize("page", list(filter(commands, PAGES)), ids=named)
 def test_every_command_runs_as_it_stands(page: Path, world: Path, request: pytest.FixtureRequest) -> None:
-    for command in commands(page):
+    resumed = {word for command in commands(page) if "--resume" in command.words for word in command.words[2:]}
+    for command in possible(page):
         words = prepare(command, world, lambda: request.getfixturevalue("language_model"))
+        if "--run" in words and resumed & set(words):
+            words += ["--max-seconds", "1"]  # so that something is left to do
         start = ["-m", "torch.distributed.run", "--nproc-per-node", str(command.processes)] if command.processes else []
         line = [sys.executable, *start, "-m", *["--"] * bool(start), "zoscope", *words]
         done = subprocess.run(line, capture_output=True, text=True, timeout=3600)
