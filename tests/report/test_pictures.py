@@ -324,6 +324,15 @@ def test_measurements_without_curvature_leave_a_gap() -> None:
     assert curve(curvature, "lower term: trace")[0] == [0, 10, 20, 30]
 
 
+def test_a_run_with_mini_batches_has_their_edge_too() -> None:
+    document = golden("track-adam")
+    _, sizes, curvature = figure(document).axes
+    found = [(record["step"], record["exact_batches"]) for record in document["records"]]
+    assert bars(sizes, "the same with mini-batches") == found
+    terms = curve(curvature, "the same with mini-batches")[1]
+    assert terms == pytest.approx([2 / lr for _, lr in found])
+
+
 def test_a_run_that_diverged_does_not_flatten_what_was_before() -> None:
     document = run("gd", lr=5.0, steps=300).to_dict()
     assert document["status"] == "diverged"

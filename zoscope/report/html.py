@@ -13,7 +13,7 @@ from zoscope.analysis.explanations import explanation
 from zoscope.errors import UsageError
 from zoscope.files import reason, write_whole
 from zoscope.registry import OPTIMIZERS
-from zoscope.report.pictures import Document, name_of, picture_of
+from zoscope.report.pictures import Document, edge_of, name_of, picture_of
 from zoscope.report.plotly import plot_of
 from zoscope.report.style import (
     MISSING,
@@ -471,7 +471,7 @@ def _record(record: Document) -> Row:
         step_size(record.get("lr")),
         quantity(record.get("trace"), digits=3),
         quantity(record.get("lambda_max"), digits=3),
-        step_size(record.get("exact")),
+        step_size(edge_of(record)),
         quantity(record.get("ratio"), digits=2),
     )
 

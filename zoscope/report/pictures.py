@@ -616,19 +616,24 @@ def _sizes_panel(records: Sequence[Document], sizes: tuple[Sequence[int], Sequen
     if seen:
         x, y = zip(*seen, strict=True)
         marks.append(Line(x, y, "edge, as the run saw it", Look(BLUE, "dashed", "square")))
-    ends = [record.get("exact_ci95") or (None, None) for record in records]
-    exact = [(r["step"], r["exact"], *end) for r, end in zip(records, ends, strict=True) if r.get("exact") is not None]
-    if exact:
-        x, y, low, high = zip(*exact, strict=True)
-        marks.append(Points(x, y, "edge η*, from HVPs, 95 %", Look(GREEN, marker="diamond"), low, high))
-        marks.append(Line(x, y, "", Look(GREEN, "dotted", width=1.2)))
+    for key, label, look in (
+        ("exact", "edge η*, from HVPs, 95 %", Look(GREEN, "dotted", "diamond", width=1.2)),
+        ("exact_batches", "the same with mini-batches", Look(PINK, "dashdot", "triangle", width=1.2)),
+    ):
+        known = [
+            (r["step"], r[key], *(r.get(f"{key}_ci95") or (None, None))) for r in records if r.get(key) is not None
+        ]
+        if known:
+            x, y, low, high = zip(*known, strict=True)
+            marks.append(Points(x, y, label, look, low, high))
+            marks.append(Line(x, y, "", replace(look, marker="")))
     counts = [(r["step"], r["auto"]["rollbacks"]) for r in records if r.get("auto")]
     label = "brought back since the measurement before"
     for (_, before), (step, after) in pairwise([(0, 0), *counts]):
         if after > before:
             marks.append(Rule(step, label, Look(ORANGE, "dashdot", width=1.0)))
             label = ""
-    values = (*sizes[1], *(record.get("exact") for record in records))
+    values = (*sizes[1], *map(edge_of, records))
     return Panel(Axis("step size", log=bool(_positive(values))), tuple(marks), 2.2)
 
 
@@ -652,6 +657,7 @@ def _curvature_panel(
     steps, first_order = _steps(known), not is_zeroth_order(optimizer)
     lower, upper = _values(known, "lower"), _values(known, "upper")
     marks: list[Mark] = []
+    tops = upper
     if first_order:
         marks.append(Line(steps, lower, "λ_max", Look(BLUE, marker="circle")))
         marks.append(Line(steps, _values(known, "trace"), "trace", Look(ORANGE, "dashdot", "square")))
@@ -659,7 +665,12 @@ def _curvature_panel(
         marks.append(Band(steps, lower, upper, colour=BLUE, opacity=0.12))
         marks.append(Line(steps, lower, "lower term: trace", Look(BLUE, marker="circle")))
         marks.append(Line(steps, upper, "upper term", Look(ORANGE, "dashdot", "square")))
-        marks.append(Line(steps, [_exact_term(r) for r in known], "exact threshold", Look(GREEN, "dotted", "diamond")))
+        exact = [_exact_term(record, "exact") for record in known]
+        marks.append(Line(steps, exact, "exact threshold", Look(GREEN, "dotted", "diamond")))
+        batches = [_exact_term(record, "exact_batches") for record in known]
+        tops = upper + batches
+        if any(value is not None for value in batches):
+            marks.append(Line(steps, batches, "the same with mini-batches", Look(PINK, "dashdot", "triangle")))
     else:
         marks.append(Line(_steps(records), _values(records, "trace"), "trace", Look(BLUE, marker="circle")))
         marks.append(Line(_steps(records), _values(records, "lambda_max"), "λ_max", Look(ORANGE, "dashdot", "square")))
@@ -668,7 +679,7 @@ def _curvature_panel(
         marks.append(Line(*term, term_of(optimizer), Look(BLACK, width=1.3), steps=True))
     preconditioned = OPTIMIZERS[family_of(optimizer)].preconditioned
     label = "curvature of P⁻¹H" if preconditioned else "curvature (loss/param²)"
-    return Panel(_curvature_axis(label, lower, lower if first_order else upper, term[1], first_order), tuple(marks))
+    return Panel(_curvature_axis(label, lower, lower if first_order else tops, term[1], first_order), tuple(marks))
 
 
 def _curvature_axis(label: str, lower: Numbers, tops: Numbers, term: Numbers, first_order: bool) -> Axis:
@@ -680,11 +691,16 @@ def _curvature_axis(label: str, lower: Numbers, tops: Numbers, term: Numbers, fi
     return Axis(label, limits=(min(0.0, *(value for value in lower if value is not None)), top))
 
 
-def _exact_term(record: Document) -> float | None:
+def _exact_term(record: Document, key: str) -> float | None:
     """The exact threshold in the unit of the term, which is inversely proportional to the step size."""
-    if record.get("threshold") is None or record.get("ratio") is None:
+    if record.get("threshold") is None or not record.get(key):
         return None
-    return float(record["threshold"] * record["ratio"])
+    return float(record["threshold"] * record["lr"] / record[key])
+
+
+def edge_of(record: Document) -> float | None:
+    """What a measurement holds the step size against: the exact threshold, or a lower one of mini-batches."""
+    return min(_positive((record.get("exact"), record.get("exact_batches"))), default=None)
 
 
 def _floor_panel(records: Sequence[Document]) -> Panel:
@@ -720,7 +736,7 @@ def _comparison(document: Document) -> Picture:
 
 def _ratios(run: Document) -> tuple[list[int], list[float]]:
     """Step size over the exact threshold, wherever either is known to change; up to the last measurement."""
-    known = [(record["step"], record["exact"]) for record in run["records"] if record.get("exact") is not None]
+    known = [(record["step"], edge) for record in run["records"] if (edge := edge_of(record)) is not None]
     starts, sizes = step_sizes_of(run)
     if not known or not starts:
         return [], []
