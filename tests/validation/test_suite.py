@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import zoscope
+
 from .suite import TASKS, TEXTS
 
 FEWEST, MOST = 200, 40_000
@@ -100,3 +102,15 @@ def test_the_edge_of_a_quadratic_is_where_theory_has_it(plain_loop: ModuleType) 
 def test_the_interval_of_a_median_covers_what_order_statistics_say(plain_loop: ModuleType) -> None:
     assert plain_loop.covered(10, 2) == pytest.approx(1 - 2 * (1 + 10) / 1024)
     assert plain_loop.covered(8, 1) == pytest.approx(1 - 2 / 256)
+
+
+@pytest.mark.slow
+def test_a_probe_finds_the_edge_of_runs_whose_landscape_sharpens() -> None:
+    """The threshold at the start is more than twice the step size at which half of the plain loop's runs diverge."""
+    found = zoscope.probe(TASKS["moons"].make(), optimizer="zo-gd", steps=300, device="cpu")
+    assert [run.verdict for run in found.runs] == ["sharpened", "diverged"]
+    assert found.outcome == "refuted"
+    assert found.edge is not None
+    assert found.edge.value == pytest.approx(0.181, rel=0.2)  # by tests/validation/plain_loop.py
+    assert found.recommended == pytest.approx(0.7 * found.edge.value)
+    assert "use lr" in found.reason

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Unpack
 
 from zoscope.analysis import notices
+from zoscope.analysis.advice import MARGIN
 from zoscope.analysis.measurement import NO_SPECTRUM, Measurement, curvature_operator, measure_problem
 from zoscope.analysis.probe_prediction import (
     GradientFlow,
@@ -126,14 +127,19 @@ class Session:
         self.runner.allow(self.measurement.num_hvps)
         self.runner.flow = self._mean_path(self.forecast, diagonal)
         self._run_all(self.forecast, self.runner)
-        if request.edge:
-            self.edge_forecast = edge_forecast(self.forecast, self.runner)
+        if request.edge or self._sharpened:
+            self.edge_forecast = edge_forecast(self.forecast, self.runner) if request.edge else self.forecast
             self.edge = find_edge(
                 self.runner,
                 self.edge_forecast,
                 keep=self.points.append,
                 on_step=self._ticker("edge", self.edge_forecast.steps, 5),
             )
+
+    @property
+    def _sharpened(self) -> bool:
+        """Whether runs below the threshold were lost to curvature that came on the way: then their own edge counts."""
+        return any(run.verdict == "sharpened" for run in self.runs)
 
     def _require_precision(self, measurement: Measurement) -> None:
         """Refuse a threshold that is less precise than asked for, where the request is strict."""
@@ -189,8 +195,20 @@ class Session:
         edge = self.edge
         if edge is None and self.points and self.edge_forecast is not None:
             edge = summarise(tuple(self.points), self.edge_forecast, closed=(None, None))
+        recommended = None
         if edge is not None and not self.runs:
             verdict, reason = edge_outcome(edge, expected)
+        elif edge is not None and edge.found and self._sharpened:
+            recommended = MARGIN * edge.value
+            if edge.value < expected.threshold.value:
+                verdict, reason = (
+                    "refuted",
+                    (
+                        f"the landscape sharpens on the way: within {edge.steps} steps half of the runs diverge at "
+                        f"{edge.value:.3g}, {edge.value / expected.threshold.value:.2g} × the threshold; use lr ≤ "
+                        f"{recommended:.3g}"
+                    ),
+                )
         if interrupted and verdict == "confirmed":
             verdict, reason = "inconclusive", "interrupted before every run was done"
         return ProbeResult(
@@ -204,6 +222,7 @@ class Session:
             edge=edge,
             outcome=verdict,
             reason=reason,
+            recommended=recommended,
             together=self.runner is not None and self.runner.together,
             interrupted=interrupted,
             **self.prepared.header(

@@ -372,6 +372,7 @@ class ProbeResult(MeasuredResult):
         edge: Where the empirical edge was looked for.
         outcome: The verdict on the threshold.
         reason: One sentence on it.
+        recommended: Step size to use instead, where runs below the threshold were lost on the way.
         together: Whether replicas were stepped together.
         interrupted: Whether it was cut short.
     """
@@ -390,6 +391,7 @@ class ProbeResult(MeasuredResult):
     reason: str
     together: bool
     interrupted: bool
+    recommended: float | None = None
 
     @property
     def confirmed(self) -> bool:
@@ -400,7 +402,7 @@ class ProbeResult(MeasuredResult):
         """What only this kind of result has."""
         runs = [run.to_dict() | {"curves": run.curves.to_dict()} for run in self.runs]
         found = pick(self, "optimizer") | dict(self.settings) | pick(self, "estimator linearized growth threshold")
-        return found | {"runs": runs} | pick(self, "edge confirmed outcome reason interrupted")
+        return found | {"runs": runs} | pick(self, "edge confirmed outcome reason recommended? interrupted")
 
 
 class ProbeInterruptedError(KeyboardInterrupt):

@@ -299,7 +299,7 @@ def judge_run(
     if verdict in ("falls", "rises"):
         return (verdict == "rises") == above, f"the mean loss {verdict}"
     if verdict == "sharpened":
-        return None, "stable at first; the landscape sharpened past this step size on the way, which does not count"
+        return None, "stable at first; the landscape sharpened past this step size on the way"
     if verdict == "diverged":
         return above, "diverged" if above else "diverged although the curvature did not rise past it"
     if verdict == "inconclusive":
