@@ -57,6 +57,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Compare the loss functions, class weights, further terms, the data, accumulated batches and dropout; or pass "
         "the problem that the loop really trains.",
     ),
+    "sum-reduced": Explanation(
+        "the loss is a sum over examples, not a mean",
+        "The loss grows with the number of examples in a batch.",
+        "Step sizes are for the sum. Those for the mean are as many times larger as a batch has examples.",
+        "Return the mean over the batch if that is how you train.",
+    ),
     "zero-curvature": Explanation(
         "no positive curvature here, so nothing limits lr locally",
         "No positive curvature was found: the loss is linear or concave around these parameters.",
@@ -180,12 +186,6 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Raise `--max-seconds`.",
     ),
     # --- what is measured may not be what was meant
-    "sum-reduced": Explanation(
-        "the loss is a sum over examples, not a mean",
-        "The loss grows with the number of examples in a batch.",
-        "Step sizes are for the sum. Those for the mean are as many times larger as a batch has examples.",
-        "Return the mean over the batch if that is how you train.",
-    ),
     "not-a-mean": Explanation(
         "the loss of a batch is not the mean over its examples",
         "The loss of a batch differs from the mean over its parts: class weights, ignored labels, padding, or examples "
