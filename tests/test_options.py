@@ -95,8 +95,8 @@ def test_a_keyword_argument_has_the_type_of_the_table(function: str, name: str) 
 
 
 def test_every_option_of_a_command_is_an_argument_of_its_function() -> None:
-    only_there = {"settings", "checkpoint", "estimate", "plot", "moments", "verbose", "json", "output", "quiet"}
-    only_there |= {"tensorboard", "config", "sweep", "compare", "logger"}
+    only_there = {"settings", "checkpoint", "estimate", "plot", "html", "moments", "verbose", "json", "output", "quiet"}
+    only_there |= {"tensorboard", "logger", "config", "sweep", "compare"}
     for command in ("bounds", "probe", "track", "spectrum"):
         taken = {argument(command, name).name for name in KEYWORDS[command][1].__annotations__}
         assert {option.name for _, option in options_of(command)} - only_there == taken - {"preconditioner"} | (
@@ -244,7 +244,7 @@ def values(domain: Any) -> str:
 
 
 def in_python(command: str, option: Option) -> str:
-    for function in dict.fromkeys((command, *KEYWORDS)):
+    for function in dict.fromkeys((*[command] * (command in KEYWORDS), *KEYWORDS)):
         shares, accepted = KEYWORDS[function]
         for name in accepted.__annotations__ if shares == command else ():
             if options.RENAMED.get(name, name) == option.name and (function == command or name not in COMMANDS):

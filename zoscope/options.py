@@ -314,6 +314,7 @@ _TABLE = (
         "B", probe="Random batches of B examples (default: all examples).",
         plan="Examples per step, drawn at random (default: all).", check="Examples per step of training.",
         track="Examples per step, without replacement in each epoch (default: all).",
+        StabilityMonitor_python="Examples per step of the loop, whose noise lowers the threshold (default: all).",
         file="Examples per step of training, where that is fewer than the data.",
     ),
     _option(
@@ -416,10 +417,21 @@ _TABLE = (
     _option("linearized", FLAG, "Run on the quadratic model at the start.", False),
     _option("assume_threshold", Real(), "Test this threshold instead of the predicted one.", None, "LR"),
     _option(
-        "plot", Place("picture"), "Loss and distance over steps, as a picture (needs matplotlib).", None, "FILE",
-        spectrum="Eigenvalue density as a picture: .png, .svg or .pdf (needs matplotlib).",
-        plan="Loss and risk over step sizes, and loss over steps, as a picture (needs matplotlib).",
+        "plot", Place("picture"), "Runs and their prediction over steps, as a picture: .png, .svg or .pdf.", None,
+        "FILE", bounds="Ruler of step sizes, and η* over the number of steps, as a picture: .png, .svg or .pdf.",
+        spectrum="Eigenvalue density as a picture: .png, .svg or .pdf.",
+        plan="Loss and risk over step sizes, and loss over steps, as a picture: .png, .svg or .pdf.",
+        check="Step sizes and their thresholds as a picture: .png, .svg or .pdf.",
         track="Also write the picture here; of several runs one over another. A run's own folder has it anyway.",
+    ),
+    _option(
+        "html", Place("page"), "One page for a browser: the answer, curves with hover and zoom, tables (needs plotly).",
+        None, "FILE", report="The page to write (needs plotly).",
+    ),
+    # --- a report
+    _option(
+        "results", Several(Place()), "JSON documents that zoscope wrote (--json), or folders of tracked runs.",
+        None, "RESULT",
     ),
     # --- a plan
     _option(
@@ -526,7 +538,7 @@ OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
 
 _RULE = "optimizer beta dampening weight_decay betas eps preconditioner directions differences queries"
 _MEASURE = "rtol max_hvps method curvature hvp device dtype seed micro_batch max_memory strict shard_basis"
-_PROBLEM, _OUTPUT = "settings params checkpoint", "verbose json output quiet"
+_PROBLEM, _OUTPUT = "settings params checkpoint", "verbose json output plot html quiet"
 
 COMMANDS: dict[str, dict[str, str]] = {
     "bounds": {
@@ -541,7 +553,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Problem": _PROBLEM,
         "Optimizer": f"{_RULE} steps",
         "Runs": "threshold ratios lr growth max_steps max_seconds replicas mu batch_size edge edge_rtol linearized "
-        "assume_threshold plot",
+        "assume_threshold",
         "Measurement": _MEASURE,
         "Output": _OUTPUT,
     },
@@ -550,7 +562,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Problem": _PROBLEM,
         "Run": "optimizer steps batch_size schedule warmup mu directions differences queries beta dampening "
         "weight_decay betas eps",
-        "Search": "hf_args method replicas max_cost compare_schedules cache plot",
+        "Search": "hf_args method replicas max_cost compare_schedules cache",
         "Measurement": "device dtype seed micro_batch max_memory",
         "Output": _OUTPUT,
     },
@@ -560,7 +572,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "Measurement": "rtol max_hvps curvature method hvp device dtype seed micro_batch max_memory shard_basis strict",
         "Arguments": "config",
         "Options": "only hf_args",
-        "Output": "verbose format json output schema quiet",
+        "Output": "verbose format json output plot html schema quiet",
         "Baseline and cache": "baseline max_drop update_baseline cache",
     },
     "track": {
@@ -570,22 +582,24 @@ COMMANDS: dict[str, dict[str, str]] = {
         "betas eps target_loss divergence max_seconds seed",
         "Measurement": "every rtol max_hvps method curvature hvp device dtype micro_batch max_memory shard_basis "
         "strict forward_every",
-        "Run folder": "checkpoint_every run config resume overwrite sweep plot logger tensorboard compare",
+        "Run folder": "checkpoint_every run config resume overwrite sweep logger tensorboard compare",
         "Output": _OUTPUT,
     },
     "spectrum": {
         "Arguments": "spec",
         "Problem": _PROBLEM,
-        "Spectrum": "top by_layer moments plot",
+        "Spectrum": "top by_layer moments",
         "Measurement": _MEASURE,
         "Output": _OUTPUT,
     },
+    "report": {"Arguments": "results", "Output": "html quiet"},
 }
 """Options of every command, by panel of its help page and in the order of that page."""
 
 ONLY_HERE = {
-    "check": "config only hf_args verbose format json output schema quiet baseline max_drop update_baseline cache",
-    "track": "spec config resume overwrite sweep plot logger tensorboard compare verbose json output quiet",
+    "check": "config only hf_args verbose format json output plot html schema quiet baseline max_drop update_baseline "
+    "cache",
+    "track": "spec config resume overwrite sweep plot html logger tensorboard compare verbose json output quiet",
 }
 """Options of the commands that read a file which it cannot hold; the others have no default on the command line."""
 
@@ -722,6 +736,7 @@ class MonitorOptions(MeasureOptions, RuleOptions, total=False):
     method: Method
     curvature: Matrix
     mu: float
+    batch_size: int | None
 
 
 class _Training(TypedDict):

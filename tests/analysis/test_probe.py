@@ -203,14 +203,6 @@ def test_the_report_fits(width, many_modes):
     assert all(len(line) <= width for line in text.splitlines())
 
 
-def test_a_picture_is_drawn(many_modes, tmp_path):
-    from zoscope.report.probe import draw
-
-    result = probe(many_modes, ratios=(0.7, 1.4), steps=20, replicas=2)
-    draw(result, tmp_path / "probe.png")
-    assert (tmp_path / "probe.png").stat().st_size > 1000
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -47,3 +47,14 @@ def test_every_option_in_the_files_exists(name: str) -> None:
 @pytest.mark.parametrize("name", ["github-workflow.yml", "gitlab-ci.yml", "pre-commit-config.yaml"])
 def test_the_files_are_yaml(name: str) -> None:
     assert isinstance(yaml.safe_load((CI / name).read_text(encoding="utf-8")), dict)
+
+
+def test_the_page_is_an_artifact_also_of_a_gate_that_fails() -> None:
+    workflow = yaml.safe_load((CI / "github-workflow.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    (check,) = (step["run"] for step in job["steps"] if "zoscope check" in step.get("run", ""))
+    (upload,) = (step for step in job["steps"] if "upload-artifact" in step.get("uses", ""))
+    page = re.findall(r"--html (\S+)", check)
+    assert page
+    assert set(page) <= set(upload["with"]["path"].split())
+    assert upload["if"].startswith("always()")

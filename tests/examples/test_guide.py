@@ -1,7 +1,10 @@
 """The README and the guide: every command and option in them exists, every link leads somewhere, code is Python."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,35 @@ def test_the_readme_s_loop_trains() -> None:
     before = loss(model, x).item()
     exec(code, {"zoscope": zoscope, "model": model, "loss": loss, "batches": [x] * 3000})
     assert loss(model, x).item() < before
+
+
+PREAMBLE = """
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+import zoscope
+
+model: torch.nn.Module
+batches: Iterable[Any]
+
+
+def load(checkpoint: str) -> tuple[torch.nn.Module, Iterable[Any]]: ...
+def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor: ...
+"""
+"""What the code of the README takes to be there."""
+
+
+def test_the_readme_s_code_is_typed(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "readme.py").write_text("\n".join([PREAMBLE, *blocks((ROOT / "README.md").read_text(), "python")]))
+    # What zoscope is made of takes most of the time, and says nothing of its options. The preamble's bodies are empty.
+    settings = "[mypy]\ndisable_error_code = empty-body\n[mypy-torch.*,numpy.*,scipy.*,rich.*]\nfollow_imports = skip\n"
+    (tmp_path / "mypy.ini").write_text(settings)
+    home = Path(zoscope.__file__).parents[1]
+    # mypy finds by itself what is installed, and refuses to be told where that is.
+    environment = os.environ if home.name == "site-packages" else {**os.environ, "MYPYPATH": str(home)}
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path)]
+    done = subprocess.run([*command, "readme.py"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr

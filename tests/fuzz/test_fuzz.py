@@ -111,6 +111,23 @@ def test_other_documents(data: st.DataObject) -> None:
         zoscope_says(args)
 
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+RESULTS = ("bounds", "bounds-forward-batch", "plan", "probe-edge", "track", "track-sweep", "check", "spectrum-layers")
+
+
+@seeded
+@given(st.data())
+def test_results_that_are_put_into_a_page(data: st.DataObject) -> None:
+    pytest.importorskip("plotly", reason="needs plotly: pip install 'zoscope[report]'")
+    text = (GOLDEN / f"{data.draw(st.sampled_from(RESULTS))}.json").read_text(encoding="utf-8")
+    document = json.loads(text.replace('"seconds": "#"', '"seconds": 1.5'))["runs"][-1]["stdout"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        document = changed(data.draw, document)
+    with folder_of({"a.json": json.dumps(document)}):
+        said = zoscope_says(["report", "a.json", "--html", "page.html", "-q"])
+        assert Path("page.html").exists() == (said.code == 0)
+
+
 EXPRESSIONS = st.sampled_from(
     ["None", "3", "'x'", "lambda: None", "lambda: problem()", "lambda: 1/0", "lambda: exit()", "lambda: [][0]"]
     + [

@@ -230,6 +230,7 @@ PAGES = {
     "help-check": "check --help",
     "help-track": "track --help",
     "help-spectrum": "spectrum --help",
+    "help-report": "report --help",
     "help-explain": "explain --help",
     "help-init": "init --help",
     "usage-command": "bound net.py",

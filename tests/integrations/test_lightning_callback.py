@@ -49,7 +49,7 @@ def test_threshold_and_ratio_are_logged_every_so_many_optimizer_steps(tmp_path: 
     assert {record.operator for record in callback.records} == {"hessian"}
     assert "zoscope/ratio" in trainer.callback_metrics
     header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0]
-    assert "zoscope/exact" in header
+    assert "zoscope/max_lr" in header
 
 
 class TwoOptimizers(Module):

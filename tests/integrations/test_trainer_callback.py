@@ -45,7 +45,7 @@ def test_threshold_and_ratio_are_in_the_trainers_history(tmp_path: Path, optimiz
     assert [entry["step"] for entry in logged] == [0, 3, 6]
     assert [record.operator for record in callback.records] == [operator] * 3
     for entry, record in zip(logged, callback.records, strict=True):
-        assert math.isclose(entry["zoscope/exact"], record.exact)
+        assert math.isclose(entry["zoscope/max_lr"], record.exact)
         assert entry["zoscope/ratio"] > 0
 
 

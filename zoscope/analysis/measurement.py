@@ -647,8 +647,16 @@ def batch_size_of(objective: Objective, request: Request) -> int | None:
 
 def _batches(objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> Batches | None:
     """What measures mini-batches; ``None`` where every step sees all examples."""
-    if batch_size_of(objective, request) is None:
+    size = batch_size_of(objective, request)
+    if size is None:
         return None
     from zoscope.analysis.minibatch import Batches
 
-    return Batches(objective, base, g, request)
+    return Batches(
+        objective,
+        base,
+        g,
+        batch_size=size,
+        seed=request.seed,
+        eps=request.eps if request.state_file is None else None,
+    )

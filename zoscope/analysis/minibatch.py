@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zoscope.analysis.measurement import Slope
-    from zoscope.analysis.request import Request
     from zoscope.problem import Objective
     from zoscope.theory.minibatch import HessianNoise
     from zoscope.theory.rules import EstimatorMoments, UpdateRule
@@ -239,21 +238,25 @@ class Batches:
         objective: The prepared problem.
         base: The curvature of all examples.
         g: ``(d,)`` their mean gradient.
-        request: What is asked, with a batch size.
+        batch_size: B.
+        seed: Seed of every random number.
+        eps: ε of Adam's P where it is the expected one; ``None`` for one that has seen mini-batches itself.
 
     Raises:
         UsageError: If the batches cannot be cut into examples and are not of that size.
     """
 
-    def __init__(self, objective: Objective, base: LinearOperator, g: Tensor, request: Request) -> None:
+    def __init__(
+        self, objective: Objective, base: LinearOperator, g: Tensor, *, batch_size: int, seed: int, eps: float | None
+    ) -> None:
         assert isinstance(base, ShardOperator)
-        assert request.batch_size is not None
-        self._objective, self._base, self._g, self._request = objective, base, g, request
+        self._objective, self._base, self._g = objective, base, g
+        self._batch_size, self._eps = batch_size, eps
         self._examples = Examples(objective)
         self._pairs: Eigenpairs | None = None
         # A stream of its own: what is measured of all examples does not depend on the batch size.
-        *_, self._generator = spawn_generators(request.seed, 8, base.device)
-        size = request.batch_size
+        *_, self._generator = spawn_generators(seed, 8, base.device)
+        size = batch_size
         if self._examples.whole:
             require_whole(objective, size)
             size = 1
@@ -276,14 +279,13 @@ class Batches:
             diagonal: Adam's P; ``None`` for gradient descent.
         """
         assert self._pairs is not None
-        assert self._request.batch_size is not None
         before, gradients = self._base.num_hvps, self._gradient
         operator = self._base if diagonal is None else Preconditioned(self._base, diagonal)
         noise, sweeps = hessian_noise(operator, self._examples, self._pairs, generator=self._generator)
         directions = gradients.vectors if diagonal is None else gradients.vectors / diagonal
         curved = (directions.double() * self._base.matmat(directions).double()).sum(dim=1).cpu().numpy()
         return BatchSpread(
-            batch_size=self._request.batch_size,
+            batch_size=self._batch_size,
             examples=self._objective.num_examples,
             spread=self.spread,
             noise=noise,
@@ -296,12 +298,10 @@ class Batches:
         )
 
     def _scale(self, diagonal: Tensor | None, gradients: GradientNoise, moments: EstimatorMoments) -> float:
-        """Mean ratio of P with mini-batches to P without; a stored P has seen its own batches."""
-        if diagonal is None or self._request.state_file is not None:
+        """Mean ratio of P with mini-batches to P without."""
+        if diagonal is None or self._eps is None:
             return 1.0
-        noisy = expected_diagonal(
-            self._g, moments=moments, eps=self._request.eps, variance=self.spread * gradients.variance
-        )
+        noisy = expected_diagonal(self._g, moments=moments, eps=self._eps, variance=self.spread * gradients.variance)
         return float((noisy / diagonal.double()).mean())
 
 

@@ -44,13 +44,14 @@ LOGGED = {
     "trace": "trace",
     "lambda_max": "lambda_max",
     "lambda_min": "lambda_min",
-    "lower": "lower",
-    "upper": "upper",
-    "threshold": "threshold",
-    "exact": "exact",
+    "exact": "max_lr",
+    "exact_batches": "max_lr_batches",
     "ratio": "ratio",
+    "lower": "lower_term",
+    "upper": "upper_term",
+    "threshold": "two_over_lr",
 }
-"""Fields of a record and the names that they are logged under, after ``zoscope/``."""
+"""Fields of a record and the names that they are logged under, after ``zoscope/``: step sizes first, then curvature."""
 
 
 def log_values(record: Record) -> dict[str, float]:
@@ -316,12 +317,14 @@ class ForwardMonitor:
     A two-point query knows ``f(θ+μu)`` and ``f(θ−μu)``; with ``f(θ)`` on the same batch,
     ``uᵀHu ≈ (f(θ+μu) − 2f(θ) + f(θ−μu))/μ²``, whose mean over directions is the trace. No memory, no backward pass.
 
-        monitor = zoscope.ForwardMonitor(optimizer, every=20)
+        monitor = zoscope.ForwardMonitor(optimizer)
         for batch in loader:
             record = monitor.step(lambda: loss(model, batch))
 
     Rounding of the loss values adds noise of about ``2·10⁻⁷ f/μ²`` to each of them in float32; it is part of the error
-    bar. With mini-batches the trace is that of the mean over the batches in the window.
+    bar. With mini-batches the trace is that of the mean over the batches in the window, and the scatter of their own
+    traces counts in the threshold as theirs does. The window spans ``every · window / queries`` steps: a run that
+    leaves multiplies its curvature within some hundred steps, so that a long window sees it when it is over.
 
     Args:
         optimizer: ``zoscope.ZOGD``, ``ZOGDM`` or ``ZOAdam``; for a loop of your own ``None``, and call `observe`.
@@ -344,7 +347,7 @@ class ForwardMonitor:
         optimizer: ZeroOrderOptimizer | None = None,
         *,
         every: int = 1,
-        window: int = 200,
+        window: int = 25,
         name: str = "gd",
         mu: float = OPTIONS["mu"].default,
         dimension: int | None = None,

@@ -12,7 +12,7 @@ from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.options import ProbeOptions, keywords
 from zoscope.registry import family_of, is_zeroth_order
-from zoscope.result import JsonObject, MeasuredResult, pick
+from zoscope.result import JsonObject, MeasuredResult, encode, pick
 from zoscope.theory.rules import EstimatorMoments
 
 if TYPE_CHECKING:
@@ -250,8 +250,12 @@ class EndState(JsonObject):
     preconditioner_mean: float | None = None
 
 
+POINTS = 60
+"""Most points of a curve in the document."""
+
+
 @dataclass(frozen=True)
-class Curves:
+class Curves(JsonObject):
     """A run over its steps.
 
     Args:
@@ -265,6 +269,12 @@ class Curves:
     losses: tuple[tuple[float | None, ...], ...]
     distances: tuple[tuple[float | None, ...], ...]
     predicted: tuple[float | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object: points evenly spread over the steps looked at, the first and the last among them."""
+        most = len(self.steps) - 1
+        picked = sorted({round(n * most / (POINTS - 1)) for n in range(POINTS)}) if most >= POINTS else range(most + 1)
+        return {name: encode([values[n] for n in picked]) for name, values in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -388,8 +398,9 @@ class ProbeResult(MeasuredResult):
 
     def body(self) -> dict[str, Any]:
         """What only this kind of result has."""
-        found = "estimator linearized growth threshold runs edge confirmed outcome reason interrupted"
-        return pick(self, "optimizer") | dict(self.settings) | pick(self, found)
+        runs = [run.to_dict() | {"curves": run.curves.to_dict()} for run in self.runs]
+        found = pick(self, "optimizer") | dict(self.settings) | pick(self, "estimator linearized growth threshold")
+        return found | {"runs": runs} | pick(self, "edge confirmed outcome reason interrupted")
 
 
 class ProbeInterruptedError(KeyboardInterrupt):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoscope.analysis.measurement import notify_unseen
+from zoscope.analysis.minibatch import Batches
 from zoscope.analysis.request import relative_half_width
 from zoscope.analysis.thresholds import ci95
 from zoscope.analysis.track_results import Record
@@ -17,7 +18,7 @@ from zoscope.curvature.ggn import GGNOperator
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, ShardOperator, gradient
 from zoscope.curvature.preconditioner import expected_preconditioner, probe_preconditioner
 from zoscope.curvature.slq import OnProgress, measure
-from zoscope.errors import NumericalError
+from zoscope.errors import NumericalError, UsageError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.quadratic import QuadraticModel
 from zoscope.theory.rules import floor_factor
@@ -25,6 +26,7 @@ from zoscope.theory.spectrum import Estimate
 from zoscope.theory.stability import Gains, StabilityCondition, Version, fo_threshold
 
 if TYPE_CHECKING:
+    from zoscope.analysis.minibatch import BatchSpread
     from zoscope.analysis.track_results import TrackRequest
     from zoscope.curvature.slq import Curvature
     from zoscope.problem import Objective
@@ -94,6 +96,7 @@ class Measurer:
                 ones = torch.ones_like(g) if diagonal is None else diagonal
                 diagonal = (ones.double() / moment.shares).to(g.dtype)
             acting: LinearOperator = operator if diagonal is None else Preconditioned(operator, diagonal)
+            batches = self._batches(objective, operator, g)
             curvature = measure(
                 acting,
                 method=request.method,
@@ -102,7 +105,9 @@ class Measurer:
                 max_hvps=request.max_hvps,
                 seed=request.seed,
                 on_progress=on_progress,
+                on_pairs=None if batches is None else batches.keep,
             )
+            found = None if batches is None else batches.spread_of(None, self._moments, diagonal=diagonal)
         except NumericalError as error:
             objective.notify("no-curvature", f"At step {moment.step:,} there is no curvature. {error}")
             return self.without_curvature(moment, loss=objective.value())
@@ -112,12 +117,41 @@ class Measurer:
             notify_unseen(objective, operator, request, trace=known, positive=curvature.trace_positive.value)
         norm = float(torch.linalg.vector_norm(g.double()))
         fields = self._curvature(curvature) | self._stability(curvature, moment)
+        if found is not None:
+            fields |= self._with_batches(curvature, found, moment, fields["exact"])
         if diagonal is not None:
             fields |= self._about_preconditioner(operator, diagonal)
             fields["operator"] = f"preconditioned_{self._request.curvature}"
-        fields["num_hvps"] = operator.num_hvps
+        fields["num_hvps"] = operator.num_hvps + (0 if found is None else found.num_sweeps)
         self._hvp = getattr(operator, "method", None) or self._hvp
         return Record(step=moment.step, loss=loss, lr=moment.lr, lr_next=moment.lr_next, grad_norm=norm, **fields)
+
+    def _batches(self, objective: Objective, operator: ShardOperator, g: Tensor) -> Batches | None:
+        """What measures mini-batches; ``None`` where steps see all examples, or noise has no part in the threshold."""
+        request = self._request
+        size = request.batch_size
+        if size is None or request.first_order or not self._rule.is_linear or size >= objective.num_examples:
+            return None
+        try:
+            return Batches(objective, operator, g, batch_size=size, seed=request.seed, eps=None)
+        except UsageError as error:
+            objective.notify("no-mini-batches", f"Thresholds are those of all examples. {error}")
+            return None
+
+    def _with_batches(
+        self, curvature: Curvature, found: BatchSpread, moment: Moment, exact: float | None
+    ) -> dict[str, Any]:
+        """The threshold with mini-batches, and the step size in units of the lower of both."""
+        bounds = found.bounds(
+            curvature.spectrum, steps=max(moment.remaining, 1), rule=self._rule, moments=self._moments
+        )
+        if bounds.exact is None or exact is None:
+            return {}
+        return {
+            "exact_batches": bounds.exact.value,
+            "exact_batches_ci95": bounds.exact_ci95,
+            "ratio": moment.lr / min(exact, bounds.exact.value),
+        }
 
     def without_curvature(self, moment: Moment, *, loss: float) -> Record:
         """What can be said of a point with nothing finite to measure."""

@@ -183,7 +183,9 @@ class Record(JsonObject):
         threshold: What the step size allows: ``2/η`` for ZO-GD and GD, ``2(1−β)/η`` for ZO-GDM, ``2(1+β)/η`` for GDM.
         exact: Largest stable step size η* in infinite time, of the positive part; 2/λ_max and the like for first order.
         exact_ci95: Its 95 % interval.
-        ratio: ``lr / exact``.
+        exact_batches: The same with the mini-batches of the run, which add noise; zeroth order only.
+        exact_batches_ci95: Its 95 % interval.
+        ratio: ``lr / exact``, or ``lr / exact_batches`` where that is known and lower.
         horizon: η* of the steps that remain: with all eigenvalues, with the positive ones; zeroth order only.
         blow_up: Steps until ``lr_next`` is no longer stable, with all and with the positive eigenvalues; zeroth order
             only; ``None`` for never.
@@ -225,6 +227,8 @@ class Record(JsonObject):
     threshold: float | None = None
     exact: float | None = None
     exact_ci95: tuple[float | None, float | None] | None = None
+    exact_batches: float | None = None
+    exact_batches_ci95: tuple[float | None, float | None] | None = None
     ratio: float | None = None
     horizon: tuple[float | None, float | None] | None = None
     blow_up: tuple[float | None, float | None] | None = None
@@ -239,9 +243,10 @@ class Record(JsonObject):
     auto: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object; ``floor`` and ``auto`` are left out where there is none."""
+        """The JSON object; what few runs have is left out where there is none."""
         found = super().to_dict()
-        return {key: value for key, value in found.items() if value is not None or key not in ("floor", "auto")}
+        rare = ("floor", "auto", "exact_batches", "exact_batches_ci95")
+        return {key: value for key, value in found.items() if value is not None or key not in rare}
 
     @property
     def in_band(self) -> bool | None:

@@ -24,7 +24,7 @@ from zoscope.report.console import CleanConsole, usable
 from zoscope.text import clean
 
 # Order of the help page. Each is a module of this package whose ``command`` is the command of that name.
-COMMANDS = ("bounds", "plan", "probe", "check", "track", "spectrum", "explain", "init")
+COMMANDS = ("bounds", "plan", "probe", "check", "track", "spectrum", "report", "explain", "init")
 
 EXIT_USAGE = 2
 EXIT_FAILED = 3
@@ -125,7 +125,7 @@ def _invoke(args: list[str]) -> int:
     if COMPLETES in os.environ:
         command.main(args, prog_name="zoscope")
     try:
-        with command.make_context("zoscope", args) as context:
+        with command.make_context("zoscope", args, obj=tuple(args)) as context:
             command.invoke(context)
     except typer.Exit as done:
         return done.exit_code

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, emit, measuring
-from zoscope.errors import NumericalError
+from zoscope.cli.output import about, emit, illustrate, measuring
+from zoscope.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
     from zoscope.analysis.estimate import CostEstimate
@@ -19,6 +19,9 @@ PRECISION = "precision"  # code of the notice that --rtol was not reached
 @takes_options("bounds")
 def command(given: Given) -> None:
     """Curvature and step-size bounds for GD, GDM and Adam, first- and zeroth-order."""
+    for option in ("plot", "html"):
+        if given.estimate and getattr(given, option) is not None:
+            raise UsageError(f"--estimate with --{option}: of costs there is no picture. Leave out one of the two.")
     loaded = given.load()
     if given.estimate:
         costs = _estimate(loaded, given)
@@ -37,6 +40,7 @@ def command(given: Given) -> None:
         )
     nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
     emit(result, given.out, [notice for notice in result.warnings if notice not in nonsmooth])
+    illustrate(result, given)
     if nonsmooth:  # after the result, which is honest all the same
         raise NumericalError(nonsmooth[0].message)
 

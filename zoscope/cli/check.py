@@ -14,7 +14,18 @@ import typer
 
 import zoscope
 from zoscope.cli.options import Given, OutputOptions, takes_options
-from zoscope.cli.output import as_json, as_text, check_writable, measuring, remember, say, show, warn, write_whole
+from zoscope.cli.output import (
+    as_json,
+    as_text,
+    check_writable,
+    illustrate,
+    measuring,
+    remember,
+    say,
+    show,
+    warn,
+    write_whole,
+)
 from zoscope.cli.validate import checked, choice
 from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
@@ -142,6 +153,7 @@ def command(given: Given) -> None:
         _annotate(error, shown, files)
         raise
     write_all(report, files)
+    illustrate(report, given)
     if given.baseline is not None and given.update_baseline:
         from zoscope.analysis.check import baseline_document
 

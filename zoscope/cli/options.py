@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,11 +29,14 @@ class Given:
         command: Name of the command.
         values: What its parameters were called with.
         said: Which of them the user wrote.
+        line: The words of the command line.
     """
 
-    def __init__(self, command: str, values: Mapping[str, Any], said: Container[str] = ()) -> None:
+    def __init__(
+        self, command: str, values: Mapping[str, Any], said: Container[str] = (), line: Sequence[str] = ()
+    ) -> None:
         kept = left_open(command)
-        self.command, self.said = command, said
+        self.command, self.said, self.line = command, said, line
         self.values = {
             option.name: values[option.name] if option.name in kept else checked(option, values[option.name])
             for _, option in options_of(command)
@@ -102,7 +105,7 @@ def takes_options(command: str) -> Callable[[Callable[[Given], None]], Callable[
             defaults = {parameter.name: parameter.default for parameter in parameters}
             sources = {name: context.get_parameter_source(name) for name in values}
             said = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-            function(Given(command, {**defaults, **values}, said))
+            function(Given(command, {**defaults, **values}, said, context.obj or ()))
 
         first = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
         run.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-    from zoscope.cli.options import OutputOptions
+    from zoscope.cli.options import Given, OutputOptions
     from zoscope.problem import Notice
     from zoscope.result import RichResult
 
@@ -283,6 +284,12 @@ def remembered() -> dict[str, Any]:
     return {}
 
 
+def to_stderr(text: str, *, quiet: bool) -> None:
+    """One line on stderr."""
+    if not quiet:
+        CleanConsole(stderr=True, soft_wrap=True).print(Text(text, style="default"))
+
+
 def check_writable(path: Path, *, option: str = "--output") -> None:
     """Refuse a file that cannot be written, before the work and not after it."""
     try:
@@ -313,12 +320,34 @@ def _try_folder(path: Path, folder: Path, option: str) -> None:
 
 def check_picture(path: Path, *, option: str = "--plot") -> None:
     """Refuse a picture that cannot be drawn or written, before the work and not after it."""
-    from zoscope.report.style import require_matplotlib  # late, for a fast --help
+    from zoscope.report.figures import require_matplotlib  # late, for a fast --help
 
     if path.suffix.lower() not in PICTURES:
         raise UsageError(f"{option}: {path} has no picture's name. Expected one that ends in {', '.join(PICTURES)}.")
     require_matplotlib(option)
     check_writable(path, option=option)
+
+
+def check_page(path: Path, *, option: str = "--html") -> None:
+    """Refuse a page that cannot be made or written, before the work and not after it."""
+    from zoscope.report.html import require_plotly  # late, for a fast --help
+
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{option}: {path} has no page's name. Expected one that ends in .html.")
+    require_plotly(option)
+    check_writable(path, option=option)
+
+
+def illustrate(result: RichResult, given: Given) -> None:
+    """Write the picture and the page of a result, those that were asked for."""
+    if given.plot is not None:
+        from zoscope.report.figures import draw  # late: pictures take time to load
+
+        draw(result.to_dict(), [given.plot])
+    if given.html is not None:
+        from zoscope.report.html import write
+
+        write([result.to_dict()], given.html, command=shlex.join(("zoscope", *given.line)))
 
 
 def write_whole(path: Path, text: str, *, option: str = "--output") -> None:

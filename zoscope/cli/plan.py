@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import aside, emit, progress_line, visible
+from zoscope.cli.output import aside, emit, illustrate, progress_line, visible
 
 
 @takes_options("plan")
@@ -26,10 +26,7 @@ def command(given: Given) -> None:
     from zoscope.problem import Notice  # late, for a fast --help
 
     emit(result, given.out, [*(Notice("hf-args", text) for text in notices), *result.warnings])
-    if given.plot is not None:
-        from zoscope.report.plan import draw
-
-        draw(result, given.plot)
+    illustrate(result, given)
 
 
 @contextmanager

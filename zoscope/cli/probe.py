@@ -11,7 +11,7 @@ import typer
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import aside, emit, progress_line, visible
+from zoscope.cli.output import aside, emit, illustrate, progress_line, visible
 from zoscope.errors import UsageError
 from zoscope.registry import is_zeroth_order
 
@@ -53,10 +53,7 @@ def command(given: Given) -> None:
 
 def _show(result: ProbeResult, given: Given) -> None:
     emit(result, given.out)
-    if given.plot is not None:
-        from zoscope.report.probe import draw
-
-        draw(result, given.plot)
+    illustrate(result, given)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zoscope
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, emit, measuring
+from zoscope.cli.output import about, emit, illustrate, measuring
 from zoscope.errors import NumericalError, UsageError
 
 PRECISION = "precision"  # code of the notice that --rtol was not reached
@@ -27,9 +27,6 @@ def command(given: Given) -> None:
         result = verb(loaded.problem, spec=loaded.display, on_progress=on_progress, **options)
     nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
     emit(result, given.out, [notice for notice in result.warnings if notice not in nonsmooth])
-    if given.plot is not None and isinstance(result, zoscope.SpectrumResult):
-        from zoscope.report.spectrum import draw  # late, for a fast --help
-
-        draw(result, given.plot)
+    illustrate(result, given)
     if nonsmooth:  # after the result, which is honest all the same
         raise NumericalError(nonsmooth[0].message)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from zoscope.cli.options import Given, takes_options
-from zoscope.cli.output import about, aside, emit, loading, visible
+from zoscope.cli.output import about, aside, emit, illustrate, loading, visible
 from zoscope.cli.validate import choice
 from zoscope.errors import UsageError
 from zoscope.report.console import CleanConsole
@@ -52,10 +52,7 @@ def command(place: Given) -> None:
         result = _tracked(values, folder, place, resume=place.resume is not None, overwrite=place.overwrite)
     except TrackInterruptedError as error:
         result, interrupted = error.result, True
-    if place.plot is not None:
-        from zoscope.report.track import draw
-
-        draw(result, [place.plot])
+    illustrate(result, place)
     emit(result, place.out)
     if interrupted:
         _say_interrupted(folder)
@@ -267,9 +264,9 @@ def _picture(result: TrackResult, folder: Path) -> None:
     """The picture in the run's folder, where matplotlib is installed: nobody asked for it."""
     if find_spec("matplotlib") is None or len(result.records) < 2:
         return
-    from zoscope.report.track import draw
+    from zoscope.report.figures import draw
 
-    draw(result, [folder / name for name in RUN_PICTURES], option="--run")
+    draw(result.to_dict(), [folder / name for name in RUN_PICTURES], option="--run")
 
 
 def _draw_missing(folder: Path) -> None:
@@ -367,8 +364,5 @@ def _compare(place: Given) -> None:
 
 
 def _show(comparison: Comparison, place: Given) -> None:
-    if place.plot is not None:
-        from zoscope.report.track import draw_comparison
-
-        draw_comparison(comparison, [place.plot])
+    illustrate(comparison, place)
     emit(comparison, place.out)

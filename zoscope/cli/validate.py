@@ -132,6 +132,14 @@ def picture(option: str, path: Path) -> Path:
     return path
 
 
+def page(option: str, path: Path) -> Path:
+    """A page that can be made and written."""
+    from zoscope.cli.output import check_page
+
+    check_page(path, option=option)
+    return path
+
+
 def output(option: str, path: Path) -> Path:
     """A file that can be written."""
     from zoscope.cli.output import check_writable
@@ -142,6 +150,6 @@ def output(option: str, path: Path) -> Path:
 
 FORMS: dict[str, Callable[[str, Any], Any]] = {
     check.__name__: check
-    for check in (size, pair, numbers, steps, device, preconditioner, existing, regex, picture, output)
+    for check in (size, pair, numbers, steps, device, preconditioner, existing, regex, picture, page, output)
 }
 """What reads a text or a path of each form."""

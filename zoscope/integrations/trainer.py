@@ -206,7 +206,13 @@ class StabilityCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure where training starts."""
-        options = {"steps": state.max_steps, "max_grad_norm": args.max_grad_norm, **self._options}
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        options = {
+            "steps": state.max_steps,
+            "max_grad_norm": args.max_grad_norm,
+            "batch_size": size if self._name is not None and self._name.startswith("zo-") else None,
+            **self._options,
+        }
         optimizer: Any = self._trainer.optimizer
         while not hasattr(optimizer, "defaults"):
             optimizer = optimizer.optimizer

@@ -15,6 +15,7 @@ from zoscope.report.answer import as_report, one_line, ruler
 from zoscope.report.console import CleanConsole
 from zoscope.report.style import (
     MISSING,
+    OPERATOR_NAMES,
     count,
     counted,
     curvature_of,
@@ -46,14 +47,6 @@ if TYPE_CHECKING:
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.theory.spectrum import Estimate
     from zoscope.theory.stability import HorizonPoint
-
-OPERATOR_NAMES = {
-    "hessian": "Hessian H",
-    "preconditioned_hessian": "P^-½ H P^-½ (Adam)",
-    "ggn": "Gauss-Newton G",
-    "preconditioned_ggn": "P^-½ G P^-½ (Adam)",
-}
-
 
 FIRST_ORDER = ("", "FO")
 ASSUMING = ("paper's ZO\ninterval", "tight ZO\ninterval")

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from zoscope.report.answer import as_report, one_line, ruler
 from zoscope.report.style import (
-    COLOURS,
     MISSING,
     count,
     counted,
     duration,
-    gaps,
     grid,
     heading,
     lines_of,
-    new_figure,
     number_table,
     optimizer_name,
     quantity,
-    require_matplotlib,
     rough_count,
-    save,
     step_range,
     step_size,
     step_size_at_most,
@@ -36,9 +30,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from zoscope.analysis.plan import PlanResult
-
-DRAWN = 5
-"""Loss curves in the picture."""
 
 
 def answer(result: PlanResult, width: int) -> Iterator[RenderableType]:
@@ -155,39 +146,3 @@ def curve_table(result: PlanResult) -> Table:
             percent(point.risk),
         )
     return table
-
-
-def draw(result: PlanResult, path: Path) -> None:
-    """Write the picture: loss and risk over step sizes, and loss over steps at some of them.
-
-    Raises:
-        UsageError: If matplotlib is not installed, does not know the format, or the file cannot be written.
-    """
-    require_matplotlib()
-    figure: Any = new_figure(width=11, height=4.5)
-    left, right = figure.subplots(1, 2)
-    lrs = [point.lr for point in result.curve]
-    left.fill_between(lrs, gaps(p.loss_lo for p in result.curve), gaps(p.loss_hi for p in result.curve), alpha=0.25)
-    left.plot(lrs, gaps(p.loss_mean for p in result.curve), ".-", color=COLOURS[0])
-    left.axhline(result.problem.loss, color="0.8", linewidth=0.8, zorder=0)
-    left.set(xscale="log", xlabel="step size", ylabel="final loss")
-    risk = left.twinx()
-    risk.fill_between(lrs, [p.risk for p in result.curve], color=COLOURS[1], alpha=0.15, linewidth=0)
-    risk.set(ylim=(0, 1), ylabel="share of runs that leave")
-    if result.answer.lr is not None:
-        left.axvline(result.answer.lr, color=COLOURS[2], linewidth=1.2)
-    for entry, colour in zip(_chosen(result), COLOURS, strict=False):
-        right.plot(entry.steps, gaps(entry.loss), color=colour, label=step_size(entry.lr))
-    right.set(xlabel="step", ylabel="loss")
-    if all(value is None or value > 0 for entry in _chosen(result) for value in entry.loss):
-        right.set_yscale("log")
-    right.legend(fontsize="small", frameon=False, title="step size")
-    figure.suptitle(f"{result.spec or 'problem'}, {result.question['optimizer']}, {result.question['steps']:,} steps")
-    save(figure, path)
-
-
-def _chosen(result: PlanResult) -> list[Any]:
-    """Curves to show: the answer's, and others spread over the step sizes."""
-    paths = result.paths
-    step = max(1, -(-len(paths) // DRAWN))
-    return [entry for n, entry in enumerate(paths) if entry.lr == result.answer.lr or n % step == 0]

@@ -1,4 +1,4 @@
-"""How numbers, tables and pictures look, the same everywhere."""
+"""How numbers and tables look, the same everywhere."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import io
 import math
 from collections.abc import Iterable
 from decimal import ROUND_DOWN, Context
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from zoscope.errors import UsageError
-from zoscope.files import write_whole
 from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
 from zoscope.report.console import CleanConsole
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.console import JustifyMethod, RenderableType
 
     from zoscope.result import MeasuredResult
@@ -39,6 +35,23 @@ def optimizer_name(name: str) -> str:
     """``ZO-Adam`` for ``zo-adam``."""
     label = OPTIMIZERS[family_of(name)].label
     return f"ZO-{label}" if is_zeroth_order(name) else label
+
+
+OPERATOR_NAMES = {
+    "hessian": "Hessian H",
+    "preconditioned_hessian": "P^-½ H P^-½ (Adam)",
+    "ggn": "Gauss-Newton G",
+    "preconditioned_ggn": "P^-½ G P^-½ (Adam)",
+}
+"""Matrices that are measured, by their key in documents."""
+
+
+def term_of(optimizer: str) -> str:
+    """What the step size allows, as a formula."""
+    options = OPTIMIZERS[family_of(optimizer)].options
+    if is_zeroth_order(optimizer):
+        return "2(1−β)/η" if "beta" in options else "2/η"
+    return "2(1+β)/η" if "beta" in options else "2(1+β₁)/((1−β₁)η)" if "betas" in options else "2/η"
 
 
 def digits_for(value: float, half_width: float) -> int:
@@ -233,58 +246,6 @@ def lines_of(facts: Iterable[str], *, width: int) -> list[str]:
         else:
             lines.append(fact)
     return lines
-
-
-# Okabe and Ito: distinct for every common kind of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DPI = 150
-
-
-def require_matplotlib(option: str = "--plot") -> None:
-    """Fail early, and say how to go on.
-
-    Raises:
-        UsageError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            f"{option} needs matplotlib, which is not installed. Install it with: pip install 'zoscope[plot]'"
-        ) from None
-
-
-def new_figure(*, width: float, height: float) -> Figure:
-    """An empty figure, in inches; pyplot is left out, which would choose a window system."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Figure, path: Path, *, option: str = "--plot") -> None:
-    """Write the picture, whole or not at all; its format follows the file name.
-
-    Raises:
-        UsageError: If the format is not known, or the file cannot be written.
-    """
-    import matplotlib
-
-    # Fixed ids and no date: the same result makes the same file.
-    metadata: dict[str, Any] | None = {"Date": None} if path.suffix == ".svg" else None
-    buffer = io.BytesIO()
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "zoscope"}):
-            figure.savefig(buffer, format=path.suffix.removeprefix(".").lower(), dpi=DPI, metadata=metadata)
-        write_whole(path, buffer.getvalue())
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{option}: cannot write {path} ({error}). Choose another name, such as {path.stem or 'plot'}.png."
-        ) from None
-
-
-def gaps(values: Iterable[float | None]) -> list[float]:
-    """Numbers for a line that is left out where there is none."""
-    return [float("nan") if value is None else value for value in values]
 
 
 WIDTH = 120

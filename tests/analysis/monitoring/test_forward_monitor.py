@@ -27,7 +27,7 @@ def quadratic(seed: int = 0):
 def test_trace_and_norm_are_those_of_the_hessian_within_their_errors(directions, queries) -> None:
     x, closure = quadratic()
     optimizer = zoscope.ZOGD([x], 1e-3, directions=directions, queries=queries)
-    monitor = zoscope.ForwardMonitor(optimizer, window=400)
+    monitor = zoscope.ForwardMonitor(optimizer, every=1, window=400)
     for _ in range(400 // queries):
         record = monitor.step(closure)
     spectrum = Spectrum.of(EIGENVALUES)
@@ -52,7 +52,7 @@ def test_the_error_bar_covers_the_trace() -> None:
     covered = 0
     for seed in range(40):
         x, closure = quadratic(seed)
-        monitor = zoscope.ForwardMonitor(zoscope.ZOGD([x], 1e-3, seed=seed), window=100)
+        monitor = zoscope.ForwardMonitor(zoscope.ZOGD([x], 1e-3, seed=seed), every=1, window=100)
         for _ in range(100):
             record = monitor.step(closure)
         low, high = record.trace.interval
@@ -80,7 +80,7 @@ def test_observing_less_often_costs_one_evaluation_each_time() -> None:
 def test_a_loop_without_the_optimizer_may_observe_by_itself() -> None:
     x, closure = quadratic()
     optimizer = zoscope.ZOGD([x], 1e-3)
-    own, mine = zoscope.ForwardMonitor(optimizer), zoscope.ForwardMonitor(mu=1e-3)
+    own, mine = zoscope.ForwardMonitor(optimizer, every=1), zoscope.ForwardMonitor(mu=1e-3)
     for _ in range(20):
         loss = float(closure().detach())
         expected = own.step(closure)
@@ -107,7 +107,7 @@ def test_a_monitor_goes_on_from_its_state() -> None:
 def test_adams_threshold_is_in_units_of_its_preconditioner() -> None:
     x, closure = quadratic()
     optimizer = zoscope.ZOAdam([x], 1e-6)
-    monitor = zoscope.ForwardMonitor(optimizer)
+    monitor = zoscope.ForwardMonitor(optimizer, every=1)
     for _ in range(60):
         record = monitor.step(closure)
     v = optimizer.state[x]["exp_avg_sq"]
@@ -138,3 +138,24 @@ def test_losses_that_do_not_pair_up_are_refused_before_any_is_taken_in(above, be
     with pytest.raises(ValueError, match=r"above has the shape .*expected one loss for each query in both"):
         monitor.observe(1.0, above=above, below=below, lr=0.1)
     assert monitor.state_dict() == {"steps": 0, "samples": []}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_whose_curvature_grows_is_warned_of_before_its_loss_has_doubled(seed: int) -> None:
+    """The ratio lags behind by half a window: some 13 steps."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.nn.Parameter(torch.randn(40, generator=generator, dtype=torch.float64))
+    eigenvalues = torch.tensor(EIGENVALUES, dtype=torch.float64)
+    growth, lr = 1.0, 0.2 * 2 / float(eigenvalues.sum())
+    monitor = zoscope.ForwardMonitor(zoscope.ZOGD([x], lr, seed=seed))
+    losses: list[float] = []
+    warned = None
+    while not losses or losses[-1] <= 2 * min(losses):
+        growth *= 1.002
+        record = monitor.step(lambda g=growth: 0.5 * g * (eigenvalues * x.square()).sum())
+        losses.append(0.5 * growth * float((eigenvalues * x.detach().square()).sum()))
+        if warned is None and record is not None and record.ratio > 1:
+            warned = len(losses)
+    assert warned is not None
+    assert warned > 600  # the threshold is passed about there
+    assert len(losses) - warned >= 10

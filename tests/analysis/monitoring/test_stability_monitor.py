@@ -331,3 +331,28 @@ def test_monitors_are_copied_with_what_they_watch(twin) -> None:
     forward = zoscope.ForwardMonitor(optimizer)
     other = twin(forward)  # with an optimizer and parameters of its own
     assert other.step(lambda: parabola(torch.ones(3))).trace == forward.step(lambda: parabola(torch.ones(3))).trace
+
+
+def test_with_the_loops_batch_size_the_threshold_is_that_of_mini_batches() -> None:
+    """Examples of unequal curvature: a batch of one is far less stable than all of them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(32, 6, generator=generator) * torch.linspace(0.1, 3, 32)[:, None]
+    targets = inputs @ torch.ones(6, 1)
+    problem = zoscope.Problem.from_criterion(
+        torch.nn.Linear(6, 1, bias=False), [(inputs, targets)], torch.nn.functional.mse_loss
+    )
+    wanted = zoscope.bounds(problem, optimizers=["gd"], batch_size=2, device="cpu", rtol=0.01).optimizers["gd"]
+    assert wanted.minibatch is not None
+    assert wanted.minibatch.exact is not None
+    optimizer = zoscope.ZOGD(problem.model.parameters(), lr=1e-3)
+    everything, batches = (
+        zoscope.StabilityMonitor(problem, optimizer, batch_size=size, device="cpu", rtol=0.01).step()
+        for size in (None, 2)
+    )
+    assert everything.exact_batches is None
+    assert "exact_batches" not in everything.to_dict()
+    assert batches.exact == pytest.approx(everything.exact)
+    assert batches.exact_batches == pytest.approx(wanted.minibatch.exact.value, rel=0.1)
+    assert batches.exact_batches < 0.8 * batches.exact
+    assert batches.ratio == pytest.approx(1e-3 / batches.exact_batches)
+    assert zoscope.StabilityMonitor(problem, "gd", batch_size=2, device="cpu").step(lr=1e-3).exact_batches is None

@@ -8,7 +8,8 @@ import pytest
 from zoscope import Estimate, Notice, SpectrumResult, UsageError
 from zoscope.analysis.spectrum import LayerTrace
 from zoscope.curvature.slq import Curvature, Eigenvalue
-from zoscope.report.spectrum import draw, render
+from zoscope.report.figures import draw
+from zoscope.report.spectrum import render
 from zoscope.report.style import to_text
 from zoscope.result import ProblemInfo
 from zoscope.theory.density import decades, density
@@ -102,7 +103,7 @@ def test_the_report_keeps_to_its_width(width: int) -> None:
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_the_picture_is_drawn_for_every_kind_of_spectrum(tmp_path: Path, values, suffix: str, exact: bool) -> None:
     path = tmp_path / f"spectrum.{suffix}"
-    draw(result_of(values, exact=exact), path)
+    draw(result_of(values, exact=exact).to_dict(), [path])
     assert path.stat().st_size > 5000
 
 
@@ -110,7 +111,7 @@ def svg_of(result: SpectrumResult, path: Path) -> str:
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.fonttype": "none"}):
-        draw(result, path)
+        draw(result.to_dict(), [path])
     return path.read_text()
 
 
@@ -125,7 +126,7 @@ def test_names_of_specs_are_text_and_not_mathematics(tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--plot: cannot write"):
-        draw(result_of(NEGATIVE), tmp_path / "none" / "a.png")
+        draw(result_of(NEGATIVE).to_dict(), [tmp_path / "none" / "a.png"])
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
@@ -138,4 +139,4 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monke
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UsageError, match=r"pip install 'zoscope\[plot\]'"):
-        draw(result_of(NEGATIVE), tmp_path / "a.png")
+        draw(result_of(NEGATIVE).to_dict(), [tmp_path / "a.png"])

@@ -5,11 +5,12 @@
     zoscope check --spec model.py --hf-args training_args.json
 
 Arguments of problem() are set with --set: model=FOLDER takes what save_pretrained has written and needs no network,
-tuning=full trains all parameters. training_args.json is for transformers.HfArgumentParser, too. Replace the three parts
-below by your own.
+tuning=lora trains low-rank matrices. These start where half of their curvature is negative: train them a little first.
+training_args.json is for transformers.HfArgumentParser, too. Replace the three parts below by your own.
 """
 
 import logging
+import warnings
 
 import torch
 
@@ -32,6 +33,14 @@ EXAMPLES = [
     ("a plot that makes no sense at all", "terrible"),
     ("I would watch it again tomorrow", "great"),
     ("loud, long and empty", "terrible"),
+    ("a small wonder, told with care", "great"),
+    ("the jokes fall flat", "terrible"),
+    ("her best role in years", "great"),
+    ("I left before the end", "terrible"),
+    ("gripping from start to finish", "great"),
+    ("a waste of a good cast", "terrible"),
+    ("sharp writing and real feeling", "great"),
+    ("it could not have been slower", "terrible"),
 ]
 ANSWERS = ["great", "terrible"]
 PROMPT = "{text} It was"
@@ -39,13 +48,13 @@ DECODERS = ("ForCausalLM", "LMHeadModel")
 
 
 def problem(
-    model: str = "facebook/opt-125m", tuning: str = "lora", batch_size: int = 8, length: int = 64, seed: int = 0
+    model: str = "facebook/opt-125m", tuning: str = "full", batch_size: int = 8, length: int = 64, seed: int = 0
 ) -> zoscope.Problem:
     """Called by zoscope.
 
     Args:
         model: Folder of a model, or its name on the hub: a decoder, or an encoder, which gets a head of its own.
-        tuning: What is trained: ``lora`` or ``full``.
+        tuning: What is trained: ``full``, all parameters, or ``lora``.
         batch_size: Examples per forward pass; it changes no result.
         length: Most tokens of an example.
         seed: Of the parts of the model that are new.
@@ -59,7 +68,7 @@ def problem(
             task = "CAUSAL_LM" if decoder else "SEQ_CLS"  # SEQ_CLS trains the head of an encoder, too
             network = peft.get_peft_model(network, peft.LoraConfig(task, r=8, target_modules="all-linear"))
         elif tuning != "full":
-            raise zoscope.SpecError(f"tuning={tuning}: expected lora or full.")
+            raise zoscope.SpecError(f"tuning={tuning}: expected full or lora.")
 
     # 3. The examples as tokens. zoscope puts the model into eval mode and pads the batches.
     def tokens(text: str, answer: str) -> dict[str, object]:
@@ -90,7 +99,8 @@ def load(name: str) -> tuple[transformers.PreTrainedModel, transformers.PreTrain
         ) from error
 
 
-# No report on a head that is new, no progress bar, and no line for each attempt to reach the hub.
+# No reports on a new head, progress, what will be renamed, and every try to reach the hub.
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
