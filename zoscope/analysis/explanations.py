@@ -284,6 +284,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "That of mini-batches can be as low as their share of the examples times it.",
         "Keep a wider margin, or use `threshold: plan`, which runs with the batches.",
     ),
+    "no-mini-batches": Explanation(
+        "thresholds of mini-batches could not be had",
+        "Training uses mini-batches, and their thresholds could not be measured, for the reason given.",
+        "The threshold shown is that of all examples; that of mini-batches is lower.",
+        "Keep a wider margin, or change what the reason names.",
+    ),
     "batch-noise": Explanation(
         "at this lr the noise of mini-batches raises the loss",
         "The step size is above the descent threshold of the mini-batches.",
