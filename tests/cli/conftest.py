@@ -30,9 +30,15 @@ Zoscope = Callable[..., Finished]
 
 
 @pytest.fixture
-def zoscope_cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Zoscope:
+def zoscope_cli(
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Zoscope:
     """Run ``zoscope *args`` in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
     def call(*args: str | Path) -> Finished:
         words: Sequence[str] = [str(arg) for arg in args]

@@ -43,21 +43,22 @@ def test_sizes_that_no_terminal_has_are_left_out() -> None:
 def test_a_terminal_without_columns_shows_the_tables(folder: Path) -> None:
     code, out, err = started(folder, COLUMNS="0", LINES="0", TERMINAL_WIDTH="x")
     assert (code, err) == (0, "")
-    assert "trace" in out
+    assert "use lr" in out
 
 
 @pytest.mark.parametrize("environment", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 def test_a_locale_without_greek_shows_question_marks(folder: Path, environment: dict[str, str]) -> None:
     code, out, err = started(folder, *ARGS, "--output", "out.txt", **environment)
     assert (code, err) == (0, "")
-    assert "trace" in out
+    assert "use lr" in out
+    assert "= falls  o use  | edge" in out
     assert "λ" in (folder / "out.txt").read_text(encoding="utf-8")
 
 
 def test_python_without_docstrings_runs(folder: Path) -> None:
     code, out, err = started(folder, python=("-OO",))
     assert (code, err) == (0, "")
-    assert "trace" in out
+    assert "use lr" in out
 
 
 def shell(folder: Path, line: str) -> tuple[int, str]:
@@ -82,7 +83,7 @@ def test_a_stdout_that_takes_nothing_is_one_paragraph(folder: Path, redirection:
 def test_a_result_comes_without_the_other_streams(folder: Path, redirection: str) -> None:
     code, said = shell(folder, f"bounds model.py {redirection}")
     assert code == 0
-    assert "trace" in said
+    assert "use lr" in said
     assert "Traceback" not in said
 
 

@@ -192,7 +192,8 @@ def test_a_first_mistake_is_one_paragraph_with_its_line_and_remedy(zoscope_cli, 
 def test_a_sum_is_measured_and_said_to_be_one(zoscope_cli, tmp_path: Path) -> None:
     body = "problem = zoscope.Problem(net, [(x, y)], lambda m, b: (m(b[0]) - b[1]).square().sum())\n"
     (tmp_path / "model.py").write_text(PREAMBLE + body)
-    finished = zoscope_cli("bounds", "model.py", "--max-hvps", "20")
+    assert "Warning sum-reduced: " in zoscope_cli("bounds", "model.py", "--max-hvps", "20").err
+    finished = zoscope_cli("bounds", "model.py", "--max-hvps", "20", "-v")
     said = " ".join(finished.err.split())
     assert finished.code == 0
     assert f"The loss (model.py, line {HERE}) grows with the batch size" in said

@@ -23,6 +23,11 @@ def test_checks_start_from_the_defaults_of_the_file(load: Load, valid: str) -> N
     assert (scheduled.optimizer.beta, scheduled.optimizer.rule, scheduled.optimizer.zeroth_order) == (0.5, "gdm", False)
 
 
+def test_the_spec_of_the_file_may_be_called_spec_as_in_the_file_of_a_run(load: Load) -> None:
+    (check,) = load("spec: m.py\nchecks: [{name: a, optimizer: {name: zo-gd, lr: 1e-3}}]")
+    assert check.shown_spec == "m.py"
+
+
 def test_what_nobody_says_has_the_documented_default(load: Load) -> None:
     (check,) = load("checks: [{name: a, spec: m.py, optimizer: {name: zo-gd, lr: 1e-3}}]")
     assert (check.steps, check.policy.margin, check.policy.threshold, check.policy.on_warn) == (

@@ -40,7 +40,7 @@ def test_the_answer_has_a_line_for_each_check_and_the_worst_first(report: CheckR
     summary, *lines = shown(report, width=80, verbose=False).splitlines()
     assert summary == "6 checks: 1 pass, 1 warn, 3 fail, 1 error in 1.5 s"
     assert [line.split()[0] for line in lines if line[0] != " "] == ["error", "fail", "fail", "fail", "warn", "+1"]
-    assert "lr 0.02 is 1.2 × threshold 0.016, passes up to 0.012" in lines[1]
+    assert "lr 0.02 is 1.2 × threshold 0.016, ≤ 0.012 passes" in lines[1]
     assert max(map(len, lines)) <= 80
 
 

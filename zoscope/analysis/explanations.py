@@ -57,6 +57,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Compare the loss functions, class weights, further terms, the data, accumulated batches and dropout; or pass "
         "the problem that the loop really trains.",
     ),
+    "sum-reduced": Explanation(
+        "the loss is a sum over examples, not a mean",
+        "The loss grows with the number of examples in a batch.",
+        "Step sizes are for the sum. Those for the mean are as many times larger as a batch has examples.",
+        "Return the mean over the batch if that is how you train.",
+    ),
     "zero-curvature": Explanation(
         "no positive curvature here, so nothing limits lr locally",
         "No positive curvature was found: the loss is linear or concave around these parameters.",
@@ -180,12 +186,6 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Raise `--max-seconds`.",
     ),
     # --- what is measured may not be what was meant
-    "sum-reduced": Explanation(
-        "the loss is a sum over examples, not a mean",
-        "The loss grows with the number of examples in a batch.",
-        "Step sizes are for the sum. Those for the mean are as many times larger as a batch has examples.",
-        "Return the mean over the batch if that is how you train.",
-    ),
     "not-a-mean": Explanation(
         "the loss of a batch is not the mean over its examples",
         "The loss of a batch differs from the mean over its parts: class weights, ignored labels, padding, or examples "
@@ -283,6 +283,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Training uses mini-batches, and the threshold of this optimizer is only known for the full batch.",
         "That of mini-batches can be as low as their share of the examples times it.",
         "Keep a wider margin, or use `threshold: plan`, which runs with the batches.",
+    ),
+    "no-mini-batches": Explanation(
+        "thresholds of mini-batches could not be had",
+        "Training uses mini-batches, and their thresholds could not be measured, for the reason given.",
+        "The threshold shown is that of all examples; that of mini-batches is lower.",
+        "Keep a wider margin, or change what the reason names.",
     ),
     "batch-noise": Explanation(
         "at this lr the noise of mini-batches raises the loss",

@@ -197,8 +197,8 @@ class Edge(JsonObject):
             threshold of the mean square, which rare runs carry. ``None`` where it is not known.
         found: Whether the bisection closed its bracket.
         points: Every step size tried, ascending.
-        end: Curvature where the first replica to leave, at the smallest step size at which half of them did, was last
-            in the valley.
+        end: Curvature where the first replica to diverge, at the smallest step size at which half of them did, was
+            before it did.
         sharpened: Whether the threshold had come down past that step size by then.
     """
 
@@ -230,7 +230,7 @@ Variant = Literal["first-order", "zeroth-order", "frozen", "adaptive"]
 
 @dataclass(frozen=True)
 class EndState(JsonObject):
-    """The curvature measured again, where a replica was last seen in the valley.
+    """The curvature measured again, where a replica was last seen before it diverged.
 
     Args:
         step: The step of that.
@@ -319,7 +319,7 @@ class ProbeRun(JsonObject):
         steps: Steps asked for.
         steps_done: Steps that the slowest surviving replica reached.
         replicas: Number of replicas.
-        diverged: How many left the valley or rose to twice the loss.
+        diverged: How many diverged, or rose to twice the loss.
         left_at: The median step at which they did.
         loss_start: Loss at the start.
         loss_end: Mean loss of the replicas that stayed, at the end; ``None`` when none did.

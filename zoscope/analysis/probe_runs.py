@@ -225,7 +225,7 @@ class ReplicaOutcomes:
     """What became of the replicas.
 
     Args:
-        diverged_at: The step at which each left the valley or rose above twice the loss for good, or ``None``.
+        diverged_at: The step at which each diverged, or rose above twice the loss for good, or ``None``.
         stable: How many ended no higher than they started.
         changes: ``(R,)`` change of the loss over the run; infinite for those that left.
     """
@@ -247,7 +247,7 @@ class ReplicaOutcomes:
 
 
 def outcomes_of(trajectory: Trajectory, *, loss: float, scale: float) -> ReplicaOutcomes:
-    """Sort the replicas: left the valley, risen to twice the loss at the end, or no higher than at the start."""
+    """Sort the replicas: diverged, risen to twice the loss at the end, or no higher than at the start."""
     tail = max(1, len(trajectory.steps) // 10)
     with np.errstate(invalid="ignore"):
         ends = trajectory.losses[-tail:].mean(axis=0)
@@ -268,7 +268,7 @@ def outcomes_of(trajectory: Trajectory, *, loss: float, scale: float) -> Replica
 def growth_verdict(found: ReplicaOutcomes, trajectory: Trajectory, *, noisy: bool = False) -> RunVerdict:
     """Diverged or stable, where three quarters of the replicas agree.
 
-    With ``noisy`` gradients, as of mini-batches, a loss that rises and stays in the valley is stable: they hold it up.
+    With ``noisy`` gradients, as of mini-batches, a loss that rises and does not diverge is stable: they hold it up.
     """
     count = len(trajectory.left)
     if found.diverged >= MAJORITY * count:
@@ -383,7 +383,7 @@ MOVED = 0.97
 def end_state(
     runner: ProbeRunner, forecast: Prediction, trajectory: Trajectory, *, lr: float, adaptive: bool
 ) -> tuple[EndState | None, bool]:
-    """The curvature where the first replica that left was last in the valley, else where the first one ended.
+    """The curvature where the first replica that diverged was before it did, else where the first one ended.
 
     Returns:
         The state, and whether the threshold came down past ``lr`` on the way: into or below the band there.
@@ -553,7 +553,7 @@ def edge_forecast(forecast: Prediction, runner: ProbeRunner) -> Prediction:
 
 
 def typical_edge(forecast: Prediction, *, seed: int, rtol: float) -> float | None:
-    """The step size at which half of the quadratic model's own runs leave the valley: what the replicas should see.
+    """The step size at which half of the quadratic model's own runs diverge: what the replicas should see.
 
     It lies above the threshold of the mean square, which rare runs carry, the more so the shorter the run.
     """

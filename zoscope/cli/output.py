@@ -171,11 +171,17 @@ def emit(result: RichResult, options: OutputOptions, notices: Iterable[Notice] |
     warn(result.warnings if notices is None else notices, options, used=used)
 
 
+PLAIN = str.maketrans("━─╌●┃◆▲≤×–·…█→", "=-.o|*^<x-,.#>")
+"""Signs of tables and rulers for terminals of other encodings, as wide as they are."""
+
+
 def show(shown: RenderableType) -> int:
     """Print on stdout, in colours where it is a terminal; the number of lines."""
     console = CleanConsole()
     text = as_text(shown, width=console.width)
-    if console.is_terminal:
+    if not (sys.stdout.encoding or "utf-8").lower().startswith("utf"):  # what is left becomes question marks
+        say(text.translate(PLAIN))
+    elif console.is_terminal:
         with to_stdout():
             console.print(shown)
     else:

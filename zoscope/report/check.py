@@ -252,7 +252,7 @@ def _sentence(check: CheckResult) -> Text:
         return Text(f"lr {check.lr:g}; nothing limits the step size here")
     text = f"lr {check.lr:g} is {check.ratio:.2g} × threshold {check.threshold.value:.3g}"
     if check.status != "pass":
-        text += ", none passes" if check.largest_lr is None else f", passes up to {check.largest_lr:g}"
+        text += ", none passes" if check.largest_lr is None else f", ≤ {check.largest_lr:g} passes"
         if check.baseline is not None and check.baseline.failed:
             text += f". {check.baseline.message}"
     return Text(text)

@@ -446,7 +446,7 @@ def _against_band(record: Record) -> tuple[str | Text, ...]:
         quantity(record.lower, digits=3),
         _term(record),
         quantity(record.upper, digits=3),
-        step_size(record.exact),
+        step_size(record.lr / record.ratio if record.ratio else record.exact),  # with mini-batches theirs
         quantity(record.ratio, digits=2),
     )
 
