@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from zoscope.planning.rehearsal import Law, TopSpace, coefficients, rehearse
+from zoscope.planning.rehearsal import Law, Rehearsal, TopSpace, coefficients
 from zoscope.theory.quadratic import GradientMeasure, QuadraticModel
 from zoscope.theory.rules import EstimatorMoments, update_rule
 from zoscope.theory.spectrum import Spectrum
@@ -39,7 +39,7 @@ def top(count: int = 3) -> TopSpace:
 
 def final_losses(law: Law, *, lr: float, steps: int, macro: int, replicas: int, shape=None) -> np.ndarray:
     start = torch.full((len(EIGENVALUES),), 0.5, dtype=torch.float64)
-    found = rehearse(
+    found = Rehearsal(
         Quadratic(EIGENVALUES),
         start,
         law=law,
@@ -51,7 +51,7 @@ def final_losses(law: Law, *, lr: float, steps: int, macro: int, replicas: int, 
         ceiling=math.inf,
         top=top(),
         shape=shape,
-    )
+    ).go()
     return found.losses[-1]
 
 
@@ -134,7 +134,7 @@ def test_adam_stalls_where_its_noise_holds_it():
     lr = 2e-3
     trace = float(EIGENVALUES.sum())
     start = torch.full((len(EIGENVALUES),), 0.02, dtype=torch.float64)
-    found = rehearse(
+    found = Rehearsal(
         Quadratic(EIGENVALUES),
         start,
         law=Law("adam", momentum=0.9, second=0.99),
@@ -145,7 +145,7 @@ def test_adam_stalls_where_its_noise_holds_it():
         seed=0,
         ceiling=math.inf,
         top=top(),
-    )
+    ).go()
     late = found.losses[len(found.losses) // 2 :].mean()
     # Equal noise along all directions: the loss there is Tr-weighted, x² λ ~ lr ‖g‖ / 2 each.
     floor = 0.25 * lr * (lr * trace / 2) * len(EIGENVALUES)
@@ -173,7 +173,7 @@ class _WildAtFirst(Quadratic):
 
 
 def test_macro_steps_that_came_down_to_one_step_grow_again():
-    found = rehearse(
+    found = Rehearsal(
         _WildAtFirst(EIGENVALUES),
         torch.full((len(EIGENVALUES),), 0.3, dtype=torch.float64),
         law=Law("gd"),
@@ -184,7 +184,7 @@ def test_macro_steps_that_came_down_to_one_step_grow_again():
         seed=0,
         ceiling=math.inf,
         top=top(),
-    )
+    ).go()
     sizes = np.diff(found.steps)
     assert sizes.min() == 1
     assert len(sizes) < 100

@@ -102,7 +102,7 @@ class Answer(JsonObject):
 
 @dataclass(frozen=True)
 class EdgeEstimate(JsonObject):
-    """Where half of the runs leave.
+    """Where half of the runs diverge.
 
     Args:
         lr: The step size; ``None`` where no such step size was found.
@@ -188,7 +188,7 @@ class PlanResult(MeasuredResult):
     Args:
         question: Optimizer, steps, batch size and schedule.
         answer: The best step size: the lowest expected final loss at a risk of at most 5 %.
-        edge: Where half of the runs leave.
+        edge: Where half of the runs diverge.
         safe: A step size with a risk of 1 %.
         curve: Every step size that was tried, rising.
         paths: Loss over steps at some of them.
@@ -617,10 +617,10 @@ def _notices(
         yield Notice(
             "saturates",
             f"The loss does not rise to {LEFT:g} times that at the start, whatever the step size: a run counts as "
-            f"having left above {planner.ceiling:.4g}, half of the way to where the loss saturates.",
+            f"diverged above {planner.ceiling:.4g}, half of the way to where the loss saturates.",
         )
     if edge.lr is None and not planner.spent:
-        yield Notice("no-edge", "No step size was found at which half of the runs leave.")
+        yield Notice("no-edge", "No step size was found at which half of the runs diverge.")
     yield from planner.objective.warnings
 
 

@@ -278,25 +278,8 @@ class Rehearsed:
     batches: int
 
 
-@torch.no_grad()
-def rehearse(
-    source: Gradients,
-    start: Tensor,
-    *,
-    law: Law,
-    lr: float,
-    steps: int,
-    macro: int,
-    runs: Sequence[int],
-    seed: int,
-    ceiling: float,
-    top: TopSpace,
-    shape: Shape | None = None,
-    trust: float = TRUST,
-    enough: int | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Rehearsed:
-    """Rehearse runs at one step size.
+class Rehearsal:
+    """Runs at one step size, rehearsed.
 
     Args:
         source: The loss.
@@ -311,18 +294,13 @@ def rehearse(
         top: Directions of large curvature at the start.
         shape: The schedule.
         trust: Squared error of the linear gradient, over N, that is good enough.
-        enough: Stop where so many have left; the others then end nowhere, with an infinite loss.
-        on_step: Called with the number of steps just done.
     """
-    rehearsal = _Rehearsal(source, start, law, lr, steps, macro, runs, seed, ceiling, top.copy(), shape, trust)
-    return rehearsal.run(on_step, enough or len(runs))
 
-
-class _Rehearsal:
     def __init__(
         self,
         source: Gradients,
         start: Tensor,
+        *,
         law: Law,
         lr: float,
         steps: int,
@@ -331,11 +309,11 @@ class _Rehearsal:
         seed: int,
         ceiling: float,
         top: TopSpace,
-        shape: Shape | None,
-        trust: float,
+        shape: Shape | None = None,
+        trust: float = TRUST,
     ) -> None:
         self._source, self._law, self._lr, self._steps, self._macro = source, law, lr, steps, macro
-        self._ceiling, self._top, self._shape, self._trust = ceiling, top, shape, trust
+        self._ceiling, self._top, self._shape, self._trust = ceiling, top.copy(), shape, trust
         self._runs = runs
         self._x = start.repeat(len(runs), 1)
         self._m = torch.zeros_like(self._x) if law.momentum else None
@@ -350,7 +328,14 @@ class _Rehearsal:
         self._expected: tuple[Tensor, Tensor, Tensor] | None = None
         self._longest, self._last = math.inf, 1
 
-    def run(self, on_step: Callable[[int], None] | None, enough: int) -> Rehearsed:
+    @torch.no_grad()
+    def go(self, *, enough: int | None = None, on_step: Callable[[int], None] | None = None) -> Rehearsed:
+        """Go through the steps, once.
+
+        Args:
+            enough: Stop where so many have left; the others then end nowhere, with an infinite loss.
+            on_step: Called with the number of steps just done.
+        """
         self._source.begin(self._runs)
         done, size = 0, min(max(1, int(BEGIN * self._steps / self._macro)), FIRST)
         if self._law.momentum or self._v is not None:
@@ -358,7 +343,7 @@ class _Rehearsal:
         looked: list[int] = []
         losses: list[Array] = []
         scale = 0.0
-        fewest = len(self._index) - enough
+        fewest = len(self._index) - (enough or len(self._index))
         while done < self._steps and len(self._index) > fewest:
             gradients, values = self._look(scale)
             self._looks += 1

@@ -17,7 +17,7 @@ from zoscope.optim.directions import new_generator
 from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, choose_mini_batches, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run, run_mini_batches
 from zoscope.optim.rules import Rule
-from zoscope.planning.rehearsal import Law, Shape, TopSpace, rehearse
+from zoscope.planning.rehearsal import Law, Rehearsal, Shape, TopSpace
 from zoscope.planning.search import Run
 from zoscope.planning.sources import ObjectiveGradients
 
@@ -226,7 +226,7 @@ class RehearsedRuns:
         """See `Runs`."""
         question = self.question
         try:
-            found = rehearse(
+            found = Rehearsal(
                 self._source,
                 self._start,
                 law=question.law,
@@ -239,9 +239,7 @@ class RehearsedRuns:
                 top=self.top,
                 shape=question.shape,
                 trust=LOOSEST * FEWEST_MACRO / self.macro,
-                enough=enough,
-                on_step=on_step,
-            )
+            ).go(enough=enough, on_step=on_step)
         finally:
             self._objective.write(self._start)
         self._cost.gradients += found.gradients
