@@ -134,7 +134,7 @@ def test_sizes(text, expected):
     assert size("--max-memory", text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "2XB", "2i", "1e9", "many"])
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "2XB", "2i", "1e9", "many", "0.5", "9" * 400])
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match=r"--max-memory.*500MB"):
         size("--max-memory", text)

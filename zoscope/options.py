@@ -181,10 +181,11 @@ def shown(value: Any) -> str:
 def bytes_of(text: str) -> int | None:
     """Bytes, from a number with a unit or without: 500MB, 2 GiB, 1.5g, 4096; ``None`` for what is no size."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:([kmgt])?(i)?b?)", text.replace(" ", "").lower())
-    if found is None or (found[3] and not found[2]) or not float(found[1]) > 0:
+    if found is None or (found[3] and not found[2]):
         return None
     power = " kmgt".index(found[2] or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    size = float(found[1]) * (1024 if found[3] else 1000) ** power
+    return int(size) if 1 <= size < math.inf else None
 
 
 Method = Literal["auto", "dense", "deflated-slq"]

@@ -22,13 +22,26 @@ from .hostile import ODD, VALUES, WORDS, changed, damaged, folder_of, seeded, zo
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX files and signals")
 
-SLOW = {"plot", "tensorboard", "sweep", "steps", "replicas", "max_steps", "max_passes", "help", "batch_size"}
+SLOW = set("plot tensorboard sweep steps replicas max_steps max_passes help batch_size html max_cost".split())
+    "plot",
+    "tensorboard",
+    "sweep",
+    "steps",
+    "replicas",
+    "max_steps",
+    "max_passes",
+    "help",
+    "batch_size",
+    "html",
+    "max_cost",
+}
 BASE = {
     "bounds": ["bounds", "model.py", "-q"],
     "spectrum": ["spectrum", "model.py", "-q"],
     "check": ["check", "--spec", "model.py", "--optimizer", "zo-gd", "--lr", "1e-3", "-q"],
     "track": ["track", "model.py", "--lr", "1e-3", "--steps", "4", "--every", "2", "--max-seconds", "2", "-q"],
     "probe": ["probe", "model.py", "-q", "--replicas", "1", "--steps", "4"],
+    "plan": ["plan", "model.py", "-q", "--replicas", "2", "--steps", "4"],
 }
 
 
@@ -39,9 +52,9 @@ def no_pictures(without_pictures: None) -> None:
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    command = draw(st.sampled_from([*BASE, *BASE, "plan", "init"]))
+    command = draw(st.sampled_from([*BASE, *BASE, "init", "explain", "report"]))
     args = list(BASE.get(command, [command]))
-    if command in ("plan", "init"):
+    if command not in BASE:
         return [*args, *draw(st.lists(ODD, max_size=2))]
     options = [option for _, option in options_of(command) if option.name not in SLOW and option.name != "spec"]
     for option in draw(st.lists(st.sampled_from(options), min_size=1, max_size=3)):
