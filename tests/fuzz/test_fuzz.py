@@ -22,7 +22,19 @@ from .hostile import ODD, VALUES, WORDS, changed, damaged, folder_of, seeded, zo
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX files and signals")
 
-SLOW = set("plot tensorboard sweep steps replicas max_steps max_passes help batch_size html max_cost".split())
+SLOW = {
+    "plot",
+    "html",
+    "tensorboard",
+    "sweep",
+    "steps",
+    "replicas",
+    "max_steps",
+    "max_passes",
+    "max_cost",
+    "batch_size",
+}
+SLOW |= {"help"}
 BASE = {
     "bounds": ["bounds", "model.py", "-q"],
     "spectrum": ["spectrum", "model.py", "-q"],
