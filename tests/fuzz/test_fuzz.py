@@ -22,19 +22,8 @@ from .hostile import ODD, VALUES, WORDS, changed, damaged, folder_of, seeded, zo
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX files and signals")
 
-SLOW = {
-    "plot",
-    "html",
-    "tensorboard",
-    "sweep",
-    "steps",
-    "replicas",
-    "max_steps",
-    "max_passes",
-    "max_cost",
-    "batch_size",
-}
-SLOW |= {"help"}
+SLOW = {"plot", "html", "tensorboard", "sweep", "steps", "replicas", "max_steps", "max_passes", "max_cost", "help"}
+SLOW |= {"batch_size"}
 BASE = {
     "bounds": ["bounds", "model.py", "-q"],
     "spectrum": ["spectrum", "model.py", "-q"],
