@@ -373,7 +373,7 @@ def test_a_bad_argument_is_named_with_what_was_expected(arguments: dict[str, Any
 def test_optimizers_are_named_as_on_the_command_line_too() -> None:
     found = zoscope.bounds(quadratic(INDEFINITE), optimizers="zo-gd", device="cpu")
     assert list(found.optimizers) == ["gd"]
-    assert "stable for" in str(found)
+    assert "stable for" in str(found.report(verbose=True))
 
 
 def test_a_preconditioner_that_is_nearly_a_number_costs_no_products() -> None:

@@ -149,8 +149,11 @@ def test_steps_that_disagree_are_said_with_what_the_bars_contain():
 
 
 def test_no_bound_that_assumes_a_positive_hessian_is_shown_for_a_negative_trace():
-    positive, negative = (str(forward(black_box(sign * POSITIVE), optimizers=("gd",))) for sign in (1, -1))
-    (row,) = [line for line in negative.splitlines() if line.startswith("GD") and "∞" in line]
+    positive, negative = (
+        str(forward(black_box(sign * POSITIVE), optimizers=("gd",)).report(verbose=True)) for sign in (1, -1)
+    )
+    short, row = [line for line in negative.splitlines() if line.startswith("GD") and "∞" in line]
+    assert short.split()[1:4] == ["∞", "–", "∞"], short
     assert row.split()[1:] == ["∞", "∞", "–"], row
     assert not [line for line in positive.splitlines() if line.startswith("GD") and "–" in line]
 

@@ -130,7 +130,7 @@ def test_the_report_has_a_table_of_its_own():
     from rich.console import Console
 
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(zoscope.bounds(least_squares()[0], optimizers=("gd",), batch_size=3, **RATES))
+    console.print(zoscope.bounds(least_squares()[0], optimizers=("gd",), batch_size=3, **RATES).report(verbose=True))
     assert "With mini-batches of 3 of 12 examples" in console.export_text()
 
 

@@ -233,6 +233,6 @@ def test_loss_and_gradient_that_are_not_finite_are_an_error() -> None:
 
 
 def test_the_result_prints_itself_in_a_notebook() -> None:
-    shown = zoscope.spectrum(network(), device="cpu", by_layer=True)._repr_mimebundle_()
+    shown = zoscope.spectrum(network(), device="cpu", by_layer=True).report(verbose=True)._repr_mimebundle_()
     assert "Trace by layer" in shown["text/plain"]
     assert math.isfinite(len(shown["text/html"]))

@@ -35,7 +35,7 @@ def test_an_edge_below_where_the_landscape_sharpened_is_inconclusive_and_says_so
     outcome, reason = edge_outcome(edge(0.7, sharpened=True), forecast())
     assert outcome == "inconclusive"
     assert "22 % below" in reason
-    assert "step 90, the threshold had come down to 0.4" in reason
+    assert "step 90, before the first run diverged, the threshold had come down to 0.4" in reason
     assert edge_outcome(edge(1.2, sharpened=True), forecast())[0] == "refuted"  # sharpening lowers the edge
 
 

@@ -142,6 +142,9 @@ def test_only_the_range_of_mu_is_measured(zoscope_cli, spec):
     shown = zoscope_cli("plan", spec, "--only", "mu", "--batch-size", "4", "--quiet")
     assert shown.code == 0
     assert "use μ" in shown.out
+    refused = zoscope_cli("plan", spec, "--only", "mu", "--plot", "mu.png")
+    assert refused.code == 2
+    assert "--plot" in refused.paragraph
     refused = zoscope_cli("plan", spec, "--only", "lr")
     assert refused.code == 2
     assert "mu" in refused.paragraph

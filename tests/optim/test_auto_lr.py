@@ -266,3 +266,8 @@ def test_near_a_floor_it_does_not_climb():
 def test_arguments_out_of_range_are_refused(options, net):
     with pytest.raises(ValueError, match="must"):
         AutoLR(ZOGD(net.parameters(), lr=1.0), **options)
+
+
+def test_an_optimizer_that_is_not_zeroth_order_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"a SGD: expected one of zoscope's.*observe"):
+        AutoLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), steps=10)

@@ -79,6 +79,20 @@ def test_runs_given_up_when_half_have_left_are_made_where_they_matter():
     assert (edge.brackets[:, 1] >= EDGES).all()
 
 
+def test_a_step_size_that_only_few_runs_liked_gives_way_to_one_that_all_like():
+    def treacherous(lr, runs, enough):
+        return {run: one(9.0 if run > 1 and lr > 0.4 else 1 / lr) for run in runs}
+
+    search = Search(treacherous, 2)
+    for lr in (0.1, 0.25, 0.5):
+        search.trial(lr)
+    search.replicas = 4
+    best = search.trial(0.5)
+    assert best.mean > 5
+    assert search.lower(best, 1.0).lr == 0.25
+    assert len(search.trials[0.25].runs) == 4
+
+
 def test_runs_that_never_leave_have_no_edge():
     search = Search(lambda lr, runs, enough: {run: one(1.0) for run in runs}, 3)
     low, high = search.bracket(1.0)

@@ -400,6 +400,7 @@ class _Planner:
         best = search.trial(min(top, lowest or top))
         if not math.isfinite(best.mean):  # an edge far from the one that few runs found
             best = search.lowest(best.lr)
+        best = search.lower(best, top)
         return edge, best if math.isfinite(best.mean) else None
 
     def _made(self, lr: float, numbers: Sequence[int], enough: int) -> dict[int, Run]:

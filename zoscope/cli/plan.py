@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import zoscope
 from zoscope.cli.options import Given, takes_options
 from zoscope.cli.output import aside, emit, illustrate, progress_line, visible
+from zoscope.errors import UsageError
 
 
 @takes_options("plan")
@@ -27,6 +28,11 @@ def command(given: Given) -> None:
     if given.only == "mu":
         from zoscope.planning.mu import perturbation_notices
 
+        for name in ("plot", "html", "compare_schedules", "max_cost", "cache", "method", "replicas"):
+            if name in given.said:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is about runs, which --only mu does not make. Leave it out."
+                )
         chosen = {name: asked[name] for name in ("batch_size", "device", "seed")}
         if asked["dtype"] != "auto":
             chosen["dtype"] = asked["dtype"]

@@ -136,6 +136,11 @@ class AutoLR:
         self._optimizer, self._undo = optimizer, undo
         rounding = 6e-8
         if optimizer is not None:
+            if not isinstance(optimizer, ZeroOrderOptimizer):
+                raise TypeError(
+                    f"optimizer is a {type(optimizer).__name__}: expected one of zoscope's, such as zoscope.ZOGD. For "
+                    "a loop of your own leave it out, and call observe() with the losses of every step"
+                )
             queries = optimizer.queries
             kinds = {p.dtype for group in optimizer.param_groups for p in group["params"]}
             # A loss is a mean over many numbers: it rounds less than each of them.

@@ -39,6 +39,9 @@ SCATTER = 0.03
 FALLING = 2.0**0.5
 """Factor between the step sizes among which the lowest loss is looked for."""
 
+MISSED = 3
+"""Most step sizes at which few runs had a lower loss that all runs are made at."""
+
 NEAR = 1.1
 """Neighbours may be farther from each other than ``FALLING`` by so much."""
 
@@ -285,6 +288,18 @@ class Search:
         if square <= 0:
             return best
         return min(best, self.trial(best.lr * math.exp(-slope / (2 * square))), key=lambda t: t.mean)
+
+    def lower(self, best: Trial, top: float) -> Trial:
+        """The best trial of all runs, where others up to ``top`` have a lower mean by the runs made there so far.
+
+        Few runs may have missed what one in several does at a large step size.
+        """
+        others = sorted((t for t in self.trials.values() if t.lr <= top and t.mean < best.mean), key=lambda t: t.mean)
+        for other in others[:MISSED]:
+            whole = self.trial(other.lr)
+            if whole.mean < best.mean:
+                best = whole
+        return best
 
 
 def _met_again(lr: float) -> float:

@@ -410,10 +410,13 @@ def _short_table(result: BoundsResult, *, interval: bool, errors: bool) -> Table
     judged = [] if asked is None else [f"lr = {asked:g}"]
     if result.forward is not None:
         table = number_table("", "descent", "ZO for ever, from", "to", *judged, "use lr")
+        possible = result.forward.trace.value >= 0  # whether H ⪰ 0 may be, as the lower end needs
         for row in rows:
             if row.forward is not None:
                 lower, upper, descent = (_about(estimate, errors) for estimate in row.forward.met)
-                table.add_row(_name(row), descent, lower, upper, *_judged(row), _use(result, row))
+                table.add_row(
+                    _name(row), descent, lower if possible else MISSING, upper, *_judged(row), _use(result, row)
+                )
         return table
     paper = ["paper's interval"] if interval and not judged and not any(row.minibatch for row in rows) else []
     table = number_table("", "FO", "ZO for ever", *paper, f"ZO, {counted(result.steps, 'step')}", *judged, "use lr")
@@ -433,7 +436,10 @@ def _judged(row: OptimizerBounds) -> list[Text]:
     """What the step size asked about does, in a word: ``1.25 × may diverge``; nothing where none was."""
     if row.verdict is None:
         return []
-    words, colour = (OUTLOOKS if row.rule.is_linear else TO_THE_FLOOR)[row.verdict.outlook]
+    outlook = row.verdict.outlook
+    if outlook == "unstable" and row.doubts:  # the threshold is that of the start, which a run may leave alive
+        outlook = "uncertain"
+    words, colour = (OUTLOOKS if row.rule.is_linear else TO_THE_FLOOR)[outlook]
     ratio = "" if row.verdict.ratio is None else f"{quantity(row.verdict.ratio, digits=3)} × "
     return [Text(f"{ratio}{words}", style=colour)]
 

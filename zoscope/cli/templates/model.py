@@ -13,7 +13,7 @@ from torch import nn
 import zoscope
 
 
-def problem(steps: int = 50, seed: int = 0) -> zoscope.Problem:
+def problem(steps: int = 100, seed: int = 0) -> zoscope.Problem:
     """Called by zoscope, which looks for the name 'problem' unless told otherwise (model.py:name)."""
     generator = torch.Generator().manual_seed(seed)
 
