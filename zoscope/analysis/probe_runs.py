@@ -331,7 +331,9 @@ def outcome(runs: Sequence[ProbeRun], *, few_modes: bool) -> tuple[Outcome, str]
     below = any(run.side == "below" for run in counted)
     above = any(run.side == "above" for run in counted)
     if not (below and above):
-        return "inconclusive", f"only runs {'below' if below else 'above'} the threshold count; it takes both sides"
+        missing = "above" if below else "below"
+        why = next((f": at {run.ratio:.3g} × {run.reason}" for run in runs if run.side == missing), "")
+        return "inconclusive", f"no run {missing} the threshold tells{why}"
     return "confirmed", "runs below the threshold did as predicted, and so did runs above"
 
 
