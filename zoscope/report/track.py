@@ -180,7 +180,6 @@ def line(record: Record, *, steps: int) -> str:
         parts += [
             f"trace {quantity(record.trace)}",
             f"λ_max {quantity(record.lambda_max)}",
-            f"term {quantity(record.threshold)} in [{quantity(record.lower)}, {quantity(record.upper)}]",
             f"lr/η* {quantity(record.ratio, digits=2)}",
         ]
     return " · ".join(parts)
