@@ -323,5 +323,5 @@ def test_environments(environment: dict[str, str]) -> None:
             if name not in ("RANK", "WORLD_SIZE"):
                 patch.setenv(name, value)
         said = zoscope_says(BASE["bounds"])
-        assert "trace" in said.out
+        assert "use lr" in said.out
         zoscope_says(BASE["check"])
