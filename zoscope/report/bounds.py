@@ -436,10 +436,9 @@ def _judged(row: OptimizerBounds) -> list[Text]:
     """What the step size asked about does, in a word: ``1.25 × may diverge``; nothing where none was."""
     if row.verdict is None:
         return []
-    outlook = row.verdict.outlook
-    if outlook == "unstable" and row.doubts:  # the threshold is that of the start, which a run may leave alive
-        outlook = "uncertain"
-    words, colour = (OUTLOOKS if row.rule.is_linear else TO_THE_FLOOR)[outlook]
+    words, colour = (OUTLOOKS if row.rule.is_linear else TO_THE_FLOOR)[row.verdict.outlook]
+    if words == "diverges" and row.doubts:  # the threshold is that of the start, which a run may leave alive
+        words, colour = "diverges?", "yellow"
     ratio = "" if row.verdict.ratio is None else f"{quantity(row.verdict.ratio, digits=3)} × "
     return [Text(f"{ratio}{words}", style=colour)]
 
