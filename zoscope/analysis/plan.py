@@ -219,10 +219,6 @@ class PlanResult(MeasuredResult):
     interrupted: bool = False
 
 
-class PlanInterruptedError(KeyboardInterrupt):
-    """Ctrl-C; the trials so far are in the cache, if there is one."""
-
-
 class _BudgetSpentError(Exception):
     """``max_cost`` is reached."""
 
