@@ -84,7 +84,7 @@ class Command:
         words = [word for word in self.words if word != "--shard-basis"]
         if "--plot" in words:
             words = [*words[: words.index("--plot")], *words[words.index("--plot") + 2 :]]
-        if "--compare" in words:
+        if "--compare" in words or (self.name == "plan" and "--only" in words):
             return words
         if "--resume" in words:
             return [*words, "--max-seconds", "0.2"]
