@@ -83,7 +83,8 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
     constant = result.question["schedule"] == "constant" and not result.question["warmup"]
     label = "use lr" if constant else "use peak lr"
     if answer.lr is None:
-        yield label, Text("none lowers the loss", style="bold yellow")
+        known = any(notice.code == "noise-floor" for notice in result.warnings)
+        yield label, Text("none lowers the loss" if known else "not known yet", style="bold yellow")
     else:
         lr = Text(step_size_at_most(answer.lr), style="bold green")
         losses = f"loss {quantity(answer.loss_start)} → {quantity(answer.expected_loss, digits=3)} expected"
@@ -93,7 +94,18 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
     if edge.lr is not None:
         interval = "" if edge.ci95 is None else f" (95 %: {step_range(*edge.ci95)})"
         yield "edge", f"{step_size(edge.lr)}   half of the runs diverge{interval}"
-    yield _mu(result.perturbation, asked=result.question["mu"])
+    if result.perturbation is not None:
+        yield _mu(result.perturbation, asked=result.question["mu"])
+    yield "cost", _runs(result)
+    if result.interrupted:
+        yield "stopped", Text("interrupted: this is what was known by then", style="yellow")
+
+
+def _runs(result: PlanResult) -> str:
+    """What it took, in runs of the training, beside a sweep."""
+    cost, each = result.cost, counted(result.replicas, "run")
+    took, sweep = quantity(cost.forward_passes / cost.run, digits=2), quantity(cost.sweep / cost.run, digits=3)
+    return f"that of {took} runs; a sweep of 15 step sizes, {each} each: {sweep}"
 
 
 def _mu(scale: PerturbationScale, *, asked: float | None = None) -> tuple[str, str | Text]:
