@@ -50,7 +50,7 @@ def details(result: PlanResult, width: int) -> Iterator[RenderableType]:
     """Every step size that was tried, and what it took."""
     yield heading("Run")
     yield Text("\n".join(lines_of([*_question(result), *_problem(result)], width=width)), style="dim")
-    yield grid([("looked ahead by", _method(result)), ("cost", _cost(result))])
+    yield grid([("looked ahead by", _method(result))])
     yield heading("Step sizes tried", f"up to {count(result.replicas)} runs each, {result.method}")
     yield curve_table(result)
 
@@ -141,19 +141,10 @@ render_scale = as_report(scale_answer, scale_details)
 
 
 def _method(result: PlanResult) -> str:
-    tried = counted(len(result.curve), "step size")
+    tried, passes = counted(len(result.curve), "step size"), f"{rough_count(result.cost.forward_passes)} forward passes"
     if result.method == "rehearsal":
-        return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, {duration(result.seconds)}"
-    return f"real runs, {tried}, up to {count(result.replicas)} runs each, {duration(result.seconds)}"
-
-
-def _cost(result: PlanResult) -> str:
-    cost = result.cost
-    sweep = f"a sweep of 15 step sizes, {count(result.replicas)} runs each"
-    times = cost.sweep / cost.forward_passes if cost.forward_passes else 1.0
-    compared = "takes as many" if 0.8 < times < 1.25 else f"takes {quantity(times, digits=2)} times as many"
-    passes, runs = rough_count(cost.forward_passes), quantity(cost.forward_passes / cost.run, digits=3)
-    return f"{passes} forward passes, as {runs} runs; {sweep}, {compared}"
+        return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, in all as {passes}"
+    return f"real runs, {tried}, up to {count(result.replicas)} runs each, {passes}"
 
 
 def percent(share: float | None) -> str:
