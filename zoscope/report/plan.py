@@ -8,23 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from zoscope.registry import optimizer_name
 from zoscope.report.answer import as_report, one_line, ruler
-from zoscope.report.style import (
-    MISSING,
-    count,
-    counted,
-    duration,
-    grid,
-    heading,
-    lines_of,
-    number_table,
-    optimizer_name,
-    quantity,
-    rough_count,
-    step_range,
-    step_size,
-    step_size_at_most,
-)
+from zoscope.report.style import grid, heading, lines_of, number_table
+from zoscope.report.words import MISSING, count, duration, quantity, step_range, step_size, step_size_at_most
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,8 +59,8 @@ def _question(result: PlanResult) -> list[str]:
 def _problem(result: PlanResult) -> list[str]:
     problem = result.problem
     return [
-        counted(problem.num_params, "parameter"),
-        counted(problem.num_examples, "example"),
+        count(problem.num_params, "parameter"),
+        count(problem.num_examples, "example"),
         f"{result.device} {result.dtype}",
     ]
 
@@ -129,7 +116,7 @@ render_scale = as_report(scale_answer, scale_details)
 
 
 def _method(result: PlanResult) -> str:
-    tried = counted(len(result.curve), "step size")
+    tried = count(len(result.curve), "step size")
     if result.method == "rehearsal":
         return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, {duration(result.seconds)}"
     return f"real runs, {tried}, up to {count(result.replicas)} runs each, {duration(result.seconds)}"
@@ -140,7 +127,7 @@ def _cost(result: PlanResult) -> str:
     sweep = f"a sweep of 15 step sizes, {count(result.replicas)} runs each"
     times = cost.sweep / cost.forward_passes if cost.forward_passes else 1.0
     compared = "takes as many" if 0.8 < times < 1.25 else f"takes {quantity(times, digits=2)} times as many"
-    passes, runs = rough_count(cost.forward_passes), quantity(cost.forward_passes / cost.run, digits=3)
+    passes, runs = count(cost.forward_passes, rough=True), quantity(cost.forward_passes / cost.run, digits=3)
     return f"{passes} forward passes, as {runs} runs; {sweep}, {compared}"
 
 
