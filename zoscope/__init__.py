@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from zoscope.analysis.monitor import ForwardMonitor as ForwardMonitor
     from zoscope.analysis.monitor import ForwardRecord as ForwardRecord
     from zoscope.analysis.monitor import StabilityMonitor as StabilityMonitor
+    from zoscope.analysis.plan import PlanInterruptedError as PlanInterruptedError
+    from zoscope.analysis.plan import PlanResult as PlanResult
     from zoscope.analysis.plan import plan as plan
     from zoscope.analysis.probe import probe as probe
     from zoscope.analysis.probe_results import ProbeInterruptedError as ProbeInterruptedError
@@ -61,6 +63,8 @@ _HOME = {
     "OptimizerBounds": "zoscope.analysis.thresholds",
     "SpectrumResult": "zoscope.analysis.spectrum",
     "MomentsResult": "zoscope.analysis.spectrum",
+    "PlanResult": "zoscope.analysis.plan",
+    "PlanInterruptedError": "zoscope.analysis.plan",
     "ProbeResult": "zoscope.analysis.probe_results",
     "ProbeRun": "zoscope.analysis.probe_results",
     "ProbeInterruptedError": "zoscope.analysis.probe_results",

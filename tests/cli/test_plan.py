@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+import zoscope
+
 SPEC = """
 import torch, zoscope
 
@@ -57,6 +59,40 @@ def test_a_budget_ends_the_search_with_what_is_known(zoscope_cli, spec):
     done = zoscope_cli("plan", spec, "--steps", "40", "--max-cost", "700", "--json")
     document = json.loads(done.out)
     assert "max-cost" in [warning["code"] for warning in document["warnings"]]
+
+
+def test_an_interruption_leaves_what_is_known(zoscope_cli, spec, monkeypatch):
+    plan = zoscope.plan
+
+    def interrupted_after_three(problem, **options):
+        tried = set()
+
+        def on_progress(what, done, total):
+            tried.add(what)
+            if len(tried) > 3:
+                raise KeyboardInterrupt
+
+        return plan(problem, **options | {"on_progress": on_progress})
+
+    monkeypatch.setattr(zoscope, "plan", interrupted_after_three)
+    done = zoscope_cli("plan", spec, "--steps", "40", "--json")
+    assert done.code == 130
+    document = json.loads(done.out)
+    assert document["interrupted"]
+    assert len(document["curve"]) == 3
+    assert document["perturbation"] is None
+    shown = zoscope_cli("plan", spec, "--steps", "40").out
+    assert "interrupted: this is what was known by then" in shown
+    assert "not known yet" in shown
+
+
+def test_an_interruption_before_the_first_runs_is_said_alone(zoscope_cli, spec, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zoscope.analysis.plan.first_guess", interrupt)
+    done = zoscope_cli("plan", spec, "--steps", "40", "--json")
+    assert (done.code, done.out) == (130, "")
 
 
 def test_schedules_are_compared(zoscope_cli, spec):

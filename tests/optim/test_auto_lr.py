@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoscope import ZOGD, ZOGDM, AutoLR, ZOAdam, ZONormalized, ZOSignSGD
+from zoscope import ZOGD, ZOGDM, AutoLR, SpecError, ZOAdam, ZONormalized, ZOSignSGD
 from zoscope.optim.step_size import StepSizeController
 
 ALL = [ZOGD, ZOGDM, ZOAdam, ZONormalized, ZOSignSGD]
@@ -271,3 +271,20 @@ def test_arguments_out_of_range_are_refused(options, net):
 def test_an_optimizer_that_is_not_zeroth_order_is_refused_with_the_way_out():
     with pytest.raises(TypeError, match=r"a SGD: expected one of zoscope's.*observe"):
         AutoLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), steps=10)
+
+
+@pytest.mark.parametrize("varying", ["batch", "dropout"])
+def test_a_loss_that_is_another_at_every_call_is_refused(varying, net):
+    data = Data(net, batch=15)
+    dropout = nn.Dropout(0.3)
+
+    def loss() -> Tensor:
+        if varying == "batch":
+            data.draw()
+            return data.loss()
+        return nn.functional.mse_loss(dropout(net(data.x)), data.y)
+
+    before = flat(net)
+    with pytest.raises(SpecError, match="same batch in every call"):
+        AutoLR(ZOGD(net.parameters(), lr=1.0), steps=100).step(loss)
+    assert torch.equal(flat(net), before)

@@ -98,12 +98,13 @@ def decide(
         return Decision("pass", f"no positive curvature limits the step size: every lr is below the {what}.", None)
     advice = f"The largest lr that passes is {largest:g}." if largest else "No lr passes: the lower end is 0."
     if doubts:
-        advice += f" That is provisional: {joined([DOUBTS[code] for code in doubts])}. Confirm it with zoscope probe."
+        advice += f" That is provisional: {joined([DOUBTS[code] for code in doubts])}. zoscope plan looks ahead."
     outlook = stand(lr, limit, margin=margin)
     if outlook == "stable":
         return Decision("pass", f"lr {lr:g} is {limit.ratio(lr):.2g} times the {what}. {advice}", largest)
     if outlook == "unstable":
-        message = f"lr {lr:g} is above the {what}: training is expected to become unstable. {advice}"
+        expected = "unstable where the curvature was measured" if doubts else "training is expected to become unstable"
+        message = f"lr {lr:g} is above the {what}: {expected}. {advice}"
         return Decision("fail", message, largest)
     message = f"lr {lr:g} is above {margin:g} of the lower end of the {what}, but not above its upper end. {advice}"
     if on_warn == "fail":

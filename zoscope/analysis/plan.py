@@ -195,7 +195,7 @@ class PlanResult(MeasuredResult):
         method: How runs were looked ahead at.
         replicas: Runs at every step size.
         cost: What it took.
-        perturbation: At which μ slopes are right, with the batch and in the dtype that train.
+        perturbation: At which μ slopes are right, with the batch and in the dtype that train; ``None`` if interrupted.
         schedules: The answers for other schedules, if they were asked for, lowest expected loss first.
         interrupted: Whether this is what was known when it was stopped.
     """
@@ -214,9 +214,21 @@ class PlanResult(MeasuredResult):
     method: str
     replicas: int
     cost: PlanCost
-    perturbation: PerturbationScale
+    perturbation: PerturbationScale | None
     schedules: tuple[ScheduleAnswer, ...] = ()
     interrupted: bool = False
+
+
+class PlanInterruptedError(KeyboardInterrupt):
+    """The user interrupted a plan.
+
+    Args:
+        result: What was known by then.
+    """
+
+    def __init__(self, result: PlanResult) -> None:
+        super().__init__()
+        self.result = result
 
 
 class _BudgetSpentError(Exception):
@@ -245,6 +257,7 @@ class _Planner:
     runs: Runs = field(init=False)
     search: Search = field(init=False)
     spent: bool = False
+    interrupted: bool = False
     coarse: bool = False
     saturated: bool = False
 
@@ -278,8 +291,9 @@ class _Planner:
             except _DearError:
                 self._go_on(RealRuns(self.objective, self.question, self.cost), FEW)
                 edge, best = self._found(guess)
-        except _BudgetSpentError:
-            self.spent = True
+        except (_BudgetSpentError, KeyboardInterrupt) as stopped:
+            self.interrupted = isinstance(stopped, KeyboardInterrupt)
+            self.spent = not self.interrupted
             edge = self.search.edge() if self.search.trials else edge
             trials = [t for t in self.search.trials.values() if math.isfinite(t.mean) and edge.risk(t.lr) <= RISKY]
             best = min(trials, key=lambda trial: trial.mean, default=best)
@@ -467,6 +481,7 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
         UsageError: If the schedule cannot be read, or no rehearsal is possible where one is asked for.
         SpecError: If the problem cannot be evaluated.
         NumericalError: If the loss at the start is not finite.
+        PlanInterruptedError: A ``KeyboardInterrupt`` that carries what was known.
     """
     began = time.perf_counter()
     found = keywords("plan", options)
@@ -499,37 +514,28 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             return planner, edge, best
 
         planner, edge, best = answered(question, settings["schedule"])
-        rows = []
-        if found["compare_schedules"]:
-            rows.append(_schedule_answer(settings["schedule"], edge, best, loss))
-            for kind in SCHEDULES:
-                if kind != settings["schedule"]:
-                    other = Schedule(kind, 1.0, found["warmup"] or 0.0)
-                    asked = replace(question, shape=shape_of(other, steps=question.steps))
-                    _, other_edge, other_best = answered(asked, kind)
-                    rows.append(_schedule_answer(kind, other_edge, other_best, loss))
-            rows.sort(key=lambda row: math.inf if row.expected_loss is None else row.expected_loss)
+        if planner.interrupted and not planner.tried:
+            raise KeyboardInterrupt
+        rows, last = [_schedule_answer(settings["schedule"], edge, best, loss)], planner
+        for kind in SCHEDULES if found["compare_schedules"] else ():
+            if kind != settings["schedule"] and not last.interrupted:
+                other = Schedule(kind, 1.0, found["warmup"] or 0.0)
+                asked = replace(question, shape=shape_of(other, steps=question.steps))
+                last, other_edge, other_best = answered(asked, kind)
+                rows.append(_schedule_answer(kind, other_edge, other_best, loss))
+        rows.sort(key=lambda row: math.inf if row.expected_loss is None else row.expected_loss)
         run = 2.0 * question.estimator.queries * share_of(objective, question) * question.steps
-        grad_norm = math.nan
-        if differentiable:
-            grad_norm = float(objective.gradient()[1].double().norm())
-        lowers = best is not None and best.mean + loss_stderr(best, loss) < loss
-        told = tuple(
-            _notices(planner, edge, best, lowers=lowers, differentiable=differentiable, no_rehearsal=no_rehearsal)
-        )
-        gradients = sum(cost.gradients for cost in costs)
+        grad_norm = float(objective.gradient()[1].double().norm()) if differentiable else math.nan
+        answer = _answer(edge, best, loss)
+        told = tuple(_notices(planner, edge, answer, differentiable=differentiable, no_rehearsal=no_rehearsal))
         passes = sum(cost.forward_passes for cost in costs)
-        lr = best.lr if best is not None and lowers else None
-        scale = _perturbation(subject, found, objective, question, lr)
-        passes += scale.num_evaluations * share_of(objective, question)
-        return PlanResult(
+        scale = None if last.interrupted else _perturbation(subject, found, objective, question, answer.lr)
+        if scale is not None:
+            passes += scale.num_evaluations * share_of(objective, question)
+            told += tuple(perturbation_notices(scale, found["mu"]))
+        result = PlanResult(
             question=settings,
-            answer=Answer(
-                lr=lr,
-                risk=edge.risk(best.lr) if best is not None and lowers else None,
-                expected_loss=best.mean if best is not None and lowers else None,
-                loss_start=loss,
-            ),
+            answer=answer,
             edge=EdgeEstimate(edge.lr, edge.ci95),
             safe=SafeStepSize(edge.at_risk(SAFE), SAFE),
             curve=tuple(_curve_point(trial, edge, planner.search.fates(trial.lr)) for trial in planner.tried),
@@ -537,8 +543,9 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             method=planner.used,
             replicas=planner.runs.replicas,
             perturbation=scale,
-            cost=PlanCost(gradients, passes, run, SWEEP * planner.runs.replicas * run),
-            schedules=tuple(rows),
+            cost=PlanCost(sum(own.gradients for own in costs), passes, run, SWEEP * planner.runs.replicas * run),
+            schedules=tuple(rows) if found["compare_schedules"] else (),
+            interrupted=last.interrupted,
             spec=problem.name if found["spec"] is None else found["spec"],
             device=str(objective.device),
             dtype=str(objective.dtype).removeprefix("torch."),
@@ -546,8 +553,11 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
             problem=ProblemInfo(objective.num_params, objective.num_examples, loss, grad_norm),
             num_hvps=0,
             seconds=time.perf_counter() - began,
-            warnings=(*told, *perturbation_notices(scale, found["mu"])),
+            warnings=told,
         )
+    if result.interrupted:
+        raise PlanInterruptedError(result)
+    return result
 
 
 def _perturbation(
@@ -575,13 +585,7 @@ def _perturbation(
 
 
 def _notices(
-    planner: _Planner,
-    edge: Edge,
-    best: Trial | None,
-    *,
-    lowers: bool,
-    differentiable: bool,
-    no_rehearsal: str | None,
+    planner: _Planner, edge: Edge, answer: Answer, *, differentiable: bool, no_rehearsal: str | None
 ) -> Iterator[Notice]:
     question = planner.question
     if planner.spent:
@@ -602,7 +606,8 @@ def _notices(
             "No gradient can be had: real runs were made instead of rehearsals. A step size that sets itself, "
             "zoscope.AutoLR, does without both.",
         )
-    if not lowers and not planner.spent:
+    whole = not (planner.spent or planner.interrupted)
+    if answer.lr is None and whole:
         tried = [trial.lr for trial in planner.tried]
         sees = "all examples" if question.batch_size is None else f"{question.batch_size:,} examples a step"
         yield Notice(
@@ -616,7 +621,7 @@ def _notices(
             f"The loss does not rise to {LEFT:g} times that at the start, whatever the step size: a run counts as "
             f"diverged above {planner.ceiling:.4g}, half of the way to where the loss saturates.",
         )
-    if edge.lr is None and not planner.spent:
+    if edge.lr is None and whole:
         yield Notice("no-edge", "No step size was found at which half of the runs diverge.")
     yield from planner.objective.warnings
 
@@ -780,11 +785,16 @@ def _store(
     return store, lambda: folder.put(key, store)
 
 
+def _answer(edge: Edge, best: Trial | None, loss: float) -> Answer:
+    """The best step size, where it clearly lowers the loss."""
+    if best is None or best.mean + loss_stderr(best, loss) >= loss:
+        return Answer(None, None, None, loss)
+    return Answer(best.lr, edge.risk(best.lr), best.mean, loss)
+
+
 def _schedule_answer(name: str, edge: Edge, best: Trial | None, loss: float) -> ScheduleAnswer:
-    lowers = best is not None and best.mean + loss_stderr(best, loss) < loss
-    if best is None or not lowers:
-        return ScheduleAnswer(name, None, None, None, edge.lr)
-    return ScheduleAnswer(name, best.lr, edge.risk(best.lr), best.mean, edge.lr)
+    answer = _answer(edge, best, loss)
+    return ScheduleAnswer(name, answer.lr, answer.risk, answer.expected_loss, edge.lr)
 
 
 def _curve_point(trial: Trial, edge: Edge, fates: Sequence[bool | None]) -> CurvePoint:

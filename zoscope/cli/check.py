@@ -27,7 +27,6 @@ from zoscope.cli.output import (
     write_whole,
 )
 from zoscope.cli.validate import checked, choice
-from zoscope.config.sources import ConfigError
 from zoscope.errors import UsageError
 from zoscope.files import resolved
 from zoscope.options import FORMATS, OPTIONS
@@ -36,6 +35,7 @@ from zoscope.text import clean, clean_json
 if TYPE_CHECKING:
     from zoscope.analysis.check import Baseline
     from zoscope.analysis.check_results import CheckReport
+    from zoscope.config.sources import ConfigError
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 WORKSPACE_VARIABLE = "GITHUB_WORKSPACE"
@@ -132,6 +132,8 @@ def command(given: Given) -> None:
 
         say(schema_text())
         return
+    from zoscope.config.sources import ConfigError  # late, for a fast --help
+
     shown = _format(given.format, given.json)
     files = targets(given.output or [], default=shown)
     replaced = _replaced(given.baseline) if given.update_baseline else None

@@ -43,10 +43,18 @@ def command(given: Given) -> None:
             told += perturbation_notices(scale, given.mu)
         emit(scale, given.out, told)
         return
+    from zoscope.analysis.plan import PlanInterruptedError
+
+    interrupted = False
     with planning(quiet=given.quiet) as on_progress, aside():
-        result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **asked)
+        try:
+            result = zoscope.plan(loaded.problem, spec=loaded.display, on_progress=on_progress, **asked)
+        except PlanInterruptedError as error:
+            result, interrupted = error.result, True
     emit(result, given.out, [*told, *result.warnings])
     illustrate(result, given)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.optim.optimizers import Closure, ZeroOrderOptimizer
+from zoscope.errors import SpecError
+from zoscope.optim.optimizers import Closure, ZeroOrderOptimizer, loss_of
 from zoscope.optim.step_size import MARGIN, Decision, Limit, Schedule, StepSizeController
 
 __all__ = ["AutoLR", "AutoLRRecord"]
@@ -178,18 +179,21 @@ class AutoLR:
         """One step of the optimizer, with the step size of the moment.
 
         Args:
-            closure: Returns the loss of a batch as a scalar; called two or three times, without gradients, and the
-                same batch must be seen each time.
+            closure: Returns the loss of a batch as a scalar; called two or three times (twice more on the first step,
+                to see that it is the same), without gradients, and the same batch must be seen each time.
 
         Returns:
             The loss of the batch before the step.
 
         Raises:
             ValueError: If there is no optimizer.
+            SpecError: If the first batch has another loss when it is called again.
         """
         optimizer = self._optimizer
         if optimizer is None:
             raise ValueError("AutoLR without an optimizer takes no steps: use observe, or hand over an optimizer")
+        if not self._controller.step:
+            _require_same(closure, rounding=self._controller.rounding)
         if not optimizer.replays and self._copies is None:
             self._copies = _Copies.of(optimizer)
         seed = self._seed(self._controller.step)
@@ -329,6 +333,23 @@ class AutoLR:
             self._ratios = list(state["ratios"])
         self._log = [tuple(entry) for entry in state["log"]]
         self._copies = None if state["copies"] is None else _Copies(*copy.deepcopy(state["copies"]))
+
+
+VARIES, UNITS = 1e-4, 4.0
+"""Relative change of the loss from one call to the next that no order of additions explains, and the same in units of
+the rounding of the parameters' type, where that is more."""
+
+
+@torch.no_grad()
+def _require_same(closure: Closure, *, rounding: float) -> None:
+    """See that a closure depends on the parameters alone: slopes between two batches are noise over μ."""
+    first, again = float(loss_of(closure)), float(loss_of(closure))
+    if abs(first - again) > max(VARIES, UNITS * rounding) * max(abs(first), abs(again)):
+        raise SpecError(
+            f"AutoLR: two calls of the loss at the same parameters returned {first:.4g} and {again:.4g}. Expected the "
+            "same batch in every call of a step, and no dropout. Draw the batch before auto.step(…), and put the model "
+            "in eval mode."
+        )
 
 
 def _ratio(cut: Iterable[float], slopes: Iterable[float]) -> float:

@@ -37,7 +37,7 @@ def details(result: PlanResult, width: int) -> Iterator[RenderableType]:
     """Every step size that was tried, and what it took."""
     yield heading("Run")
     yield Text("\n".join(lines_of([*_question(result), *_problem(result)], width=width)), style="dim")
-    yield grid([("looked ahead by", _method(result)), ("cost", _cost(result))])
+    yield grid([("looked ahead by", _method(result))])
     yield heading("Step sizes tried", f"up to {count(result.replicas)} runs each, {result.method}")
     yield curve_table(result)
 
@@ -70,7 +70,8 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
     constant = result.question["schedule"] == "constant" and not result.question["warmup"]
     label = "use lr" if constant else "use peak lr"
     if answer.lr is None:
-        yield label, Text("none lowers the loss", style="bold yellow")
+        known = any(notice.code == "noise-floor" for notice in result.warnings)
+        yield label, Text("none lowers the loss" if known else "not known yet", style="bold yellow")
     else:
         lr = Text(step_size_at_most(answer.lr), style="bold green")
         losses = f"loss {quantity(answer.loss_start)} → {quantity(answer.expected_loss, digits=3)} expected"
@@ -80,7 +81,18 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
     if edge.lr is not None:
         interval = "" if edge.ci95 is None else f" (95 %: {step_range(*edge.ci95)})"
         yield "edge", f"{step_size(edge.lr)}   half of the runs diverge{interval}"
-    yield _mu(result.perturbation, asked=result.question["mu"])
+    if result.perturbation is not None:
+        yield _mu(result.perturbation, asked=result.question["mu"])
+    yield "cost", _runs(result)
+    if result.interrupted:
+        yield "stopped", Text("interrupted: this is what was known by then", style="yellow")
+
+
+def _runs(result: PlanResult) -> str:
+    """What it took, in runs of the training, beside a sweep."""
+    cost, each = result.cost, count(result.replicas, "run")
+    took, sweep = quantity(cost.forward_passes / cost.run, digits=2), quantity(cost.sweep / cost.run, digits=3)
+    return f"that of {took} runs; a sweep of 15 step sizes, {each} each: {sweep}"
 
 
 def _mu(scale: PerturbationScale, *, asked: float | None = None) -> tuple[str, str | Text]:
@@ -117,18 +129,10 @@ render_scale = as_report(scale_answer, scale_details)
 
 def _method(result: PlanResult) -> str:
     tried = count(len(result.curve), "step size")
+    passes = f"{count(result.cost.forward_passes, rough=True)} forward passes"
     if result.method == "rehearsal":
-        return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, {duration(result.seconds)}"
-    return f"real runs, {tried}, up to {count(result.replicas)} runs each, {duration(result.seconds)}"
-
-
-def _cost(result: PlanResult) -> str:
-    cost = result.cost
-    sweep = f"a sweep of 15 step sizes, {count(result.replicas)} runs each"
-    times = cost.sweep / cost.forward_passes if cost.forward_passes else 1.0
-    compared = "takes as many" if 0.8 < times < 1.25 else f"takes {quantity(times, digits=2)} times as many"
-    passes, runs = count(cost.forward_passes, rough=True), quantity(cost.forward_passes / cost.run, digits=3)
-    return f"{passes} forward passes, as {runs} runs; {sweep}, {compared}"
+        return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, in all as {passes}"
+    return f"real runs, {tried}, up to {count(result.replicas)} runs each, {passes}"
 
 
 def percent(share: float | None) -> str:
