@@ -41,3 +41,23 @@ class OutputError(ZoscopeError):
 
 class NumericalError(ZoscopeError):
     """Non-finite loss or curvature, precision not reached under ``strict``, or out of memory: exit code 3."""
+
+
+def require_package(module: str, *, option: str, extra: str) -> None:
+    """Fail early, and say how to go on.
+
+    Args:
+        module: What has to be there.
+        option: What asked for it.
+        extra: The optional dependencies of zoscope that bring it along.
+
+    Raises:
+        UsageError: If it is not installed.
+    """
+    try:
+        __import__(module)
+    except ImportError:
+        name = module.partition(".")[0]
+        raise UsageError(
+            f"{option} needs {name}, which is not installed. Install it with: pip install 'zoscope[{extra}]'"
+        ) from None

@@ -8,6 +8,7 @@ import math
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,10 +105,11 @@ def target_of(path: Path) -> Path:
     return target
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | memoryview, *, durable: bool = False) -> None:
     """Write a file so that no reader ever sees a part of it; an old one stays until then.
 
-    Devices and pipes are written to; a link keeps pointing where it did.
+    Devices and pipes are written to; a link keeps pointing where it did. With ``durable`` the file is on disk
+    afterwards.
 
     Raises:
         OSError: If that is not possible; also for a pipe that nobody reads.
@@ -116,18 +118,43 @@ def write_whole(path: Path, data: bytes) -> None:
         _write_through(path, data)
         return
     target = target_of(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
+    where, prefix = target.parent, f".{target.name[:40]}."
+    temporary = tempfile.NamedTemporaryFile(dir=where, prefix=prefix, delete=False, buffering=0)  # noqa: SIM115
     try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, _mode_of(target))
-        os.replace(name, target)
+        with temporary as file:
+            write_all(file, data)
+            if durable:
+                os.fsync(file.fileno())
+        os.chmod(temporary.name, _mode_of(target))
+        os.replace(temporary.name, target)
     except BaseException:
-        os.unlink(name)
+        with suppress(OSError):
+            os.unlink(temporary.name)
         raise
+    if durable:
+        _sync_folder(target.parent)
 
 
-def _write_through(path: Path, data: bytes) -> None:
+def write_all(file: Any, data: bytes | memoryview) -> None:
+    """Write everything to a file without a buffer."""
+    view = memoryview(data)
+    while view:  # a disk that fills up takes a part, and says so on the next call
+        view = view[file.write(view) :]
+
+
+def _sync_folder(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # not possible on this system
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_through(path: Path, data: bytes | memoryview) -> None:
     try:
         handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
@@ -136,9 +163,7 @@ def _write_through(path: Path, data: bytes) -> None:
         raise
     os.set_blocking(handle, True)
     with open(handle, "wb", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
+        write_all(file, data)
 
 
 def _mode_of(target: Path) -> int:

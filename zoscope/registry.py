@@ -111,6 +111,20 @@ def is_zeroth_order(name: str) -> bool:
     return name.startswith("zo-")
 
 
+def optimizer_name(name: str) -> str:
+    """``ZO-Adam`` for ``zo-adam``."""
+    label = OPTIMIZERS[family_of(name)].label
+    return f"ZO-{label}" if is_zeroth_order(name) else label
+
+
+def term_of(optimizer: str) -> str:
+    """What the step size allows, as a formula."""
+    options = OPTIMIZERS[family_of(optimizer)].options
+    if is_zeroth_order(optimizer):
+        return "2(1−β)/η" if "beta" in options else "2/η"
+    return "2(1+β)/η" if "beta" in options else "2(1+β₁)/((1−β₁)η)" if "betas" in options else "2/η"
+
+
 def optimizer_record(name: str) -> OptimizerRecord:
     """The record of a family.
 

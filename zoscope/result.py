@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 from zoscope._version import __version__
 from zoscope.errors import UsageError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from zoscope.problem import Notice
     from zoscope.report.answer import Report
+
+T = TypeVar("T")
 
 
 def encode(value: Any) -> Any:
@@ -62,6 +64,16 @@ def pick(value: Any, keys: str) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return " ".join(entry.name for entry in fields(value) if entry.repr)
+
+
+MOST_ROWS = 20
+
+
+def thinned(entries: Sequence[T], most: int = MOST_ROWS) -> list[T]:
+    """At most ``most`` of them, evenly spread, the first and the last among them."""
+    last = len(entries) - 1
+    places = sorted({round(n * last / (most - 1)) for n in range(most)}) if last >= most else range(last + 1)
+    return [entries[place] for place in places]
 
 
 LISTED = ("optimizers", "records", "runs", "checks", "curve", "top")

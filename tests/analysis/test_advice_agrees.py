@@ -76,7 +76,7 @@ def spread_of(eigenvalues: np.ndarray, slope: Slope | None) -> BatchSpread:
     rng = np.random.default_rng(0)
     count = len(eigenvalues)
     coupling = 0.1 * rng.uniform(0.5, 1.5, size=(4, count, count)) * np.abs(eigenvalues).mean() ** 2 / count
-    noise = HessianNoise(eigenvalues, coupling, coupling.sum(axis=2), (), (), complete=False)
+    noise = HessianNoise(eigenvalues, coupling, coupling.sum(axis=2), (), complete=False)
     squares = rng.uniform(0.5, 1.5, size=4)
     return BatchSpread(4, 64, 0.2, noise, slope, squares, squares, 1.0, 0, 0)
 

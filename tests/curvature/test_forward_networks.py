@@ -17,7 +17,7 @@ from zoscope.curvature.forward import measure_forward
 from zoscope.curvature.operators import HessianOperator, gradient
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import StabilityCondition, forward_only_bounds
+from zoscope.theory.stability import MomentBounds, StabilityCondition
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +97,7 @@ def test_the_dense_truth_lies_within_the_bars(case: tuple[str, Case]) -> None:
         hits["frobenius_sq"] += abs(found.frobenius_sq.value - frobenius_sq) <= found.frobenius_sq.half_width
         hits["rayleigh"] += abs(found.rayleigh.value - truth.rayleigh) <= found.rayleigh.half_width
         low = found.trace.interval[0], max(found.frobenius_sq.interval[0], 0.0)
-        hits["upper"] += exact <= forward_only_bounds(*low, rule=update_rule("gd")).upper
+        hits["upper"] += exact <= MomentBounds(update_rule("gd")).forward_only(*low).upper
     print(f"\n{type(truth.problem.model).__name__} {dtype}: {hits} of {SEEDS}")
     assert min(hits["trace"], hits["frobenius_sq"], hits["upper"]) >= HITS, hits
     assert hits["rayleigh"] >= ENOUGH, hits

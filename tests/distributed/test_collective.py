@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from zoscope.runtime.collective import Twin, collective, serve
-from zoscope.runtime.process_group import DroppedError, Ranks
-from zoscope.runtime.registry import Registry
+from zoscope.runtime.process_group import DroppedError, Ranks, Registry
 
 
 class Line(Ranks):

@@ -6,17 +6,17 @@ from scipy.stats import ortho_group
 
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
-from zoscope.theory.stability import Interval, interval_ci95, paper_bounds, tight_bounds
+from zoscope.theory.stability import Interval, MomentBounds, interval_ci95
 
 RULE = update_rule("gdm")
 
 
 def paper(trace, square, largest):
-    return paper_bounds(trace, largest, rule=RULE)
+    return MomentBounds(RULE).paper(trace, largest)
 
 
 def tight(trace, square, largest):
-    return tight_bounds(trace, square, largest, rule=RULE)
+    return MomentBounds(RULE).tight(trace, square, largest)
 
 
 @pytest.mark.parametrize(("bounds", "positive"), [(paper, False), (tight, True)])

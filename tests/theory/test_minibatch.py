@@ -25,8 +25,9 @@ def noise_of(examples, *, modes=None):
     rest = ()
     if modes is not None:
         below = slice(0, len(values) - modes)
-        rest = (Spectrum(values[below], spread.mean(axis=0)[below]),)
-    return SampledSpectrum.exact(values), HessianNoise(values[own], coupling, spread[:, own], rest, rest, complete=True)
+        rule = Spectrum(values[below], spread.mean(axis=0)[below])
+        rest = ((rule, rule),)
+    return SampledSpectrum.exact(values), HessianNoise(values[own], coupling, spread[:, own], rest, complete=True)
 
 
 def problems(count, *, seed=0):
@@ -121,7 +122,7 @@ def test_proved_bounds_enclose_the_threshold():
 
 
 def test_spread_along_flat_curvature_leaves_no_step_size_stable_for_ever():
-    noise = HessianNoise(np.array([0.0, 1.0]), np.ones((3, 2, 2)), np.full((3, 2), 2.0), (), (), complete=True)
+    noise = HessianNoise(np.array([0.0, 1.0]), np.ones((3, 2, 2)), np.full((3, 2), 2.0), (), complete=True)
     sampled = SampledSpectrum.exact([0.0, 1.0])
     assert MiniBatchCondition(GD, 0.5).estimate(sampled, noise) is None
     for_a_while = MiniBatchCondition(GD, 0.5, steps=100).estimate(sampled, noise)
@@ -132,8 +133,9 @@ def test_error_bars_come_from_groups_and_probe_vectors():
     rng = np.random.default_rng(5)
     spread = rng.uniform(1, 2, (16, 2))
     coupling = np.einsum("ki,kj->kij", spread, spread) / 8
-    rules = tuple(Spectrum([0.1, 0.2], rng.uniform(1, 2, 2)) for _ in range(4))
-    noise = HessianNoise(np.array([1.0, 2.0]), coupling, spread, rules, rules, complete=False)
+    rules = [Spectrum([0.1, 0.2], rng.uniform(1, 2, 2)) for _ in range(4)]
+    pairs = tuple(zip(rules, rules, strict=True))
+    noise = HessianNoise(np.array([1.0, 2.0]), coupling, spread, pairs, complete=False)
     found = MiniBatchCondition(GD, 0.3, steps=100).estimate(SampledSpectrum.exact([0.1, 0.2, 1.0, 2.0]), noise)
     assert 0 < found.stderr < 0.5 * found.value
 

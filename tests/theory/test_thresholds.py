@@ -10,14 +10,7 @@ from scipy.stats import ortho_group
 from zoscope.registry import DEFAULT_FAMILIES
 from zoscope.theory.rules import estimator_moments, update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import (
-    Interval,
-    StabilityCondition,
-    fo_threshold,
-    forward_only_bounds,
-    paper_bounds,
-    tight_bounds,
-)
+from zoscope.theory.stability import Interval, MomentBounds, StabilityCondition, fo_threshold
 
 ROUNDING = 1e-12  # relative; a spectrum of one eigenvalue makes all bounds equal
 
@@ -46,8 +39,8 @@ def moments_for(estimator, dimension):
 @given(eigenvalues=positive_eigenvalues, rule=rules, estimator=estimators)
 def test_bounds_are_ordered_around_the_exact_threshold(eigenvalues, rule, estimator):
     s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
-    outer = paper_bounds(s.trace, s.lambda_max, rule=rule, moments=moments)
-    inner = tight_bounds(s.trace, s.frobenius_sq, s.lambda_max, rule=rule, moments=moments)
+    outer = MomentBounds(rule, moments).paper(s.trace, s.lambda_max)
+    inner = MomentBounds(rule, moments).tight(s.trace, s.frobenius_sq, s.lambda_max)
     exact = StabilityCondition(rule, moments).threshold(s)
     chain = [outer.lower, inner.lower, exact, inner.upper, outer.upper]
     assert all(left <= right * (1 + ROUNDING) for left, right in itertools.pairwise(chain)), chain
@@ -57,7 +50,7 @@ def test_bounds_are_ordered_around_the_exact_threshold(eigenvalues, rule, estima
 @given(eigenvalues=positive_eigenvalues, rule=rules, estimator=estimators)
 def test_forward_passes_alone_bracket_the_threshold_of_a_positive_spectrum(eigenvalues, rule, estimator):
     s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
-    bounds = forward_only_bounds(s.trace, s.frobenius_sq, rule=rule, moments=moments)
+    bounds = MomentBounds(rule, moments).forward_only(s.trace, s.frobenius_sq)
     exact = StabilityCondition(rule, moments).threshold(s)
     assert bounds.lower <= exact * (1 + ROUNDING)
     assert exact <= bounds.upper * (1 + ROUNDING)
@@ -67,14 +60,14 @@ def test_forward_passes_alone_bracket_the_threshold_of_a_positive_spectrum(eigen
 @given(eigenvalues=signed_eigenvalues, rule=rules, estimator=estimators)
 def test_the_forward_only_upper_bound_needs_no_positivity(eigenvalues, rule, estimator):
     s, moments = Spectrum.of(eigenvalues), moments_for(estimator, len(eigenvalues))
-    bounds = forward_only_bounds(s.trace, s.frobenius_sq, rule=rule, moments=moments)
+    bounds = MomentBounds(rule, moments).forward_only(s.trace, s.frobenius_sq)
     assert StabilityCondition(rule, moments).threshold(s) <= bounds.upper * (1 + ROUNDING)
 
 
 def test_the_two_moment_upper_bound_does_need_it():
     s = Spectrum.of([1.0, -0.9])
     rule = update_rule("gd")
-    assert tight_bounds(s.trace, s.frobenius_sq, 1.0, rule=rule).upper < StabilityCondition(rule).threshold(s)
+    assert MomentBounds(rule).tight(s.trace, s.frobenius_sq, 1.0).upper < StabilityCondition(rule).threshold(s)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +75,7 @@ def test_the_two_moment_upper_bound_does_need_it():
     [("gd", 2.0, 2.0), ("gdm", 2 * (1 - 0.8), 2 / 1.8), ("adam", 2.0, 2 / 1.8)],
 )
 def test_gaussian_bounds_are_those_of_the_paper(name, numerator, own):
-    bounds = paper_bounds(10.0, 3.0, rule=update_rule(name, beta=0.8, betas=(0.8, 0.999)))
+    bounds = MomentBounds(update_rule(name, beta=0.8, betas=(0.8, 0.999))).paper(10.0, 3.0)
     assert bounds.lower == pytest.approx(numerator / (10 + own * 3), rel=1e-14)
     assert bounds.upper == pytest.approx(numerator / 10, rel=1e-14)
 
@@ -103,13 +96,13 @@ def test_without_positive_curvature_nothing_is_bounded():
     nothing = Interval(math.inf, math.inf)
     for rule in map(update_rule, DEFAULT_FAMILIES):
         assert fo_threshold(-1.0, rule=rule) == math.inf
-        assert paper_bounds(-1.0, 0.0, rule=rule) == nothing
-        assert tight_bounds(0.0, 0.0, 0.0, rule=rule) == nothing
-        assert forward_only_bounds(-1.0, 4.0, rule=rule) == nothing
+        assert MomentBounds(rule).paper(-1.0, 0.0) == nothing
+        assert MomentBounds(rule).tight(0.0, 0.0, 0.0) == nothing
+        assert MomentBounds(rule).forward_only(-1.0, 4.0) == nothing
 
 
 def test_a_negative_trace_leaves_the_lower_end_alone():
-    bounds = paper_bounds(-1.0, 5.0, rule=update_rule("gd"))
+    bounds = MomentBounds(update_rule("gd")).paper(-1.0, 5.0)
     assert bounds == Interval(2 / 9, math.inf)
 
 
@@ -118,9 +111,9 @@ def test_numbers_that_are_not_finite_are_refused(bad):
     rule = update_rule("gd")
     for call in (
         lambda: fo_threshold(bad, rule=rule),
-        lambda: paper_bounds(bad, 1.0, rule=rule),
-        lambda: tight_bounds(1.0, bad, 1.0, rule=rule),
-        lambda: forward_only_bounds(1.0, bad, rule=rule),
+        lambda: MomentBounds(rule).paper(bad, 1.0),
+        lambda: MomentBounds(rule).tight(1.0, bad, 1.0),
+        lambda: MomentBounds(rule).forward_only(1.0, bad),
     ):
         with pytest.raises(ValueError, match="must be finite"):
             call()

@@ -129,11 +129,8 @@ def _interval(limit: Limit) -> str:
 _KEPT = ("name", "optimizer", "threshold", "threshold_name", "ci95", "error", "status", "settings")
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """An earlier report, by the names of its checks."""
-
-    entries: Mapping[str, Mapping[str, Any]]
+Baseline = Mapping[str, Mapping[str, Any]]
+"""An earlier report: its entries by the names of its checks."""
 
 
 def load_baseline(file: Path) -> Baseline:
@@ -146,7 +143,7 @@ def load_baseline(file: Path) -> Baseline:
         document = parse_json(read_bytes(file))
         if document["schema"] != CheckReport.schema:
             raise ValueError
-        entries = {str(entry["name"]): _checked(entry) for entry in document["checks"]}
+        return {str(entry["name"]): _checked(entry) for entry in document["checks"]}
     except FileNotFoundError:
         raise UsageError(f"--baseline: there is no file {file}. Write it first with --update-baseline.") from None
     except OSError as error:
@@ -156,7 +153,6 @@ def load_baseline(file: Path) -> Baseline:
             f"--baseline: {file} is not a document {CheckReport.schema}. Write it with --update-baseline, or with "
             "--format json."
         ) from None
-    return Baseline(entries)
 
 
 def baseline_document(report: CheckReport, *, earlier: Baseline | None, keep_absent: bool) -> dict[str, Any]:
@@ -167,7 +163,7 @@ def baseline_document(report: CheckReport, *, earlier: Baseline | None, keep_abs
         earlier: The baseline that is replaced.
         keep_absent: Whether entries of checks that did not run are kept.
     """
-    before = earlier.entries if earlier is not None else {}
+    before = earlier or {}
     entries = {name: dict(entry) for name, entry in before.items()} if keep_absent else {}
     for check in report.checks:
         document = check.to_dict()
@@ -201,7 +197,7 @@ def compare(result: CheckResult, baseline: Baseline, *, max_drop: float, on_warn
     """
     if result.threshold is None:
         return result
-    comparison = _comparison(result, result.threshold, baseline.entries.get(result.name), max_drop)
+    comparison = _comparison(result, result.threshold, baseline.get(result.name), max_drop)
     message = f"{result.message} {comparison.message}"
     if comparison.failed:
         return replace(result, baseline=comparison, message=message, status="fail", exit_code=max(result.exit_code, 1))

@@ -16,7 +16,9 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +31,11 @@ from zoscope.analysis.advice import FORWARD, JUMPS, Limit, forward_limit
 from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.config.load import CheckConfig
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
-from zoscope.files import parse_json, read_bytes
+from zoscope.files import parse_json, read_bytes, write_whole
 from zoscope.options import THRESHOLDS
 from zoscope.problem import Notice, Problem
 from zoscope.registry import FAMILIES, OPTIMIZERS
+from zoscope.runtime import is_out_of_memory
 
 if TYPE_CHECKING:
     from zoscope.analysis.thresholds import BoundsResult, OptimizerBounds
@@ -281,15 +284,8 @@ class Cache:
         """Keep a JSON object; a full disk costs the entry, not the run."""
         entry = json.loads(json.dumps(entry, allow_nan=False))  # as it will be read: keys are text
         document = {"format": FORMAT, "checksum": _checksum(key, entry), "entry": entry}
-        name = None
-        try:
-            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file, allow_nan=False)
-            os.replace(name, self._file(key))
-        except OSError:
-            if name is not None:
-                Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            write_whole(self._file(key), json.dumps(document, allow_nan=False).encode("utf-8"))
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.json"
@@ -583,7 +579,7 @@ class Failure:
         if isinstance(error, ZoscopeError):
             details = error.frame if isinstance(error, SpecError) else ""
             return cls(" ".join(str(error).split()), error.exit_code, details)
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             return cls(
                 "out of memory while measuring. Lower curvature.micro_batch, put fewer batches in the spec, or select "
                 "fewer parameters with params.",
@@ -592,12 +588,6 @@ class Failure:
         reason = (str(error).splitlines() or [""])[0]
         message = f"{type(error).__name__} inside zoscope ({reason}): this is a bug in zoscope, please report it."
         return cls(message, NumericalError.exit_code, "".join(traceback.format_exception(error)))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    from zoscope.runtime import is_out_of_memory
-
-    return isinstance(error, MemoryError) or is_out_of_memory(error)
 
 
 @dataclass
@@ -684,7 +674,7 @@ class CheckRunner:
         if self.cache is None:
             return None
         try:
-            return self.cache.key(loaded.fingerprint(), {**options, "hardware": _hardware(options)})
+            return self.cache.key(loaded.fingerprint, {**options, "hardware": _hardware(options)})
         except UncacheableError as reason:
             return Uncached(str(reason))
 
@@ -723,23 +713,19 @@ class Uncached:
 
 def _hardware(options: Mapping[str, Any]) -> str:
     """Which hardware ``auto`` means here: a cache may be shared by machines."""
-    import torch
-
     if options["device"] == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return torch.cuda.get_device_name()
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadedProblem:
-    """A problem and the file that it came from; its fingerprint is computed once."""
+    """A problem and the file that it came from."""
 
     problem: Problem
     source: Path | None
-    _fingerprint: str | None = None
 
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of everything in the problem that a measurement depends on."""
-        if self._fingerprint is None:
-            self._fingerprint = problem_fingerprint(self.problem, source=self.source)
-        return self._fingerprint
+        return problem_fingerprint(self.problem, source=self.source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from zoscope.theory.minibatch import spread_of_batches
 from zoscope.theory.quadratic import along_gradient, descent_threshold
 from zoscope.theory.rules import floor_factor, update_rule
 from zoscope.theory.spectrum import Estimate
-from zoscope.theory.stability import forward_only_batches, forward_only_bounds, forward_only_horizon
+from zoscope.theory.stability import MomentBounds
 
 if TYPE_CHECKING:
     from zoscope.analysis.advice import Limit
@@ -174,13 +174,12 @@ class ForwardBatches:
         """``E‖g_B − g‖²``."""
         assert found.noise is not None
         mean = mean_of(found.noise.gradient_sq)
-        return Estimate(self.spread * mean.value, self.spread * mean.stderr, self.spread * found.noise.gradient_error)
+        return replace(mean, quadrature=found.noise.gradient_error).scaled(self.spread)
 
     def hessian_sq(self, found: ForwardCurvature) -> Estimate:
         """``E‖H_B − H‖_F²``."""
         assert found.noise is not None
-        part = found.noise.hessian_sq
-        return Estimate(self.spread * part.value, self.spread * part.stderr, self.spread * part.quadrature)
+        return found.noise.hessian_sq.scaled(self.spread)
 
     def descent(self, found: ForwardCurvature, *, rule: UpdateRule, moments: EstimatorMoments) -> Estimate | None:
         """Step size below which the expected loss falls, ``E g_BᵀHg_B`` and ``E‖g_B‖²`` in the place of those of g.
@@ -203,14 +202,14 @@ class ForwardBatches:
 
     def upper(self, found: ForwardCurvature, *, rule: UpdateRule, moments: EstimatorMoments) -> Estimate:
         """Upper bound of the infinite-time threshold."""
-        frobenius_sq = max(found.frobenius_sq.value, 0.0)
+        frobenius_sq, bounds = max(found.frobenius_sq.value, 0.0), MomentBounds(rule, moments)
 
         def bound(p1: float, spread_sq: float) -> float:
-            return forward_only_batches(p1, frobenius_sq, max(spread_sq, 0.0), rule=rule, moments=moments)
+            return bounds.forward_only_batches(p1, frobenius_sq, max(spread_sq, 0.0))
 
         def of_norm(p1: float, p2: float) -> float:
             spread_sq = max(self.hessian_sq(found).value, 0.0)
-            return forward_only_batches(p1, max(p2, 0.0), spread_sq, rule=rule, moments=moments)
+            return bounds.forward_only_batches(p1, max(p2, 0.0), spread_sq)
 
         first = propagated(bound, found.trace, self.hessian_sq(found), independent=False)
         second = propagated(of_norm, found.trace, found.frobenius_sq, independent=False)
@@ -218,15 +217,14 @@ class ForwardBatches:
 
     def lower(self, found: ForwardCurvature, *, rule: UpdateRule, moments: EstimatorMoments, steps: int) -> Estimate:
         """Lower bound of η*(N): from the number of steps, or, where it is larger, that of all examples times B/n."""
-        spread = self.hessian_sq(found)
+        spread, bounds = self.hessian_sq(found), MomentBounds(rule, moments)
 
         def in_steps(p2: float, spread_sq: float) -> float:
-            squares = max(p2, 0.0) + max(spread_sq, 0.0)
-            return forward_only_horizon(squares, steps, rule=rule, moments=moments)
+            return bounds.forward_only_horizon(max(p2, 0.0) + max(spread_sq, 0.0), steps)
 
         def for_ever(p1: float, p2: float) -> float:
             share = min(self.batch_size / self.examples, 1.0)
-            return share * forward_only_bounds(p1, max(p2, 0.0), rule=rule, moments=moments).lower
+            return share * bounds.forward_only(p1, max(p2, 0.0)).lower
 
         first = propagated(in_steps, found.frobenius_sq, spread, independent=False)
         if found.indefinite or found.trace.value <= 0:
@@ -251,9 +249,9 @@ class ForwardBatches:
             batch_size=self.batch_size,
             examples=self.examples,
             steps=steps,
-            descent=None if descent is None else _scaled(descent, scale),
-            lower=_scaled(self.lower(found, rule=rule, moments=moments, steps=steps), scale),
-            upper=_scaled(self.upper(found, rule=rule, moments=moments), scale),
+            descent=None if descent is None else descent.scaled(scale),
+            lower=self.lower(found, rule=rule, moments=moments, steps=steps).scaled(scale),
+            upper=self.upper(found, rule=rule, moments=moments).scaled(scale),
             noise_sq=self.noise_sq(found),
             hessian_spread_sq=self.hessian_sq(found),
             num_hvps=found.num_hvps,
@@ -276,10 +274,6 @@ class _RelativeNoise:
     relative: float
     relative_half_width: float
     curvature: Estimate
-
-
-def _scaled(estimate: Estimate, scale: float) -> Estimate:
-    return Estimate(scale * estimate.value, scale * estimate.stderr, scale * estimate.quadrature)
 
 
 def noisy_square(found: ForwardCurvature, batches: ForwardBatches | None) -> float:
@@ -306,15 +300,7 @@ def forward_bounds(session: CurvatureSession, request: Request) -> BoundsResult:
     def precision(result: ForwardCurvature) -> float:
         return max(_precision(result, batches, moments))
 
-    found = measure_forward(
-        objective,
-        precision=precision,
-        rtol=request.rtol,
-        max_hvps=request.max_hvps,
-        seed=request.seed,
-        noise=batches is not None,
-        on_progress=request.on_progress,
-    )
+    found = measure_forward(objective, precision=precision, noise=batches is not None, **request.budget)
     rows = {
         name: _row(found, batches, request, rule=rule, settings=request.settings(name), moments=moments)
         for name, rule in rules.items()
@@ -373,7 +359,7 @@ def _row(
     def ends(trace: float, frobenius_sq: float) -> tuple[float, float]:
         if not rule.is_linear:
             return math.inf, math.inf
-        interval = forward_only_bounds(trace / scale, frobenius_sq / scale**2, rule=rule, moments=moments)
+        interval = MomentBounds(rule, moments).forward_only(trace / scale, frobenius_sq / scale**2)
         return interval.lower, interval.upper
 
     def descent(trace: float, rayleigh: float) -> float:

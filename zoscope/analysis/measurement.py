@@ -31,13 +31,12 @@ from zoscope.theory.rules import floor_factor
 from zoscope.theory.spectrum import Estimate, widening
 from zoscope.theory.stability import (
     ModeCoupling,
+    MomentBounds,
     OfMoments,
     StabilityCondition,
     fo_threshold,
     horizon_curve,
     interval_ci95,
-    paper_bounds,
-    tight_bounds,
 )
 
 if TYPE_CHECKING:
@@ -191,8 +190,9 @@ def optimizer_row(
     """
     curvature, moments = measured.curvature, question.moments
     largest, positive = curvature.lambda_max.value, curvature.spectrum.fine.positive
-    paper = paper_bounds(curvature.trace.value, largest, rule=rule, moments=moments)
-    tight = tight_bounds(positive.trace, positive.frobenius_sq, max(largest, 0.0), rule=rule, moments=moments)
+    bounds = MomentBounds(rule, moments)
+    paper = bounds.paper(curvature.trace.value, largest)
+    tight = bounds.tight(positive.trace, positive.frobenius_sq, max(largest, 0.0))
     falling = None if descent is None else descent.value
     exact, commuting = StabilityCondition(rule, moments).estimate(curvature.spectrum), None
     if measured.coupling is not None:
@@ -235,14 +235,8 @@ def optimizer_row(
         commutator=measured.commutator,
         verdict=_verdict(measured, question, advisor, limit=advice.limit, minibatch=minibatch),
         minibatch=minibatch,
-        zo_ci95=_interval_ci95(curvature, lambda p1, _, top: paper_bounds(p1, top, rule=rule, moments=moments))
-        if rule.is_linear
-        else None,
-        tight_ci95=_interval_ci95(
-            curvature, lambda p1, p2, top: tight_bounds(p1, p2, top, rule=rule, moments=moments), positive=True
-        )
-        if rule.is_linear
-        else None,
+        zo_ci95=_interval_ci95(curvature, lambda p1, _, top: bounds.paper(p1, top)) if rule.is_linear else None,
+        tight_ci95=_interval_ci95(curvature, bounds.tight, positive=True) if rule.is_linear else None,
         descent_ci95=None if descent is None else ci95(descent),
         limit=advice.limit,
         doubts=advice.doubts,
@@ -373,31 +367,26 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     loss, g = finite_gradient(objective)
     base = curvature_operator(objective, request)
     moments = request.moments(dimension=objective.num_params)
-    operators: dict[str, MeasuredOperator] = {}
-    descent: dict[str, Estimate | None] = {}
-    preconditioner = None
     nonsmooth = _nonsmooth(objective, base, request)
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
-    if adam:
-        preconditioner = _preconditioner(objective, g, request=request, moments=moments)
+    preconditioner = _preconditioner(objective, g, request=request, moments=moments) if adam else None
     batches = _batches(objective, base, g, request)
+    measuring = _Measuring(base, g, _counted(nonsmooth), batches, request, moments)
     scalar = plain and preconditioner is not None and batches is None and _is_scalar(preconditioner, request)
+    operators: dict[str, MeasuredOperator] = {}
     if plain:
         # Of a spectrum that serves Adam too the same precision is wanted for Adam.
-        rules = [*plain, *adam] if scalar else plain
-        found, slope = _plain(base, g, rules, nonsmooth=nonsmooth, batches=batches, request=request, moments=moments)
+        found = measuring.plain([*plain, *adam] if scalar else plain)
         operators |= dict.fromkeys((rule.name for rule in plain), found)
-        descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in plain}
     if preconditioner is not None:
         if scalar and not found.curvature.spectrum.is_exact:
-            found, slope = _adam_of(found, slope, preconditioner, request=request)
+            found = _adam_of(found, preconditioner, request=request)
         else:
-            found, slope = _adam(
-                base, g, preconditioner, adam, nonsmooth=nonsmooth, batches=batches, request=request, moments=moments
-            )
+            found = measuring.adam(preconditioner, adam)
         operators |= dict.fromkeys((rule.name for rule in adam), found)
-        descent |= {rule.name: None if slope is None else slope.estimate(rule, moments) for rule in adam}
+    slopes = {rule: operators[rule.name].slope for rule in (*plain, *adam)}
+    descent = {rule.name: None if slope is None else slope.estimate(rule, moments) for rule, slope in slopes.items()}
     norm = float(torch.linalg.vector_norm(g.double()))
     swept = sum({id(m.batches): m.batches.num_sweeps for m in operators.values() if m.batches is not None}.values())
     curved = any(entry.curvature.frobenius_sq.value for entry in operators.values())
@@ -485,66 +474,77 @@ def operator_name(request: Request, *, preconditioned: bool) -> str:
     return f"preconditioned_{request.curvature}" if preconditioned else request.curvature
 
 
-def _plain(
-    base: LinearOperator,
-    g: Tensor,
-    rules: list[UpdateRule],
-    *,
-    nonsmooth: Nonsmooth,
-    batches: Batches | None,
-    request: Request,
-    moments: EstimatorMoments,
-) -> tuple[MeasuredOperator, Slope | None]:
-    name = operator_name(request, preconditioned=False)
-    curvature = _measured(base, g, rules, name=name, batches=batches, request=request, moments=moments)
-    measure, slope = gradient_measure(curvature), None
-    if measure is not None:
-        square, curved = float(measure.weights.sum()), float(measure.weights @ measure.nodes)
-        trace = curvature.trace
-        kinks = _counted(nonsmooth)
-        error = trace.half_width + kinks.half_width + rounding(g.dtype, abs(trace.value) + 2 * abs(curved) / square)
-        slope = Slope(square, curved, trace.value + kinks.value, square, error)
-    spread = None if batches is None else batches.spread_of(slope, moments, diagonal=None)
-    return MeasuredOperator(name, curvature, measure, batches=spread, slope=slope), slope
+@dataclass(frozen=True)
+class _Measuring:
+    """Measures what the optimizers of a request act through.
 
+    Args:
+        base: H.
+        g: ``(d,)`` the gradient.
+        kinks: What they add to the trace of the descent threshold.
+        batches: What measures mini-batches.
+        request: What is asked.
+        moments: Constants of the estimator.
+    """
 
-def _adam(
-    base: LinearOperator,
-    g: Tensor,
-    preconditioner: Preconditioner,
-    rules: list[UpdateRule],
-    *,
-    nonsmooth: Nonsmooth,
-    batches: Batches | None,
-    request: Request,
-    moments: EstimatorMoments,
-) -> tuple[MeasuredOperator, Slope | None]:
-    p = preconditioner.diagonal
-    scaled = Preconditioned(base, p)
-    name = operator_name(request, preconditioned=True)
-    # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
-    scaled_g = (g.double() / p.double().sqrt()).to(g.dtype)
-    curvature = _measured(scaled, scaled_g, rules, name=name, batches=batches, request=request, moments=moments)
-    (generator,) = spawn_generators(request.seed, 1, base.device)
-    probes = probe_preconditioner(base.known(), p, generator=generator)
-    alike = float(p.double().reciprocal().square().mean())  # kinks bend the loss in all directions alike
-    kinks = _counted(nonsmooth)
-    measure, slope = gradient_measure(curvature), None
-    if measure is not None:
-        slope = Slope(
-            gPg=float(measure.weights.sum()),
-            gPHPg=float(measure.weights @ measure.nodes),
-            trace=probes.shift * curvature.trace.value + probes.trace_correction.value + alike * kinks.value,
-            grad_sq=float(g.double().square().sum()),
-            trace_error=abs(probes.shift) * curvature.trace.half_width
-            + probes.trace_correction.half_width
-            + alike * kinks.half_width,
+    base: LinearOperator
+    g: Tensor
+    kinks: Estimate
+    batches: Batches | None
+    request: Request
+    moments: EstimatorMoments
+
+    def plain(self, rules: list[UpdateRule]) -> MeasuredOperator:
+        """H itself."""
+        name, kinks = operator_name(self.request, preconditioned=False), self.kinks
+        curvature = self._measured(self.base, self.g, rules, name=name)
+        measure, slope = gradient_measure(curvature), None
+        if measure is not None:
+            square, curved = float(measure.weights.sum()), float(measure.weights @ measure.nodes)
+            trace = curvature.trace
+            noise = rounding(self.g.dtype, abs(trace.value) + 2 * abs(curved) / square)
+            error = trace.half_width + kinks.half_width + noise
+            slope = Slope(square, curved, trace.value + kinks.value, square, error)
+        spread = None if self.batches is None else self.batches.spread_of(slope, self.moments, diagonal=None)
+        return MeasuredOperator(name, curvature, measure, batches=spread, slope=slope)
+
+    def adam(self, preconditioner: Preconditioner, rules: list[UpdateRule]) -> MeasuredOperator:
+        """``P^-½ H P^-½``."""
+        base, g, p, kinks = self.base, self.g, preconditioner.diagonal, self.kinks
+        scaled, name = Preconditioned(base, p), operator_name(self.request, preconditioned=True)
+        # In the coordinates y = P^½ x of the operator the gradient is P^-½ g.
+        scaled_g = (g.double() / p.double().sqrt()).to(g.dtype)
+        curvature = self._measured(scaled, scaled_g, rules, name=name)
+        (generator,) = spawn_generators(self.request.seed, 1, base.device)
+        probes = probe_preconditioner(base.known(), p, generator=generator)
+        alike = float(p.double().reciprocal().square().mean())  # kinks bend the loss in all directions alike
+        measure, slope = gradient_measure(curvature), None
+        if measure is not None:
+            slope = Slope(
+                gPg=float(measure.weights.sum()),
+                gPHPg=float(measure.weights @ measure.nodes),
+                trace=probes.shift * curvature.trace.value + probes.trace_correction.value + alike * kinks.value,
+                grad_sq=float(g.double().square().sum()),
+                trace_error=abs(probes.shift) * curvature.trace.half_width
+                + probes.trace_correction.half_width
+                + alike * kinks.half_width,
+            )
+        spread = None if self.batches is None else self.batches.spread_of(slope, self.moments, diagonal=p)
+        coupling = None
+        if curvature.method == "dense" and probes.commutator.value > LARGE_COMMUTATOR and base.dim <= MOST_COUPLED:
+            coupling = mode_coupling(scaled, p)
+        return MeasuredOperator(name, curvature, measure, probes.commutator, spread, slope, coupling)
+
+    def _measured(self, operator: LinearOperator, g: Tensor, rules: list[UpdateRule], *, name: str) -> Curvature:
+        request = self.request
+        return measure(
+            operator,
+            method=request.method,
+            precision=request.precision(rules, moments=self.moments),
+            vector=g,
+            on_pairs=None if self.batches is None else self.batches.keep,
+            **request.budget | {"on_progress": _told(request.on_progress, name.replace("_", " "))},
         )
-    spread = None if batches is None else batches.spread_of(slope, moments, diagonal=p)
-    coupling = None
-    if curvature.method == "dense" and probes.commutator.value > LARGE_COMMUTATOR and base.dim <= MOST_COUPLED:
-        coupling = mode_coupling(scaled, p)
-    return MeasuredOperator(name, curvature, measure, probes.commutator, spread, slope, coupling), slope
 
 
 def mode_coupling(operator: LinearOperator, p: Tensor) -> ModeCoupling:
@@ -564,9 +564,7 @@ def _is_scalar(preconditioner: Preconditioner, request: Request) -> bool:
     return nearly_scalar(preconditioner.diagonal)[1] <= SCALAR * request.rtol
 
 
-def _adam_of(
-    plain: MeasuredOperator, slope: Slope | None, preconditioner: Preconditioner, *, request: Request
-) -> tuple[MeasuredOperator, Slope | None]:
+def _adam_of(plain: MeasuredOperator, preconditioner: Preconditioner, *, request: Request) -> MeasuredOperator:
     """Adam from the spectrum of H itself."""
     p, spread = nearly_scalar(preconditioner.diagonal)
     curvature = divided(plain.curvature, by=p, spread=spread)
@@ -574,7 +572,7 @@ def _adam_of(
         f"Adam's P is {p:.3g} on every parameter to within {100 * spread:.1g} %: its spectrum is that of H divided by "
         "it, which cost no products of its own."
     )
-    curvature = replace(curvature, notes=(note,))
+    curvature, slope = replace(curvature, notes=(note,)), plain.slope
     if slope is not None:
         slope = replace(
             slope,
@@ -584,7 +582,7 @@ def _adam_of(
             trace_error=slope.trace_error / p**2,
         )
     name = operator_name(request, preconditioned=True)
-    return MeasuredOperator(name, curvature, gradient_measure(curvature), slope=slope), slope
+    return MeasuredOperator(name, curvature, gradient_measure(curvature), slope=slope)
 
 
 def gradient_measure(curvature: Curvature) -> GradientMeasure | None:
@@ -593,29 +591,6 @@ def gradient_measure(curvature: Curvature) -> GradientMeasure | None:
     if measure is None or not measure.nodes.size:
         return None
     return GradientMeasure(measure.nodes, measure.weights)
-
-
-def _measured(
-    operator: LinearOperator,
-    g: Tensor,
-    rules: list[UpdateRule],
-    *,
-    name: str,
-    batches: Batches | None,
-    request: Request,
-    moments: EstimatorMoments,
-) -> Curvature:
-    return measure(
-        operator,
-        method=request.method,
-        precision=request.precision(rules, moments=moments),
-        vector=g,
-        rtol=request.rtol,
-        max_hvps=request.max_hvps,
-        seed=request.seed,
-        on_progress=_told(request.on_progress, name.replace("_", " ")),
-        on_pairs=None if batches is None else batches.keep,
-    )
 
 
 def _told(on_progress: OnProgress | None, operator: str) -> OnProgress | None:

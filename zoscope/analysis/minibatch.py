@@ -90,9 +90,7 @@ class MiniBatchModel:
 
     def _threshold(self, steps: int | None, version: Version) -> Estimate | None:
         found = self._condition(steps, version).estimate(self.spectrum, self.noise)
-        if found is None:
-            return None
-        return Estimate(self.scale * found.value, self.scale * found.stderr, self.scale * found.quadrature)
+        return None if found is None else found.scaled(self.scale)
 
 
 @dataclass(frozen=True)

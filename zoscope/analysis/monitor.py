@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections import deque
@@ -29,8 +30,8 @@ from zoscope.problem.model import place, some
 from zoscope.registry import OPTIMIZERS, family_of
 from zoscope.result import JsonObject
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
-from zoscope.theory.spectrum import Estimate, require_count, require_positive
-from zoscope.theory.stability import Interval, forward_only_bounds
+from zoscope.theory.spectrum import Estimate, require_count, require_finite
+from zoscope.theory.stability import Interval, MomentBounds
 
 if TYPE_CHECKING:
     from zoscope.analysis.request import ProblemLike
@@ -367,7 +368,7 @@ class ForwardMonitor:
             name, constants = family_of(setup.name), setup.constants
             mu = constants.pop("mu")
             dimension = sum(p.numel() for p in _trained(optimizer))
-        require_positive("mu", mu)
+        require_finite("> 0", mu=mu)
         queries, law = constants.pop("queries", 1), constants.pop("directions", "gaussian")
         constants.pop("eps", None)
         self._optimizer, self._every, self._mu = optimizer, every, mu
@@ -467,9 +468,8 @@ class ForwardMonitor:
             frobenius_sq += (variance + trace.value**2) / self._sphere
 
         def ends(value: float) -> Interval:
-            return forward_only_bounds(
-                value / preconditioner, frobenius_sq / preconditioner**2, rule=self._rule, moments=self._moments
-            )
+            bounds = MomentBounds(self._rule, self._moments)
+            return bounds.forward_only(value / preconditioner, frobenius_sq / preconditioner**2)
 
         found = ends(trace.value)
         upper = Estimate(found.upper)
@@ -658,7 +658,7 @@ class StabilityMonitor:
         """
         request, trained = self._request, self._trained()
         lr = self._positive(self._lr() if lr is None else lr)
-        require_positive("lr", lr)
+        require_finite("> 0", lr=lr)
         done = max(self._done, 0) if step is None else step
         remaining = 0 if self._steps is None else max(self._steps - done, 0)
         subject = self._problem if trained is None else trained.restricted(self._problem)
@@ -845,11 +845,28 @@ APART = {True: 2.0, False: 4.0}
 """Factor between the two, beyond the scatter of the first, that is worth a notice: with so many losses, and fewer."""
 
 
-def unheard(notices: Iterable[Notice], heard: set[str]) -> list[str]:
-    """Messages of notices whose codes have not been among them before, for a log."""
-    fresh = [notice for notice in notices if notice.code not in heard]
-    heard.update(notice.code for notice in fresh)
-    return [f"zoscope: {notice.message} [{notice.code}]" for notice in fresh]
+class Monitored:
+    """What the callbacks of training libraries share: a monitor that comes with the training."""
+
+    _monitor: StabilityMonitor | None = None
+    _heard: frozenset[str] = frozenset()
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Everything measured so far."""
+        return () if self._monitor is None else self._monitor.records
+
+    @property
+    def warnings(self) -> Sequence[Notice]:
+        """What the last measurement had to say."""
+        return () if self._monitor is None else self._monitor.warnings
+
+    def _log_warnings(self) -> None:
+        """Tell Python's log ``zoscope`` what it has not heard of yet, by the codes of notices."""
+        fresh = [notice for notice in self.warnings if notice.code not in self._heard]
+        self._heard |= {notice.code for notice in fresh}
+        for notice in fresh:
+            logging.getLogger("zoscope").warning(f"zoscope: {notice.message} [{notice.code}]")
 
 
 def _badness(loss: float) -> float:

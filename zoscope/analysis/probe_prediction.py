@@ -225,9 +225,9 @@ class Prediction:
         wanted_steps: Steps that the growth asked for would take.
         threshold: The threshold under test.
         true_value: The model's own value of it, where another was assumed.
-        effective_rank: ``p₁²/p₂`` of the positive part.
         left: Loss at which a replica has left the valley.
-        typical_survives: Whether typical runs of the quadratic model stay in the valley above the threshold.
+        few_modes: Whether surviving above the threshold says nothing against it: few modes carry the positive part, or
+            typical runs of the quadratic model stay in the valley.
     """
 
     model: QuadraticModel
@@ -236,14 +236,8 @@ class Prediction:
     wanted_steps: int
     threshold: ProbedThreshold
     true_value: float
-    effective_rank: float
     left: float
-    typical_survives: bool = False
-
-    @property
-    def few_modes(self) -> bool:
-        """Whether surviving above the threshold says nothing against it."""
-        return self.model.moments.b > 0 and (self.effective_rank < FEW_MODES or self.typical_survives)
+    few_modes: bool
 
     @property
     def limit(self) -> float:
@@ -352,17 +346,8 @@ def forecast(
         horizon_ci95=horizon_ci95,
         descent=descent_value,
     )
-    return Prediction(
-        model,
-        row,
-        steps,
-        wanted,
-        threshold,
-        value,
-        measured.curvature.effective_rank,
-        left,
-        survives,
-    )
+    few = moments.b > 0 and (measured.curvature.effective_rank < FEW_MODES or survives)
+    return Prediction(model, row, steps, wanted, threshold, value, left, few)
 
 
 def _floor_forecast(model: QuadraticModel, row: OptimizerBounds, request: ProbeRequest, *, rank: float) -> Prediction:
@@ -392,7 +377,8 @@ def _floor_forecast(model: QuadraticModel, row: OptimizerBounds, request: ProbeR
         descent=descent,
     )
     left = left_above(replace(model, gradient=None), descent)
-    return Prediction(model, row, min(wanted, request.max_steps), wanted, threshold, descent, rank, left, False)
+    few = model.moments.b > 0 and rank < FEW_MODES
+    return Prediction(model, row, min(wanted, request.max_steps), wanted, threshold, descent, left, few)
 
 
 def _probed(row: OptimizerBounds, request: ProbeRequest, infinite: float) -> tuple[str, float]:

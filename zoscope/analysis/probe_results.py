@@ -6,23 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from zoscope.analysis.request import Progress, Request
+from zoscope.analysis.request import OneOptimizer, Progress, Request
 from zoscope.analysis.thresholds import Estimator, Pair
 from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.options import ProbeOptions, keywords
-from zoscope.registry import family_of, is_zeroth_order
-from zoscope.result import JsonObject, MeasuredResult, encode, pick
-from zoscope.theory.rules import EstimatorMoments
+from zoscope.registry import family_of
+from zoscope.result import JsonObject, MeasuredResult, encode, pick, thinned
+from zoscope.theory.rules import FIRST_ORDER, EstimatorMoments
 
 if TYPE_CHECKING:
     from zoscope.theory.rules import UpdateRule
 
 ProbeProgress = Callable[[str, int, int], None]
-
-FIRST_ORDER = EstimatorMoments(1.0, 0.0)
-"""The exact gradient as an estimate: ``E ĝĝᵀ = HΣH``, the limit of infinitely many queries."""
-
 
 DEFAULT_RATIOS = (0.8, 1.25)
 
@@ -35,7 +31,7 @@ def numbers(values: float | Sequence[float] | None) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class ProbeRequest:
+class ProbeRequest(OneOptimizer):
     """Options of ``zoscope.probe``; those that ``zoscope.bounds`` has too are in ``measure``.
 
     Raises:
@@ -99,16 +95,6 @@ class ProbeRequest:
     def batch_size(self) -> int | None:
         """Examples per step, drawn at random; ``None`` for all of them."""
         return self.measure.batch_size
-
-    @property
-    def first_order(self) -> bool:
-        """Whether the gradient itself is followed."""
-        return not is_zeroth_order(self.optimizer)
-
-    @property
-    def family(self) -> str:
-        """Its name without ``zo-``."""
-        return family_of(self.optimizer)
 
     @property
     def rule(self) -> UpdateRule:
@@ -272,9 +258,7 @@ class Curves(JsonObject):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object: points evenly spread over the steps looked at, the first and the last among them."""
-        most = len(self.steps) - 1
-        picked = sorted({round(n * most / (POINTS - 1)) for n in range(POINTS)}) if most >= POINTS else range(most + 1)
-        return {name: encode([values[n] for n in picked]) for name, values in vars(self).items()}
+        return {name: encode(thinned(values, POINTS)) for name, values in vars(self).items()}
 
 
 @dataclass(frozen=True)

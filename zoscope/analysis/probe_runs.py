@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,17 +27,13 @@ from zoscope.analysis.probe_results import (
     Variant,
 )
 from zoscope.curvature.operators import DENSE_BLOCK, LinearOperator, Preconditioned
+from zoscope.curvature.preconditioner import current_diagonal
 from zoscope.curvature.slq import measure
 from zoscope.errors import NumericalError
 from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, Surface, choose_surface
 from zoscope.optim.replicas import Limits, ReplicaPlan, run, run_mini_batches
 from zoscope.optim.rules import FrozenAdam, Rule, rule_from_options
-from zoscope.theory.stability import (
-    StabilityCondition,
-    Version,
-    fo_threshold,
-    paper_bounds,
-)
+from zoscope.theory.stability import MomentBounds, StabilityCondition, Version, fo_threshold
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,16 +166,13 @@ def choose_ground(
     if diagonal is not None and not request.linearized:
         diagonal = diagonal.to(objective.dtype)  # what is measured is wider than the runs in half precision are
 
-    def runner(surface: Surface, *, together: bool) -> ProbeRunner:
-        return ProbeRunner(objective, measurable, request, origin, origin, diagonal, surface, together, deadline)
+    def runner(surface: Surface, *, together: bool = True, start: Tensor = origin) -> ProbeRunner:
+        return ProbeRunner(objective, measurable, request, origin, start, diagonal, surface, together, deadline)
 
     if request.linearized and objective.num_params <= DENSE_LIMIT:
         with measurable.at() as measured:
             start = measured.read()
-            model = matrix_model(measured, request, start)
-        return ProbeRunner(
-            objective, measurable, request, origin, start, diagonal, model, together=True, deadline=deadline
-        )
+            return runner(matrix_model(measured, request, start), start=start)
     if request.linearized:
         objective.notify(
             "linearized-spectrum",
@@ -186,8 +180,8 @@ def choose_ground(
             "eigenvalues and the gradient that were measured.",
         )
         model, start = eigenbasis_model(forecast, device=objective.device)
-        flat = None if diagonal is None else torch.ones_like(start)
-        return ProbeRunner(objective, measurable, request, origin, start, flat, model, together=True, deadline=deadline)
+        diagonal = None if diagonal is None else torch.ones_like(start)
+        return runner(model, start=start)
     if request.batch_size is not None:
         objective.notify(
             "mini-batch",
@@ -422,7 +416,7 @@ def _thresholds(runner: ProbeRunner, forecast: Prediction, curvature: Curvature)
         limit = fo_threshold(curvature.lambda_max.value, rule=rule)
         return limit, limit
     exact = StabilityCondition(rule, moments).threshold(curvature.spectrum.fine)
-    band = paper_bounds(curvature.trace_positive.value, curvature.lambda_max.value, rule=rule, moments=moments)
+    band = MomentBounds(rule, moments).paper(curvature.trace_positive.value, curvature.lambda_max.value)
     return exact, min(band.lower, exact)
 
 
@@ -434,14 +428,11 @@ def _of_batches(forecast: Prediction) -> float:
 
 
 def _current_preconditioner(runner: ProbeRunner, trajectory: Trajectory, replica: int) -> Tensor | None:
-    """``P_t = (1−β₁ᵗ)·(√(v/(1−β₂ᵗ)) + ε)`` of a replica."""
+    """Adam's P of a replica."""
     if trajectory.second_moment is None:
         return runner.diagonal
-    beta1, beta2 = runner.request.measure.betas
-    step = max(trajectory.last_steps[replica], 1)
-    v = trajectory.second_moment[replica].double() / (1.0 - beta2**step)
-    diagonal = (1.0 - beta1**step) * (torch.sqrt(v) + runner.request.measure.eps)
-    return diagonal.to(trajectory.second_moment.dtype)
+    v, step, request = trajectory.second_moment[replica], max(trajectory.last_steps[replica], 1), runner.request.measure
+    return current_diagonal(v, step, betas=request.betas, eps=request.eps).to(v.dtype)
 
 
 OnStep = Callable[[int], None]
@@ -567,10 +558,7 @@ def typical_edge(forecast: Prediction, *, seed: int, rtol: float) -> float | Non
         times = model.exit_times(lr, forecast.steps, rise=forecast.left - model.loss, share=0.5, seed=seed)
         return 2 * int(np.isfinite(times).sum()) >= times.size
 
-    low, high = _bracket(forecast.limit, leaves)
-    while low is not None and high is not None and high / low > 1.0 + rtol:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if leaves(middle) else (middle, high)
+    low, high = _bisected(forecast.limit, leaves, rtol=rtol)
     return None if low is None or high is None else math.sqrt(low * high)
 
 
@@ -606,20 +594,11 @@ def find_edge(
                 leaving[lr] = trajectory
         return points[lr].lost
 
-    low: float | None
-    high: float | None
-    try:
-        low, high = _bracket(forecast.true_value, diverges)
-        while low is not None and high is not None and high / low > 1.0 + rtol:
-            middle = math.sqrt(low * high)
-            if diverges(middle):
-                high = middle
-            else:
-                low = middle
-    except _OutOfTimeError:
-        low = high = None
+    closed: tuple[float | None, float | None] = None, None
+    with suppress(_OutOfTimeError):
+        closed = _bisected(forecast.true_value, diverges, rtol=rtol)
     predicted = typical_edge(forecast, seed=runner.request.measure.seed, rtol=0.5 * rtol)
-    edge = summarise(tuple(points.values()), forecast, closed=(low, high), predicted=predicted)
+    edge = summarise(tuple(points.values()), forecast, closed=closed, predicted=predicted)
     for lr, trajectory in leaving.items():
         end, sharpened = end_state(runner, forecast, trajectory, lr=lr, adaptive=False)
         edge = replace(edge, end=end, sharpened=sharpened)
@@ -711,8 +690,17 @@ def _horizon_ratios(forecast: Prediction, value: float) -> tuple[float, float] |
     return value / full, value / positive
 
 
+def _bisected(guess: float, diverges: Callable[[float], bool], *, rtol: float) -> tuple[float | None, float | None]:
+    """A step size that stays and one that does not, as near to each other; ``None`` where none was found."""
+    low, high = _bracket(guess, diverges)
+    while low is not None and high is not None and high / low > 1.0 + rtol:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if diverges(middle) else (middle, high)
+    return low, high
+
+
 def _bracket(guess: float, diverges: Callable[[float], bool]) -> tuple[float | None, float | None]:
-    """A step size that stays and one that does not, from the guess outwards; ``None`` where none was found."""
+    """The same, from the guess outwards, some factor apart."""
     up = not diverges(guess)
     inner, factor = guess, FIRST_BRACKET
     while factor <= WIDEST:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from zoscope.errors import NumericalError, UsageError
 from zoscope.options import BoundsOptions, CurvatureKind, Hvp, Method, Threshold, keywords
-from zoscope.registry import DEFAULT_FAMILIES, FAMILIES, OPTIMIZERS, Differences, Directions, family_of
+from zoscope.registry import DEFAULT_FAMILIES, FAMILIES, OPTIMIZERS, Differences, Directions, family_of, is_zeroth_order
 from zoscope.result import ProblemInfo
 from zoscope.theory.rules import EstimatorMoments, UpdateRule, estimator_moments, update_rule
 from zoscope.theory.spectrum import Estimate
@@ -132,6 +132,11 @@ class MeasureRequest:
     spec: str | None = None
     on_progress: Progress | None = field(default=None, repr=False)
 
+    @property
+    def budget(self) -> dict[str, Any]:
+        """When a measurement ends, and whom it tells: keyword arguments of ``measure`` and its like."""
+        return {name: getattr(self, name) for name in ("rtol", "max_hvps", "seed", "on_progress")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuleRequest(MeasureRequest):
@@ -155,6 +160,22 @@ class RuleRequest(MeasureRequest):
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of the gradient estimate."""
         return estimator_moments(self.directions, queries=self.queries, dimension=dimension)
+
+
+class OneOptimizer:
+    """What a request about a single optimizer knows of it by its name."""
+
+    optimizer: str
+
+    @property
+    def family(self) -> str:
+        """Its name without ``zo-``."""
+        return family_of(self.optimizer)
+
+    @property
+    def first_order(self) -> bool:
+        """Whether updates use the gradient itself."""
+        return not is_zeroth_order(self.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zoscope.analysis import notices
 from zoscope.analysis.measurement import curvature_operator, find_jump, finite_gradient, notify_unseen
@@ -24,6 +25,7 @@ from zoscope.theory.density import Known, decades, density, finest_density
 if TYPE_CHECKING:
     from zoscope.analysis.request import ProblemLike
     from zoscope.curvature.nonsmooth import Jump
+    from zoscope.curvature.operators import LinearOperator
     from zoscope.curvature.slq import Eigenvalue
     from zoscope.problem import Objective
     from zoscope.theory.density import Decade, Density
@@ -48,32 +50,47 @@ class LayerTrace(JsonObject):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectrumResult(MeasuredResult):
-    """Eigenvalues of a problem's curvature matrix; the other fields are those of every `MeasuredResult`.
+class MatrixResult(MeasuredResult):
+    """What is known of a problem's curvature matrix; the other fields are those of every `MeasuredResult`.
 
     Args:
-        rtol: Relative 95 % half-width asked for.
+        rtol: Relative 95 % half-width asked for of the trace.
         operator: ``"hessian"`` or ``"ggn"``.
+    """
+
+    rtol: float
+    operator: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumResult(MatrixResult):
+    """Eigenvalues of a problem's curvature matrix; the other fields are those of every `MatrixResult`.
+
+    Args:
         curvature: Its moments and ends.
         top: Largest eigenvalues, the largest first.
         bottom: Smallest eigenvalues, the smallest first; none of them is among ``top``.
-        outliers: Eigenvalues known one by one, ascending, loss/param²; all of them when the method is dense.
         density: Eigenvalues per decade with a 95 % band.
-        decades: Counts and sums of eigenvalues by powers of ten.
         layers: Trace by layer, in the order of the parameters; ``None`` where it was not asked for.
     """
 
     schema = "zoscope.spectrum/1"
 
-    rtol: float
-    operator: str
     curvature: Curvature
     top: tuple[Eigenvalue, ...]
     bottom: tuple[Eigenvalue, ...]
-    outliers: Array
     density: Density
-    decades: tuple[Decade, ...]
     layers: tuple[LayerTrace, ...] | None
+
+    @property
+    def outliers(self) -> Array:
+        """Eigenvalues known one by one, ascending, loss/param²; all of them when the method is dense."""
+        return known_eigenvalues(self.curvature).values
+
+    @property
+    def decades(self) -> tuple[Decade, ...]:
+        """Counts and sums of eigenvalues by powers of ten."""
+        return decades(self.curvature.spectrum, scale=self.density.scale)
 
     def body(self) -> dict[str, Any]:
         """What only this kind of result has."""
@@ -152,16 +169,8 @@ def _spectrum(session: CurvatureSession, *, top: int, by_layer: bool) -> Spectru
         bottom=top,
         most_steps=CHAIN_STEPS,
         blocks=[size for _, size in layers] if by_layer else None,
-        rtol=request.rtol,
-        max_hvps=request.max_hvps,
-        seed=request.seed,
-        on_progress=request.on_progress,
+        **request.budget,
     )
-    flat = not bool(g.any()) and curvature.frobenius_sq.value == 0
-    jump = find_jump(objective, seed=request.seed) if flat else None
-    if jump is None:
-        trace, positive = curvature.trace.value, curvature.trace_positive.value
-        notify_unseen(objective, operator, request, trace=trace, positive=positive)
     found = finest_density(
         curvature.spectrum,
         tolerance=DENSITY_TOLERANCE * request.rtol,
@@ -170,22 +179,33 @@ def _spectrum(session: CurvatureSession, *, top: int, by_layer: bool) -> Spectru
     )
     largest, smallest = ends(curvature, most=top)
     return SpectrumResult(
-        rtol=request.rtol,
-        operator=request.curvature,
         curvature=curvature,
         top=largest,
         bottom=smallest,
-        outliers=known_eigenvalues(curvature).values,
         density=found,
-        decades=decades(curvature.spectrum, scale=found.scale),
         layers=_layer_traces(layers, curvature),
-        **session.header(
-            loss=loss,
-            grad_norm=float(torch.linalg.vector_norm(g.double())),
-            num_hvps=operator.num_hvps,
-            warnings=_notices(session, {request.curvature: trace_error(curvature.spectrum)}, curvature, jump),
-        ),
+        **_shared(session, operator, curvature, loss, g),
     )
+
+
+def _shared(
+    session: CurvatureSession, operator: LinearOperator, found: Curvature | Moments, loss: float, g: Tensor
+) -> dict[str, Any]:
+    """The fields of a `MatrixResult`, once its matrix was measured and held against differences of the loss."""
+    objective, request = session.objective, session.request
+    flat = not bool(g.any()) and found.frobenius_sq.value == 0
+    jump = find_jump(objective, seed=request.seed) if flat else None
+    if jump is None:
+        trace = found.trace.value
+        positive = max(trace, 0.0) if isinstance(found, Moments) else found.trace_positive.value
+        notify_unseen(objective, operator, request, trace=trace, positive=positive)
+    header = session.header(
+        loss=loss,
+        grad_norm=float(torch.linalg.vector_norm(g.double())),
+        num_hvps=operator.num_hvps,
+        warnings=_notices(session, found, jump),
+    )
+    return {"rtol": request.rtol, "operator": request.curvature, **header}
 
 
 def trace_error(sampled: SampledSpectrum) -> float:
@@ -248,15 +268,18 @@ def _layer_traces(layers: list[tuple[str, int]], curvature: Curvature) -> tuple[
     )
 
 
-def _notices(
-    session: CurvatureSession, reached: dict[str, float], found: Curvature | Moments, jump: Jump | None
-) -> Iterable[Notice]:
+def _notices(session: CurvatureSession, found: Curvature | Moments, jump: Jump | None) -> Iterable[Notice]:
     request, objective = session.request, session.objective
     if jump is not None:
         yield notices.jump_notice(jump)
-    dimension = objective.num_params if isinstance(found, Curvature) else None  # which a dense spectrum is for
+    if isinstance(found, Curvature):
+        reached, dimension = trace_error(found.spectrum), objective.num_params  # which a dense spectrum is for
+    else:
+        reached, dimension = found.error, None
     yield from session.missed(
-        notices.precision_notices(reached, rtol=request.rtol, max_hvps=request.max_hvps, dimension=dimension)
+        notices.precision_notices(
+            {request.curvature: reached}, rtol=request.rtol, max_hvps=request.max_hvps, dimension=dimension
+        )
     )
     if isinstance(found, Moments) and not found.lambda_max.converged:
         yield Notice(
@@ -270,19 +293,15 @@ def _notices(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MomentsResult(MeasuredResult):
-    """Trace, norm and λ_max of a problem's curvature matrix; the other fields are those of every `MeasuredResult`.
+class MomentsResult(MatrixResult):
+    """Trace, norm and λ_max of a problem's curvature matrix; the other fields are those of every `MatrixResult`.
 
     Args:
-        rtol: Relative 95 % half-width asked for of the trace; of ``‖·‖_F²`` it is three times as much.
-        operator: ``"hessian"`` or ``"ggn"``.
-        moments: What was measured.
+        moments: What was measured; of ``‖·‖_F²`` three times ``rtol`` was asked for.
     """
 
     schema = "zoscope.moments/1"
 
-    rtol: float
-    operator: str
     moments: Moments
 
     def body(self) -> dict[str, Any]:
@@ -320,26 +339,5 @@ def moments(
         objective = session.objective
         loss, g = finite_gradient(objective)
         operator = curvature_operator(objective, request)
-        found = measure_moments(
-            operator,
-            rtol=request.rtol,
-            max_hvps=request.max_hvps,
-            seed=request.seed,
-            on_progress=request.on_progress,
-        )
-        flat = not bool(g.any()) and found.frobenius_sq.value == 0
-        jump = find_jump(objective, seed=request.seed) if flat else None
-        if jump is None:
-            trace = found.trace.value
-            notify_unseen(objective, operator, request, trace=trace, positive=max(trace, 0.0))
-        return MomentsResult(
-            rtol=request.rtol,
-            operator=request.curvature,
-            moments=found,
-            **session.header(
-                loss=loss,
-                grad_norm=float(torch.linalg.vector_norm(g.double())),
-                num_hvps=operator.num_hvps,
-                warnings=_notices(session, {request.curvature: found.error}, found, jump),
-            ),
-        )
+        found = measure_moments(operator, **request.budget)
+        return MomentsResult(moments=found, **_shared(session, operator, found, loss, g))

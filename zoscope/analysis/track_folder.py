@@ -164,7 +164,7 @@ class RunFolder:
         """
         line = (json.dumps(record.to_dict(), allow_nan=False) + "\n").encode("utf-8")
         with self._writing(METRICS), open(self.path / METRICS, "ab", buffering=0) as file:
-            _write_all(file, line)
+            files.write_all(file, line)
             os.fsync(file.fileno())
         return zlib.crc32(line, after)
 
@@ -175,18 +175,8 @@ class RunFolder:
         self._replace(CHECKPOINT, buffer.getbuffer())
 
     def _replace(self, name: str, data: bytes | memoryview) -> None:
-        target, temporary = self.path / name, self.path / f".{name}.{os.getpid()}"
         with self._writing(name):
-            try:
-                with open(temporary, "wb", buffering=0) as file:
-                    _write_all(file, data)
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(self.path)
+            files.write_whole(self.path / name, data, durable=True)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -364,21 +354,3 @@ def seal_of(content: Mapping[str, Any]) -> str:
 
     add(content)
     return hasher.hexdigest()
-
-
-def _write_all(file: Any, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:  # a disk that fills up takes a part, and says so on the next call
-        view = view[file.write(view) :]
-
-
-def _sync_folder(path: Path) -> None:
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return  # not possible on this system
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)

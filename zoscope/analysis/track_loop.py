@@ -6,11 +6,12 @@ import math
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -74,11 +75,7 @@ def gentle_interrupts() -> Iterator[Stop]:
     finally:
         for number, old in before.items():
             if old is not None:
-                signal.signal(number, _typed(old))
-
-
-def _typed(handler: Any) -> Any:
-    return handler
+                signal.signal(number, cast(Any, old))
 
 
 class Batches(Protocol):
@@ -296,15 +293,19 @@ class MeasurementSchedule:
         self.ratio = state["ratio"]
 
 
-class Stepper(Protocol):
-    """Moves the parameters of a prepared problem.
+class Stepper(ABC):
+    """Moves the parameters of a prepared problem, with the optimizer of a request.
 
     Attributes:
         lr: Step size of the last step, where the stepper sets it itself; ``None`` where the request does.
     """
 
-    lr: float | None
+    lr: float | None = None
 
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    @abstractmethod
     def step(self, batches: Batches, number: int, *, lr: float) -> float:
         """Take the step that starts at ``number``.
 
@@ -312,15 +313,19 @@ class Stepper(Protocol):
             The loss that it saw, before it moved.
         """
 
+    @abstractmethod
     def second_moment(self) -> Tensor | None:
         """Adam's v as ``(d,)``; ``None`` before the first step, and for other rules."""
 
     def watched(self) -> dict[str, Any]:
         """Fields of a record: what the loss values of the steps themselves say, where they are watched."""
+        return {}
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What it remembers, as plain values and tensors."""
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
 
@@ -332,18 +337,11 @@ def new_stepper(objective: Objective, request: TrackRequest) -> Stepper:
     return FirstOrder(objective, request) if request.first_order else ZerothOrder(objective, request)
 
 
-class ZerothOrder:
-    """Steps with `zoscope.ZOGD` and its like.
-
-    Args:
-        objective: The prepared problem.
-        request: The optimizer and its constants.
-    """
-
-    lr: float | None = None
+class ZerothOrder(Stepper):
+    """Steps with `zoscope.ZOGD` and its like."""
 
     def __init__(self, objective: Objective, request: TrackRequest) -> None:
-        self._objective = objective
+        super().__init__(objective)
         self._optimizer = _optimizer(objective, request)
         self._monitor: ForwardMonitor | None = None
         if request.forward_every is not None:
@@ -430,18 +428,11 @@ def _optimizer(objective: Objective, request: TrackRequest) -> ZeroOrderOptimize
     return kind(objective.params, lr, **constants, **common)
 
 
-class FirstOrder:
-    """Steps along the gradient with the same rules.
-
-    Args:
-        objective: The prepared problem.
-        request: The optimizer and its constants.
-    """
-
-    lr: float | None = None
+class FirstOrder(Stepper):
+    """Steps along the gradient with the same rules; it sees one loss a step and no curvature."""
 
     def __init__(self, objective: Objective, request: TrackRequest) -> None:
-        self._objective = objective
+        super().__init__(objective)
         self._rule = rule_from_options(request.family, vars(request))
         self._state = new_state(self._rule, objective.params)
         self._steps = 0
@@ -460,10 +451,6 @@ class FirstOrder:
         return (
             self._objective.flatten(self._state["exp_avg_sq"]) if "exp_avg_sq" in self._state and self._steps else None
         )
-
-    def watched(self) -> dict[str, Any]:
-        """See `Stepper.watched`; a gradient step sees one loss and no curvature."""
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stepper.state_dict`."""

@@ -16,14 +16,14 @@ from zoscope.analysis.thresholds import ci95
 from zoscope.analysis.track_results import Record
 from zoscope.curvature.ggn import GGNOperator
 from zoscope.curvature.operators import HessianOperator, LinearOperator, Preconditioned, ShardOperator, gradient
-from zoscope.curvature.preconditioner import expected_preconditioner, probe_preconditioner
+from zoscope.curvature.preconditioner import current_diagonal, expected_preconditioner, probe_preconditioner
 from zoscope.curvature.slq import OnProgress, measure
 from zoscope.errors import NumericalError, UsageError
 from zoscope.runtime import spawn_generators
 from zoscope.theory.quadratic import QuadraticModel
 from zoscope.theory.rules import floor_factor
 from zoscope.theory.spectrum import Estimate
-from zoscope.theory.stability import Gains, StabilityCondition, Version, fo_threshold
+from zoscope.theory.stability import MomentBounds, StabilityCondition, Version, fo_threshold
 
 if TYPE_CHECKING:
     from zoscope.analysis.minibatch import BatchSpread
@@ -101,11 +101,8 @@ class Measurer:
                 acting,
                 method=request.method,
                 precision=self._precision,
-                rtol=request.rtol,
-                max_hvps=request.max_hvps,
-                seed=request.seed,
-                on_progress=on_progress,
                 on_pairs=None if batches is None else batches.keep,
+                **request.budget | {"on_progress": on_progress},
             )
             found = None if batches is None else batches.spread_of(None, self._moments, diagonal=diagonal)
         except NumericalError as error:
@@ -176,14 +173,14 @@ class Measurer:
         return HessianOperator(objective, hvp=self._hvp)
 
     def _preconditioner(self, g: Tensor, moment: Moment) -> Tensor | None:
-        """``P_t = (1−β₁ᵗ)·(√(v/(1−β₂ᵗ)) + ε)``; before the first step what it is expected to be."""
+        """Adam's P; before the first step what it is expected to be."""
         if not self._rule.preconditioned:
             return None
         if moment.second_moment is None:
             return expected_preconditioner(g, moments=self._moments, eps=self._request.eps).diagonal
-        (beta1, beta2), step = self._request.betas, moment.steps_of_moment
-        root = torch.sqrt(moment.second_moment.double() / (1.0 - beta2**step))
-        return ((1.0 - beta1**step) * (root + self._request.eps)).to(g.dtype)
+        request = self._request
+        found = current_diagonal(moment.second_moment, moment.steps_of_moment, betas=request.betas, eps=request.eps)
+        return found.to(g.dtype)
 
     def _precision(self, spectrum: SampledSpectrum) -> float:
         """The larger half-width of the trace, relative to its positive part, and of the threshold."""
@@ -221,9 +218,9 @@ class Measurer:
             lower = upper = largest
             term = 2 * (1 + self._rule.momentum) / self._rule.lr_scale
         else:
-            gains = Gains.of(self._rule, self._moments)
-            lower, upper = sorted((trace, trace + gains.own / gains.noise * largest))
-            term = gains.damping / gains.noise
+            bounds = MomentBounds(self._rule, self._moments)
+            lower, upper = sorted((trace, trace + bounds.own / bounds.noise * largest))
+            term = bounds.damping / bounds.noise
         fields = {
             "lower": lower,
             "upper": upper,

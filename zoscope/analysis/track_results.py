@@ -23,13 +23,13 @@ from typing import (
 )
 
 from zoscope._version import __version__
-from zoscope.analysis.request import RuleRequest
+from zoscope.analysis.request import OneOptimizer, RuleRequest
 from zoscope.config.load import AutomaticStepSize, StepSizes, step_sizes, training_step_sizes
 from zoscope.errors import NumericalError
 from zoscope.options import TrackOptions, keywords
-from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
+from zoscope.registry import OPTIMIZERS
 from zoscope.result import JsonObject, RichResult, encode, pick
-from zoscope.theory.rules import EstimatorMoments
+from zoscope.theory.rules import FIRST_ORDER, EstimatorMoments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ CONFIG = """
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackRequest(RuleRequest):
+class TrackRequest(OneOptimizer, RuleRequest):
     """Options of ``zoscope.track``.
 
     Raises:
@@ -104,16 +104,6 @@ class TrackRequest(RuleRequest):
         return None if self.run is None else Path(self.run)
 
     @property
-    def family(self) -> str:
-        """Its name without ``zo-``."""
-        return family_of(self.optimizer)
-
-    @property
-    def first_order(self) -> bool:
-        """Whether updates use the gradient itself."""
-        return not is_zeroth_order(self.optimizer)
-
-    @property
     def rule(self) -> UpdateRule:
         """The update rule as theory sees it."""
         return self.rule_of(self.family)
@@ -125,7 +115,7 @@ class TrackRequest(RuleRequest):
 
     def moments(self, *, dimension: int) -> EstimatorMoments:
         """Constants of what the rule is fed with; a = 1, b = 0 for the gradient itself."""
-        return EstimatorMoments(1.0, 0.0) if self.first_order else super().moments(dimension=dimension)
+        return FIRST_ORDER if self.first_order else super().moments(dimension=dimension)
 
     def lr_at(self, step: int) -> float:
         """Step size of the step that starts at ``step``; past the end, that of the last one; NaN for ``auto``."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from zoscope import files
-from zoscope.errors import OutputError, UsageError, ZoscopeError
+from zoscope.errors import OutputError, UsageError, ZoscopeError, require_package
 from zoscope.files import is_special, reason
 from zoscope.report.console import CleanConsole
 from zoscope.text import clean, clean_json
@@ -320,21 +320,17 @@ def _try_folder(path: Path, folder: Path, option: str) -> None:
 
 def check_picture(path: Path, *, option: str = "--plot") -> None:
     """Refuse a picture that cannot be drawn or written, before the work and not after it."""
-    from zoscope.report.figures import require_matplotlib  # late, for a fast --help
-
     if path.suffix.lower() not in PICTURES:
         raise UsageError(f"{option}: {path} has no picture's name. Expected one that ends in {', '.join(PICTURES)}.")
-    require_matplotlib(option)
+    require_package("matplotlib", option=option, extra="plot")
     check_writable(path, option=option)
 
 
 def check_page(path: Path, *, option: str = "--html") -> None:
     """Refuse a page that cannot be made or written, before the work and not after it."""
-    from zoscope.report.html import require_plotly  # late, for a fast --help
-
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{option}: {path} has no page's name. Expected one that ends in .html.")
-    require_plotly(option)
+    require_package("plotly.offline", option=option, extra="report")
     check_writable(path, option=option)
 
 

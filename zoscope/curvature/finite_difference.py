@@ -5,21 +5,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zoscope.curvature.minibatch import Division
-from zoscope.curvature.operators import Array
+from zoscope.curvature.operators import Array, within_memory
 from zoscope.errors import NumericalError
 from zoscope.optim.directions import Block, Buffers, Direction, buffer_for, new_generator, partition
-from zoscope.optim.perturbation import SNAPSHOT_BYTES, FixedPoint, Perturbation
+from zoscope.optim.perturbation import SNAPSHOT_BYTES, Added, FixedPoint, Perturbation
 from zoscope.problem import Objective
 from zoscope.problem.model import Originals, ShardedGroup
 from zoscope.problem.objective import Indices
-from zoscope.runtime import is_out_of_memory, release_memory
 
 BLOCKS = 128
 """Large models are cut into about so many blocks: what is drawn at a time is then below 1 % of them."""
@@ -30,14 +28,6 @@ NEAR = 0.5
 
 KEPT_SIZE, KEPT_GROUP = 1 << 18, 16
 """Entries up to which directions are kept instead of being drawn again, and how many of them are at a time."""
-
-
-class Walk(Protocol):
-    """Something that says where to go, block by block."""
-
-    def part(self, index: int) -> list[Tensor]:
-        """The pieces of one block."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,7 @@ class Difference:
     parts: Array | None = None
 
 
+@dataclass
 class Combination:
     """``Σ_i c_i u_i`` of directions that are drawn again when they are needed.
 
@@ -62,67 +53,50 @@ class Combination:
         directions: The ``u_i``.
         coefficients: The ``c_i``.
         blocks: What they cover.
+        buffers: Where sums are made.
     """
 
-    def __init__(self, directions: Sequence[Direction], coefficients: Sequence[float], blocks: Sequence[Block]) -> None:
-        self._directions = directions
-        self._coefficients = coefficients
-        self._blocks = blocks
-        self._buffers: Buffers = {}
+    directions: Sequence[Direction]
+    coefficients: Sequence[float]
+    blocks: Sequence[Block]
+    buffers: Buffers = field(default_factory=dict)
 
     def part(self, index: int) -> list[Tensor]:
         """The pieces of block ``index``, valid until the next call."""
-        block = self._blocks[index]
+        block = self.blocks[index]
         total: list[Tensor] = []
-        for direction, coefficient in zip(self._directions, self._coefficients, strict=True):
+        for direction, coefficient in zip(self.directions, self.coefficients, strict=True):
             pieces = direction.part(index)
             if not total:
-                total = self._zeros(block, pieces[0].dtype)
+                total = block.views(buffer_for(block, pieces[0].dtype, self.blocks, self.buffers).zero_())
             torch._foreach_add_(total, pieces, alpha=coefficient)
         return total
 
-    def _zeros(self, block: Block, dtype: torch.dtype) -> list[Tensor]:
-        flat = buffer_for(block, dtype, self._blocks, self._buffers)
-        parts = torch.split_with_sizes(flat.zero_(), block.sizes)
-        return [part.view(p.shape) for part, p in zip(parts, block.pieces, strict=True)]
 
-
-class Reloaded:
+class Reloaded(Added):
     """A perturbation that starts from the parameters' own values each time, kept where they cost no working memory.
 
     Both points are then rounded once, so that rounding hardly tilts them; half precision needs that.
     """
 
-    overwrites: ClassVar[bool] = False
-
     def __init__(self, blocks: Sequence[Block], originals: Originals, *, h: float) -> None:
-        self._blocks = blocks
+        super().__init__(blocks, mu=h)
         self._originals = originals
-        self._h = h
         first = np.cumsum([0, *(len(block.pieces) for block in blocks)])
         self._pieces = [range(start, stop) for start, stop in itertools.pairwise(first.tolist())]
 
     def begin(self) -> None:
         """Nothing: the values were taken when they were put aside."""
 
-    def plus(self, index: int, direction: Sequence[Tensor]) -> None:
-        """Block ``index`` from θ to ``θ + hu``."""
-        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=self._h)
-
     def minus(self, index: int, direction: Sequence[Tensor]) -> None:
         """Block ``index`` from ``θ + hu`` to ``θ − hu``."""
         self._originals.put_back(self._pieces[index])
-        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=-self._h)
+        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=-self._mu)
 
     def restore(self, index: int, direction: Sequence[Tensor], *, sign: int) -> list[Tensor]:
         """Block ``index`` back to θ."""
         self._originals.put_back(self._pieces[index])
         return self.used(index, direction)
-
-    def used(self, index: int, direction: Sequence[Tensor]) -> list[Tensor]:
-        """The direction in the parameters' dtype."""
-        dtype = self._blocks[index].dtype
-        return list(direction) if direction[0].dtype == dtype else [u.to(dtype) for u in direction]
 
 
 class Stencil:
@@ -137,6 +111,7 @@ class Stencil:
 
     Attributes:
         objective: What is evaluated.
+        blocks: Its parameters.
         loss: ``f₀``.
         evaluations: Losses of the whole problem computed so far.
         centres: How many of them were f₀.
@@ -148,8 +123,8 @@ class Stencil:
         size = min(max(objective.num_params // BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
         self.evaluations = self.centres = 0
         self.objective = objective
-        self._blocks = partition(objective.params, block_size=size)
-        devices = dict.fromkeys(block.device for block in self._blocks)
+        self.blocks = partition(objective.params, block_size=size)
+        devices = dict.fromkeys(block.device for block in self.blocks)
         self._devices = {device: (index,) if index else () for index, device in enumerate(devices)}
         self._seed, self._next = seed, 0
         self._buffers: Buffers = {}
@@ -160,7 +135,7 @@ class Stencil:
         if isinstance(objective.process_group, ShardedGroup):  # every rank moves a part of its own, all in the same way
             size_here, self._part = objective.process_group.largest(size_here), (objective.process_group.ranks.rank,)
         if not wide or size_here <= SNAPSHOT_BYTES:
-            self._originals = Originals([piece for block in self._blocks for piece in block.pieces])
+            self._originals = Originals([piece for block in self.blocks for piece in block.pieces])
         self._keep = self._originals is not None and objective.num_params <= KEPT_SIZE
         self._perturbations: dict[float, Perturbation] = {}
         self._division: Division | None = None
@@ -182,7 +157,7 @@ class Stencil:
         parameters have just left zero. Tensors of zeros have no size.
         """
         roots = count = 0.0
-        for piece in (piece for block in self._blocks for piece in block.pieces):  # a wider copy of one at a time
+        for piece in (piece for block in self.blocks for piece in block.pieces):  # a wider copy of one at a time
             norm = float(torch.linalg.vector_norm(piece, dtype=torch.float64))
             if norm > 0:
                 roots += piece.numel() * math.sqrt(norm / math.sqrt(piece.numel()))
@@ -200,7 +175,7 @@ class Stencil:
     @property
     def held_bytes(self) -> int:
         """Memory that lasts between evaluations: buffers of a block, and copies of small or half-precision models."""
-        largest = max(block.size * (8 if block.dtype == torch.float64 else 4) for block in self._blocks)
+        largest = max(block.size * (8 if block.dtype == torch.float64 else 4) for block in self.blocks)
         directions = 4 * KEPT_GROUP * self.objective.num_params if self._keep else 0
         return 2 * largest + directions + (0 if self._originals is None else self._originals.in_memory)
 
@@ -212,17 +187,13 @@ class Stencil:
             device: new_generator(np.random.SeedSequence(self._seed, spawn_key=(number, *self._part, *more)), device)
             for device, more in self._devices.items()
         }
-        return Direction(self._blocks, streams, law="gaussian", keep=self._keep, buffers=self._buffers)
-
-    def combination(self, directions: Sequence[Direction], coefficients: Sequence[float]) -> Combination:
-        """A weighted sum of directions."""
-        return Combination(directions, coefficients, self._blocks)
+        return Direction(self.blocks, streams, law="gaussian", keep=self._keep, buffers=self._buffers)
 
     @torch.no_grad()
-    def along(self, direction: Walk, h: float) -> Difference:
+    def along(self, direction: Direction | Combination, h: float) -> Difference:
         """Slope and curvature along a direction, from steps of ``h`` to both sides; may be infinite or NaN."""
-        perturbation = self._at(h)
-        blocks = range(len(self._blocks))
+        perturbation = self.reach(h)
+        blocks = range(len(self.blocks))
         for index in blocks:
             perturbation.plus(index, direction.part(index))
         sign = 1
@@ -253,7 +224,7 @@ class Stencil:
             indices: Which examples each part has; together they have all, each once.
             h: Largest step within.
         """
-        self._at(h)
+        self.reach(h)
         self._division = Division(self.objective, indices)
         try:
             self._division.centre = self._values()
@@ -263,25 +234,22 @@ class Stencil:
             self._division = None
 
     @torch.no_grad()
-    def move(self, direction: Walk, h: float) -> None:
+    def move(self, direction: Direction | Combination, h: float) -> None:
         """There and back without looking at the loss."""
-        perturbation = self._at(h)
-        for index in range(len(self._blocks)):
+        perturbation = self.reach(h)
+        for index in range(len(self.blocks)):
             perturbation.plus(index, direction.part(index))
             perturbation.minus(index, direction.part(index))
             perturbation.restore(index, direction.part(index), sign=-1)
 
-    def reach(self, h: float) -> None:
+    def reach(self, h: float) -> Perturbation:
         """Get ready for steps of ``h``, which may move θ to a grid."""
-        self._at(h)
-
-    def _at(self, h: float) -> Perturbation:
         if h not in self._perturbations:
             if self._originals is not None:
-                self._perturbations[h] = Reloaded(self._blocks, self._originals, h=h)
+                self._perturbations[h] = Reloaded(self.blocks, self._originals, h=h)
             else:
                 coarser = h > max(self._perturbations, default=0.0)
-                self._perturbations[h] = FixedPoint(self._blocks, mu=h)
+                self._perturbations[h] = FixedPoint(self.blocks, mu=h)
                 self._perturbations[h].begin()
                 if coarser:  # the grid of this h moves θ by a rounding error; a finer one contains it
                     self.loss = self._centre()
@@ -294,24 +262,14 @@ class Stencil:
     @torch.no_grad()
     def _values(self) -> Array:
         """The loss, or those of all parts; halves the micro-batch when memory runs out."""
-        while True:
-            try:
-                value = np.float64(self.objective.value()) if self._division is None else self._division.losses()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                ran_out = error.with_traceback(None)
-            else:
-                self.evaluations += 1
-                return np.asarray(value)
-            release_memory(self.objective.device)
-            if not self.objective.refine():
-                raise NumericalError(
-                    f"Memory on {self.objective.device} ran out in a forward pass, and the batches cannot be made "
-                    "smaller. Use a smaller model or batch, --dtype bfloat16, or a device with more memory."
-                ) from ran_out
-            if self._division is not None:
-                self._division.gather()
+        stuck = (
+            f"Memory on {self.objective.device} ran out in a forward pass, and the batches cannot be made smaller. Use "
+            "a smaller model or batch, --dtype bfloat16, or a device with more memory."
+        )
+        compute = self.objective.value if self._division is None else self._division.losses
+        value = within_memory(self.objective, compute, stuck=stuck)
+        self.evaluations += 1
+        return np.asarray(value)
 
 
 Differences = Callable[[float], Sequence[Difference]]

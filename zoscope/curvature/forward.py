@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from zoscope.curvature.finite_difference import Difference, Stencil, choose_step
+from zoscope.curvature.finite_difference import Combination, Difference, Stencil, choose_step
 from zoscope.curvature.nonsmooth import Jump, jump_along
 from zoscope.curvature.operators import Array
-from zoscope.curvature.slq import ForwardCurvature, ForwardNoise, OnProgress
+from zoscope.curvature.slq import ForwardCurvature, ForwardNoise, OnProgress, relative
 from zoscope.errors import NumericalError, UsageError
 from zoscope.optim.directions import Direction, new_generator
 from zoscope.problem import Objective
@@ -287,7 +287,7 @@ def measure_group(
         if norm == 0:
             return 0.0
         c = weights / norm  # a sum with weights of norm 1 is as long as a direction, so that h suits it too
-        whole = _finite(stencil.along(stencil.combination(directions, c.tolist()), h), h).curvature
+        whole = _finite(stencil.along(Combination(directions, c.tolist(), stencil.blocks), h), h).curvature
         return norm**2 * (whole - float(c**2 @ curvatures)) / (size * (size - 1))
 
     group = Group(slopes, curvatures, checked, through(slopes))
@@ -400,9 +400,9 @@ def measure_forward(
             f"--max-hvps {max_hvps}: --curvature forward needs at least {LEAST_DIRECTIONS} directions to put error "
             "bars on its numbers."
         )
+    precision = precision or (lambda result: relative(result.trace))
     with exploring(objective, seed=seed, parts=PARTS if noise else None) as sampler:
-        measurement = _Forward(sampler, precision or _of_trace, rtol=rtol, budget=max_hvps, stencils=1 + noise)
-        return measurement.run(on_progress)
+        return _Forward(sampler, precision, rtol=rtol, budget=max_hvps, stencils=1 + noise).run(on_progress)
 
 
 class _Forward:
@@ -495,11 +495,6 @@ class _Forward:
             slopes_error=_moved(np.concatenate([group.checks[0] for group in self._groups], axis=1) ** 2),
             hessian_sq=Estimate(hessian.value, hessian.stderr, shift),
         )
-
-
-def _of_trace(result: ForwardCurvature) -> float:
-    trace = result.trace
-    return trace.half_width / abs(trace.value) if trace.value != 0 else math.inf
 
 
 def _moved(values: Array) -> float:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoscope.curvature.operators import Products, ShardOperator
+from zoscope.curvature.operators import Products, ShardOperator, one_by_one
 from zoscope.errors import SpecError, UsageError
 from zoscope.problem import Objective, Shard
 from zoscope.runtime.autograd_errors import cannot_differentiate
@@ -41,22 +41,18 @@ class GGNOperator(ShardOperator):
         )
         live = [i for i, p in enumerate(pulled) if p.requires_grad]
 
-        def multiply(vectors: Tensor) -> Tensor:
-            result = torch.zeros_like(vectors)
-            if not live or not slope.requires_grad:
-                return result
-            for vector, row in zip(vectors, result, strict=True):
-                parts = objective.unflatten(vector)
-                # Jv is the derivative of Jᵀs by s, along v: two backward sweeps in place of forward mode.
-                (pushed,) = torch.autograd.grad(
-                    [pulled[i] for i in live], seed, [parts[i] for i in live], retain_graph=True
-                )
-                (curved,) = torch.autograd.grad(slope, head, pushed, retain_graph=True)
-                columns = torch.autograd.grad(outputs, objective.params, curved, retain_graph=True, allow_unused=True)
-                objective.flatten(columns, out=row)
-            return result
+        if not live or not slope.requires_grad:
+            return torch.zeros_like
 
-        return multiply
+        def product(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+            # Jv is the derivative of Jᵀs by s, along v: two backward sweeps in place of forward mode.
+            (pushed,) = torch.autograd.grad(
+                [pulled[i] for i in live], seed, [parts[i] for i in live], retain_graph=True
+            )
+            (curved,) = torch.autograd.grad(slope, head, pushed, retain_graph=True)
+            return torch.autograd.grad(outputs, objective.params, curved, retain_graph=True, allow_unused=True)
+
+        return lambda vectors: one_by_one(objective, vectors, product)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Products with the rows of ``vectors``; as for the Hessian."""

@@ -120,11 +120,9 @@ class LocalBasis:
         """Put what was left, of a known length, at ``index`` as a unit vector."""
         torch.div(self._next, length, out=self._rows[index])
 
-    def project_out(self, vectors: Tensor, mix: Tensor) -> Tensor:
-        """``vectors`` ``(b, d)`` less their components along the orthonormal combinations ``mix`` ``(n, k)``."""
-        known = self._rows[: mix.shape[1]]
-        along = inner(vectors, known).to(mix)
-        return torch.addmm(vectors, along @ mix.T @ mix, known, alpha=-1)
+    def project_out(self, vectors: Tensor, count: int) -> Tensor:
+        """``vectors`` ``(b, d)`` less their components along the first ``count``."""
+        return project_out(vectors, self._rows[:count])
 
     def combine(self, mix: Tensor) -> Tensor:
         """Put the combinations ``mix`` ``(n, k)`` of the first k vectors in their place; ``(n, d)``."""
@@ -198,14 +196,14 @@ class SharedBasis:
         self._rows = _combined(self._rows, mix)
         return self
 
-    def project_out(self, vectors: Tensor, mix: Tensor | None = None) -> Tensor:
-        """``vectors`` ``(b, d)`` less what lies along this basis, or along its combinations ``mix`` ``(n, k)``."""
-        return self._project_out(len(vectors), torch.eye(len(self)) if mix is None else mix.cpu(), vectors=vectors)
+    def project_out(self, vectors: Tensor, count: int | None = None) -> Tensor:
+        """``vectors`` ``(b, d)`` less their components along the first ``count``, or all of them."""
+        return self._project_out(len(vectors), len(self) if count is None else count, vectors=vectors)
 
     @collective
-    def _project_out(self, number: int, mix: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        basis, mine = self._rows[: mix.shape[1]], self._dealt(number, vectors)
-        products = self.ranks.total(inner(mine, basis).cpu()) @ mix.double().T @ mix.double()
+    def _project_out(self, number: int, count: int, *, vectors: Tensor | None = None) -> Tensor:
+        basis, mine = self._rows[:count], self._dealt(number, vectors)
+        products = self.ranks.total(inner(mine, basis).cpu())
         return self._joined(torch.addmm(mine, products.to(mine), basis, alpha=-1))
 
     def whole(self) -> Tensor:
@@ -316,16 +314,15 @@ class Chain:
             return torch.zeros_like(self._basis.row(0))
         return self._betas[-1] * self._basis.row(len(self._betas))
 
-    def project_out(self, vectors: Tensor, coefficients: Array) -> Tensor:
-        """``vectors`` ``(b, d)`` less their components along ``combine(coefficients)``; the chain can still go on."""
-        return self._basis.project_out(vectors, self._mix(coefficients))
+    def project_out(self, vectors: Tensor) -> Tensor:
+        """``vectors`` ``(b, d)`` less their components in the Krylov space."""
+        return self._basis.project_out(vectors, len(self._alphas))
 
     def beyond(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
         """``P V`` and ``P M P V`` for vectors ``(b, d)`` and their products; P projects on what is beyond the basis."""
-        everything = np.eye(len(self._alphas))
         last = inner(vectors, self._basis.row(len(self._alphas) - 1)[None])[:, 0].to(vectors)
         inside = torch.outer(last, self.residual())  # P M Q = r e_kᵀ
-        return self.project_out(vectors, everything), self.project_out(products, everything) - inside
+        return self.project_out(vectors), self.project_out(products) - inside
 
     def combine(self, coefficients: Array) -> Rows:
         """Orthonormal combinations of the basis, ``(n, d)``, in its place; the chain cannot be extended afterwards.
@@ -334,10 +331,7 @@ class Chain:
             coefficients: ``(k, n)`` orthonormal columns, n ≤ k.
         """
         self.exhausted = True
-        return self._basis.combine(self._mix(coefficients))
-
-    def _mix(self, coefficients: Array) -> Tensor:
-        return torch.as_tensor(coefficients.T, dtype=self._dtype, device=self._operator.device)
+        return self._basis.combine(torch.as_tensor(coefficients.T, dtype=self._dtype, device=self._operator.device))
 
 
 class Recurrences:
@@ -391,11 +385,17 @@ class Recurrences:
         return [_cut(Jacobi(row_a, row_b), dtype) for row_a, row_b in zip(a, b, strict=True)]
 
 
-def project_out(vectors: Tensor, basis: Rows) -> Tensor:
-    """``vectors`` ``(b, d)`` less their components along the orthonormal rows of ``basis`` ``(q, d)``."""
-    if isinstance(basis, SharedBasis):
-        return basis.project_out(vectors) if len(basis) else vectors
-    return torch.addmm(vectors, inner(vectors, basis).to(basis), basis, alpha=-1) if len(basis) else vectors
+def project_out(vectors: Tensor, basis: Rows, *, passes: int = 1) -> Tensor:
+    """``vectors`` ``(b, d)`` less their components along the orthonormal rows of ``basis`` ``(q, d)``.
+
+    A second pass removes what rounding left of the first.
+    """
+    for _ in range(passes if len(basis) else 0):
+        if isinstance(basis, SharedBasis):
+            vectors = basis.project_out(vectors)
+        else:
+            vectors = torch.addmm(vectors, inner(vectors, basis).to(basis), basis, alpha=-1)
+    return vectors
 
 
 def rounding(dtype: torch.dtype, scale: float) -> float:

@@ -18,7 +18,7 @@ from zoscope.curvature.operators import (
     signed_sum,
 )
 from zoscope.curvature.slq import gauss_rule
-from zoscope.problem import Objective, Shard
+from zoscope.problem import Objective
 from zoscope.problem.objective import Examples, Indices
 from zoscope.theory.minibatch import HessianNoise, spread_of_batches
 from zoscope.theory.spectrum import Spectrum
@@ -38,20 +38,21 @@ class Division:
 
     def __init__(self, objective: Objective, indices: Sequence[Indices]) -> None:
         self._objective, self._indices = objective, indices
-        self._shards: list[tuple[Shard, ...]] = []
-        self.gather()
-        counts = np.array([sum(shard.examples for shard in part) for part in self._shards], dtype=np.float64)
+        self._gather()
+        counts = np.array([sum(shard.examples for shard in part) for part in self._parts], dtype=np.float64)
         self.weights: Array = counts / counts.sum()
         self.centre: Array = np.zeros(len(indices))
 
-    def gather(self) -> None:
+    def _gather(self) -> None:
         """Cut the batches as they are now."""
         examples = Examples(self._objective)
-        self._shards = [examples.gather(part) for part in self._indices]
+        self._shards, self._parts = self._objective.shards, [examples.gather(part) for part in self._indices]
 
     def losses(self) -> Array:
         """Of the parts, ``(k,)``."""
-        return np.array([self._objective.value_of(part) for part in self._shards])
+        if self._shards is not self._objective.shards:  # the micro-batch was halved
+            self._gather()
+        return np.array([self._objective.value_of(part) for part in self._parts])
 
 
 MODES = 32
@@ -107,24 +108,22 @@ def hessian_noise(
     Returns:
         The spread, and the sweeps over the data in random groups, each worth a product, that came on top of products.
     """
-    coupling, spread = _along(operator, examples, pairs, generator=generator)
-    rest: tuple[Spectrum, ...] = ()
-    coarse: tuple[Spectrum, ...] = ()
+    groups, scale = _groups(examples, generator)
+    coupling, spread = zip(*coupling_and_spread(operator, examples, groups, pairs.values, pairs.vectors), strict=True)
+    rest: tuple[tuple[Spectrum, Spectrum], ...] = ()
     cost = len(pairs.values)
     if len(pairs.values) < operator.dim:
         vectors = torch.stack([_spread_vector(operator, examples, pairs, generator) for _ in range(PROBES)])
-        for _ in range(2):  # the second pass removes what rounding left of the first
-            vectors = project_out(vectors, pairs.vectors)
+        vectors = project_out(vectors, pairs.vectors, passes=2)
         masses = vectors.double().square().sum(dim=1).cpu().numpy()
         length = min(LENGTH, operator.dim - len(pairs.values))
-        rest, coarse = _rules(operator, vectors, masses, pairs, length)
+        rest = _rules(operator, vectors, masses, pairs, length)
         cost += PROBES
     return HessianNoise(
         nodes=pairs.values,
-        coupling=coupling,
-        spread=spread,
+        coupling=np.array(coupling) / scale,
+        spread=np.array(spread) / scale,
         rest=rest,
-        coarse=coarse,
         complete=examples.count <= SINGLE,
     ), cost
 
@@ -134,15 +133,6 @@ def _groups(examples: Examples, generator: torch.Generator) -> tuple[list[Indice
     count = examples.count if examples.count <= SINGLE else GROUPS
     sizes = [len(part) for part in np.array_split(np.arange(examples.count), count)]
     return examples.partition(count, generator), float(np.mean([spread_of_batches(examples.count, k) for k in sizes]))
-
-
-def _along(
-    operator: ShardOperator | Preconditioned, examples: Examples, pairs: Eigenpairs, *, generator: torch.Generator
-) -> tuple[Array, Array]:
-    """Samples of coupling ``(k, q, q)`` and spread ``(k, q)`` along eigenvectors, one per group."""
-    groups, scale = _groups(examples, generator)
-    coupling, spread = zip(*coupling_and_spread(operator, examples, groups, pairs.values, pairs.vectors), strict=True)
-    return np.array(coupling) / scale, np.array(spread) / scale
 
 
 def _spread_vector(
@@ -169,15 +159,14 @@ def _signs(count: int, generator: torch.Generator) -> list[float]:
 
 def _rules(
     operator: ShardOperator | Preconditioned, vectors: Tensor, masses: Array, pairs: Eigenpairs, length: int
-) -> tuple[tuple[Spectrum, ...], tuple[Spectrum, ...]]:
+) -> tuple[tuple[Spectrum, Spectrum], ...]:
     if not masses.any():
-        return (), ()
+        return ()
     chains = Recurrences(operator, vectors, deflated=pairs.vectors).extend(length).jacobis()
-    fine = tuple(gauss_rule(chain, mass=mass) for chain, mass in zip(chains, masses, strict=True))
-    short = tuple(
-        gauss_rule(c.head(max(1, (3 * c.size) // 4)), mass=mass) for c, mass in zip(chains, masses, strict=True)
+    return tuple(
+        (gauss_rule(chain, mass=mass), gauss_rule(chain.head(max(1, (3 * chain.size) // 4)), mass=mass))
+        for chain, mass in zip(chains, masses, strict=True)
     )
-    return fine, short
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from zoscope.curvature.slq import (
     Moments,
     OnProgress,
     Sampling,
+    TraceAndNorm,
     compared,
     exact_part,
     measure,
@@ -234,30 +236,24 @@ def measure_moments(
         raise ValueError(f"rtol must be > 0, got {rtol}")
     if max_hvps < FEWEST_HVPS:
         raise UsageError(f"--max-hvps {max_hvps}: an error bar takes at least {FEWEST_HVPS} products. Raise it.")
-    return _Measurement(operator, rtol=rtol, max_hvps=max_hvps, seed=seed, on_progress=on_progress).run()
+    return _Measurement(
+        operator=operator, ends=(0, 1), rtol=rtol, max_hvps=max_hvps, seed=seed, kept=KEPT, on_progress=on_progress
+    ).run()
 
 
 class _Measurement(Sampling):
-    def __init__(
-        self,
-        operator: LinearOperator,
-        *,
-        rtol: float,
-        max_hvps: int,
-        seed: int,
-        on_progress: OnProgress | None,
-    ) -> None:
-        super().__init__(operator, ends=(0, 1), max_hvps=max_hvps, seed=seed, kept=KEPT, on_progress=on_progress)
-        self._rtol = rtol
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._begin = time.perf_counter()
+        operator = self.operator
         self._pieces = pieces_apart(operator.objective) if isinstance(operator, ShardOperator) else None
         self._count = 0  # of pieces, as many as help
         self._looked_at = 0  # steps of the chain when it was last measured how much pieces help
         self._ratio = 1.0  # variance of a sweep of pieces, in units of that of a product; 1 where they do not pay
 
     def run(self) -> Moments:
-        op = self._operator
-        if op.dim <= min(SMALL, self._max_hvps):
+        op = self.operator
+        if op.dim <= min(SMALL, self.max_hvps):
             found = measure(op, method="dense")
             return self._result(found.trace, found.frobenius_sq, found.ritz, pieces=1)
         chain = self._outliers()
@@ -275,7 +271,7 @@ class _Measurement(Sampling):
 
     def _sampled(self, chain: Chain) -> tuple[Estimate, Estimate, int]:
         """Trace, norm and the number of pieces with vectors of their own."""
-        op = self._operator
+        op = self.operator
         beyond = self._beyond(chain)
         basis = chain.combine(np.eye(chain.jacobi.size))
         self._early.clear()
@@ -300,27 +296,26 @@ class _Measurement(Sampling):
         return norm + self._ratio * (trace - norm) if trace > norm else norm
 
     def _saved(self, gained: float, ahead: float, beyond: DeflatedHutchinson) -> float:
-        wanted = max(self._rtol * abs(beyond.trace().value) / NORMAL, SMALLEST)  # standard error
+        wanted = max(self.rtol * abs(beyond.trace().value) / NORMAL, SMALLEST)  # standard error
         return float(self._ratio * 2 * gained / wanted**2)
 
     def _vectors_for(self, beyond: DeflatedHutchinson) -> tuple[int, int]:
         """Shared probe vectors, in all, that the trace takes, and the norm."""
         return (
-            _vectors_for(beyond.trace, beyond.count, rtol=self._rtol),
-            _vectors_for(beyond.norm, beyond.count, rtol=NORM * self._rtol),
+            _vectors_for(beyond.trace, beyond.count, rtol=self.rtol),
+            _vectors_for(beyond.norm, beyond.count, rtol=NORM * self.rtol),
         )
 
     def _pilot(self, chain: Chain, beyond: DeflatedHutchinson) -> None:
         """Find how many pieces help, and the variance of their sweep in units of that of a product, from a few."""
         self._looked_at, self._ratio = chain.jacobi.size, 1.0
-        op, pieces, joint = self._operator, self._pieces, beyond.variance
+        op, pieces, joint = self.operator, self._pieces, beyond.variance
         if pieces is None or joint <= 0:
             return
         assert isinstance(op, ShardOperator)
-        everything = np.eye(chain.jacobi.size)
-        vectors = _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator), everything))
+        vectors = _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator)))
         seen = [
-            weight * chain.project_out(products, everything)
+            weight * chain.project_out(products)
             for weight, _, products in op.apart(pieces[: max(PILOT_PIECES, len(pieces) // 4)], lambda: vectors)
         ]
         found = variances(seen, count=len(pieces), dimension=beyond.dimension)
@@ -334,25 +329,25 @@ class _Measurement(Sampling):
     def _share_vectors(self, beyond: DeflatedHutchinson, basis: Rows) -> None:
         """Sample with vectors that all examples share, as many as the norm takes; the trace too without pieces."""
         while True:
-            self._report("bulk", _error(beyond.trace(), beyond.norm()))
+            self._report("bulk", TraceAndNorm(trace=beyond.trace(), frobenius_sq=beyond.norm()).error)
             trace, norm = self._vectors_for(beyond)
             missing = (max(trace, norm) if self._ratio == 1 else norm) - beyond.count
-            most = max(BLOCK, min(AT_ONCE, ENTRIES // self._operator.dim, missing // 2))  # few vectors ask for too many
+            most = max(BLOCK, min(AT_ONCE, ENTRIES // self.operator.dim, missing // 2))  # few vectors ask for too many
             probes = min(most, missing, self._left)
             if probes < 1:
                 return
-            vectors = _unit(self._projected(probes, basis))
-            beyond.add(vectors, project_out(self._operator.matmat(vectors), basis))
+            vectors = self._probes(probes, basis)
+            beyond.add(vectors, project_out(self.operator.matmat(vectors), basis))
 
     def _sample_apart(self, beyond: DeflatedHutchinson, basis: Rows, *, pieces: Pieces) -> Estimate:
         """Add sweeps in which every piece has vectors of its own until the trace is known, or the budget spent."""
-        op, ratio = self._operator, self._ratio
+        op, ratio = self.operator, self._ratio
         assert isinstance(op, ShardOperator)
         op.release()  # the graph of the whole is not needed any more
         sampled, num_shared = StratifiedHutchinson(beyond.dimension), beyond.count
         both = shared = beyond.trace()
         while True:
-            wanted = self._rtol * abs(both.value)
+            wanted = self.rtol * abs(both.value)
             if both.half_width <= wanted:
                 return both
             count = num_shared + sampled.sweeps / ratio
@@ -361,11 +356,7 @@ class _Measurement(Sampling):
             sweeps = min(max(1, math.ceil(missing)), self._left, AT_ONCE)
             if sweeps < 1:
                 return both
-
-            def draw(sweeps: int = sweeps) -> Tensor:
-                return _unit(self._projected(sweeps, basis))
-
-            for weight, vectors, products in op.apart(pieces, draw):
+            for weight, vectors, products in op.apart(pieces, partial(self._probes, sweeps, basis)):
                 sampled.add(weight, vectors, project_out(products, basis))
             sampled.sweeps += sweeps
             own = sampled.estimate
@@ -375,28 +366,25 @@ class _Measurement(Sampling):
             both = Estimate(value, math.hypot(part * shared.stderr, (1 - part) * own.stderr))
             self._report("pieces", relative(both))
 
-    def _projected(self, count: int, basis: Rows) -> Tensor:
-        once = project_out(self._normal(count, self._probe_generator), basis)
-        return project_out(once, basis)  # the second time removes what rounding left of the first
+    def _probes(self, count: int, basis: Rows) -> Tensor:
+        """Unit vectors of the complement, ``(count, d)``."""
+        return _unit(project_out(self._normal(count, self._probe_generator), basis, passes=2))
 
     # --- the result -----------------------------------------------------------------------------------------------
 
     def _result(self, trace: Estimate, norm: Estimate, ritz: tuple[Eigenvalue, ...], *, pieces: int) -> Moments:
-        self._report("done", _error(trace, norm))
-        return Moments(
+        found = Moments(
             trace=trace,
             frobenius_sq=norm,
             lambda_max=ritz[-1],
             pieces=pieces,
             num_hvps=self._spent,
             seconds=time.perf_counter() - self._begin,
-            hvp=self._operator.hvp,
+            hvp=self.operator.hvp,
             notes=tuple(self._notes),
         )
-
-
-def _error(trace: Estimate, norm: Estimate) -> float:
-    return max(relative(trace), relative(norm) / NORM)
+        self._report("done", found.error)
+        return found
 
 
 def _unit(vectors: Tensor) -> Tensor:

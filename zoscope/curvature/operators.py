@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from zoscope.runtime.autograd_errors import (
 )
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 DENSE_BLOCK = 64
 """Unit vectors multiplied at once when a whole matrix is formed."""
@@ -63,6 +64,7 @@ class LinearOperator(ABC):
     device: torch.device
     dtype: torch.dtype
     _matrix: Tensor | None = None
+    _count: int = 0
 
     @property
     def ranks(self) -> Ranks:
@@ -75,9 +77,9 @@ class LinearOperator(ABC):
         return None
 
     @property
-    @abstractmethod
     def num_hvps(self) -> int:
-        """Products with a Hessian computed so far."""
+        """Products computed so far."""
+        return self._count
 
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -116,14 +118,8 @@ class DenseOperator(LinearOperator):
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
-        self._count = 0
         self.dim = len(matrix)
         self.device, self.dtype = matrix.device, matrix.dtype
-
-    @property
-    def num_hvps(self) -> int:
-        """Products computed so far."""
-        return self._count
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Products with the rows of ``vectors``."""
@@ -310,6 +306,8 @@ def shard_products(objective: Objective, shard: Shard, *, method: HvpMethod) -> 
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
     curved = [i for i, g in enumerate(grads) if g.requires_grad]
     _require_constant(objective, shard, {i: g for i, g in enumerate(grads) if not g.requires_grad})
+    if not curved:
+        return torch.zeros_like
     multiply = _batched if method == "batched" else _looped
     return lambda vectors: multiply(objective, [grads[i] for i in curved], curved, vectors)
 
@@ -333,20 +331,15 @@ def _require_constant(objective: Objective, shard: Shard, claimed: dict[int, Ten
 
 
 def _looped(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
-    if not grads:
-        return torch.zeros_like(vectors)
-
     def product(parts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         # The gradient of gᵀv rather than grad_outputs=v, for which torch imports its symbolic algebra: half a second.
         along = [g.flatten().dot(parts[i].flatten()) for g, i in zip(grads, curved, strict=True)]
         return torch.autograd.grad(torch.stack(along).sum(), objective.params, retain_graph=True, allow_unused=True)
 
-    return _one_by_one(objective, vectors, product)
+    return one_by_one(objective, vectors, product)
 
 
 def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int], vectors: Tensor) -> Tensor:
-    if not grads:
-        return torch.zeros_like(vectors)
     sizes = [p.numel() for p in objective.params]
     parts = [
         part.view(len(vectors), *p.shape)
@@ -371,7 +364,8 @@ def _batched(objective: Objective, grads: Sequence[Tensor], curved: Sequence[int
     )
 
 
-def _one_by_one(objective: Objective, vectors: Tensor, product: Callable[[tuple[Tensor, ...]], Any]) -> Tensor:
+def one_by_one(objective: Objective, vectors: Tensor, product: Callable[[tuple[Tensor, ...]], Any]) -> Tensor:
+    """Products ``(k, d)`` by a function from one vector to one product, each in the shapes of the parameters."""
     result = torch.empty_like(vectors)
     for vector, row in zip(vectors, result, strict=True):
         objective.flatten(product(objective.unflatten(vector)), out=row)
@@ -382,7 +376,7 @@ def _forward_over_reverse(objective: Objective, shard: Shard, vectors: Tensor) -
     point = tuple(p.detach() for p in objective.params)
     gradient = grad(lambda tensors: objective.loss_at(tensors, shard))
     with _SquaredErrorByHand():
-        return _one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
+        return one_by_one(objective, vectors, lambda parts: jvp(gradient, (point,), (parts,))[1])
 
 
 def _by_differences(objective: Objective, shard: Shard, vectors: Tensor, *, step: float = DIFFERENCE_STEP) -> Tensor:
@@ -400,7 +394,7 @@ def _by_differences(objective: Objective, shard: Shard, vectors: Tensor, *, step
         pairs = zip(gradient(parts, h), gradient(parts, -h), strict=True)
         return [(above - below) / (2 * h) for above, below in pairs]
 
-    return _one_by_one(objective, vectors, product)
+    return one_by_one(objective, vectors, product)
 
 
 def _linearized(objective: Objective, shard: Shard) -> Products:
@@ -409,7 +403,7 @@ def _linearized(objective: Objective, shard: Shard) -> Products:
     with warnings.catch_warnings(), _SquaredErrorByHand():
         warnings.simplefilter("ignore")  # about the tracing; the loss itself has warned before
         _, derivative = linearize(gradient, point)
-    return torch.no_grad()(lambda vectors: _one_by_one(objective, vectors, derivative))
+    return torch.no_grad()(lambda vectors: one_by_one(objective, vectors, derivative))
 
 
 class _SquaredErrorByHand(TorchFunctionMode):
@@ -521,7 +515,6 @@ class ShardOperator(LinearOperator, Twin):
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.dim, self.device, self.dtype = objective.num_params, objective.device, objective.dtype
-        self._count = 0
         self._graphs = Graphs(objective)
         self._generation = 0
         self._known: tuple[object, ...] = ()
@@ -530,11 +523,6 @@ class ShardOperator(LinearOperator, Twin):
     def ranks(self) -> Ranks:
         """Those that hold the objective."""
         return self.objective.ranks
-
-    @property
-    def num_hvps(self) -> int:
-        """Products computed so far."""
-        return self._count
 
     @abstractmethod
     def _products(self, shard: Shard) -> Products: ...
@@ -547,24 +535,14 @@ class ShardOperator(LinearOperator, Twin):
             NumericalError: If memory runs out with one example left.
         """
         vectors = vectors.detach()
-        while True:
-            try:
-                result = self._sum(vectors)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                ran_out = error.with_traceback(None)
-            else:
-                self._count += len(vectors)
-                return result
-            self.release()
-            release_memory(self.device)
-            if not self.objective.refine():
-                raise NumericalError(
-                    f"Memory ran out during a Hessian-vector product on {self.device} with micro-batches that cannot "
-                    "be made smaller. Expected room for one example's graph and two copies of the parameters. Use a "
-                    "device with more memory, fewer parameters (--params), or --curvature forward."
-                ) from ran_out
+        stuck = (
+            f"Memory ran out during a Hessian-vector product on {self.device} with micro-batches that cannot be made "
+            "smaller. Expected room for one example's graph and two copies of the parameters. Use a device with more "
+            "memory, fewer parameters (--params), or --curvature forward."
+        )
+        result = within_memory(self.objective, lambda: self._sum(vectors), stuck=stuck, release=self.release)
+        self._count += len(vectors)
+        return result
 
     @collective
     def _sum(self, vectors: Tensor) -> Tensor:
@@ -807,13 +785,38 @@ def gradient(objective: Objective) -> tuple[float, Tensor]:
     Returns:
         The loss, accumulated in float64, and ``(d,)`` the gradient in loss/param.
     """
+    return within_memory(objective, objective.gradient)
+
+
+def within_memory(
+    objective: Objective,
+    compute: Callable[[], T],
+    *,
+    stuck: str | None = None,
+    release: Callable[[], object] = lambda: None,
+) -> T:
+    """What ``compute`` returns, with the micro-batch halved until memory suffices.
+
+    Args:
+        objective: The prepared problem.
+        compute: Evaluates it.
+        stuck: What to say where nothing can be halved; the error itself when left out.
+        release: Drops what keeps memory between two tries.
+
+    Raises:
+        NumericalError: If memory runs out with one example left.
+    """
     while True:
         try:
-            return objective.gradient()
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or not objective.refine():
+            return compute()
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
+            ran_out = error.with_traceback(None)
+        release()
         release_memory(objective.device)
+        if not objective.refine():
+            raise (ran_out if stuck is None else NumericalError(stuck)) from ran_out
 
 
 def _now(device: torch.device) -> float:

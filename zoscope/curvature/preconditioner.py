@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.slq import Curvature, Eigenvalue
+from zoscope.curvature.slq import Curvature
 from zoscope.errors import NumericalError, UsageError
 from zoscope.theory.spectrum import Estimate, SampledSpectrum, Spectrum
 
@@ -59,19 +59,17 @@ def stored_preconditioner(
             f"--preconditioner state:{path}: the optimizer has made no step yet, so it has no second moments. Save the "
             "state after at least one step."
         )
-    roots, scales, epsilons = [], [], []
-    for name, parameter, entry in zip(objective.names, objective.params, entries, strict=True):
-        root, scale = _corrected(entry, name=name, shape=parameter.shape, path=path)
-        roots.append(root)
-        scales.append(torch.full_like(root, scale))
-        epsilons.append(torch.full_like(root, float(entry.group.get("eps", eps))))
-    root, scale_of, eps_of = (torch.cat([part.reshape(-1) for part in parts]) for parts in (roots, scales, epsilons))
-    device = objective.params[0].device
+    found = [
+        _corrected(entry, name=name, shape=parameter.shape, eps=eps, path=path)
+        for name, parameter, entry in zip(objective.names, objective.params, entries, strict=True)
+    ]
+    root, floor = (torch.cat([part.reshape(-1) for part in parts]) for parts in zip(*found, strict=True))
+    first = objective.params[0]
     return assemble(
-        (scale_of * root).to(device),
-        eps=(scale_of * eps_of).to(device),
+        root.to(first.device),
+        eps=floor.to(first.device),
         source=f"state:{path}",
-        dtype=objective.params[0].dtype,
+        dtype=first.dtype,
         remarks=_differences(entries, betas=betas, eps=eps),
     )
 
@@ -129,10 +127,11 @@ def _matched(entries: list[_Entry], objective: Objective, path: Path) -> list[_E
     )
 
 
-def _corrected(entry: _Entry, *, name: str, shape: torch.Size, path: Path) -> tuple[Tensor, float]:
-    """``√(v/(1 − β₂ᵗ))`` and ``1 − β₁ᵗ`` of a parameter."""
+def _corrected(entry: _Entry, *, name: str, shape: torch.Size, eps: float, path: Path) -> tuple[Tensor, Tensor]:
+    """``√(v/(1 − β₂ᵗ))`` and ε of a parameter, each times ``1 − β₁ᵗ``, in its shape."""
+    floor = torch.full(shape, float(entry.group.get("eps", eps)), dtype=torch.float64)
     if entry.state is None:  # Adam skips a parameter without a gradient
-        return torch.zeros(shape, dtype=torch.float64), 1.0
+        return torch.zeros_like(floor), floor
     key = "max_exp_avg_sq" if entry.group.get("amsgrad") else "exp_avg_sq"
     if key not in entry.state or "step" not in entry.state:
         raise UsageError(
@@ -153,7 +152,8 @@ def _corrected(entry: _Entry, *, name: str, shape: torch.Size, path: Path) -> tu
             "Save the state after at least one step."
         )
     beta1, beta2 = (float(beta) for beta in entry.group["betas"])
-    return (second / (1 - beta2**step)).sqrt(), 1 - beta1**step
+    scale = 1 - beta1**step
+    return scale * (second / (1 - beta2**step)).sqrt(), scale * floor
 
 
 def _differences(entries: list[_Entry], *, betas: tuple[float, float], eps: float) -> tuple[str, ...]:
@@ -211,6 +211,13 @@ def expected_diagonal(
     """``√E[ĝ²] + ε``, ``(d,)`` in float64; with mini-batches whose gradients have a ``variance`` ``(d,)`` around g."""
     squares = gradient.detach().double().square() + variance
     return (moments.a * squares + moments.b * squares.sum()).sqrt() + eps
+
+
+def current_diagonal(v: Tensor, step: int, *, betas: tuple[float, float], eps: float) -> Tensor:
+    """``P_t = (1−β₁ᵗ)·(√(v/(1−β₂ᵗ)) + ε)`` after t steps, in float64, in the shape of the second moment v."""
+    beta1, beta2 = betas
+    scale: Tensor = (1.0 - beta1**step) * (torch.sqrt(v.double() / (1.0 - beta2**step)) + eps)
+    return scale
 
 
 def assemble(
@@ -320,7 +327,7 @@ def divided(curvature: Curvature, *, by: float, spread: float) -> Curvature:
     error grows by at most a factor ``1 + spread`` on the nodes, which becomes quadrature error here.
 
     Args:
-        curvature: Of M.
+        curvature: Of M; its block traces are left out.
         by: What P is nearly a multiple of the identity by.
         spread: Relative distance of its farthest entry.
 
@@ -328,23 +335,23 @@ def divided(curvature: Curvature, *, by: float, spread: float) -> Curvature:
     """
     spectrum = _divided_spectrum(curvature.spectrum, by=by, spread=spread)
     positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
-    ritz = tuple(_divided_eigenvalue(e, by=by, spread=spread) for e in curvature.ritz)
+    ritz = tuple(
+        replace(e, value=e.value / by, residual=e.residual / by + spread * abs(e.value / by)) for e in curvature.ritz
+    )
     vector = curvature.vector_measure
     return replace(
         curvature,
         trace=spectrum.trace_of(lambda x: x),
         frobenius_sq=spectrum.trace_of(np.square),
-        lambda_max=_divided_eigenvalue(curvature.lambda_max, by=by, spread=spread),
-        lambda_min=_divided_eigenvalue(curvature.lambda_min, by=by, spread=spread),
+        lambda_max=ritz[-1],
+        lambda_min=ritz[0],
         trace_positive=positive,
         negative_mass=curvature.negative_mass / by,
         num_hvps=0,
         seconds=0.0,
         spectrum=spectrum,
         ritz=ritz,
-        block_traces=None
-        if curvature.block_traces is None
-        else tuple(_divided_estimate(e, by=by, spread=spread) for e in curvature.block_traces),
+        block_traces=None,
         # Its vector is divided by √P as well.
         vector_measure=None if vector is None else Spectrum(vector.nodes / by, vector.weights / by),
         notes=(),
@@ -368,13 +375,3 @@ def _divided_spectrum(spectrum: SampledSpectrum, *, by: float, spread: float) ->
         errors=(*errors, moved) if spread > 0 else errors,
         probes=tuple(over(rule) for rule in spectrum.probes),
     )
-
-
-def _divided_eigenvalue(eigenvalue: Eigenvalue, *, by: float, spread: float) -> Eigenvalue:
-    value = eigenvalue.value / by
-    return Eigenvalue(value, eigenvalue.residual / by + spread * abs(value), eigenvalue.converged)
-
-
-def _divided_estimate(estimate: Estimate, *, by: float, spread: float) -> Estimate:
-    value = estimate.value / by
-    return Estimate(value, estimate.stderr / by, estimate.quadrature / by + spread * abs(value))

@@ -123,46 +123,61 @@ class Eigenvalue:
     converged: bool
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """Everything that one measuring pass learns about a symmetric operator ``M`` of dimension d.
+@dataclass(frozen=True, kw_only=True)
+class TraceAndNorm:
+    """What every measurement learns about a symmetric operator ``M`` of dimension d, and what it took.
 
     Args:
-        trace: ``Tr M``.
+        trace: ``Tr M``, loss/param².
         frobenius_sq: ``‖M‖_F²``.
-        lambda_max: Largest eigenvalue (algebraic).
-        lambda_min: Smallest eigenvalue (algebraic).
-        trace_positive: Sum of the positive eigenvalues.
-        negative_mass: Sum of ``|λ|`` over the negative eigenvalues, ≥ 0.
-        effective_rank: ``(Σλ)²/Σλ²`` over the positive eigenvalues; 0 when there are none.
-        method: How it was measured.
-        num_hvps: Matrix-vector products spent.
+        num_hvps: Matrix-vector products spent, a sweep of all pieces of the data counted as one; of forward passes the
+            directions, each two evaluations.
         seconds: Wall time spent.
-        spectrum: Nodes and weights from which every threshold is computed.
-        ritz: Eigenvalues found one by one, ascending: all of them when dense, else the Ritz values of a Krylov space.
-            There the ends converge first, and a repeated eigenvalue appears once.
-        block_traces: Traces of the diagonal blocks that were asked for; ``None`` when none were.
-        vector_measure: Spectral measure of the vector that was given, ``Σ w f(θ) = vᵀ f(M) v``; ``None`` without one.
         notes: What the user should know about how the measurement went.
         hvp: How Hessian-vector products were computed; ``None`` where there is but one way.
     """
 
     trace: Estimate
     frobenius_sq: Estimate
+    num_hvps: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    hvp: str | None = None
+
+    @property
+    def error(self) -> float:
+        """Relative 95 % half-width of the trace, or a third of that of the norm where it is larger."""
+        return max(relative(self.trace), relative(self.frobenius_sq) / NORM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvature(TraceAndNorm):
+    """Everything that one measuring pass learns about a symmetric operator ``M`` of dimension d.
+
+    Args:
+        lambda_max: Largest eigenvalue (algebraic).
+        lambda_min: Smallest eigenvalue (algebraic).
+        trace_positive: Sum of the positive eigenvalues.
+        negative_mass: Sum of ``|λ|`` over the negative eigenvalues, ≥ 0.
+        effective_rank: ``(Σλ)²/Σλ²`` over the positive eigenvalues; 0 when there are none.
+        method: How it was measured.
+        spectrum: Nodes and weights from which every threshold is computed.
+        ritz: Eigenvalues found one by one, ascending: all of them when dense, else the Ritz values of a Krylov space.
+            There the ends converge first, and a repeated eigenvalue appears once.
+        block_traces: Traces of the diagonal blocks that were asked for; ``None`` when none were.
+        vector_measure: Spectral measure of the vector that was given, ``Σ w f(θ) = vᵀ f(M) v``; ``None`` without one.
+    """
+
     lambda_max: Eigenvalue
     lambda_min: Eigenvalue
     trace_positive: Estimate
     negative_mass: float
     effective_rank: float
     method: Method
-    num_hvps: int
-    seconds: float
     spectrum: SampledSpectrum
     ritz: tuple[Eigenvalue, ...] = ()
     block_traces: tuple[Estimate, ...] | None = None
     vector_measure: Spectrum | None = None
-    notes: tuple[str, ...] = ()
-    hvp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,13 +201,11 @@ class ForwardNoise:
     hessian_sq: Estimate
 
 
-@dataclass(frozen=True)
-class ForwardCurvature:
-    """What forward passes learn about the Hessian H, of dimension d; see ``measure_forward``.
+@dataclass(frozen=True, kw_only=True)
+class ForwardCurvature(TraceAndNorm):
+    """What forward passes learn about the Hessian H; see ``measure_forward``.
 
     Args:
-        trace: ``Tr H``.
-        frobenius_sq: ``‖H‖_F²``.
         gradient_sq: ``‖g‖²``, loss²/param².
         rayleigh: ``gᵀHg/‖g‖²``; ``None`` for a zero gradient.
         loss: Loss at the parameters.
@@ -200,59 +213,34 @@ class ForwardCurvature:
         step: Step h of the differences along directions of unit entries, param.
         disagreement: Error of the trace from truncation and rounding, relative, from what single directions show at
             steps of h/2 and h; part of the errors above.
-        num_hvps: Directions spent, each two evaluations; what stands for a Hessian-vector product here.
         num_evaluations: Evaluations of the whole loss.
-        seconds: Wall time spent.
-        notes: What the user should know about how the measurement went.
         noise: How examples spread, where that was asked for.
         jump: Where the loss is constant but for jumps.
     """
 
-    trace: Estimate
-    frobenius_sq: Estimate
     gradient_sq: Estimate
     rayleigh: Estimate | None
     loss: float
     indefinite: bool
     step: float
     disagreement: float
-    num_hvps: int
     num_evaluations: int
-    seconds: float
-    notes: tuple[str, ...] = ()
     method: Method = "forward"
     noise: ForwardNoise | None = None
     jump: Jump | None = None
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What `measure_moments` learns about a symmetric operator M.
+@dataclass(frozen=True, kw_only=True)
+class Moments(TraceAndNorm):
+    """What `measure_moments` learns about a symmetric operator.
 
     Args:
-        trace: ``Tr M``, loss/param².
-        frobenius_sq: ``‖M‖_F²``.
         lambda_max: Largest eigenvalue (algebraic).
         pieces: Pieces of the data with probe vectors of their own; 1 where all examples share them.
-        num_hvps: Products spent, a sweep of all pieces counted as one.
-        seconds: Wall time spent.
-        hvp: How Hessian-vector products were computed; ``None`` where there is but one way.
-        notes: What the user should know about how the measurement went.
     """
 
-    trace: Estimate
-    frobenius_sq: Estimate
     lambda_max: Eigenvalue
     pieces: int
-    num_hvps: int
-    seconds: float
-    hvp: str | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def error(self) -> float:
-        """Relative 95 % half-width of the trace, or a third of that of the norm where it is larger."""
-        return max(relative(self.trace), relative(self.frobenius_sq) / NORM)
 
 
 def relative(estimate: Estimate) -> float:
@@ -398,8 +386,8 @@ class Deflation:
             self.coupled.add_(vector, alpha=weight)
 
     def project(self, vectors: Tensor) -> Tensor:
-        """``P Z`` for vectors ``(b, d)``; the second pass removes what rounding left of the first."""
-        return project_out(project_out(vectors, self.vectors), self.vectors)
+        """``P Z`` for vectors ``(b, d)``."""
+        return project_out(vectors, self.vectors, passes=2)
 
     def beyond(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
         """``P Z`` and ``P M P Z`` for vectors ``(b, d)`` and their products with M."""
@@ -490,9 +478,7 @@ class Complement:
     def of(cls, deflated: Deflated, *, dim: int, rounding: float, precision: float) -> Complement:
         """Before the first probe vector."""
         values = deflated.values
-        return cls(
-            Spectrum.of(values), deflated.ends, dim - len(values), _coupling(deflated), rounding, precision=precision
-        )
+        return cls(Spectrum.of(values), deflated.ends, dim - len(values), _coupling(deflated), rounding, precision)
 
     @property
     def num_vectors(self) -> int:
@@ -621,8 +607,10 @@ def plan(state: Complement, precision: Precision, *, rtol: float, budget: int) -
         rtol: Half-width wanted. Where it cannot be reached, one that is little more than what does not average out.
         budget: Products left.
     """
-    have, best, best_cost = len(state.shorts) + 1, SamplingPlan(_size(state), 1, 1), (math.inf, math.inf)
-    lengths = (*(steps for steps in SHORT_LENGTHS if steps < _size(state)), _size(state))
+    assert state.fine is not None
+    have, size = len(state.shorts) + 1, state.fine.size
+    best, best_cost = SamplingPlan(size, 1, 1), (math.inf, math.inf)
+    lengths = (*(steps for steps in SHORT_LENGTHS if steps < size), size)
     for length in (state.length,) if state.shorts else lengths:
         noise = Noise(replace(state, length=length).spectrum(), precision)
         wanted = max(rtol, FUTILE * noise.floor) - noise.floor
@@ -635,11 +623,6 @@ def plan(state: Complement, precision: Precision, *, rtol: float, budget: int) -
         if cost < best_cost:
             best, best_cost = candidate, cost
     return best
-
-
-def _size(state: Complement) -> int:
-    assert state.fine is not None
-    return state.fine.size
 
 
 class Noise:
@@ -854,35 +837,32 @@ MEMORY_SHARE = 0.4
 """Part of the free memory that a Lanczos basis may take."""
 
 
+@dataclass(kw_only=True)
 class Sampling(ABC):
     """The chain, the first probe vectors and the account of products that measurements share.
 
     Args:
         operator: Symmetric operator of dimension d.
         ends: How many of the smallest and of the largest eigenvalues should converge, where the budget allows.
+        rtol: Half-width at which to stop.
         max_hvps: Products allowed.
         seed: Of all random vectors.
         kept: Vectors that the measurement keeps beside the chain.
         on_progress: Called after every stage.
     """
 
-    def __init__(
-        self,
-        operator: LinearOperator,
-        *,
-        ends: tuple[int, int],
-        max_hvps: int,
-        seed: int,
-        kept: int = 0,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self._operator = operator
-        self._ends = ends
-        self._max_hvps = max_hvps
-        self._kept = kept
-        self._on_progress = on_progress
-        self._first = operator.num_hvps
-        self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(seed, 3, operator.device)
+    operator: LinearOperator
+    ends: tuple[int, int]
+    rtol: float
+    max_hvps: int
+    seed: int
+    kept: int = 0
+    on_progress: OnProgress | None
+
+    def __post_init__(self) -> None:
+        device = self.operator.device
+        self._first = self.operator.num_hvps
+        self._chain_generator, self._probe_generator, self._pilot_generator = spawn_generators(self.seed, 3, device)
         self._early: list[Tensor] = []  # vectors and their products
         self._notes: list[str] = []
 
@@ -897,7 +877,7 @@ class Sampling(ABC):
 
     def _outliers(self) -> Chain:
         """Extend a chain until the ends wanted are known and more steps take more products than they save."""
-        op = self._operator
+        op = self.operator
         most = self._chain_steps(MANY_STEPS)
         chain = Chain(op, self._normal(1, self._chain_generator)[0], capacity=most)
         chain.extend(min(FIRST_STEPS, most))
@@ -908,7 +888,7 @@ class Sampling(ABC):
         return chain
 
     def _suffices(self, chain: Chain) -> bool:
-        found, (bottom, top) = ritz_values(chain.jacobi, dtype=self._operator.dtype), self._ends
+        found, (bottom, top) = ritz_values(chain.jacobi, dtype=self.operator.dtype), self.ends
         if not all(eigenvalue.converged for eigenvalue in (*found[:bottom], *found[len(found) - top :])):
             return False
         return self._enough(chain, self._beyond(chain))
@@ -925,18 +905,18 @@ class Sampling(ABC):
         """What the first probe vectors tell of the complement of a Krylov space."""
         if not self._early:
             vectors = self._normal(FEWEST_VECTORS, self._probe_generator)
-            self._early = [vectors, self._operator.matmat(vectors)]
-        beyond = DeflatedHutchinson(exact_part(chain.jacobi), self._operator.dim - chain.jacobi.size)
+            self._early = [vectors, self.operator.matmat(vectors)]
+        beyond = DeflatedHutchinson(exact_part(chain.jacobi), self.operator.dim - chain.jacobi.size)
         beyond.add(*chain.beyond(self._early[0], self._early[1]))
         return beyond
 
     def _chain_steps(self, most: int) -> int:
         """Steps of a chain: ``most``, a third of the products, or what memory holds; notes the last case."""
-        op = self._operator
+        op = self.operator
         row = op.dim * torch.empty((), dtype=op.dtype).element_size()
         free = memory_for_vectors(op.ranks, op.device)
-        fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1 - self._kept
-        most = min(most, max(min(self._max_hvps, 2), self._max_hvps // 3), op.dim)
+        fits = vectors_that_fit(MEMORY_SHARE, row, free=free) - 4 * BLOCK - 1 - self.kept
+        most = min(most, max(min(self.max_hvps, 2), self.max_hvps // 3), op.dim)
         if fits >= most:
             return most
         most = max(2, fits)
@@ -948,19 +928,19 @@ class Sampling(ABC):
 
     @property
     def _spent(self) -> int:
-        return self._operator.num_hvps - self._first
+        return self.operator.num_hvps - self._first
 
     @property
     def _left(self) -> int:
-        return self._max_hvps - self._spent
+        return self.max_hvps - self._spent
 
     def _normal(self, count: int, generator: torch.Generator) -> Tensor:
-        op = self._operator
+        op = self.operator
         return torch.randn(count, op.dim, generator=generator, dtype=op.dtype, device=op.device)
 
     def _report(self, stage: str, reached: float | None) -> None:
-        if self._on_progress is not None:
-            self._on_progress(stage, self._spent, reached)
+        if self.on_progress is not None:
+            self.on_progress(stage, self._spent, reached)
 
 
 DENSE_LIMIT = 4096
@@ -1045,82 +1025,60 @@ def measure(
                 f"{FEWEST_HVPS} products. Raise it."
             )
         vector_measure = measure_of(operator, vector, steps=max(1, min(VECTOR_STEPS, max_hvps // 10)))
-        wanted = precision or _precision_of_positive_trace
-        left = max(1, max_hvps - (operator.num_hvps - spent))
         result = _Sampling(
-            operator,
-            wanted,
-            traces,
+            operator=operator,
+            precision=precision or _precision_of_positive_trace,
+            traces=traces,
             ends=(bottom, top),
             most_steps=most_steps,
             rtol=rtol,
-            max_hvps=left,
+            max_hvps=max(1, max_hvps - (operator.num_hvps - spent)),
             seed=seed,
             on_progress=on_progress,
             on_pairs=on_pairs,
         ).run()
-    cost = (operator.num_hvps - spent, time.perf_counter() - started)
-    return _curvature(result, dim=operator.dim, cost=cost, vector_measure=vector_measure, hvp=operator.hvp)
+    return replace(
+        result,
+        num_hvps=operator.num_hvps - spent,
+        seconds=time.perf_counter() - started,
+        vector_measure=vector_measure,
+        hvp=operator.hvp,
+    )
 
 
-@dataclass(frozen=True)
-class _Result:
-    spectrum: SampledSpectrum
-    ritz: tuple[Eigenvalue, ...]
-    method: Method
-    block_traces: tuple[Estimate, ...] | None
-    notes: tuple[str, ...] = ()
-    start: Jacobi | None = None
-
-
-def _dense(operator: LinearOperator, traces: BlockTraces | None) -> _Result:
+def _dense(operator: LinearOperator, traces: BlockTraces | None) -> Curvature:
     eigenvalues, asymmetry = dense_eigenvalues(operator)
     blocks = None if traces is None else traces.exact(operator.dense().diagonal())
     every = tuple(Eigenvalue(float(value), residual=asymmetry, converged=True) for value in eigenvalues)
-    return _Result(SampledSpectrum.exact(eigenvalues), every, "dense", blocks)
+    return _curvature(SampledSpectrum.exact(eigenvalues), every, "dense", blocks, dim=operator.dim)
 
 
+@dataclass(kw_only=True)
 class _Sampling(Sampling):
     """The stochastic path: a chain for the outliers, then probe vectors of their complement."""
 
-    def __init__(
-        self,
-        operator: LinearOperator,
-        precision: Precision,
-        traces: BlockTraces | None,
-        *,
-        ends: tuple[int, int],
-        most_steps: int,
-        rtol: float,
-        max_hvps: int,
-        seed: int,
-        on_progress: OnProgress | None,
-        on_pairs: OnPairs | None,
-    ) -> None:
-        super().__init__(operator, ends=ends, max_hvps=max_hvps, seed=seed, on_progress=on_progress)
-        self._on_pairs = on_pairs
-        self._precision = precision
-        self._traces = traces
-        self._most_steps = most_steps
-        self._rtol = rtol
+    precision: Precision
+    traces: BlockTraces | None
+    most_steps: int
+    on_pairs: OnPairs | None
 
-    def run(self) -> _Result:
-        op, traces, chain = self._operator, self._traces, self._outliers()
+    def run(self) -> Curvature:
+        op, traces, chain = self.operator, self.traces, self._outliers()
         start = chain.jacobi
         ritz, deflated = ritz_values(start, dtype=op.dtype), Deflated.of(start)
         deflation = Deflation(chain, deflated)
         basis = deflation.vectors
         if traces is not None:
             traces.deflate(deflation)
-        if self._on_pairs is not None:
-            self._on_pairs(deflated.values, basis.whole() if isinstance(basis, SharedBasis) else basis)
+        if self.on_pairs is not None:
+            self.on_pairs(deflated.values, basis.whole() if isinstance(basis, SharedBasis) else basis)
         noise = rounding(op.dtype, max(map(abs, deflated.ends)))
         state = Complement.of(deflated, dim=op.dim, rounding=noise, precision=rounding(op.dtype, 1.0))
         if state.dimension > 0:
             self._sample(state, deflation)
         spectrum = state.spectrum()
         blocks = None if traces is None else traces.estimates(spectrum)
-        return _Result(spectrum, ritz, "deflated-slq", blocks, tuple(self._notes), start)
+        return _curvature(spectrum, ritz, "deflated-slq", blocks, dim=op.dim, start=start, notes=self._notes)
 
     def _ahead(self, chain: Chain, beyond: DeflatedHutchinson) -> float:
         """Products of a plan for what is left of the chain's start, a stand-in for a probe vector that is free.
@@ -1130,14 +1088,14 @@ class _Sampling(Sampling):
         """
         deflated = Deflated.of(chain.jacobi)
         size = max(abs(beyond.trace().value), float(np.abs(chain.jacobi.eigh()[0]).sum()), np.finfo(float).tiny)
-        least = 2 * float(np.mean(beyond.squares)) * (1.96 / (self._rtol * size)) ** 2
+        least = 2 * float(np.mean(beyond.squares)) * (1.96 / (self.rtol * size)) ** 2
         mass = float(deflated.rest.weights.sum())
         if mass == 0:
             return least
         left = Spectrum(deflated.rest.nodes, beyond.dimension * deflated.rest.weights / mass)
         whole = joined([(1.0, Spectrum.of(deflated.values)), (1.0, left)])
-        noise = Noise(SampledSpectrum(whole, left, 1, beyond.dimension), self._precision)
-        return max(least, noise.plan(0.5 * self._rtol, length=SHORT_LENGTHS[0], have=1).cost)
+        noise = Noise(SampledSpectrum(whole, left, 1, beyond.dimension), self.precision)
+        return max(least, noise.plan(0.5 * self.rtol, length=SHORT_LENGTHS[0], have=1).cost)
 
     # --- probe vectors --------------------------------------------------------------------------------------------
 
@@ -1151,9 +1109,9 @@ class _Sampling(Sampling):
         ahead = None
         while True:
             spectrum = state.spectrum()
-            reached, floor = self._precision(spectrum), self._precision(spectrum.with_endless_sampling())
+            reached, floor = self.precision(spectrum), self.precision(spectrum.with_endless_sampling())
             self._report("bulk", reached)
-            if reached <= max(self._rtol, FUTILE * floor):
+            if reached <= max(self.rtol, FUTILE * floor):
                 return
             if ahead is None or not (missing := state.missing(ahead)):
                 ahead = self._plan(state)
@@ -1164,7 +1122,7 @@ class _Sampling(Sampling):
 
     def _draw(self, state: Complement, deflation: Deflation, shorts: int, vectors: int) -> bool:
         """Draw about half of the probe vectors that are missing; whether the budget allowed for any."""
-        at_once = max(BLOCK, min(AT_ONCE, ENTRIES // self._operator.dim))
+        at_once = max(BLOCK, min(AT_ONCE, ENTRIES // self.operator.dim))
         shorts = min(shorts, max(BLOCK, shorts // 2), self._left // state.length)
         if shorts > 0:
             for count in _blocks(shorts, at_once):
@@ -1173,39 +1131,39 @@ class _Sampling(Sampling):
         vectors = min(max(vectors, 1), max(BLOCK, vectors // 2), self._left)
         for count in _blocks(vectors, at_once):
             starts = deflation.project(self._normal(count, self._probe_generator))
-            products = project_out(self._operator.matmat(starts), deflation.vectors)
+            products = project_out(self.operator.matmat(starts), deflation.vectors)
             self._take_first_steps(state, starts, products)
         return vectors > 0
 
     def _draw_fine(self, state: Complement, deflation: Deflation) -> None:
         """Follow the first probe vector until its own quadrature error leaves room for sampling error."""
-        most = max(2, min(self._most_steps, self._left // 2, state.dimension))
+        most = max(2, min(self.most_steps, self._left // 2, state.dimension))
         chain = self._recurrences(1, deflation)
         while True:
             size = 0 if state.fine is None else state.fine.size
             (state.fine,) = chain.extend(min(MORE_STEPS if size else FIRST_STEPS, most - size)).jacobis()
             state.length = state.fine.size
-            quadrature = self._precision(state.spectrum().with_endless_sampling())
+            quadrature = self.precision(state.spectrum().with_endless_sampling())
             self._report("bulk", None)
-            if state.fine.size in (size, most) or quadrature <= self._rtol / 4:
+            if state.fine.size in (size, most) or quadrature <= self.rtol / 4:
                 return
             many = state.fine.size >= MANY_FINE_STEPS
-            if quadrature <= self._rtol / 2 and (many or self._plan(state).cost <= state.fine.size):
+            if quadrature <= self.rtol / 2 and (many or self._plan(state).cost <= state.fine.size):
                 return
 
     def _recurrences(self, count: int, deflation: Deflation) -> Recurrences:
         starts = deflation.project(self._normal(count, self._probe_generator))
-        on_first = None if self._traces is None else self._traces.add
-        return Recurrences(self._operator, starts, deflated=deflation.vectors, on_first=on_first)
+        on_first = None if self.traces is None else self.traces.add
+        return Recurrences(self.operator, starts, deflated=deflation.vectors, on_first=on_first)
 
     def _take_first_steps(self, state: Complement, vectors: Tensor, products: Tensor) -> None:
         state.firsts += first_steps(vectors, products)
-        if self._traces is not None:
+        if self.traces is not None:
             scale = lengths(vectors)
-            self._traces.add(vectors / scale, products / scale)
+            self.traces.add(vectors / scale, products / scale)
 
     def _plan(self, state: Complement) -> SamplingPlan:
-        return plan(state, self._precision, rtol=self._rtol, budget=self._left)
+        return plan(state, self.precision, rtol=self.rtol, budget=self._left)
 
 
 def _blocks(count: int, most: int) -> list[int]:
@@ -1213,35 +1171,39 @@ def _blocks(count: int, most: int) -> list[int]:
 
 
 def _curvature(
-    result: _Result, *, dim: int, cost: tuple[int, float], vector_measure: Spectrum | None, hvp: str | None
+    spectrum: SampledSpectrum,
+    ritz: tuple[Eigenvalue, ...],
+    method: Method,
+    block_traces: tuple[Estimate, ...] | None,
+    *,
+    dim: int,
+    start: Jacobi | None = None,
+    notes: Sequence[str] = (),
 ) -> Curvature:
-    spectrum, notes = result.spectrum, result.notes
+    """What a spectrum says, held against the start of a chain; cost and way of the products are for the caller."""
     positive = spectrum.trace_of(lambda x: np.maximum(x, 0.0))
     trace, norm = spectrum.trace_of(lambda x: x), spectrum.trace_of(np.square)
-    if result.start is not None:
-        trace, norm, disagreements = compared(trace, norm, result.start, dim=dim)
-        spectrum = _widened(spectrum, result.ritz, by=trace.quadrature - spectrum.trace_of(lambda x: x).quadrature)
+    if start is not None:
+        known = trace.quadrature
+        trace, norm, disagreements = compared(trace, norm, start, dim=dim)
+        spectrum = _widened(spectrum, ritz, by=trace.quadrature - known)
         notes = (*notes, *disagreements)
     # Few products leave the positive part open, of which this much is certain.
-    positive = replace(positive, value=max(positive.value, trace.value, result.ritz[-1].value, 0.0))
+    positive = replace(positive, value=max(positive.value, trace.value, ritz[-1].value, 0.0))
     positive_sq = spectrum.fine.trace_of(lambda x: np.maximum(x, 0.0) ** 2)
     return Curvature(
         trace=trace,
         frobenius_sq=norm,
-        lambda_max=result.ritz[-1],
-        lambda_min=result.ritz[0],
+        lambda_max=ritz[-1],
+        lambda_min=ritz[0],
         trace_positive=positive,
         negative_mass=max(0.0, spectrum.fine.trace_of(lambda x: np.maximum(-x, 0.0)), positive.value - trace.value),
         effective_rank=positive.value**2 / positive_sq if positive_sq > 0 else 0.0,
-        method=result.method,
-        num_hvps=cost[0],
-        seconds=cost[1],
+        method=method,
         spectrum=spectrum,
-        ritz=result.ritz,
-        block_traces=result.block_traces,
-        vector_measure=vector_measure,
-        notes=notes,
-        hvp=hvp,
+        ritz=ritz,
+        block_traces=block_traces,
+        notes=tuple(notes),
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from zoscope.analysis.monitor import StabilityMonitor, log_values, unheard
+from zoscope.analysis.monitor import Monitored, StabilityMonitor, log_values
 from zoscope.errors import UsageError
 
 try:
@@ -20,15 +19,12 @@ except ImportError:
     ) from None
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from zoscope.analysis.track_results import Record
-    from zoscope.problem import Notice, Problem
+    from zoscope.problem import Problem
 
 __all__ = ["StabilityCallback"]
 
 
-class StabilityCallback(Callback):
+class StabilityCallback(Monitored, Callback):
     """A Lightning callback around ``zoscope.StabilityMonitor``.
 
     The values go to the module's logs as ``zoscope/ratio`` and so on; what to know before trusting them goes once to
@@ -44,19 +40,7 @@ class StabilityCallback(Callback):
     def __init__(self, problem: Problem, *, every: int = 500, optimizer: str | None = None, **options: Any) -> None:
         super().__init__()
         self._problem, self._every, self._name, self._options = problem, every, optimizer, options
-        self._monitor: StabilityMonitor | None = None
         self._last = -1
-        self._heard: set[str] = set()
-
-    @property
-    def records(self) -> Sequence[Record]:
-        """Everything measured so far."""
-        return () if self._monitor is None else self._monitor.records
-
-    @property
-    def warnings(self) -> Sequence[Notice]:
-        """What the last measurement had to say."""
-        return () if self._monitor is None else self._monitor.warnings
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure where training starts."""
@@ -85,8 +69,7 @@ class StabilityCallback(Callback):
         record = self._monitor.step(step=trainer.global_step)
         if record is None:
             return
-        for message in unheard(self._monitor.warnings, self._heard):
-            logging.getLogger("zoscope").warning(message)
+        self._log_warnings()
         for logger in trainer.loggers:
             logger.log_metrics(log_values(record), step=record.step)
         trainer.callback_metrics.update({name: _tensor(value) for name, value in log_values(record).items()})

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoscope.analysis.monitor import StabilityMonitor, log_values, unheard
+from zoscope.analysis.monitor import Monitored, StabilityMonitor, log_values
 from zoscope.errors import SpecError, UsageError
 from zoscope.integrations.huggingface import Counted, problem_from_transformers, task_of
 from zoscope.problem import Notice, Problem
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Trainer
 
-    from zoscope.analysis.track_results import Record
 
 __all__ = ["StabilityCallback", "ZOTrainer", "ZOTrainingArguments", "watch_trainer"]
 
@@ -170,7 +168,7 @@ class TrainerLoss:
         return loss
 
 
-class StabilityCallback(TrainerCallback):
+class StabilityCallback(Monitored, TrainerCallback):
     """A ``TrainerCallback`` around ``zoscope.StabilityMonitor``; see `watch_trainer`.
 
     Args:
@@ -186,22 +184,15 @@ class StabilityCallback(TrainerCallback):
     ) -> None:
         self._trainer, self._problem, self._every = trainer, problem, every
         self._name, self._options = optimizer, options
-        self._monitor: StabilityMonitor | None = None
         self._step_loss: list[float] = []  # of the micro-batches of a step
         self._first_heard = False
         self._stop_listening: Callable[[], None] = lambda: None
         self._other_loss: Notice | None = None
-        self._heard: set[str] = set()
-
-    @property
-    def records(self) -> Sequence[Record]:
-        """Everything measured so far."""
-        return () if self._monitor is None else self._monitor.records
 
     @property
     def warnings(self) -> Sequence[Notice]:
-        """What the last measurement had to say."""
-        found = () if self._monitor is None else self._monitor.warnings
+        """What the last measurement had to say, and whether the trainer's loss is another one."""
+        found = super().warnings
         return found if self._other_loss is None else (*found, self._other_loss)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -237,8 +228,7 @@ class StabilityCallback(TrainerCallback):
             return
         record = self._monitor.step(step=state.global_step)
         if record is not None and state.is_world_process_zero:
-            for message in unheard(self.warnings, self._heard):
-                logging.getLogger("zoscope").warning(message)
+            self._log_warnings()
             wanted = control.should_log
             self._trainer.log(log_values(record))
             control.should_log = wanted  # logging takes the wish for the regular log away

@@ -91,6 +91,10 @@ class Block:
         """Where they are."""
         return self.pieces[0].device
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The entries of ``flat``, ``(size,)``, in the shapes of the pieces."""
+        return [u.view(p.shape) for u, p in zip(torch.split_with_sizes(flat, self.sizes), self.pieces, strict=True)]
+
     def select(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The slices of ``tensors``, shaped like the parameters, that belong to this block."""
         return [
@@ -204,8 +208,7 @@ class Direction:
         _fill(flat, self._law, self._stream(index))
         if self._scale != 1.0:
             flat.mul_(self._scale)
-        parts = torch.split_with_sizes(flat, block.sizes)
-        return [u.view(p.shape) for u, p in zip(parts, block.pieces, strict=True)]
+        return block.views(flat)
 
     def _sphere_scale(self) -> float:
         square = sum(float(u.double().square().sum()) for i in range(len(self._blocks)) for u in self.part(i))

@@ -76,24 +76,41 @@ def choose_perturbation(blocks: Sequence[Block], *, mu: float, restore: Restore)
     return FixedPoint(blocks, mu=mu)
 
 
-class Snapshot:
-    """Keeps a copy of θ; see the module's text."""
+class Added:
+    """Adds directions as they are, in the parameters' dtype; whoever inherits knows θ.
+
+    Args:
+        blocks: The parameters.
+        mu: The step μ.
+    """
 
     overwrites: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[Block], *, mu: float) -> None:
         self._blocks = blocks
         self._mu = mu
+
+    def plus(self, index: int, direction: Sequence[Tensor]) -> None:
+        """See `Perturbation.plus`."""
+        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=self._mu)
+
+    def used(self, index: int, direction: Sequence[Tensor]) -> list[Tensor]:
+        """See `Perturbation.used`."""
+        dtype = self._blocks[index].dtype
+        return list(direction) if direction[0].dtype == dtype else [u.to(dtype) for u in direction]
+
+
+class Snapshot(Added):
+    """Keeps a copy of θ; see the module's text."""
+
+    def __init__(self, blocks: Sequence[Block], *, mu: float) -> None:
+        super().__init__(blocks, mu=mu)
         self._saved = [[torch.empty_like(p) for p in b.pieces] for b in blocks]
 
     def begin(self) -> None:
         """See `Perturbation.begin`."""
         for block, saved in zip(self._blocks, self._saved, strict=True):
             torch._foreach_copy_(saved, block.pieces)
-
-    def plus(self, index: int, direction: Sequence[Tensor]) -> None:
-        """See `Perturbation.plus`."""
-        torch._foreach_add_(self._blocks[index].pieces, self.used(index, direction), alpha=self._mu)
 
     def minus(self, index: int, direction: Sequence[Tensor]) -> None:
         """See `Perturbation.minus`."""
@@ -109,11 +126,6 @@ class Snapshot:
         """See `Perturbation.restore`."""
         torch._foreach_copy_(self._blocks[index].pieces, self._saved[index])
         return self.used(index, direction)
-
-    def used(self, index: int, direction: Sequence[Tensor]) -> list[Tensor]:
-        """See `Perturbation.used`."""
-        dtype = self._blocks[index].dtype
-        return list(direction) if direction[0].dtype == dtype else [u.to(dtype) for u in direction]
 
 
 class FixedPoint:

@@ -17,7 +17,7 @@ from zoscope.problem.data import CriterionLoss, LossFunction, Metric
 from zoscope.problem.distributed import prepared
 from zoscope.problem.model import Selection, select, unwrapped
 from zoscope.problem.objective import Notice, Objective
-from zoscope.problem.session import AUTOCAST
+from zoscope.problem.session import AUTOCAST, PrepareOptions
 from zoscope.runtime import HALF, collective, without_autocast
 
 
@@ -217,16 +217,8 @@ class Problem:
             SpecError: On entry, for a loss or a model that cannot be measured.
             NumericalError: On entry, for a loss that is not finite, or if one example does not fit into memory.
         """
-        return prepared(
-            self,
-            device=device,
-            dtype=dtype,
-            micro_batch=micro_batch,
-            check=check,
-            differentiable=differentiable,
-            trains=trains,
-            max_memory=max_memory,
-        )
+        options = PrepareOptions(device, dtype, micro_batch, check, differentiable, trains, max_memory)
+        return prepared(self, options)
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__

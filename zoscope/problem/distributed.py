@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from zoscope.errors import SpecError
 from zoscope.problem import pytree as nest
 from zoscope.problem.model import is_sharded
 from zoscope.problem.objective import CUT_WORK, Examples, Indices, ProcessGroup
-from zoscope.problem.session import prepared_here
+from zoscope.problem.session import PrepareOptions, prepared_here
 
 if TYPE_CHECKING:
     from zoscope.problem.core import Problem
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def prepared(problem: Problem, **options: Any) -> Iterator[Objective]:
+def prepared(problem: Problem, options: PrepareOptions) -> Iterator[Objective]:
     """Implements :meth:`zoscope.Problem.prepare`: here, and on the other ranks of a job that know the problem."""
     ranks = runtime.current_ranks()
     if ranks is None or problem.shared is None:
-        with prepared_here(problem, **options) as objective:
+        with prepared_here(problem, options) as objective:
             yield objective
         return
     objective = _opened(ranks, problem.shared, problem.params, options, problem=problem)
@@ -46,14 +47,14 @@ def prepared(problem: Problem, **options: Any) -> Iterator[Objective]:
 
 @runtime.collective
 def _opened(
-    ranks: runtime.Ranks, known: Problem, params: str | None, options: dict[str, Any], *, problem: Problem | None = None
+    ranks: runtime.Ranks, known: Problem, params: str | None, options: PrepareOptions, *, problem: Problem | None = None
 ) -> Objective:
     if problem is None:
         problem = known.with_params(params)
         # Checks are rank 0's, unless a forward pass takes all ranks. So is a memory limit, which cuts for all.
-        check = options["check"] and not options["differentiable"] and is_sharded(problem.model)
-        options = {**options, "check": check, "max_memory": None, "limited": options["max_memory"] is not None}
-    session = prepared_here(problem, spread=True, **options)
+        check = options.check and not options.differentiable and is_sharded(problem.model)
+        options = replace(options, check=check, max_memory=None, limited=options.max_memory is not None)
+    session = prepared_here(problem, replace(options, spread=True))
     with ExitStack() as stack:
         objective = ranks.keep(ranks.attempt(lambda: stack.enter_context(session)))
         objective.session = stack.pop_all()

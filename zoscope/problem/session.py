@@ -131,32 +131,37 @@ AUTOCAST = (
 )
 
 
-@contextmanager
-def prepared_here(
-    problem: Problem,
-    *,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    micro_batch: int | None,
-    check: bool,
-    differentiable: bool,
-    trains: bool = False,
-    spread: bool = False,
-    max_memory: int | None = None,
-    limited: bool = False,
-) -> Iterator[Objective]:
-    """Implements :meth:`zoscope.Problem.prepare` in this process.
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The options of :meth:`zoscope.Problem.prepare`, and what a job of several processes adds to them.
 
-    With ``spread`` the batches stay on the host: each of several processes moves those that it evaluates. ``limited``
-    says that another one has a memory limit.
+    Args:
+        spread: Whether the batches stay on the host: each process moves those that it evaluates.
+        limited: Whether another process has a memory limit.
     """
-    if micro_batch is not None and micro_batch < 1:
-        raise UsageError(f"--micro-batch {micro_batch}: expected at least 1.")
+
+    device: str | torch.device
+    dtype: str | torch.dtype
+    micro_batch: int | None
+    check: bool
+    differentiable: bool
+    trains: bool
+    max_memory: int | None
+    spread: bool = False
+    limited: bool = False
+
+
+@contextmanager
+def prepared_here(problem: Problem, options: PrepareOptions) -> Iterator[Objective]:
+    """Implements :meth:`zoscope.Problem.prepare` in this process."""
+    if options.micro_batch is not None and options.micro_batch < 1:
+        raise UsageError(f"--micro-batch {options.micro_batch}: expected at least 1.")
+    device, dtype, differentiable = options.device, options.dtype, options.differentiable
     with ExitStack() as stack:
         stack.enter_context(_SESSIONS)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(runtime.memory_limit(max_memory))
+        stack.enter_context(runtime.memory_limit(options.max_memory))
         ranks = runtime.joined_ranks()
         sharded = ranks is not None and not differentiable and is_sharded(problem.model)
         model = stack.enter_context(unwrapped(problem.model, sharded=sharded))
@@ -172,15 +177,10 @@ def prepared_here(
             model,
             selection,
             asked=asked,
-            precision=_wide(asked, model) if differentiable and not trains else asked,
-            micro_batch=micro_batch,
-            check=check,
-            differentiable=differentiable,
-            trains=trains,
-            spread=spread,
+            precision=_wide(asked, model) if differentiable and not options.trains else asked,
+            options=options,
             in_parts=in_parts,
             mirrored=ranks if sharded else None,
-            limited=limited,
         )
         try:
             objective = preparation.opened(stack, found)
@@ -217,14 +217,9 @@ class Preparation:
         selection: Its trained parameters.
         asked: Floating-point type asked for; ``None`` for every tensor's own.
         precision: Floating-point type of what is measured, likewise.
-        micro_batch: Examples at a time; ``None`` for the batches as they are.
-        check: Whether the loss is looked at first.
-        differentiable: Whether derivatives are taken.
-        trains: Whether the parameters will move.
-        spread: Whether the batches stay on the host.
+        options: What was asked for.
         in_parts: Whether the model is on several devices.
         mirrored: Processes that hold a slice of every parameter each.
-        limited: Whether another process has a memory limit.
     """
 
     problem: Problem
@@ -232,39 +227,34 @@ class Preparation:
     selection: Selection
     asked: torch.dtype | None
     precision: torch.dtype | None
-    micro_batch: int | None
-    check: bool
-    differentiable: bool
-    trains: bool
-    spread: bool
+    options: PrepareOptions
     in_parts: bool
     mirrored: runtime.Ranks | None
-    limited: bool
 
     def opened(self, stack: ExitStack, where: torch.device) -> Objective:
         """The objective on a device; what undoes it is on ``stack``."""
-        differentiable = self.differentiable
+        options, differentiable = self.options, self.options.differentiable
         with ExitStack() as attempt:
             attempt.enter_context(runtime.preserved_rng(where))
-            if differentiable and where.type == "cpu" and not (self.limited or runtime.is_limited()):
+            if differentiable and where.type == "cpu" and not (options.limited or runtime.is_limited()):
                 attempt.enter_context(runtime.kept_memory())
             objective = self._objective(attempt, where)
             if self.mirrored is not None:
                 _mirror(objective, self.mirrored)
             if self.asked is not None and self.asked != self.precision:
                 _note_half(objective, self.asked)
-            if differentiable and not self.trains:
+            if differentiable and not options.trains:
                 attempt.enter_context(runtime.without_autocast(lambda: objective.notify("autocast", AUTOCAST)))
             attempt.enter_context(runtime.threads_for(objective.num_params * objective.num_examples))
             cut = runtime.is_limited() and self.mirrored is None and fit(objective, differentiable=differentiable)
-            if self.check:
-                _checked(objective, differentiable=differentiable, cut=cut or self.micro_batch is not None)
+            if options.check:
+                _checked(objective, differentiable=differentiable, cut=cut or options.micro_batch is not None)
             stack.push(attempt.pop_all())
         return objective
 
     def _objective(self, stack: ExitStack, device: torch.device) -> Objective:
         """Build an objective whose clean-up is on ``stack``."""
-        problem, model, differentiable = self.problem, self.model, self.differentiable
+        problem, model, differentiable = self.problem, self.model, self.options.differentiable
         precision, selection, counts = self.precision, self.selection, problem.counts
         dtype = runtime.widest_dtype(model) if precision is None else precision
         halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in runtime.HALF})
@@ -280,9 +270,8 @@ class Preparation:
             if any(precision not in (None, b.dtype) for b in weights) or _elsewhere(criterion, device, precision):
                 criterion = copied(criterion, device=device, dtype=precision)
                 loss = CriterionLoss(criterion)
-        spread = (
-            self.spread and differentiable and device.type != "cpu"
-        )  # forward passes share directions, not examples
+        # Forward passes share directions, not examples.
+        spread = self.options.spread and differentiable and device.type != "cpu"
         batches, on_host = _placed(problem.batches, torch.device("cpu") if spread else device, precision)
         objective = Objective(
             model,
@@ -301,8 +290,8 @@ class Preparation:
         _note_precision(objective, halves, on_host, converted=precision is not None)
         _note_sizes(objective)
         statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
-        if self.micro_batch is not None:
-            objective.split(self.micro_batch)
+        if self.options.micro_batch is not None:
+            objective.split(self.options.micro_batch)
         if statistics:
             objective.indivisible = f"{some(statistics)} uses the statistics of the whole batch"
         return objective

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from zoscope.analysis.explanations import PROVISIONAL, explanation, rank
 from zoscope.report.console import cleaned
-from zoscope.report.style import grid, heading, quantity, to_html, to_text
+from zoscope.report.style import grid, heading, to_html, to_text
+from zoscope.report.words import quantity
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType

@@ -11,30 +11,24 @@ from rich.text import Text
 
 from zoscope.analysis.advice import JUMPS, SHORT
 from zoscope.analysis.explanations import PROVISIONAL
+from zoscope.registry import optimizer_name
 from zoscope.report.answer import as_report, one_line, ruler
 from zoscope.report.console import CleanConsole
-from zoscope.report.style import (
+from zoscope.report.style import grid, header, heading, number_table
+from zoscope.report.words import (
     MISSING,
     OPERATOR_NAMES,
     count,
-    counted,
     curvature_of,
     digits_for,
     duration,
     error,
-    grid,
-    header,
-    heading,
-    number_table,
-    optimizer_name,
     quantity,
     quantity_with_error,
-    rough_count,
     step_range,
     step_size,
     step_size_at_most,
     step_size_of,
-    step_size_with_error,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +36,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from zoscope.analysis.estimate import CostEstimate
-    from zoscope.analysis.minibatch import MiniBatchBounds
+    from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
     from zoscope.analysis.thresholds import BoundsResult, Floor, OptimizerBounds, Verdict
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
     from zoscope.theory.spectrum import Estimate
@@ -88,7 +82,9 @@ def bounds_table(result: BoundsResult) -> Table:
     """A row per optimizer and every bound in it; wide."""
     table = number_table(*FIRST_ORDER, *ASSUMING, _stable_for(result), *FOR_EVER, *_compared_with(result))
     for row in result.optimizers.values():
-        table.add_row(*_first_order(result, row), *_intervals(row), _stable(row), _exact(row), *_compared(row))
+        table.add_row(
+            *_first_order(result, row), *_intervals(row), _stable(row), step_size_of(row.exact), *_compared(row)
+        )
     return table
 
 
@@ -108,7 +104,7 @@ def infinite_time_table(result: BoundsResult) -> Table:
     """The half of the bounds that is about infinite time."""
     table = number_table("", *ASSUMING, *FOR_EVER)
     for row in result.optimizers.values():
-        table.add_row(_name(row), *_intervals(row), _exact(row))
+        table.add_row(_name(row), *_intervals(row), step_size_of(row.exact))
     return table
 
 
@@ -164,10 +160,6 @@ def _with_ends(low: float | None, high: float | None, ends: tuple[float, float] 
     return step_range(low, high, digits=min(digits_for(value, half_width), 3)) + error(value, half_width)
 
 
-def _exact(row: OptimizerBounds) -> str:
-    return MISSING if row.exact is None else step_size_with_error(row.exact.value, row.exact.half_width)
-
-
 def _compared_with(result: BoundsResult) -> list[str]:
     """Columns of `_compared`: with mini-batches what binds is in a table of its own, and so is the ratio to it."""
     batches = any(row.minibatch for row in result.optimizers.values())
@@ -187,14 +179,9 @@ def _stable(row: OptimizerBounds) -> Text:
     if row.horizon is None:
         return Text(MISSING)
     point = row.horizon.planned
-    widest = max((point.lower, point.upper), key=_relative_error)
+    widest = max((point.lower, point.upper), key=lambda end: end.half_width / end.value if end.value > 0 else 0.0)
     shown = step_range(point.lower.value, point.upper.value, digits=_digits(point))
     return Text(shown + error(widest.value, widest.half_width), style="bold")
-
-
-def _relative_error(estimate: Estimate) -> float:
-    """Relative half-width, for choosing the poorer one of two."""
-    return estimate.half_width / estimate.value if estimate.value > 0 else 0.0
 
 
 def _digits(point: HorizonPoint) -> int:
@@ -224,33 +211,29 @@ def horizon_table(result: BoundsResult) -> Table:
 
 def minibatch_section(result: BoundsResult) -> Iterator[RenderableType]:
     """Heading and table of a result with mini-batches."""
-    found = next(row.minibatch for row in result.optimizers.values() if row.minibatch is not None)
+    rows = [(row, row.minibatch) for row in result.optimizers.values() if row.minibatch is not None]
+    yield _batches_heading(rows[0][1])
+    table = number_table("", _stable_for(result), "of full\nbatch", "infinite\ntime", DESCENT, COMPARED)
+    for row, found in rows:
+        table.add_row(
+            _name(row),
+            Text(_minibatch_stable(found), style="bold"),
+            _share(row, found),
+            step_size_of(found.exact),
+            step_size_of(found.descent),
+            _times_below_fo(row),
+        )
+    yield table
+
+
+def _batches_heading(found: MiniBatchBounds | ForwardMiniBatch) -> Text:
     title = f"With mini-batches of {count(found.batch_size)} of {count(found.examples)} examples"
-    yield heading(title, "drawn anew at every step; what follows goes by these")
-    yield _table(result)
-
-
-def _table(result: BoundsResult) -> Table:
-    table = number_table(
-        "", f"stable for {count(result.steps)}\nsteps up to", "of full\nbatch", "infinite\ntime", DESCENT, COMPARED
-    )
-    for row in result.optimizers.values():
-        if row.minibatch is not None:
-            table.add_row(
-                optimizer_name(row.name),
-                Text(_minibatch_stable(row.minibatch), style="bold"),
-                _share(row, row.minibatch),
-                step_size_of(row.minibatch.exact),
-                step_size_of(row.minibatch.descent),
-                _times_below_fo(row),
-            )
-    return table
+    return heading(title, "drawn anew at every step; what follows goes by these")
 
 
 def _minibatch_stable(found: MiniBatchBounds) -> str:
     lower, upper = found.horizon.lower, found.horizon.upper
-    digits = min(digits_for(end.value, end.half_width) for end in (lower, upper))
-    return step_range(lower.value, upper.value, digits=digits) + error(upper.value, upper.half_width)
+    return step_range(lower.value, upper.value, digits=_digits(found.horizon)) + error(upper.value, upper.half_width)
 
 
 def _share(row: OptimizerBounds, found: MiniBatchBounds) -> str:
@@ -295,14 +278,12 @@ def forward_batches_section(result: BoundsResult) -> Iterator[RenderableType]:
     ]
     if not rows:
         return
-    found = rows[0][1]
-    title = f"With mini-batches of {count(found.batch_size)} of {count(found.examples)} examples"
-    yield heading(title, "drawn anew at every step; what follows goes by these")
+    yield _batches_heading(rows[0][1])
     table = number_table(
         "",
         "descent\nany H",
         "infinite time,\nat most; any H",
-        f"{count(found.steps)} steps,\nat least; positive part",
+        f"{count(rows[0][1].steps)} steps,\nat least; positive part",
         justify="right",
     )
     for name, bounds in rows:
@@ -329,7 +310,7 @@ def cost(result: CostEstimate, width: int) -> Iterator[RenderableType]:
     """Header, a row per kind, the recommendation."""
     facts = [
         f"{count(result.num_params)} parameters",
-        counted(result.num_examples, "example"),
+        count(result.num_examples, "example"),
         f"{result.device} {result.dtype}",
         f"{memory(result.available)} free",
     ]
@@ -343,7 +324,7 @@ def cost(result: CostEstimate, width: int) -> Iterator[RenderableType]:
         cells = [MISSING] * 5
         if cost.seconds_each is not None and cost.seconds is not None:
             each, seconds = f"{cost.seconds_each:.2g} s", duration(cost.seconds)
-            cells = [rough_count(cost.products), count(cost.most), each, seconds, memory(cost.total_bytes)]
+            cells = [count(cost.products, rough=True), count(cost.most), each, seconds, memory(cost.total_bytes)]
         table.add_row(NAMES[cost.kind], *cells)
     yield table
     yield Text(f"\nUse --curvature {result.recommended}: {result.reason}.")
@@ -393,13 +374,13 @@ def answer(result: BoundsResult, width: int) -> Iterator[RenderableType]:
 
 def _title(result: BoundsResult, width: int) -> Text:
     problem = result.problem
-    examples = counted(problem.num_examples, "example")
+    examples = count(problem.num_examples, "example")
     for row in result.optimizers.values():
         batch = row.minibatch or (None if row.forward is None else row.forward.minibatch)
         if batch is not None:
             examples = f"batches of {count(batch.batch_size)} of {examples}"
             break
-    facts = [result.spec or "zoscope bounds", counted(problem.num_params, "parameter"), examples]
+    facts = [result.spec or "zoscope bounds", count(problem.num_params, "parameter"), examples]
     return one_line([*facts, f"loss {quantity(problem.loss)}", duration(result.seconds)], width=width)
 
 
@@ -419,7 +400,7 @@ def _short_table(result: BoundsResult, *, interval: bool, errors: bool) -> Table
                 )
         return table
     paper = ["paper's interval"] if interval and not judged and not any(row.minibatch for row in rows) else []
-    table = number_table("", "FO", "ZO for ever", *paper, f"ZO, {counted(result.steps, 'step')}", *judged, "use lr")
+    table = number_table("", "FO", "ZO for ever", *paper, f"ZO, {count(result.steps, 'step')}", *judged, "use lr")
     for row in rows:
         for_ever = _about(row.exact if row.minibatch is None else row.minibatch.exact, errors)
         shown = [step_range(row.zo_lower, row.zo_upper)] if paper else []
@@ -655,14 +636,14 @@ def _outlook(verdict: Verdict) -> str:
         if verdict.outlook == "stable":
             return f"does not blow up within {planned} steps"
         if first <= verdict.steps <= SHORT:
-            return f"may blow up after about {rough_count(first)} steps, or not within {planned}"
+            return f"may blow up after about {count(first, rough=True)} steps, or not within {planned}"
         where = "close to it" if verdict.ratio is None or verdict.ratio <= 1 else "above it"
         return f"{where}, may blow up within {planned} steps, as curvature usually rises"
     first, last = verdict.blow_up if verdict.doubling is None else verdict.doubling
     if math.isinf(first):
         return f"above η*({planned}), but the loss is not predicted to double within {planned} steps"
     if verdict.outlook == "uncertain" or math.isinf(last):
-        return f"may blow up after about {rough_count(first)} steps, or not within {planned}"
-    span = dict.fromkeys((rough_count(first), rough_count(last)))
+        return f"may blow up after about {count(first, rough=True)} steps, or not within {planned}"
+    span = dict.fromkeys((count(first, rough=True), count(last, rough=True)))
     below = "below it, but " if verdict.outlook == "stable" else ""
     return f"{below}blows up after about {'–'.join(span)} {'step' if last == 1 else 'steps'}"

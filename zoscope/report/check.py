@@ -20,7 +20,7 @@ from rich.text import Text
 
 from zoscope.analysis.check_results import SEVERITY
 from zoscope.report.answer import MOST_LINES, as_report
-from zoscope.report.style import duration
+from zoscope.report.words import duration
 
 if TYPE_CHECKING:
     from zoscope.analysis.check_results import CheckReport, CheckResult

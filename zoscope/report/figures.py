@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoscope.errors import UsageError
+from zoscope.errors import UsageError, require_package
 from zoscope.files import write_whole
 from zoscope.report.pictures import (
     BLACK,
@@ -76,20 +76,6 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def require_matplotlib(option: str = "--plot") -> None:
-    """Fail early, and say how to go on.
-
-    Raises:
-        UsageError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            f"{option} needs matplotlib, which is not installed. Install it with: pip install 'zoscope[plot]'"
-        ) from None
-
-
 def draw(document: Mapping[str, Any], paths: Sequence[Path], *, option: str = "--plot") -> None:
     """Write the picture of a result, once for every path; the format follows the file name.
 
@@ -101,7 +87,7 @@ def draw(document: Mapping[str, Any], paths: Sequence[Path], *, option: str = "-
     Raises:
         UsageError: If matplotlib is not installed, does not know a format, or a file cannot be written.
     """
-    require_matplotlib(option)
+    require_package("matplotlib", option=option, extra="plot")
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE), warnings.catch_warnings():

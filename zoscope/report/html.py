@@ -10,24 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from zoscope.analysis.explanations import explanation
-from zoscope.errors import UsageError
+from zoscope.errors import UsageError, require_package
 from zoscope.files import reason, write_whole
-from zoscope.registry import OPTIMIZERS
+from zoscope.registry import OPTIMIZERS, optimizer_name
 from zoscope.report.pictures import Document, edge_of, name_of, picture_of
 from zoscope.report.plotly import plot_of
-from zoscope.report.style import (
+from zoscope.report.words import (
     MISSING,
     OPERATOR_NAMES,
     count,
-    counted,
     duration,
-    optimizer_name,
     quantity,
-    rough_count,
     step_range,
     step_size,
     step_size_at_most,
 )
+from zoscope.result import thinned
 from zoscope.text import clean, clean_json
 
 Row = Sequence[str]
@@ -52,20 +50,6 @@ class Answer:
     tables: tuple[Table, ...] = ()
 
 
-def require_plotly(option: str = "--html") -> None:
-    """Fail early, and say how to go on.
-
-    Raises:
-        UsageError: If plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            f"{option} needs plotly, which is not installed. Install it with: pip install 'zoscope[report]'"
-        ) from None
-
-
 def write(documents: Sequence[Document], path: Path, *, command: str, option: str = "--html") -> None:
     """Write a page, whole or not at all.
 
@@ -78,7 +62,7 @@ def write(documents: Sequence[Document], path: Path, *, command: str, option: st
     Raises:
         UsageError: If plotly is not installed, or the file cannot be written.
     """
-    require_plotly(option)
+    require_package("plotly.offline", option=option, extra="report")
     from plotly.offline import get_plotlyjs
 
     text = page(documents, command=command, library=get_plotlyjs())
@@ -112,7 +96,7 @@ def page(documents: Sequence[Document], *, command: str, library: str) -> str:
     names = [_heading(document) for document in documents]
     links = "".join(f'<li><a href="#result-{n}">{escape(name)}</a></li>' for n, name in enumerate(names))
     contents = f"<nav><ol>{links}</ol></nav>" if len(documents) > 1 else ""
-    title = escape(names[0] if len(names) == 1 else f"{counted(len(names), 'result')} of zoscope")
+    title = escape(names[0] if len(names) == 1 else f"{count(len(names), 'result')} of zoscope")
     body = "\n".join(sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -209,7 +193,7 @@ def about(document: Document) -> str:
     """Where it was measured, in one line."""
     problem = document.get("problem") or {}
     facts = [f"{count(problem['num_params'])} parameters"] if "num_params" in problem else []
-    facts += [counted(problem["num_examples"], "example")] if "num_examples" in problem else []
+    facts += [count(problem["num_examples"], "example")] if "num_examples" in problem else []
     facts += [f"loss {quantity(problem['loss'])}"] if "loss" in problem else []
     facts += [f"{document['device']} {document['dtype']}"] if document.get("device") else []
     facts += [duration(document["seconds"])] if isinstance(document.get("seconds"), int | float) else []
@@ -358,11 +342,12 @@ def _plan(document: Document) -> Answer:
         loss = f"loss {quantity(answer['loss_start'])} → {quantity(answer['expected_loss'], digits=3)} expected"
         sentence = f"Use lr {step_size_at_most(answer['lr'])}: {loss}; {_percent(answer['risk'])} of runs diverge."
     interval = "" if edge["ci95"] is None else f" (95 %: {step_range(*edge['ci95'])})"
+    passes, run = (count(cost[name], rough=True) for name in ("forward_passes", "run"))
     facts = [
         ("half of the runs diverge at", f"{step_size(edge['lr'])}{interval}"),
         (f"{_percent(safe['risk'])} of the runs diverge at", step_size(safe["lr"])),
-        ("looked ahead by", f"{document['method']}, {counted(document['replicas'], 'run')} at most per step size"),
-        ("cost", f"{rough_count(cost['forward_passes'])} forward passes; one run takes {rough_count(cost['run'])}"),
+        ("looked ahead by", f"{document['method']}, {count(document['replicas'], 'run')} at most per step size"),
+        ("cost", f"{passes} forward passes; one run takes {run}"),
     ]
     schedules = [
         (
@@ -438,13 +423,13 @@ def _check(document: Document) -> Answer:
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
     head = ("check", "optimizer", "lr", "threshold", "95 %", "ratio", "status", "passes up to")
     return Answer(
-        f"{counted(len(rows), 'check')}: {counts}.", (Table("Checks", head, rows), Table("In words", ("", ""), said))
+        f"{count(len(rows), 'check')}: {counts}.", (Table("Checks", head, rows), Table("In words", ("", ""), said))
     )
 
 
 def _track(document: Document) -> Answer:
     records = document["records"]
-    head, rows = TRACKED, [_record(record) for record in _thinned(records)]
+    head, rows = TRACKED, [_record(record) for record in thinned(records)]
     start = records[0]["loss"] if records else None
     sentence = (
         f"{document['status'].capitalize()}: {document['reason']}. "
@@ -455,13 +440,6 @@ def _track(document: Document) -> Answer:
 
 
 TRACKED = ("step", "loss", "lr", "trace", "λ_max", "edge η*", "lr/η*")
-MOST_ROWS = 20
-
-
-def _thinned(records: Sequence[Any]) -> list[Any]:
-    if len(records) <= MOST_ROWS:
-        return list(records)
-    return [records[n] for n in sorted({round(n * (len(records) - 1) / (MOST_ROWS - 1)) for n in range(MOST_ROWS)})]
 
 
 def _record(record: Document) -> Row:
@@ -483,7 +461,7 @@ def _comparison(document: Document) -> Answer:
         last = _record(records[-1])[1:] if records else (MISSING,) * 6
         rows.append((str(run["label"]), str(run.get("status") or "failed"), *last))
     head = ("run", "status", *TRACKED[1:])
-    return Answer(f"{counted(len(rows), 'run')}, each at its last measurement.", (Table("Runs", head, rows),))
+    return Answer(f"{count(len(rows), 'run')}, each at its last measurement.", (Table("Runs", head, rows),))
 
 
 def _spectrum(document: Document) -> Answer:

@@ -13,16 +13,8 @@ from typing import Any
 import numpy as np
 
 from zoscope.config.load import AUTOMATIC, Schedule, StepSizes, step_sizes, training_step_sizes
-from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order
-from zoscope.report.style import (
-    OPERATOR_NAMES,
-    count,
-    optimizer_name,
-    quantity,
-    step_size,
-    step_size_at_most,
-    term_of,
-)
+from zoscope.registry import OPTIMIZERS, family_of, is_zeroth_order, optimizer_name, term_of
+from zoscope.report.words import OPERATOR_NAMES, count, quantity, step_size, step_size_at_most
 from zoscope.text import clean
 from zoscope.theory.density import position_of
 

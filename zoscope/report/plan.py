@@ -8,23 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from zoscope.registry import optimizer_name
 from zoscope.report.answer import as_report, one_line, ruler
-from zoscope.report.style import (
-    MISSING,
-    count,
-    counted,
-    duration,
-    grid,
-    heading,
-    lines_of,
-    number_table,
-    optimizer_name,
-    quantity,
-    rough_count,
-    step_range,
-    step_size,
-    step_size_at_most,
-)
+from zoscope.report.style import grid, heading, lines_of, number_table
+from zoscope.report.words import MISSING, count, duration, quantity, step_range, step_size, step_size_at_most
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,8 +59,8 @@ def _question(result: PlanResult) -> list[str]:
 def _problem(result: PlanResult) -> list[str]:
     problem = result.problem
     return [
-        counted(problem.num_params, "parameter"),
-        counted(problem.num_examples, "example"),
+        count(problem.num_params, "parameter"),
+        count(problem.num_examples, "example"),
         f"{result.device} {result.dtype}",
     ]
 
@@ -103,7 +90,7 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
 
 def _runs(result: PlanResult) -> str:
     """What it took, in runs of the training, beside a sweep."""
-    cost, each = result.cost, counted(result.replicas, "run")
+    cost, each = result.cost, count(result.replicas, "run")
     took, sweep = quantity(cost.forward_passes / cost.run, digits=2), quantity(cost.sweep / cost.run, digits=3)
     return f"that of {took} runs; a sweep of 15 step sizes, {each} each: {sweep}"
 
@@ -141,7 +128,8 @@ render_scale = as_report(scale_answer, scale_details)
 
 
 def _method(result: PlanResult) -> str:
-    tried, passes = counted(len(result.curve), "step size"), f"{rough_count(result.cost.forward_passes)} forward passes"
+    tried = count(len(result.curve), "step size")
+    passes = f"{count(result.cost.forward_passes, rough=True)} forward passes"
     if result.method == "rehearsal":
         return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, in all as {passes}"
     return f"real runs, {tried}, up to {count(result.replicas)} runs each, {passes}"

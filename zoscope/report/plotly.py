@@ -13,15 +13,9 @@ UNIT, GAP, EDGES = 75, 26, 96
 """Pixels: a panel of height 1, the room between panels, and what is above and below all of them."""
 
 DASHES = {"solid": "solid", "dashed": "dash", "dashdot": "dashdot", "dotted": "dot"}
-SYMBOLS = {
-    "circle": "circle",
-    "square": "square",
-    "triangle": "triangle-up",
-    "diamond": "diamond",
-    "cross": "x",
-    "star": "star",
-    "down": "triangle-down",
-}
+SYMBOLS = {"triangle": "triangle-up", "cross": "x", "down": "triangle-down"}
+"""Markers that have another name there."""
+
 MARKED = 10
 GRID = "#e5e5e5"
 
@@ -127,7 +121,12 @@ def _line(mark: Line) -> dict[str, Any]:
     trace = _trace(mode, mark.x, mark.y, mark.label, mark.hover)
     trace |= {"line": _stroke(look) | {"shape": "hv" if mark.steps else "linear"}, "opacity": look.opacity}
     if look.marker:
-        trace["marker"] = {"symbol": SYMBOLS[look.marker], "size": 7, "color": look.colour, "maxdisplayed": MARKED}
+        trace["marker"] = {
+            "symbol": SYMBOLS.get(look.marker, look.marker),
+            "size": 7,
+            "color": look.colour,
+            "maxdisplayed": MARKED,
+        }
     return trace
 
 
@@ -162,7 +161,7 @@ def _points(mark: Points) -> dict[str, Any]:
     if not look.marker:
         return _bars(mark)
     trace = _trace("markers", mark.x, mark.y, mark.label, mark.hover)
-    symbol = SYMBOLS[look.marker] + ("" if mark.filled else "-open")
+    symbol = SYMBOLS.get(look.marker, look.marker) + ("" if mark.filled else "-open")
     line = {"width": 0 if mark.filled else 1.5, "color": look.colour}
     trace["marker"] = {"symbol": symbol, "size": 9, "color": look.colour, "opacity": look.opacity, "line": line}
     if mark.low:

@@ -7,22 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from zoscope.registry import family_of, optimizer_name, term_of
 from zoscope.report.answer import as_report, one_line
-from zoscope.report.style import (
-    MISSING,
-    count,
-    counted,
-    duration,
-    grid,
-    header,
-    heading,
-    number_table,
-    optimizer_name,
-    quantity,
-    rough_count,
-    step_range,
-    step_size,
-)
+from zoscope.report.style import grid, header, heading, number_table
+from zoscope.report.words import MISSING, count, duration, quantity, step_range, step_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,7 +37,7 @@ MOST_RUNS = 6
 def answer(result: ProbeResult, width: int) -> Iterator[RenderableType]:
     """The verdict, the threshold, and a row per run."""
     problem = result.problem
-    facts = [_name(result), counted(problem.num_params, "parameter"), counted(problem.num_examples, "example")]
+    facts = [_name(result), count(problem.num_params, "parameter"), count(problem.num_examples, "example")]
     yield one_line([*facts, f"loss {quantity(problem.loss)}", duration(result.seconds)], width=width)
     yield verdict_line(result)
     threshold = result.threshold
@@ -156,7 +144,7 @@ def remark(run: ProbeRun) -> str:
     """What happened, beside what the model said about growth."""
     text = run.reason
     if run.left_at is not None:
-        text += f", at about step {rough_count(run.left_at)}"
+        text += f", at about step {count(run.left_at, rough=True)}"
     growth = run.growth_predicted
     if run.side == "above" and run.variant != "adaptive" and growth is not None and growth > 1:
         text += f"; predicted growth of the mean square {quantity(growth, digits=2)}"
@@ -174,7 +162,7 @@ def _end(result: ProbeResult, end: EndState, lr: float) -> str:
     text = (
         f"step {count(end.step)}: threshold {step_size(end.threshold)} "
         f"({lr / end.threshold if end.threshold else float('inf'):.2f} × it); "
-        f"{_term_name(result)} {quantity(end.term)} against trace {quantity(end.trace)}, "
+        f"{term_of(f'zo-{family_of(result.optimizer)}')} {quantity(end.term)} against trace {quantity(end.trace)}, "
         f"λ_max {quantity(end.lambda_max)}"
     )
     if end.preconditioner_mean is not None:
@@ -207,8 +195,8 @@ def edge_table(edge: Edge) -> Table:
     table = number_table("η", "diverged", "at step", "predicted (all – positive)")
     for point in edge.points:
         full, positive = point.blow_up
-        predicted = f"{rough_count(full)} – {rough_count(positive)}"
-        left = MISSING if point.left_at is None else rough_count(point.left_at)
+        predicted = f"{count(full, rough=True)} – {count(positive, rough=True)}"
+        left = MISSING if point.left_at is None else count(point.left_at, rough=True)
         table.add_row(step_size(point.lr, digits=4), f"{point.diverged} of {point.replicas}", left, predicted)
     return table
 
@@ -226,12 +214,6 @@ def verdict_line(result: ProbeResult) -> Text:
 def _label(run: ProbeRun) -> str:
     label = f"{run.ratio:.3g} ×"
     return f"{label} {run.variant}" if run.variant in ("frozen", "adaptive") else label
-
-
-def _term_name(result: ProbeResult) -> str:
-    if result.optimizer.endswith("gdm"):
-        return "2(1−β)/η"
-    return "2/η"
 
 
 def _curve_error(run: ProbeRun) -> str:

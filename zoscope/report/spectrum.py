@@ -10,20 +10,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from zoscope.report.answer import as_report, one_line
-from zoscope.report.style import (
-    MISSING,
-    OPERATOR_NAMES,
-    count,
-    counted,
-    curvature_of,
-    duration,
-    grid,
-    header,
-    heading,
-    number_table,
-    quantity,
-    quantity_with_error,
-)
+from zoscope.report.style import grid, header, heading, number_table
+from zoscope.report.words import MISSING, OPERATOR_NAMES, count, curvature_of, duration, quantity, quantity_with_error
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,8 +61,8 @@ def _value(eigenvalue: Eigenvalue) -> str:
 
 def _title(result: SpectrumResult | MomentsResult, width: int) -> Text:
     problem, name = result.problem, OPERATOR_NAMES.get(result.operator, result.operator)
-    facts = [f"{result.spec or NAME}: {name}", counted(problem.num_params, "parameter")]
-    facts += [counted(problem.num_examples, "example"), f"loss {quantity(problem.loss)}", duration(result.seconds)]
+    facts = [f"{result.spec or NAME}: {name}", count(problem.num_params, "parameter")]
+    facts += [count(problem.num_examples, "example"), f"loss {quantity(problem.loss)}", duration(result.seconds)]
     return one_line(facts, width=width)
 
 

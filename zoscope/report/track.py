@@ -12,20 +12,11 @@ from rich.live import Live
 from rich.text import Text
 
 from zoscope.config.load import AUTOMATIC
+from zoscope.registry import optimizer_name, term_of
 from zoscope.report.answer import as_report, one_line
-from zoscope.report.style import (
-    MISSING,
-    count,
-    counted,
-    duration,
-    grid,
-    heading,
-    number_table,
-    optimizer_name,
-    quantity,
-    step_size,
-    term_of,
-)
+from zoscope.report.style import grid, heading, number_table
+from zoscope.report.words import MISSING, count, duration, quantity, step_size
+from zoscope.result import thinned
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -321,7 +312,6 @@ def gauge(ratio: float, *, width: int = 40, most: float = 1.5) -> Text:
     return Text("".join(cells), style=style)
 
 
-MOST_ROWS = 20
 MOST_STEP_SIZES = 4
 STATUS_STYLES = {"finished": "bold green", "target": "bold green", "diverged": "bold red"}
 
@@ -332,8 +322,8 @@ SHOWN_ROWS = 4
 
 def answer(result: TrackResult, width: int) -> Iterator[RenderableType]:
     """How it ended, a few measurements, and where the run is."""
-    facts = [f"{_name(result)}, lr {step_sizes_named(result.config['lr'])}", counted(result.num_params, "parameter")]
-    yield one_line([*facts, counted(result.num_examples, "example"), duration(result.seconds)], width=width)
+    facts = [f"{_name(result)}, lr {step_sizes_named(result.config['lr'])}", count(result.num_params, "parameter")]
+    yield one_line([*facts, count(result.num_examples, "example"), duration(result.seconds)], width=width)
     word = "Stopped" if result.status == "time" else result.status.capitalize()
     status = Text(word, style=STATUS_STYLES.get(result.status, "bold yellow"))
     yield Text.assemble(status, f": {result.reason}; {_losses(result)}")
@@ -385,7 +375,7 @@ def header(result: TrackResult) -> Text:
     name = Text(_name(result), style="bold")
     facts = [
         f"{count(result.num_params)} parameters",
-        counted(result.num_examples, "example"),
+        count(result.num_examples, "example"),
         f"lr {step_sizes_named(result.config['lr'])}",
         f"{result.device} {result.dtype}",
         f"{count(result.num_hvps)} HVPs",
@@ -404,14 +394,6 @@ def step_sizes_named(lr: float | str | Mapping[str, Any]) -> str:
     if len(parts) <= MOST_STEP_SIZES:
         return ",".join(parts)
     return f"{parts[0]},…,{parts[-1]} ({len(parts)} values)"
-
-
-def thinned(records: Sequence[Record], most: int = MOST_ROWS) -> list[Record]:
-    """At most ``most`` of them, evenly spread, the first and the last among them."""
-    if len(records) <= most:
-        return list(records)
-    picked = sorted({round(index * (len(records) - 1) / (most - 1)) for index in range(most)})
-    return [records[index] for index in picked]
 
 
 def table(result: TrackResult, records: Sequence[Record], *, short: bool = False) -> Table:
@@ -467,7 +449,7 @@ def _band(result: TrackResult) -> str:
     if band.since is None:
         return f"not reached: {term} stays above 1.1 upper"
     return (
-        f"{term} within [0.9 lower, 1.1 upper] at {band.inside} of {counted(band.of, 'measurement')} since step "
+        f"{term} within [0.9 lower, 1.1 upper] at {band.inside} of {count(band.of, 'measurement')} since step "
         f"{count(band.since)}, where the curvature reached it"
     )
 
@@ -488,7 +470,7 @@ def facts(result: TrackResult) -> Iterator[tuple[str, str | Text]]:
     if last is not None:
         yield (
             "step size",
-            f"set itself; brought back {counted(last['rollbacks'], 'time')}, now held by: {last['limit']}",
+            f"set itself; brought back {count(last['rollbacks'], 'time')}, now held by: {last['limit']}",
         )
     if result.folder is not None:
         yield "folder", str(result.folder)

@@ -4,7 +4,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -179,16 +179,6 @@ def _or_none(read: Any) -> Any:
 
 
 @contextmanager
-def _without_cudnn() -> Iterator[None]:
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
-
-
-@contextmanager
 def _recurrent_layers_without_cudnn(model: nn.Module) -> Iterator[None]:
     """Switch cuDNN off around each recurrent layer only: without it convolutions would lose their fast kernels."""
     states: list[bool] = []
@@ -235,22 +225,19 @@ def _dense_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def second_order_mode(model: nn.Module | None = None) -> Iterator[None]:
+def second_order_mode(model: nn.Module) -> Iterator[None]:
     """Enter the state in which a forward pass can be differentiated twice; everything is restored on exit.
 
-    Attention runs in its math kernel (the fused ones have no second derivative), recurrent layers without cuDNN,
-    embeddings with dense gradients, float32 in full precision, and code compiled by ``torch.compile`` eagerly (it has
-    no double backward).
-
-    Args:
-        model: Keeps cuDNN on outside of this model's recurrent layers. Without a model cuDNN is off altogether.
+    Attention runs in its math kernel (the fused ones have no second derivative), the model's recurrent layers without
+    cuDNN, its embeddings with dense gradients, float32 in full precision, and code compiled by ``torch.compile``
+    eagerly (it has no double backward).
     """
     with ExitStack() as stack:
         stack.enter_context(full_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_attention_fastpath())
-        stack.enter_context(_without_cudnn() if model is None else _recurrent_layers_without_cudnn(model))
-        stack.enter_context(nullcontext() if model is None else _dense_gradients(model))
+        stack.enter_context(_recurrent_layers_without_cudnn(model))
+        stack.enter_context(_dense_gradients(model))
         stack.enter_context(eager_mode())
         yield
 

@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from zoscope.errors import NumericalError, SpecError, UsageError, ZoscopeError
 from zoscope.runtime.memory import is_out_of_memory
-from zoscope.runtime.registry import Registry
 
 
 class LostRankError(ZoscopeError):
@@ -195,6 +195,35 @@ ENDLESS = timedelta(days=30)
 
 GRACE = 10.0
 """Seconds that the watch is given to report a process whose connection broke."""
+
+
+class Registry:
+    """Numbers of objects on rank 0, and the objects of these numbers on another rank.
+
+    Attributes:
+        numbers: On rank 0, by the identity of the object.
+        items: On another rank, by number.
+        next: Number of the next object.
+        gone: Numbers of objects that rank 0 has no more.
+    """
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.gone: list[int] = []
+        self.numbers: dict[int, int] = {}
+        self.items: dict[int, Any] = {}
+
+    def count(self, item: Any) -> int:
+        """Give an object of rank 0 the next number, for as long as something else holds it."""
+        number, self.next = self.next, self.next + 1
+        self.numbers[id(item)] = number
+        weakref.finalize(item, self._lost, id(item), number).atexit = False
+        return number
+
+    def _lost(self, key: int, number: int) -> None:
+        del self.numbers[key]
+        self.gone.append(number)
+
 
 _HEAD = 4096  # bytes of a message that travel in one operation; its length comes first
 T = TypeVar("T")

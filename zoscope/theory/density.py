@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
+from typing import ClassVar
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d
@@ -53,14 +54,15 @@ class Density:
         positions: ``(n,)`` equally spaced points of the axis, decades.
         values: ``(n,)`` eigenvalues per decade.
         half_widths: ``(n,)`` half-widths of the 95 % band.
-        bandwidth: Standard deviation of the Gaussian that smoothed it, decades.
     """
+
+    bandwidth: ClassVar[float] = BANDWIDTH
+    """Standard deviation of the Gaussian that smoothed it, decades."""
 
     scale: float
     positions: Array
     values: Array
     half_widths: Array
-    bandwidth: float = BANDWIDTH
 
     @property
     def eigenvalues(self) -> Array:

@@ -55,30 +55,28 @@ class HessianNoise:
         nodes: ``(q,)`` eigenvalues λ_i of eigenvectors v_i that are followed one by one, loss/param².
         coupling: ``(k, q, q)`` k samples of ``V_ij = E(v_iᵀ(H_e - H)v_j)²``.
         spread: ``(k, q)`` samples of ``v_iᵀDv_i``.
-        rest: One quadrature rule per random probe vector: ``Σ w f(θ)`` estimates ``Tr(P D P f(H))``, P the projection
-            onto the complement of the v_i. Empty where nothing is left.
-        coarse: The same from shorter rules, for the error of quadrature.
+        rest: One quadrature rule per random probe vector, and a shorter one for its error: ``Σ w f(θ)`` estimates
+            ``Tr(P D P f(H))``, P the projection onto the complement of the v_i. Empty where nothing is left.
         complete: Whether every example was seen by itself, so that ``coupling`` and ``spread`` are exact in the mean.
     """
 
     nodes: Array
     coupling: Array
     spread: Array
-    rest: tuple[Spectrum, ...]
-    coarse: tuple[Spectrum, ...]
+    rest: tuple[tuple[Spectrum, Spectrum], ...]
     complete: bool
 
     @property
     def total(self) -> float:
         """``Tr D``, loss²/param⁴."""
-        rest = float(np.mean([rule.weights.sum() for rule in self.rest])) if self.rest else 0.0
+        rest = float(np.mean([rule.weights.sum() for rule, _ in self.rest])) if self.rest else 0.0
         return float(self.spread.mean(axis=0).sum()) + rest
 
     def share_up_to(self, limit: float) -> float:
         """Share of ``Tr D`` that sits at eigenvalues up to ``limit``."""
         below = float(self.spread.mean(axis=0)[self.nodes <= limit].sum())
         if self.rest:
-            below += float(np.mean([rule.weights[rule.nodes <= limit].sum() for rule in self.rest]))
+            below += float(np.mean([rule.weights[rule.nodes <= limit].sum() for rule, _ in self.rest]))
         return below / self.total if self.total > 0 else 0.0
 
     def above(self, limit: float) -> "HessianNoise":
@@ -89,8 +87,7 @@ class HessianNoise:
             nodes=self.nodes[keep],
             coupling=self.coupling[:, keep][:, :, keep],
             spread=self.spread[:, keep],
-            rest=tuple(_above(rule, limit) for rule in self.rest),
-            coarse=tuple(_above(rule, limit) for rule in self.coarse),
+            rest=tuple((_above(rule, limit), _above(coarse, limit)) for rule, coarse in self.rest),
         )
 
 
@@ -138,7 +135,7 @@ class MiniBatchCondition:
         whole = self.full_batch.total_feedback(spectrum, lr)
         if self.spread == 0 or not math.isfinite(whole) or not self.rule.is_linear:
             return whole
-        rest = self._rest(noise.rest, lr)
+        rest = [self._of_rule(rule, lr) for rule, _ in noise.rest]
         total = whole + self._excess(noise.nodes, noise.coupling.mean(0), noise.spread.mean(0), lr)
         return total + (float(np.mean(rest)) if rest else 0.0)
 
@@ -192,7 +189,7 @@ class MiniBatchCondition:
             found = self.full_batch.feedback(nodes, lr)
             return np.where(np.isfinite(found), found, 0.0)
 
-        rest, coarse = self._rest(noise.rest, lr), self._rest(noise.coarse, lr)
+        rest, coarse = ([self._of_rule(pair[which], lr) for pair in noise.rest] for which in (0, 1))
         parts = [sampled.stderr_of(feedback), _stderr(rest), self._jackknife(noise, lr)]
         quadrature = sampled.quadrature_error_of(feedback)
         if rest:
@@ -211,7 +208,7 @@ class MiniBatchCondition:
             for p in parts
         ]
         scatter = float(np.std(values))  # (g-1)/g times the sum of squares, as a variance over g
-        return math.sqrt(len(parts) - 1) * scatter * _widening(len(parts))
+        return math.sqrt(len(parts) - 1) * scatter * widening(len(parts) - 1)
 
     def _excess(self, nodes: Array, coupling: Array, spread: Array, lr: float) -> float:
         """What the spread adds to the feedback through the modes that are followed one by one."""
@@ -226,11 +223,8 @@ class MiniBatchCondition:
         sources = z**2 + eta**2 * self.spread * spread
         return self.moments.b * float(sources @ response) - float(self.full_batch.feedback(nodes, lr).sum())
 
-    def _rest(self, rules: tuple[Spectrum, ...], lr: float) -> list[float]:
-        """What the spread adds through the other modes, by probe vector."""
-        return [self._of_rule(rule, lr) for rule in rules]
-
     def _of_rule(self, rule: Spectrum, lr: float) -> float:
+        """What the spread adds through the other modes, by the rule of a probe vector."""
         eta, beta, a = self.rule.lr_scale * lr, self.rule.momentum, self.moments.a
         z = eta * (np.maximum(rule.nodes, 0.0) if self.version == "positive" else rule.nodes)
         if self.steps is None:
@@ -247,8 +241,4 @@ def _stderr(values: list[float]) -> float:
     """Of a mean over few probe vectors, widened by Student's factor so that ±1.96 of it is a 95 % interval."""
     if len(values) < 2 or not np.isfinite(values).all():
         return math.inf if values and not np.isfinite(values).all() else 0.0
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) * _widening(len(values))
-
-
-def _widening(count: int) -> float:
-    return widening(count - 1)
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) * widening(len(values) - 1)

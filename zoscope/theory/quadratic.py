@@ -7,14 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoscope.theory.rules import GAUSSIAN, EstimatorMoments, UpdateRule, update_rule
-from zoscope.theory.spectrum import (
-    Spectrum,
-    lowest,
-    require_count,
-    require_finite,
-    require_non_negative,
-    require_positive,
-)
+from zoscope.theory.spectrum import Spectrum, lowest, require_count, require_finite
 from zoscope.theory.stability import LONGEST_RUN, NOISE, StabilityCondition, Version, excess_rate, transition
 
 Array = NDArray[np.float64]
@@ -156,10 +149,8 @@ def descent_threshold(
 
     Source: derived in the guide's page on theory.
     """
-    for name, value in (("trace", trace), ("rayleigh", rayleigh), ("noise_curvature", noise_curvature)):
-        require_finite(name, value)
-    require_non_negative("alignment", alignment)
-    require_non_negative("noise", noise)
+    require_finite(trace=trace, rayleigh=rayleigh, noise_curvature=noise_curvature)
+    require_finite(">= 0", alignment=alignment, noise=noise)
     curvature = along_gradient(moments, rule) * rayleigh + moments.b * trace * (1 + noise) + moments.a * noise_curvature
     return 2 * alignment * (1 - rule.momentum) / (rule.lr_scale * curvature) if curvature > 0 else math.inf
 
@@ -186,7 +177,7 @@ def one_sided_mu(grad_norm: float, trace: float, frobenius_sq: float) -> float:
 
     Source: derived in the guide's page on theory.
     """
-    require_non_negative("grad_norm", grad_norm)
+    require_finite(">= 0", grad_norm=grad_norm)
     square = trace**2 + 2 * frobenius_sq
     return 2 * grad_norm / math.sqrt(square) if square > 0 else math.inf
 
@@ -215,7 +206,7 @@ TIE = 1e-6
 
 
 @dataclass(frozen=True)
-class GradientMeasure:
+class GradientMeasure(Spectrum):
     """Spectral measure of the gradient: ``Σ_k weights_k f(nodes_k) = gᵀ f(H) g``.
 
     Args:
@@ -226,15 +217,10 @@ class GradientMeasure:
         ValueError: If the shapes differ, a value is not finite, or a weight is negative.
     """
 
-    nodes: Array
-    weights: Array
-
     def __post_init__(self) -> None:
-        checked = Spectrum(self.nodes, self.weights)
-        if (checked.weights < 0).any():
+        super().__post_init__()
+        if (self.weights < 0).any():
             raise ValueError("nodes and weights of a gradient's measure: weights must be non-negative")
-        object.__setattr__(self, "nodes", checked.nodes)
-        object.__setattr__(self, "weights", checked.weights)
 
 
 @dataclass(frozen=True)
@@ -304,7 +290,7 @@ class QuadraticModel:
     loss: float = 0.0
 
     def __post_init__(self) -> None:
-        require_finite("loss", self.loss)
+        require_finite(loss=self.loss)
 
     @property
     def path_nodes(self) -> tuple[Array, Array]:
@@ -330,7 +316,7 @@ class QuadraticModel:
         Returns:
             ``(steps + 1,)`` losses; ``inf`` from where the model overflows.
         """
-        require_positive("lr", lr)
+        require_finite("> 0", lr=lr)
         require_count("steps", steps, least=0)
         if path is not None and path.losses.size != steps + 1:
             raise ValueError(f"path must have steps + 1 = {steps + 1} points, got {path.losses.size}")
@@ -374,7 +360,7 @@ class QuadraticModel:
         """
         if not is_long(steps, momentum=self.rule.momentum):
             return float(self.loss_curve(lr, steps)[-1])
-        require_positive("lr", lr)
+        require_finite("> 0", lr=lr)
         eta, (theta, c) = self.rule.lr_scale * lr, self.path_nodes
         noise = noise_loss(self.spectrum, theta, c, eta=eta, beta=self.rule.momentum, steps=steps, moments=self.moments)
         y = eta * mean_path(eta * theta, beta=self.rule.momentum, steps=steps)
@@ -393,7 +379,7 @@ class QuadraticModel:
             Step size in param²/loss, to about 1 %; ``upper`` itself when the loss still falls there; ``None`` when no
             step size lowers the loss, or step sizes far apart lower it equally well.
         """
-        require_positive("upper", upper)
+        require_finite("> 0", upper=upper)
         require_count("steps", steps)
 
         def final(log_lr: float) -> float:
@@ -431,8 +417,7 @@ class QuadraticModel:
         Returns:
             ``(runs,)`` ascending; ``inf`` for runs that had not left at the end.
         """
-        require_positive("rise", rise)
-        require_positive("lr", lr)
+        require_finite("> 0", rise=rise, lr=lr)
         require_count("steps", steps)
         simulation = _Simulation(self, eta=self.rule.lr_scale * lr, runs=runs, seed=seed)
         times = np.full(runs, math.inf)

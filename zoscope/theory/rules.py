@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from zoscope.registry import DIRECTIONS, Adaptivity, Directions, optimizer_record
-from zoscope.theory.spectrum import require_count, require_non_negative, require_positive
+from zoscope.theory.spectrum import require_count, require_finite
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class EstimatorMoments:
     binary: bool = False
 
     def __post_init__(self) -> None:
-        require_positive("a", self.a)
-        require_non_negative("b", self.b)
+        require_finite("> 0", a=self.a)
+        require_finite(">= 0", b=self.b)
 
 
 GAUSSIAN = EstimatorMoments(2.0, 1.0)
 """One two-point query along ``u ~ N(0, I)``."""
+
+FIRST_ORDER = EstimatorMoments(1.0, 0.0)
+"""The exact gradient as an estimate: ``E ĝĝᵀ = HΣH``, the limit of infinitely many queries."""
 
 
 def estimator_moments(
@@ -100,8 +103,8 @@ class UpdateRule:
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
-        require_positive("lr_scale", self.lr_scale)
-        require_non_negative("weight_decay", self.weight_decay)
+        require_finite("> 0", lr_scale=self.lr_scale)
+        require_finite(">= 0", weight_decay=self.weight_decay)
 
 
 def update_rule(

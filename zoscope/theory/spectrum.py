@@ -6,38 +6,24 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from numbers import Integral, Real
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-def require_finite(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number."""
-    if not _is_finite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is finite and greater than zero."""
-    if not (_is_finite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
-
-
-def require_non_negative(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is finite and at least zero."""
-    if not (_is_finite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+def require_finite(bound: Literal["", "> 0", ">= 0"] = "", **values: float) -> None:
+    """Raise ``ValueError`` unless every one of the named values is a finite number within the bound."""
+    for name, value in values.items():
+        known = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not known or (bound and value < 0) or (bound == "> 0" and value == 0):
+            raise ValueError(f"{name} must be finite{bound and f' and {bound}'}, got {value!r}")
 
 
 def require_count(name: str, value: int, *, least: int = 1) -> None:
     """Raise ``ValueError`` unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 NORMAL = 1.959963984540054
@@ -271,6 +257,10 @@ class Estimate:
         if self.least is not None:
             return self.least, math.inf
         return self.value - self.half_width, self.value + self.half_width
+
+    def scaled(self, factor: float) -> "Estimate":
+        """``factor`` > 0 times the number."""
+        return Estimate(factor * self.value, factor * self.stderr, factor * self.quadrature)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from zoscope.theory.spectrum import (
     first_crossing,
     require_count,
     require_finite,
-    require_non_negative,
-    require_positive,
     root,
     searched_together,
 )
@@ -278,13 +276,13 @@ class StabilityCondition:
         Raises:
             ValueError: If ``lr`` is not positive.
         """
-        require_positive("lr", lr)
+        require_finite("> 0", lr=lr)
         feedback: Array = _feedbacks([self], np.asarray(nodes, dtype=np.float64), [lr])[0]
         return feedback
 
     def total_feedback(self, spectrum: Spectrum, lr: float) -> float:
         """``Σ_j w_j φ_lr(λ_j)``; below 1 exactly when ``lr`` is stable."""
-        require_positive("lr", lr)
+        require_finite("> 0", lr=lr)
         return _total_feedbacks([self], spectrum, [lr])[0]
 
     def threshold(self, spectrum: Spectrum) -> float:
@@ -319,16 +317,16 @@ class StabilityCondition:
     def _infinite_threshold(self, part: Spectrum, near: float | None) -> float:
         if min(part.trace, part.frobenius_sq) <= 0:
             return math.inf
-        gains = Gains.of(self.rule, self.moments)
+        bounds = MomentBounds(self.rule, self.moments)
         largest = float(part.nodes.max())
         limit = fo_threshold(largest, rule=self.rule)
         if self.rule.weight_decay:
             limit = self._decayed_limit(largest)
-        elif gains.own > 0:
-            limit = gains.damping / (gains.own * largest)  # a pole: the feedback passes 1 below it
-        if self.moments.b == 0 or (gains.own <= 0 and self.total_feedback(part, limit) < 1):
+        elif bounds.own > 0:
+            limit = bounds.damping / (bounds.own * largest)  # a pole: the feedback passes 1 below it
+        if self.moments.b == 0 or (bounds.own <= 0 and self.total_feedback(part, limit) < 1):
             return limit
-        lower = tight_bounds(part.trace, part.frobenius_sq, largest, rule=self.rule, moments=self.moments).lower
+        lower = bounds.tight(part.trace, part.frobenius_sq, largest).lower
         guess = near if near is not None and near < limit else lower
         return min(limit, first_crossing(lambda lr: self.total_feedback(part, lr), guess=guess))
 
@@ -344,10 +342,8 @@ class StabilityCondition:
         early = 1 / math.sqrt(self.moments.b * part.frobenius_sq * float(self.steps or 1)) / self.rule.lr_scale
         if min(positive.trace, positive.frobenius_sq) <= 0:
             return early
-        late = tight_bounds(
-            positive.trace, positive.frobenius_sq, positive.lambda_max, rule=self.rule, moments=self.moments
-        )
-        return max(early, late.lower)
+        bounds = MomentBounds(self.rule, self.moments)
+        return max(early, bounds.tight(positive.trace, positive.frobenius_sq, positive.lambda_max).lower)
 
 
 def thresholds(
@@ -498,31 +494,6 @@ class Interval:
     upper: float
 
 
-@dataclass(frozen=True)
-class Gains:
-    """The three numbers of ``Σ_i noise·ηλ_i / (damping - own·ηλ_i) = 1``, the equation of the exact threshold.
-
-    Args:
-        noise: ``b(1+β)``.
-        own: ``c = (1-β) + (1+β)(a-1)``; negative only for sphere directions in one dimension.
-        damping: ``2(1-β²)/lr_scale``, so that η is the user's learning rate.
-    """
-
-    noise: float
-    own: float
-    damping: float
-
-    @classmethod
-    def of(cls, rule: UpdateRule, moments: EstimatorMoments) -> "Gains":
-        """Gains of an update rule under an estimator."""
-        beta = rule.momentum
-        return cls(
-            noise=moments.b * (1 + beta),
-            own=(1 - beta) + (1 + beta) * (moments.a - 1),
-            damping=2 * (1 - beta**2) / rule.lr_scale,
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class ModeCoupling:
     """``P^-½ H P^-½ = V diag(λ) Vᵀ`` of a preconditioner that does not commute with H.
@@ -578,168 +549,156 @@ def fo_threshold(lambda_max: float, *, rule: UpdateRule) -> float:
 
     Source: arXiv:2103.00065; for Adam arXiv:2207.14484.
     """
-    require_finite("lambda_max", lambda_max)
+    require_finite(lambda_max=lambda_max)
     return _ratio(2 * (1 + rule.momentum) / rule.lr_scale, lambda_max + rule.weight_decay)
 
 
-def paper_bounds(
-    trace: float, lambda_max: float, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
-) -> Interval:
-    """The paper's interval ``A/(Tr M + c' λ_max) ≤ η* ≤ A/Tr M``, for any (a, b).
+@dataclass(frozen=True)
+class MomentBounds:
+    """Bounds on η* from a few numbers of M.
 
-    ``A = 2(1-β)/b`` and ``c' = c/(b(1+β))``. With Gaussian directions and one query these are the paper's
-    ``c₂/(Tr M + a λ_max)`` and ``c₂/Tr M``. It assumes ``M ⪰ 0``.
+    They rest on the equation of the exact threshold, ``Σ_i noise·ηλ_i / (damping - own·ηλ_i) = 1``. With
+    ``A = damping/noise`` and ``c' = own/noise`` it is ``Σ_i ηλ_i / (A - c'ηλ_i) = 1``.
 
     Args:
-        trace: ``Tr M``.
-        lambda_max: Largest eigenvalue of M.
         rule: Update rule.
         moments: Constants of the estimator.
 
-    Returns:
-        Interval in param²/loss; an end is ``inf`` where its denominator is not positive.
-
-    Raises:
-        ValueError: If an argument is not finite.
-
-    Source: arXiv:2604.14669; other (a, b) derived in the guide's page on theory.
+    Source: ``paper`` arXiv:2604.14669; other (a, b) and the other bounds derived in the guide's page on theory.
     """
-    require_finite("trace", trace)
-    require_finite("lambda_max", lambda_max)
-    g = Gains.of(rule, moments)
-    ends = _ratio(g.damping, g.noise * trace + g.own * lambda_max), _ratio(g.damping, g.noise * trace)
-    return Interval(min(ends), max(ends))  # their order turns around when own < 0
 
+    rule: UpdateRule
+    moments: EstimatorMoments = GAUSSIAN
 
-def tight_bounds(
-    trace: float, frobenius_sq: float, lambda_max: float, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
-) -> Interval:
-    """Bounds on η* from ``p₁ = Tr M``, ``p₂ = ‖M‖_F²`` and ``λ_max`` of ``M ⪰ 0``; inside the paper's interval.
+    @property
+    def noise(self) -> float:
+        """``b(1+β)``."""
+        return self.moments.b * (1 + self.rule.momentum)
 
-    The trace-weighted mean of the convex ``x ↦ 1/(A - c'ηx)`` lies above its value at the mean eigenvalue ``p₂/p₁``
-    (Jensen), which gives ``η* ≤ A/(p₁ + c' p₂/p₁)``, and below its chord on ``[0, λ_max]``, which gives as lower bound
-    the smaller root of ``c'(p₁λ_max - p₂) y² - (p₁ + c'λ_max) y + 1 = 0``, ``y = η/A``.
+    @property
+    def own(self) -> float:
+        """``c = (1-β) + (1+β)(a-1)``; negative only for sphere directions in one dimension."""
+        beta = self.rule.momentum
+        return (1 - beta) + (1 + beta) * (self.moments.a - 1)
 
-    Args:
-        trace: ``p₁``, of the positive part when M is indefinite.
-        frobenius_sq: ``p₂``, of the positive part when M is indefinite.
-        lambda_max: Largest eigenvalue of M, or anything above it.
-        rule: Update rule.
-        moments: Constants of the estimator.
+    @property
+    def damping(self) -> float:
+        """``2(1-β²)/lr_scale``, so that η is the user's learning rate."""
+        return 2 * (1 - self.rule.momentum**2) / self.rule.lr_scale
 
-    Returns:
-        Interval in param²/loss; ``inf`` at both ends when ``trace <= 0``.
+    def paper(self, trace: float, lambda_max: float) -> Interval:
+        """The paper's interval ``A/(Tr M + c' λ_max) ≤ η* ≤ A/Tr M``, for any (a, b).
 
-    Raises:
-        ValueError: If an argument is not finite or ``frobenius_sq`` is negative.
+        With Gaussian directions and one query these are the paper's ``c₂/(Tr M + a λ_max)`` and ``c₂/Tr M``. It assumes
+        ``M ⪰ 0``.
 
-    Source: derived in the guide's page on theory.
-    """
-    require_finite("trace", trace)
-    require_non_negative("frobenius_sq", frobenius_sq)
-    require_finite("lambda_max", lambda_max)
-    if trace <= 0:
-        return Interval(math.inf, math.inf)
-    g = Gains.of(rule, moments)
-    noise, own = g.noise * trace, g.own * lambda_max
-    root = math.sqrt(max((noise - own) ** 2 + 4 * g.own * g.noise * frobenius_sq, 0.0))
-    return Interval(
-        lower=_ratio(2 * g.damping, noise + own + root),
-        upper=_ratio(g.damping, noise + g.own * frobenius_sq / trace),
-    )
+        Args:
+            trace: ``Tr M``.
+            lambda_max: Largest eigenvalue of M.
 
+        Returns:
+            Interval in param²/loss; an end is ``inf`` where its denominator is not positive.
 
-def forward_only_bounds(
-    trace: float, frobenius_sq: float, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
-) -> Interval:
-    """Bounds on η* from two numbers that forward passes can estimate, ``Tr M`` and ``‖M‖_F²``.
+        Raises:
+            ValueError: If an argument is not finite.
+        """
+        require_finite(trace=trace, lambda_max=lambda_max)
+        ends = (
+            _ratio(self.damping, self.noise * trace + self.own * lambda_max),
+            _ratio(self.damping, self.noise * trace),
+        )
+        return Interval(min(ends), max(ends))  # their order turns around when own < 0
 
-    Lower end: the chord bound of ``tight_bounds`` with ``λ_max ≤ ‖M‖_F``; it needs ``M ⪰ 0``. Upper end:
-    ``A / (p₁ + min(c' p₂/p₁, min(c', 1) √p₂))``, which bounds the threshold of the positive part of *any* symmetric M:
-    negative eigenvalues of sum ``-n`` leave ``p₁ + n`` and at least ``p₂ - n²`` to the positive part, and the
-    two-moment bound of that part is largest at one of the two ends ``n = 0`` and ``n = √p₂``.
+    def tight(self, trace: float, frobenius_sq: float, lambda_max: float) -> Interval:
+        """Bounds from ``p₁ = Tr M``, ``p₂ = ‖M‖_F²`` and ``λ_max`` of ``M ⪰ 0``; inside the paper's interval.
 
-    Args:
-        trace: ``p₁``, signed.
-        frobenius_sq: ``p₂``.
-        rule: Update rule.
-        moments: Constants of the estimator.
+        The trace-weighted mean of the convex ``x ↦ 1/(A - c'ηx)`` lies above its value at the mean eigenvalue ``p₂/p₁``
+        (Jensen), which gives ``η* ≤ A/(p₁ + c' p₂/p₁)``, and below its chord on ``[0, λ_max]``, which gives as lower
+        bound the smaller root of ``c'(p₁λ_max - p₂) y² - (p₁ + c'λ_max) y + 1 = 0``, ``y = η/A``.
 
-    Returns:
-        Interval in param²/loss; ``inf`` at both ends when ``trace <= 0``.
+        Args:
+            trace: ``p₁``, of the positive part when M is indefinite.
+            frobenius_sq: ``p₂``, of the positive part when M is indefinite.
+            lambda_max: Largest eigenvalue of M, or anything above it.
 
-    Raises:
-        ValueError: If an argument is not finite or ``frobenius_sq`` is negative.
+        Returns:
+            Interval in param²/loss; ``inf`` at both ends when ``trace <= 0``.
 
-    Source: derived in the guide's page on theory.
-    """
-    require_non_negative("frobenius_sq", frobenius_sq)
-    norm = math.sqrt(frobenius_sq)
-    lower = tight_bounds(trace, frobenius_sq, norm, rule=rule, moments=moments).lower
-    if trace <= 0:
-        return Interval(math.inf, math.inf)
-    g = Gains.of(rule, moments)
-    extra = min(g.own * frobenius_sq / trace, min(g.own, g.noise) * norm)
-    return Interval(lower, _ratio(g.damping, g.noise * trace + extra))
+        Raises:
+            ValueError: If an argument is not finite or ``frobenius_sq`` is negative.
+        """
+        require_finite(trace=trace, lambda_max=lambda_max)
+        require_finite(">= 0", frobenius_sq=frobenius_sq)
+        if trace <= 0:
+            return Interval(math.inf, math.inf)
+        noise, own = self.noise * trace, self.own * lambda_max
+        root = math.sqrt(max((noise - own) ** 2 + 4 * self.own * self.noise * frobenius_sq, 0.0))
+        return Interval(
+            lower=_ratio(2 * self.damping, noise + own + root),
+            upper=_ratio(self.damping, noise + self.own * frobenius_sq / trace),
+        )
 
+    def forward_only(self, trace: float, frobenius_sq: float) -> Interval:
+        """Bounds from two numbers that forward passes can estimate, ``p₁ = Tr M``, signed, and ``p₂ = ‖M‖_F²``.
 
-def forward_only_batches(
-    trace: float, frobenius_sq: float, spread_sq: float, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
-) -> float:
-    """Upper bound on the infinite-time threshold with mini-batches: ``A/(p₁ + s₂/√p₂)``, or that of all examples.
+        Lower end: the chord bound of ``tight`` with ``λ_max ≤ ‖M‖_F``; it needs ``M ⪰ 0``. Upper end:
+        ``A / (p₁ + min(c' p₂/p₁, min(c', 1) √p₂))``, which bounds the threshold of the positive part of *any* symmetric
+        M: negative eigenvalues of sum ``-n`` leave ``p₁ + n`` and at least ``p₂ - n²`` to the positive part, and the
+        two-moment bound of that part is largest at one of the two ends ``n = 0`` and ``n = √p₂``. Units, exceptions and
+        an indefinite trace are those of ``tight``.
+        """
+        require_finite(">= 0", frobenius_sq=frobenius_sq)
+        norm = math.sqrt(frobenius_sq)
+        lower = self.tight(trace, frobenius_sq, norm).lower
+        if trace <= 0:
+            return Interval(math.inf, math.inf)
+        extra = min(self.own * frobenius_sq / trace, min(self.own, self.noise) * norm)
+        return Interval(lower, _ratio(self.damping, self.noise * trace + extra))
 
-    Noise feeds itself through ``Tr(C H⁻¹)/2`` at least, ``C = E H_B² = H² + E(H_B - H)²``, and
-    ``Tr(E(H_B - H)² H⁻¹) ≥ s₂/λ_max`` on the range of H; beyond it noise adds up for ever. ``λ_max ≤ √p₂``.
+    def forward_only_batches(self, trace: float, frobenius_sq: float, spread_sq: float) -> float:
+        """Upper bound on the infinite-time threshold with mini-batches: ``A/(p₁ + s₂/√p₂)``, or that of all examples.
 
-    Args:
-        trace: ``p₁ = Tr H``, signed.
-        frobenius_sq: ``p₂ = ‖H‖_F²``.
-        spread_sq: ``s₂ = E‖H_B - H‖_F²``.
-        rule: Update rule.
-        moments: Constants of the estimator.
+        Noise feeds itself through ``Tr(C H⁻¹)/2`` at least, ``C = E H_B² = H² + E(H_B - H)²``, and
+        ``Tr(E(H_B - H)² H⁻¹) ≥ s₂/λ_max`` on the range of H; beyond it noise adds up for ever. ``λ_max ≤ √p₂``.
 
-    Returns:
-        Threshold in param²/loss; ``inf`` when ``trace <= 0``.
+        Args:
+            trace: ``p₁ = Tr H``, signed.
+            frobenius_sq: ``p₂ = ‖H‖_F²``.
+            spread_sq: ``s₂ = E‖H_B - H‖_F²``.
 
-    Raises:
-        ValueError: If an argument is not finite, or ``frobenius_sq`` or ``spread_sq`` is negative.
+        Returns:
+            Threshold in param²/loss; ``inf`` when ``trace <= 0``.
 
-    Source: derived in the guide's page on theory.
-    """
-    require_non_negative("spread_sq", spread_sq)
-    whole = forward_only_bounds(trace, frobenius_sq, rule=rule, moments=moments).upper
-    if trace <= 0 or frobenius_sq == 0:
-        return whole
-    g = Gains.of(rule, moments)
-    return min(whole, _ratio(g.damping, g.noise * (trace + spread_sq / math.sqrt(frobenius_sq))))
+        Raises:
+            ValueError: If an argument is not finite, or ``frobenius_sq`` or ``spread_sq`` is negative.
+        """
+        require_finite(">= 0", spread_sq=spread_sq)
+        whole = self.forward_only(trace, frobenius_sq).upper
+        if trace <= 0 or frobenius_sq == 0:
+            return whole
+        return min(whole, _ratio(self.damping, self.noise * (trace + spread_sq / math.sqrt(frobenius_sq))))
 
+    def forward_only_horizon(self, squares: float, steps: int) -> float:
+        """Lower bound on η*(N), positive ones, with mini-batches: ``(1-β)/√(b N E‖H_B‖_F²)``.
 
-def forward_only_horizon(
-    squares: float, steps: int, *, rule: UpdateRule, moments: EstimatorMoments = GAUSSIAN
-) -> float:
-    """Lower bound on η*(N), positive ones, with mini-batches: ``(1-β)/√(b N E‖H_B‖_F²)``.
+        Noise that is fed in at one step is there for N steps at most, and moves no mode further than a flat one, by
+        ``η/(1-β)``. The feedback of N steps is then ``b N Tr(C) η²/(1-β)²`` at most, ``Tr C = E‖H_B‖_F²``. No spectrum
+        is needed; modes near ``η λ = 1``, whose own noise makes them grow, are left out.
 
-    Noise that is fed in at one step is there for N steps at most, and moves no mode further than a flat one, by
-    ``η/(1-β)``. The feedback of N steps is then ``b N Tr(C) η²/(1-β)²`` at most, ``Tr C = E‖H_B‖_F²``. No spectrum is
-    needed; modes near ``η λ = 1``, whose own noise makes them grow, are left out.
+        Args:
+            squares: ``E‖H_B‖_F²``.
+            steps: N.
 
-    Args:
-        squares: ``E‖H_B‖_F²``.
-        steps: N.
-        rule: Update rule.
-        moments: Constants of the estimator.
+        Returns:
+            Threshold in param²/loss; ``inf`` without curvature.
 
-    Returns:
-        Threshold in param²/loss; ``inf`` without curvature.
-
-    Raises:
-        ValueError: If ``squares`` is not finite or negative, or ``steps`` no positive integer.
-
-    Source: derived in the guide's page on theory.
-    """
-    require_non_negative("squares", squares)
-    require_count("steps", steps)
-    return _ratio((1 - rule.momentum) / rule.lr_scale, math.sqrt(moments.b * steps * squares))
+        Raises:
+            ValueError: If ``squares`` is not finite or negative, or ``steps`` no positive integer.
+        """
+        require_finite(">= 0", squares=squares)
+        require_count("steps", steps)
+        rule = self.rule
+        return _ratio((1 - rule.momentum) / rule.lr_scale, math.sqrt(self.moments.b * steps * squares))
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -868,7 +827,7 @@ def excess_rate(
     Raises:
         ValueError: If ``lr`` is not positive.
     """
-    require_positive("lr", lr)
+    require_finite("> 0", lr=lr)
     counted = spectrum.weights != 0
     nodes, weights = spectrum.nodes[counted], spectrum.weights[counted]
     moving = nodes != 0

@@ -9,7 +9,7 @@ import torch
 import zoscope
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import forward_only_bounds
+from zoscope.theory.stability import MomentBounds
 
 EIGENVALUES = np.linspace(0.2, 4.0, 40)
 
@@ -35,9 +35,7 @@ def test_trace_and_norm_are_those_of_the_hessian_within_their_errors(directions,
     assert abs(record.trace.value - spectrum.trace) < 4 * record.trace.stderr
     # The variance of 400 nearly normal samples is known to sqrt(2/400) = 7 %.
     assert record.frobenius_sq == pytest.approx(spectrum.frobenius_sq, rel=0.3)
-    bounds = forward_only_bounds(
-        record.trace.value, record.frobenius_sq, rule=update_rule("gd"), moments=_moments(optimizer)
-    )
+    bounds = MomentBounds(update_rule("gd"), _moments(optimizer)).forward_only(record.trace.value, record.frobenius_sq)
     assert (record.lower, record.upper.value) == pytest.approx((bounds.lower, bounds.upper))
     assert record.ratio == pytest.approx(1e-3 / bounds.upper)
 
@@ -112,8 +110,8 @@ def test_adams_threshold_is_in_units_of_its_preconditioner() -> None:
         record = monitor.step(closure)
     v = optimizer.state[x]["exp_avg_sq"]
     p = (1 - 0.9**60) * ((v / (1 - 0.999**60)).sqrt().mean() + 1e-8)
-    plain = forward_only_bounds(
-        record.trace.value / float(p), record.frobenius_sq / float(p) ** 2, rule=update_rule("adam")
+    plain = MomentBounds(update_rule("adam")).forward_only(
+        record.trace.value / float(p), record.frobenius_sq / float(p) ** 2
     )
     assert record.upper.value == pytest.approx(plain.upper)
 

@@ -12,8 +12,7 @@ import torch
 import yaml
 
 import zoscope
-from zoscope import RunFolderError, TrackInterruptedError, UsageError
-from zoscope.analysis import track_folder as folders
+from zoscope import RunFolderError, TrackInterruptedError, UsageError, files
 from zoscope.analysis.track_folder import RunFolder
 
 from .problems import network
@@ -204,7 +203,7 @@ def test_a_folder_that_cannot_be_made_is_one_paragraph(tmp_path):
 def test_a_disk_that_takes_no_more_leaves_the_last_state(reason, file, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     zoscope.track(network(), run=whole, **OPTIONS)
-    real, calls = folders._write_all, []
+    real, calls = files.write_all, []
 
     def full(handle, data):
         if file in str(handle.name):
@@ -214,14 +213,14 @@ def test_a_disk_that_takes_no_more_leaves_the_last_state(reason, file, tmp_path,
                 raise OSError(reason, "as the system says")
         real(handle, data)
 
-    monkeypatch.setattr(folders, "_write_all", full)
+    monkeypatch.setattr(files, "write_all", full)
     with pytest.raises(RunFolderError, match=file) as caught:
         zoscope.track(network(), run=parts, **OPTIONS)
     assert "\n" not in str(caught.value)
     assert "--resume" in str(caught.value)
     assert caught.value.exit_code == 3
     assert not [path.name for path in parts.iterdir() if path.name not in (".lock", *_names())]
-    monkeypatch.setattr(folders, "_write_all", real)
+    monkeypatch.setattr(files, "write_all", real)
     zoscope.track(network(), run=parts, resume=True, **OPTIONS)
     assert metrics(parts) == metrics(whole)
 

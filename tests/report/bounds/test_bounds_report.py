@@ -10,7 +10,7 @@ from rich.text import Text
 from zoscope import BoundsResult, Notice
 from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.report.bounds import advice, render
-from zoscope.report.style import step_size_at_most
+from zoscope.report.words import step_size_at_most
 
 Make = Callable[..., BoundsResult]
 WIDTHS = (80, 120, 200)

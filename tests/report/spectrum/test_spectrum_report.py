@@ -12,7 +12,7 @@ from zoscope.report.figures import draw
 from zoscope.report.spectrum import render
 from zoscope.report.style import to_text
 from zoscope.result import ProblemInfo
-from zoscope.theory.density import decades, density
+from zoscope.theory.density import density
 from zoscope.theory.spectrum import SampledSpectrum, Spectrum
 
 NEGATIVE = np.array([-0.5, -0.02, 0.001, 0.01, 0.05, 0.3, 2.0, 30.0])
@@ -20,7 +20,7 @@ POSITIVE = np.abs(NEGATIVE)
 
 
 def result_of(values: np.ndarray, *, exact: bool = False) -> SpectrumResult:
-    known, bulk = values[-2:], Spectrum.of(values[:-2])
+    bulk = Spectrum.of(values[:-2])
     error = Spectrum([0.01, 0.02], [1.0, -1.0])
     spectrum = SampledSpectrum.exact(values) if exact else SampledSpectrum(Spectrum.of(values), bulk, 5, 6, ((error,),))
     ritz = tuple(Eigenvalue(float(value), 0.001, abs(value) > 0.1) for value in np.sort(values))
@@ -36,6 +36,7 @@ def result_of(values: np.ndarray, *, exact: bool = False) -> SpectrumResult:
         num_hvps=40,
         seconds=0.5,
         spectrum=spectrum,
+        ritz=ritz if exact else ritz[-2:],
     )
     return SpectrumResult(
         spec="net.py",
@@ -48,9 +49,7 @@ def result_of(values: np.ndarray, *, exact: bool = False) -> SpectrumResult:
         curvature=curvature,
         top=ritz[::-1][:3],
         bottom=ritz[:2],
-        outliers=values if exact else known,
         density=density(spectrum, scale=0.01),
-        decades=decades(spectrum, scale=0.01),
         layers=(LayerTrace("0.[attn]", 6, Estimate(1.0, 0.1), 0.03), LayerTrace("1", 2, Estimate(31.0), 0.97)),
         num_hvps=41,
         seconds=1.0,

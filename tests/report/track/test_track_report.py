@@ -12,7 +12,8 @@ import zoscope
 from zoscope import Record
 from zoscope.analysis.track import Comparison, Entry
 from zoscope.analysis.track_results import band_of
-from zoscope.report.track import MOST_ROWS, Lines, LiveView, Spark, gauge, line, render, render_comparison, thinned
+from zoscope.report.track import Lines, LiveView, Spark, gauge, line, render, render_comparison
+from zoscope.result import MOST_ROWS, thinned
 
 
 def problem(scale=1.0):
