@@ -70,6 +70,7 @@ def test_a_command_writes_a_page_and_a_picture_of_its_result(zoscope_cli, tmp_pa
     ("command", "options"),
     [
         ("plan", ("--steps", "20", "--replicas", "2")),
+        ("plan", ("--only", "mu")),
         ("probe", ("--optimizer", "gd")),
         ("spectrum", ("--moments",)),
         ("track", ("--lr", "0.001", "--steps", "20", "--every", "10", "--run", "one")),

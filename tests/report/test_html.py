@@ -79,6 +79,21 @@ def made(*documents: Any) -> Page:
     return Page(page(documents, command="zoscope bounds model.py --html page.html", library=LIBRARY))
 
 
+def scale(**changed: Any) -> Any:
+    """A document of ``plan --only mu``."""
+    ends = {"lower": None, "upper": {"value": 0.084, "stderr": 0.02, "quadrature": 0.0}}
+    tried = {"tried": [1e-3, 1.0], "slope_errors": [0.005, 0.9], "loss_rises": [1e-6, 0.6]}
+    return {"schema": "zoscope.mu/1", "best": 1e-3, "tolerance": 0.1, **ends, **tried, **changed}
+
+
+def test_a_page_says_which_mu_to_use() -> None:
+    found = made(scale())
+    assert "right within 10 % with μ up to 0.084; use 0.001." in found.text
+    assert not [key for key in found.blocks if key.startswith("plot-")]
+    assert "with no μ." in made(scale(best=None, upper=None)).text
+    assert "with μ from 1e-06 on, up to 0.084" in made(scale(lower={"value": 1e-6})).text
+
+
 @pytest.mark.parametrize("name", NAMES.split())
 def test_a_page_has_the_answer_the_curves_the_notices_and_the_document(name: str) -> None:
     document = golden(name)

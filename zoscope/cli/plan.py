@@ -28,7 +28,7 @@ def command(given: Given) -> None:
     if given.only == "mu":
         from zoscope.planning.mu import perturbation_notices
 
-        for name in ("plot", "html", "compare_schedules", "max_cost", "cache", "method", "replicas"):
+        for name in ("plot", "compare_schedules", "max_cost", "cache", "method", "replicas"):
             if name in given.said:
                 raise UsageError(
                     f"--{name.replace('_', '-')} is about runs, which --only mu does not make. Leave it out."
@@ -42,6 +42,7 @@ def command(given: Given) -> None:
         if "mu" in given.said or not scale.usable:
             told += perturbation_notices(scale, given.mu)
         emit(scale, given.out, told)
+        illustrate(scale, given)
         return
     from zoscope.analysis.plan import PlanInterruptedError
 

@@ -202,7 +202,7 @@ def about(document: Document) -> str:
 
 
 def _plots(document: Document, number: int) -> Iterator[str]:
-    if document["schema"] == MOMENTS:
+    if document["schema"] in (MOMENTS, PERTURBATION):
         return
     for n, chart in enumerate(picture_of(document).charts):
         place, title = f"plot-{number}-{n}", escape(chart.title or _heading(document))
@@ -515,6 +515,23 @@ def _moments(document: Document) -> Answer:
     return Answer(f"{numbers}.")
 
 
+def _perturbation(document: Document) -> Answer:
+    tolerance = _percent(document["tolerance"])
+    best = document["best"]
+    low, high = (None if document[end] is None else f"{document[end]['value']:.2g}" for end in ("lower", "upper"))
+    ends = ", ".join(filter(None, (low and f"from {low} on", high and f"up to {high}"))) or "as far as it was tried"
+    sentence = (
+        f"Slopes along random directions are right within {tolerance} with μ {ends}; use {best:.2g}."
+        if best
+        else (f"Slopes along random directions are right within {tolerance} with no μ.")
+    )
+    rows = [
+        (f"{mu:.2g}", quantity(error, digits=2), quantity(rise, digits=2))
+        for mu, error, rise in zip(document["tried"], document["slope_errors"], document["loss_rises"], strict=True)
+    ]
+    return Answer(sentence, (Table("Tried", ("μ", "slopes off by, relative", "loss higher by, relative"), rows),))
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a page needs to know of a kind of document."""
@@ -523,7 +540,7 @@ class Kind:
     answer: Callable[[Document], Answer]
 
 
-MOMENTS = "zoscope.moments/1"
+MOMENTS, PERTURBATION = "zoscope.moments/1", "zoscope.mu/1"
 """Documents without a picture."""
 
 _KINDS = {
@@ -535,6 +552,7 @@ _KINDS = {
     "zoscope.track-comparison/1": Kind("track", _comparison),
     "zoscope.spectrum/1": Kind("spectrum", _spectrum),
     MOMENTS: Kind("spectrum", _moments),
+    PERTURBATION: Kind("plan", _perturbation),
 }
 
 SCHEMAS = tuple(_KINDS)
