@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,20 @@ for name in (
     *("GITHUB_WORKSPACE", "GITHUB_STEP_SUMMARY"),  # where a workflow that runs the tests has its own files
 ):
     os.environ.pop(name, None)
+
+
+LONG = Path(__file__).with_name("long.txt")
+"""Tests that take most of the time of all, one node a line, from the folder of this file on."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not wanted are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes long."""
+    long = set(LONG.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        name = item.path.relative_to(LONG.parent).as_posix() + item.nodeid[item.nodeid.index("::") :]
+        if name in long or name.partition("[")[0] in long:
+            item.add_marker("long")
 
 
 @pytest.fixture(autouse=True)

@@ -252,3 +252,10 @@ def test_help_leaves_torch_unloaded(args: list[str]) -> None:
 def test_every_public_name_has_a_home() -> None:
     for name in zoscope.__all__:
         assert getattr(zoscope, name) is not None
+
+
+def test_every_test_that_is_said_to_take_long_exists() -> None:
+    here = Path(__file__).parent
+    for line in (here / "long.txt").read_text(encoding="utf-8").splitlines():
+        file, _, node = line.partition("::")
+        assert f"def {node.partition('[')[0]}(" in (here / file).read_text(encoding="utf-8"), line
