@@ -3,9 +3,7 @@
 from zoscope.runtime.autograd_errors import explain_autograd_error
 from zoscope.runtime.collective import Twin, collective, serve
 from zoscope.runtime.devices import (
-    DTYPES,
     HALF,
-    eager_mode,
     full_precision,
     preserved_rng,
     resolve_device,
@@ -30,7 +28,6 @@ from zoscope.runtime.memory import (
 from zoscope.runtime.process_group import (
     ALONE,
     DroppedError,
-    LostRankError,
     Ranks,
     current_ranks,
     joined,
@@ -39,16 +36,13 @@ from zoscope.runtime.process_group import (
 
 __all__ = [
     "ALONE",
-    "DTYPES",
     "HALF",
     "DroppedError",
-    "LostRankError",
     "Ranks",
     "Twin",
     "available_memory",
     "collective",
     "current_ranks",
-    "eager_mode",
     "explain_autograd_error",
     "full_precision",
     "held_memory",
