@@ -79,9 +79,6 @@ REMEDIES = (0.03, 0.1, 0.3)
 WORTHWHILE = 0.005
 """Share of the loss that it has to fall by to count there."""
 
-REHEARSED = ("gd", "gdm", "adam")
-"""Optimizers whose runs can be rehearsed; of others real runs are made."""
-
 
 @dataclass(frozen=True)
 class Answer(JsonObject):
@@ -646,13 +643,14 @@ def _question(found: Mapping[str, Any], sizes: StepSizes, objective: Objective) 
             "sees all of them.",
         )
         batch_size = None
+    constants = optimizer_record(family).options
     law = Law(
         family=family,
         momentum=update.momentum,
-        scale=1.0 - found["dampening"] if family == "gdm" else 1.0,
+        scale=1.0 - found["dampening"] if "dampening" in constants else 1.0,
         second=found["betas"][1],
         eps=found["eps"],
-        weight_decay=found["weight_decay"] if "weight_decay" in optimizer_record(family).options else 0.0,
+        weight_decay=found["weight_decay"] if "weight_decay" in constants else 0.0,
         a=moments.a,
         b=moments.b,
     )
@@ -700,7 +698,8 @@ def _remedy(planner: _Planner, edge: Edge) -> str:
 
 def _no_rehearsal(family: str, differences: str) -> str | None:
     """Why runs of an optimizer cannot be rehearsed."""
-    if family not in REHEARSED:
+    record = optimizer_record(family)
+    if record.adapts is not None and not record.preconditioned:
         return f"No rehearsal of zo-{family} is known."
     if differences == "one-sided":
         return "The noise that one-sided differences add is not rehearsed."

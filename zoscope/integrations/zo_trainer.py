@@ -117,7 +117,7 @@ class ZOTrainer(Trainer):
             if decayed:
                 groups[0]["weight_decay"] = 0.0
                 groups.append({"params": [p for n, p in named if n in decayed], "weight_decay": args.weight_decay})
-            options = {"beta": args.momentum} if name == "gdm" else {}
+            options = {"beta": args.momentum} if "beta" in OPTIMIZERS[name].options else {}
             kind: Any = getattr(optimizers, OPTIMIZERS[name].public)
             try:
                 self._zo = kind(

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoscope.errors import SpecError
 from zoscope.optim.optimizers import Closure, ZeroOrderOptimizer, loss_of
 from zoscope.optim.step_size import MARGIN, Decision, Limit, Schedule, StepSizeController
+from zoscope.registry import OPTIMIZERS
 
 __all__ = ["AutoLR", "AutoLRRecord"]
 
@@ -364,14 +365,12 @@ def _unit(optimizer: ZeroOrderOptimizer, gradient_sq: float) -> float:
     Momentum adds steps up; sign and normalised steps do not know how steep the loss is; Adam divides by P, which the
     noise of the estimate makes nearly the same in every coordinate.
     """
-    group = optimizer.param_groups[0]
-    if optimizer.name == "gdm":
-        return float((1.0 - group["beta"]) / (1.0 - group["dampening"]))
-    if optimizer.name == "normalized":
-        return math.sqrt(gradient_sq)
-    if optimizer.name == "signsgd":
-        return math.sqrt(gradient_sq / optimizer.queries)
-    return _mean_preconditioner(optimizer) if optimizer.name == "adam" else 1.0
+    group, adapts = optimizer.param_groups[0], OPTIMIZERS[optimizer.name].adapts
+    if adapts == "second-moment":
+        return _mean_preconditioner(optimizer)
+    if adapts is not None:
+        return math.sqrt(gradient_sq / (optimizer.queries if adapts == "sign" else 1))
+    return float((1.0 - group.get("beta", 0.0)) / (1.0 - group.get("dampening", 0.0)))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from zoscope.optim.directions import Block, Direction, Seed, check_law, new_generator, partition
 from zoscope.optim.perturbation import FixedPoint, Restore, Snapshot, choose_perturbation
 from zoscope.optim.rules import Rule, State, rule_from_options
-from zoscope.registry import Directions
+from zoscope.registry import OPTIMIZERS, Directions
 
 __all__ = ["ZOGD", "ZOGDM", "ZOAdam", "ZONormalized", "ZOSignSGD"]
 
@@ -224,7 +224,11 @@ class ZeroOrderOptimizer(Optimizer):
     @property
     def replays(self) -> bool:
         """Whether a step is a sum of its directions, so that `undo` needs no more than its numbers."""
-        return not self._rule.slots and (self.name != "signsgd" or self.queries == 1)
+        return not self._rule.slots and (not self._takes_signs or self.queries == 1)
+
+    @property
+    def _takes_signs(self) -> bool:
+        return OPTIMIZERS[self.name].adapts == "sign"
 
     def reseed(self, seed: int) -> None:
         """The coming step draws from this seed."""
@@ -253,7 +257,7 @@ class ZeroOrderOptimizer(Optimizer):
             for index, block in enumerate(layout.blocks):
                 moved = layout.perturbation.used(index, direction.part(index))
                 torch._foreach_mul_(moved, slope / (size or 1.0) / self.queries)
-                if self.name == "signsgd":
+                if self._takes_signs:
                     torch._foreach_sign_(moved)
                 torch._foreach_add_(block.pieces, moved, alpha=lrs[layout.group_of[index]])
         for group, params, lr in zip(self.param_groups, layout.params, lrs, strict=True):
