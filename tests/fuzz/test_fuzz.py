@@ -317,7 +317,7 @@ def test_environments(environment: dict[str, str]) -> None:
     with contextlib.suppress(zoscope.UsageError):
         is_ranked(environment)
     sizes = usable(environment)
-    assert all(20 <= int(sizes[name]) <= 1000 for name in ("COLUMNS", "TERMINAL_WIDTH") if name in sizes)
+    assert all(50 <= int(sizes[name]) <= 1000 for name in ("COLUMNS", "TERMINAL_WIDTH") if name in sizes)
     with pytest.MonkeyPatch.context() as patch, folder_of({}):
         for name, value in environment.items():
             if name not in ("RANK", "WORLD_SIZE"):

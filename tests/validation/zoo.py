@@ -183,7 +183,7 @@ def batch_norm_in_train_mode() -> Network:
     return classifier(model, torch.randn(40, 10))
 
 
-@trained(30)
+@trained(12)
 def batch_norm_of_images() -> Network:
     layers = nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.SiLU(), nn.Conv2d(6, 6, 3), nn.SiLU()
     return classifier(nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 3)).eval(), images())
@@ -237,7 +237,7 @@ def spectral_norm() -> Network:
     return classifier(nn.Sequential(*layers).eval(), torch.randn(40, 10), differences=True)
 
 
-@trained(40)
+@trained(15)
 def weight_standardisation() -> Network:
     def forward(m: Any, x: Tensor) -> Tensor:
         w = m.kernel
@@ -377,7 +377,7 @@ def convolution_with_strides() -> Network:
     return regression(nn.Sequential(*layers, nn.Linear(72, 1)), images(), 1)
 
 
-@trained(30)
+@trained(12)
 def separable_convolution() -> Network:
     layers = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.SiLU(), nn.Conv2d(8, 6, 1), nn.SiLU(), nn.Flatten()
     return classifier(nn.Sequential(*layers, nn.Linear(216, 3)), images())
@@ -470,6 +470,7 @@ def module_with_two_names() -> Network:
     return classifier(
         nn.Sequential(nn.Linear(6, 12), nn.Tanh(), shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(12, 3)),
         torch.randn(30, 6),
+        differences=True,
     )
 
 
@@ -938,12 +939,13 @@ class Whole(nn.Module):
     def hessian(self) -> Tensor:
         """``(d, d)``.
 
-        Held against the first derivatives of another point: that of ``torch.func`` in 2.13 is wrong, and not symmetric,
-        where a normalisation has scales.
+        Held against first derivatives nearby: that of ``torch.func`` in 2.13 is wrong, and not symmetric, where a
+        normalisation has scales. Between kinks differences are of a short step.
         """
-        found = None if self.network.differences else self._by_torch_func()
+        short = self.network.kinks
+        found = None if self.network.differences or short else self._by_torch_func()
         if found is None or not torch.allclose(found @ self._axis, self._along(), rtol=1e-5, atol=1e-7):
-            found = differences(self.gradient, self.start)
+            found = differences(self.gradient, self.start, step=1e-8 if short else 1e-3)
             self.put(self.start)
         return (found + found.T) / 2
 
