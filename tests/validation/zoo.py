@@ -732,9 +732,9 @@ def relu_layers() -> Network:
 
 
 @trained(20)
-def embedding_bag() -> Network:
-    model = nn.Sequential(nn.EmbeddingBag(30, 12, mode="mean"), nn.Tanh(), nn.Linear(12, 3))
-    return classifier(model, torch.randint(30, (40, 5)), differences=True)
+def bag_of_words() -> Network:
+    model = applied(lambda m, x: m.head(m.embed(x).mean(1).tanh()), embed=nn.Embedding(30, 12), head=nn.Linear(12, 3))
+    return classifier(model, torch.randint(30, (40, 5)))
 
 
 @trained(40)
