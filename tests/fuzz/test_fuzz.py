@@ -269,6 +269,17 @@ def test_checkpoints_of_runs(data: st.DataObject) -> None:
         zoscope_says(["track", "--resume", "run", "--max-seconds", "0.01", "-q"])
 
 
+@pytest.mark.parametrize("config", [None, True, [], [[1]], {3: 4, "a": 5}])
+def test_a_checkpoint_whose_config_is_no_table_is_refused(config: Any) -> None:
+    if not RUNS:
+        RUNS.update(stopped_run())
+    with folder_of(RUNS) as place:
+        content = torch.load(place / "run" / "checkpoint.pt", weights_only=True)
+        del content["seal"]
+        torch.save(content | {"config": config}, place / "run" / "checkpoint.pt")
+        assert zoscope_says(["track", "--resume", "run", "--max-seconds", "0.01", "-q"]).code == 2
+
+
 @seeded
 @given(st.data())
 def test_weights(data: st.DataObject) -> None:
