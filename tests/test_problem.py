@@ -103,6 +103,23 @@ def test_a_list_of_tensors_is_told_from_a_pair() -> None:
         value_of(Problem.from_criterion(linear(), list(pairs()), nn.MSELoss()))
 
 
+@pytest.mark.parametrize("kind", [dict, collections.UserDict, list])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 2}])
+def test_a_loss_may_take_things_out_of_its_batch(kind: type, options: dict[str, int]) -> None:
+    x, y = torch.randn(6, 2), torch.randn(6, 1)
+    batch = [x, y] if kind is list else kind(x=x, y=y)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        targets = batch.pop(1) if kind is list else batch.pop("y")
+        return nn.functional.mse_loss(model(batch[0] if kind is list else batch["x"]), targets)
+
+    model = nn.Linear(2, 1)
+    with Problem(model, [batch], loss).prepare(device="cpu", **options) as objective:
+        assert objective.value() == pytest.approx(float(nn.functional.mse_loss(model(x), y).detach()))
+        objective.gradient()
+    assert len(batch) == 2
+
+
 def test_batches_of_anything_count_as_one_example_each() -> None:
     problem = Problem(linear(), ["a", "bc"], lambda model, batch: model.weight.square().sum() * len(batch))
     assert problem.counts == [1, 1]

@@ -420,6 +420,7 @@ def test_a_checkpoint_that_names_tied_weights_once_is_complete() -> None:
     ("content", "said"),
     [
         (state(5), r"shapes differ \(weight is \(5, 3\) in the file and \(2, 3\) in the model"),
+        ({**state(), "bias": torch.zeros(2) * 1j}, "bias is complex in the file and real in the model"),
         ({"weight": torch.zeros(2, 3)}, "the file lacks bias"),
         ({**state(), "head.weight": torch.zeros(1)}, "the model has no head.weight"),
         ({"layers": 3}, "a dict with the keys layers: expected a state dict"),

@@ -121,6 +121,14 @@ def test_help_into_a_closed_pipe_has_no_traceback() -> None:
     assert finished.stderr == "code 141\n"
 
 
+def test_an_interrupt_while_modules_load_is_130_without_a_traceback() -> None:
+    code = "import sys, builtins; import zoscope.cli; sys.modules['typer'] = None; kept = builtins.__import__\n"
+    code += "def stopped(name, *args, **kwargs):\n    if name == 'typer':\n        raise KeyboardInterrupt\n"
+    code += "    return kept(name, *args, **kwargs)\nbuiltins.__import__ = stopped; zoscope.cli.main(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
 def test_python_dash_m_is_the_same_program() -> None:
     finished = run_zoscope("--version")
     assert (finished.returncode, finished.stdout) == (0, f"zoscope {zoscope.__version__}\n")

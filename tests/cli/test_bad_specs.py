@@ -37,6 +37,11 @@ SPECS = {
     "misspelt name": Bad("problme = zoscope.Problem(model, [(x, y)], loss)", "problme"),
     "callable that raises": Bad("def problem():\n    return 1 / 0", "ZeroDivisionError", framed=True),
     "file that raises": Bad("raise RuntimeError('on import')", "on import", framed=True),
+    "error beside Exception": Bad("class E(BaseException):\n    pass\nraise E('odd')", "odd", framed=True),
+    "error that cannot be shown": Bad(
+        "class E(Exception):\n    def __str__(self):\n        raise ValueError\nraise E", "raised E", framed=True
+    ),
+    "error of many words": Bad("raise ValueError('x' * 99_999)", "x…", framed=True),
     "syntax error": Bad("def problem(:", "model.py", framed=True),
     "missing import": Bad("import no_such_package_anywhere", "no_such_package_anywhere", framed=True),
     "missing arguments": Bad("def problem(width):\n    return None", "width"),
@@ -57,6 +62,11 @@ SPECS = {
         "problem = zoscope.Problem(model, [x], lambda m, b: m(b).detach().square().mean())", "detach"
     ),
     "loss that raises": Bad("problem = zoscope.Problem(model, [x], lambda m, b: m(b, b))", "TypeError", framed=True),
+    "loss that exits": Bad("problem = zoscope.Problem(model, [x], lambda m, b: exit(0))", "sys.exit(0)", framed=True),
+    "async function": Bad("async def problem():\n    return None", "async def"),
+    "async loss": Bad(
+        "async def later(m, b):\n    return m(b).mean()\nproblem = zoscope.Problem(model, [x], later)", "async def"
+    ),
     "nothing to train": Bad("problem = zoscope.Problem(model.requires_grad_(False), [(x, y)], loss)", "requires_grad"),
     "no parameter matches": Bad(
         "problem = zoscope.Problem(model, [(x, y)], loss)", "decoder", args=("--params", "decoder")

@@ -38,6 +38,27 @@ def test_json_is_one_document_and_nothing_else(capsys) -> None:
     assert captured.err == ""
 
 
+NOISY = """
+import os, torch, zoscope
+os.write(1, b"a library\\n")
+os.system("echo a program")
+def loss(x):
+    os.write(1, b"in the loss\\n")
+    print("printed")
+    return x.square().sum()
+problem = zoscope.Problem.from_function(loss, torch.ones(3))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell")
+def test_what_runs_below_python_stays_out_of_the_json(zoscope_cli, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(NOISY)
+    done = zoscope_cli("bounds", "model.py", "--json", "--quiet")
+    assert json.loads(done.out)["schema"] == "zoscope.bounds/1"
+    for said in ("a library", "a program", "in the loss", "printed"):
+        assert said in done.err
+
+
 def test_json_never_holds_nan(capsys) -> None:
     with pytest.raises(ValueError, match="JSON"):
         output.emit(Result(float("nan")), OutputOptions(json=True))

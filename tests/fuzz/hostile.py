@@ -6,13 +6,13 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 
 from zoscope.cli.app import run
@@ -23,7 +23,13 @@ EXAMPLES = int(os.environ.get("FUZZ", "8"))
 HANGS = 60
 """Seconds after which a command counts as hanging: a machine may be busy, and the first one imports torch."""
 
-seeded = settings(
+WORKS = 10
+"""Seconds of processor time that a command may take: a busy machine does not add to them."""
+
+SEED = os.environ.get("FUZZ_SEED")
+"""Other inputs than the usual ones: FUZZ_SEED=1."""
+
+bounded = settings(
     max_examples=EXAMPLES,
     derandomize=True,
     deadline=None,
@@ -31,6 +37,12 @@ seeded = settings(
     phases=[Phase.explicit, Phase.generate],  # to shrink an input takes longer than to read it
     suppress_health_check=list(HealthCheck),
 )
+
+
+def seeded(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of the usual inputs, or of those of ``FUZZ_SEED``."""
+    return bounded(test) if SEED is None else seed(int(SEED))(bounded(test))
+
 
 SPEC = """
 import torch, zoscope
@@ -119,7 +131,10 @@ class Said:
 
 @contextlib.contextmanager
 def folder_of(files: Mapping[str, bytes | str]) -> Iterator[Path]:
-    """A working folder with some files, and with what is no file under ``folder``, ``pipe`` and ``loop``."""
+    """A working folder with some files, and with what is no file under ``folder``, ``pipe`` and ``loop``.
+
+    No part of a file is left in it.
+    """
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         place = Path(name)
@@ -133,6 +148,8 @@ def folder_of(files: Mapping[str, bytes | str]) -> Iterator[Path]:
         os.chdir(place)
         try:
             yield place
+            left = [path.name for path in place.rglob(".*.*") if path.is_file()]
+            assert not left, left  # of files that are written whole or not at all
         finally:
             os.chdir(before)
 
@@ -144,14 +161,17 @@ def zoscope_says(args: Sequence[str]) -> Said:
         raise HangError
 
     out, err = io.StringIO(), io.StringIO()
-    before = signal.signal(signal.SIGALRM, hangs)
-    signal.setitimer(signal.ITIMER_REAL, HANGS)
+    timers = (signal.SIGALRM, signal.ITIMER_REAL, HANGS), (signal.SIGPROF, signal.ITIMER_PROF, WORKS)
+    before = [signal.signal(number, hangs) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(args)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
     said = Said(code, out.getvalue(), err.getvalue())
     everything = said.out + said.err
     assert code in (0, 1, 2, 3), (args, code, everything)

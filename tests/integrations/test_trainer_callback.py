@@ -104,6 +104,41 @@ def test_a_loss_of_the_trainers_own_is_measured(tmp_path: Path, way: str) -> Non
     assert not [notice for notice in callback.warnings if notice.code == "other-loss"]
 
 
+class CountedLoss(transformers.Trainer):
+    """Divides by the count that the trainer hands over, as losses of language models do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def test_a_loss_gets_the_count_of_what_it_is_the_mean_over(tmp_path: Path) -> None:
+    plain, own = trainer(tmp_path), trainer(tmp_path, kind=CountedLoss)
+    found = []
+    for training in (plain, own):
+        callback = watch_trainer(training, every=6, examples=8, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+        training.train()
+        found.append(callback.records[-1])
+        assert not [notice for notice in callback.warnings if notice.code == "other-loss"]
+    assert found[1].loss == pytest.approx(found[0].loss, rel=1e-5)
+    assert found[1].exact == pytest.approx(found[0].exact, rel=0.02)  # rounding ends its few products elsewhere
+
+
+def test_a_model_that_the_training_makes_anew_is_the_one_that_is_measured(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, learning_rate=1e-2)
+    training = transformers.Trainer(
+        model_init=lambda: type(plain.model)(plain.model.config),
+        args=plain.args,
+        train_dataset=plain.train_dataset,
+    )
+    callback = watch_trainer(training, every=6, examples=8, max_hvps=25, rtol=0.5)
+    training.train()
+    first, last = callback.records
+    assert last.loss != first.loss
+    assert "other-parameters" not in [notice.code for notice in callback.warnings]
+
+
 class OwnStep(transformers.Trainer):
     """Adds a term where no one sees it."""
 

@@ -393,6 +393,11 @@ def _start(going: Run, config: Mapping[str, Any], *, overwrite: bool) -> None:
         place.truncate_metrics(0)
         return
     stored = content.get("config", config)
+    if not isinstance(stored, Mapping) or not all(isinstance(key, str) for key in stored):
+        raise UsageError(
+            f"--resume {place.path}: the config in checkpoint.pt is no table of options: something else than zoscope "
+            "wrote it. Put a copy of the file back, or start anew with --overwrite."
+        )
     for key in sorted({*stored, *config}):
         before = stored.get(key, DEFAULTS.get(key))  # a run of an earlier version has not all of today's options
         if before != config.get(key):

@@ -129,7 +129,22 @@ def _invoke(args: list[str]) -> int:
             command.invoke(context)
     except typer.Exit as done:
         return done.exit_code
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich's
+            raise
+        raise _exit_within(error) from error
     return 0
+
+
+def _exit_within(error: SystemExit) -> ZoscopeError:
+    """What the user's code, which is not asked to end this program, has done."""
+    from zoscope.problem.data import format_frames, where  # late: it takes torch
+
+    return SpecError(
+        f"The spec's own code called sys.exit({error.code!r}){where(error)} while it was measured. Expected that it "
+        "returns, or raises an error that says what is wrong.",
+        frame=format_frames(error),
+    )
 
 
 def report(error: BaseException) -> int:

@@ -64,9 +64,10 @@ def visible(*, quiet: bool) -> bool:
 def loading(spec: str, *, quiet: bool) -> Iterator[None]:
     """A sign of life while a spec runs, which may well train a model; what it prints appears above."""
     if not visible(quiet=quiet):
-        yield
+        with aside():
+            yield
         return
-    with progress_line() as progress:
+    with progress_line() as progress, aside():
         progress.add_task(f"running {clean(spec)}: its model and data load or train here", total=None)
         yield
 
@@ -106,9 +107,26 @@ def measuring(*, max_hvps: int, rtol: float, quiet: bool) -> Iterator[Report | N
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Send what the user's own code prints to stderr: stdout is for the result."""
-    with redirect_stdout(sys.stderr):
+    """Send what the user's own code prints to stderr, also from below Python: stdout is for the result."""
+    with redirect_stdout(sys.stderr), _descriptor_aside():
         yield
+
+
+@contextmanager
+def _descriptor_aside() -> Iterator[None]:
+    try:
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError):  # closed, or full
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def watch_trainer(
         SpecError: If its examples cannot be read.
     """
     callback = StabilityCallback(trainer, problem or trainer_problem(trainer, examples), every=every, **options)
+    if problem is None:
+        callback.examples = examples
     trainer.add_callback(callback)
     return callback
 
@@ -163,9 +165,19 @@ class TrainerLoss:
         """The loss."""
         if any(module.training for module in model.modules()):
             model.eval()  # in a session, which puts modes back
-        found: Any = self._trainer.compute_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
+        found: Any = self._trainer.compute_loss(
+            model, dict(batch) if isinstance(batch, Mapping) else batch, **self._items(batch)
+        )
         loss: Tensor = found[0] if isinstance(found, tuple) else found
         return loss
+
+    def _items(self, batch: Any) -> dict[str, Any]:
+        """The count that the trainer hands to its loss, of this batch; several processes would have to wait for it."""
+        trainer: Any = self._trainer
+        count = getattr(trainer, "_get_num_items_in_batch", None)
+        if count is None or trainer.args.world_size > 1 or not isinstance(batch, Mapping):
+            return {}
+        return {"num_items_in_batch": count([batch], trainer.args.device)}
 
 
 class StabilityCallback(Monitored, TrainerCallback):
@@ -184,6 +196,7 @@ class StabilityCallback(Monitored, TrainerCallback):
     ) -> None:
         self._trainer, self._problem, self._every = trainer, problem, every
         self._name, self._options = optimizer, options
+        self.examples: int | None = None  # of the default problem, which follows the trainer to another model
         self._step_loss: list[float] = []  # of the micro-batches of a step
         self._first_heard = False
         self._stop_listening: Callable[[], None] = lambda: None
@@ -197,6 +210,9 @@ class StabilityCallback(Monitored, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure where training starts."""
+        another = self._trainer.model is not self._problem.model  # train() has called model_init
+        if self.examples is not None and another:
+            self._problem = trainer_problem(self._trainer, self.examples)
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         options = {
             "steps": state.max_steps,

@@ -242,7 +242,9 @@ def _check(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    lossy = [n for n, tensor in own.items() if n in state and state[n].is_complex() and not tensor.is_complex()]
     said = [f"shapes differ ({some(shapes)})"] if shapes else []
+    said += [f"{some(lossy)} is complex in the file and real in the model"] if lossy else []
     said += [f"the file lacks {some(missing)}"] if missing else []
     said += [f"the model has no {some(unexpected)}"] if unexpected else []
     if said:

@@ -1,5 +1,6 @@
 """Checks on entry: is the loss a finite, differentiable, deterministic mean over examples?"""
 
+import inspect
 import math
 import numbers
 import re
@@ -157,6 +158,9 @@ def _scalar(loss: Any, place: str) -> Tensor:
     if not isinstance(loss, Tensor):
         said = f"{'an' if isinstance(loss, numbers.Integral) else 'a'} {type(loss).__name__}"
         remedy = "return the tensor itself, without .item() or float()"
+        if inspect.iscoroutine(loss) or inspect.isgenerator(loss):
+            loss.close()
+            remedy = "write def in place of async def, and return in place of yield"
         if isinstance(loss, float):
             remedy += ", or use --curvature forward, which takes numbers"
         elif isinstance(loss, numbers.Integral):

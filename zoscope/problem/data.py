@@ -91,10 +91,24 @@ def called_from() -> str:
     return f" ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
 
 
+MOST_OF_MESSAGE = 1000
+"""Characters of an error's message that are shown."""
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says; empty where to ask it raises another one."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def described(error: BaseException) -> str:
     """Type and first paragraph of an error's message."""
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    text = error.msg if isinstance(error, SyntaxError) else message_of(error)
     first = text.strip().split("\n\n")[0].replace("\n", " ")
+    if len(first) > MOST_OF_MESSAGE:
+        first = f"{first[:MOST_OF_MESSAGE]}…"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
@@ -122,7 +136,7 @@ def user_code(what: str, *, remedy: str | Callable[[BaseException], str]) -> Ite
 
 
 def _hint(error: BaseException) -> str | None:
-    text = str(error)
+    text = message_of(error)
     if "call numpy() on Tensor that requires grad" in text:
         return "For a loss that leaves torch use 'zoscope bounds --curvature forward', which takes no derivatives."
     if re.search(r"same device|not on the expected device|device.*cuda.*cpu|device.*cpu.*cuda", text, re.DOTALL):

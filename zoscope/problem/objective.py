@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -243,8 +244,9 @@ class Objective(Twin):
     # --- the loss -------------------------------------------------------------------------------------------------
 
     def batch(self, shard: Shard) -> Any:
-        """The batch of a shard, on the device."""
-        return self.placed(shard).batch if self.on_host else shard.batch
+        """The batch of a shard, on the device; a loss may take things out of it, as those of a training loop do."""
+        batch = self.placed(shard).batch if self.on_host else shard.batch
+        return copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
 
     def placed(self, shard: Shard) -> Shard:
         """A shard with its batch on the device."""

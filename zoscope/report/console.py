@@ -12,7 +12,7 @@ from rich.segment import Segment
 
 from zoscope.text import clean
 
-NARROWEST, WIDEST = 20, 1000
+NARROWEST, WIDEST = 50, 1000
 """Columns of a terminal that tables are laid out for; what says otherwise is taken for a mistake."""
 
 SIZES = ("COLUMNS", "LINES", "TERMINAL_WIDTH", "JUPYTER_COLUMNS", "JUPYTER_LINES")

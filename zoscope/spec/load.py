@@ -112,7 +112,9 @@ def loading(what: str, *, missing: str | None = None) -> Iterator[None]:
             "a script under if __name__ == '__main__'.",
             frame=format_frames(error),
         ) from error
-    except Exception as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # also those that a library derives from it
         raise SpecError(f"{what} raised {described(error)}{where(error)}.", frame=format_frames(error)) from error
 
 
@@ -262,6 +264,9 @@ def _problem_from(value: Any, settings: Mapping[str, Any], *, label: str) -> Pro
     _check_arguments(value, settings, label)
     with loading(f"Calling {label}"):
         made = value(**settings)
+    if inspect.iscoroutine(made):
+        made.close()  # it was never to run
+        raise SpecError(f"{label} is async def, which returns a coroutine: expected def, and a zoscope.Problem.")
     if not isinstance(made, Problem):
         raise SpecError(f"{label} returned {_kind(made)}: expected a zoscope.Problem. Write {_MINIMAL} and return it.")
     return made
