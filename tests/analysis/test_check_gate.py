@@ -94,7 +94,7 @@ def test_a_provisional_threshold_is_said_to_be_one() -> None:
     decision = decide(0.5, short, margin=0.8, on_warn="pass", steps=1000, doubts=("kinks",))
     assert "for 300 steps" in decision.message
     assert "provisional" in decision.message
-    assert "zoscope probe" in decision.message
+    assert "zoscope plan" in decision.message
 
 
 def result(status: str, code: int) -> CheckResult:

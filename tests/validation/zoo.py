@@ -44,7 +44,7 @@ else:  # as a script
 from zoscope.theory.quadratic import descent_threshold
 from zoscope.theory.rules import update_rule
 from zoscope.theory.spectrum import Spectrum
-from zoscope.theory.stability import StabilityCondition, forward_only_bounds
+from zoscope.theory.stability import MomentBounds, StabilityCondition
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -1074,7 +1074,7 @@ def _values(matrix: Tensor, gradient: Tensor, rule: Any = GD) -> dict[str, tuple
     weights = (gradient @ vectors).square()
     spectrum, rayleigh = Spectrum(nodes.numpy()), float(weights @ nodes / weights.sum())
     size, largest = float(nodes.abs().sum()), float(nodes.abs().max())
-    ends = forward_only_bounds(spectrum.trace, spectrum.frobenius_sq, rule=rule)
+    ends = MomentBounds(rule).forward_only(spectrum.trace, spectrum.frobenius_sq)
     infinite = StabilityCondition(rule).threshold(spectrum)
     values = {
         "trace": (spectrum.trace, size),
