@@ -122,9 +122,9 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Use a smaller step size or more queries; `zoscope probe` and `zoscope plan` try it.",
     ),
     "kinks": Explanation(
-        "the loss has kinks that second derivatives do not see",
-        "Over short distances the loss bends otherwise than its second derivatives say: ReLU, max-pooling, absolute "
-        "values, or an operation that hides its second derivative.",
+        "over short steps second derivatives miss curvature",
+        "Over steps of 1e-3 the loss bends otherwise than its second derivatives say: it has kinks (ReLU, max-pooling, "
+        "absolute values), a curvature that changes on the way, or an operation that hides its second derivative.",
         "The descent threshold is measured with the kinks; the others know second derivatives only and can be wrong by "
         "as much as the two differ.",
         "Keep a wider margin, compare with `--curvature forward`, or try it: `zoscope plan`, `zoscope probe`.",

@@ -300,8 +300,8 @@ NOTICEABLE = 0.1
 """Curvature that only differences see, relative to that of second derivatives, from which it is worth a warning."""
 
 _MISSED = (
-    "kinks (ReLU, max-pooling, absolute values), which they cannot see, or an operation that hides its second "
-    "derivative, as a custom autograd.Function can"
+    "kinks (ReLU, max-pooling, absolute values), which they cannot see, a curvature that changes within such steps, or "
+    "an operation that hides its second derivative, as a custom autograd.Function can"
 )
 
 LARGE_COMMUTATOR = 0.05
