@@ -106,6 +106,10 @@ def test_checks_have_a_picture_and_a_page_also_when_they_fail(zoscope_cli, tmp_p
             ("report", "half.json", "--html", "page.html"),
             "half.json: this is no whole zoscope.plan/1 document",
         ),
+        (
+            ("report", "new.json", "--html", "page.html"),
+            "new.json: this is a zoscope.plan/9 document of another version",
+        ),
         (("report", "bent.json", "--html", "page.html"), "bent.json: this is no whole zoscope.bounds/1 document ("),
         (("report", ".", "--html", "page.html"), "no run"),
         (("bounds", QUADRATIC, "--html", "nowhere/page.html"), "--html: there is no folder nowhere"),
@@ -121,6 +125,7 @@ def test_a_mistake_is_one_paragraph_and_exit_2(zoscope_cli, tmp_path: Path, args
     (tmp_path / "empty.json").write_text("")
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "half.json").write_text('{"schema": "zoscope.plan/1"}')
+    (tmp_path / "new.json").write_text('{"schema": "zoscope.plan/9"}')
     bent = json.loads(result(tmp_path, "bounds").read_text())
     (tmp_path / "bent.json").write_text(json.dumps(bent | {"optimizers": {"gd": "none"}}))
     done = zoscope_cli(*args)

@@ -49,7 +49,10 @@ def _document(path: Path) -> Mapping[str, Any]:
 
     schema = document.get("schema") if isinstance(document, Mapping) else None
     if schema not in SCHEMAS:
-        raise UsageError(f"{path}: this is no result of zoscope. Expected a document with one of {', '.join(SCHEMAS)}.")
+        kind = str(schema).rpartition("/")[0]
+        known = any(name.startswith(f"{kind}/") for name in SCHEMAS)
+        what = f"a {schema} document of another version" if known else "no result"
+        raise UsageError(f"{path}: this is {what} of zoscope. Expected a document with one of {', '.join(SCHEMAS)}.")
     try:
         section(document, 0)
     except BROKEN as error:
