@@ -125,14 +125,15 @@ def _invoke(args: list[str]) -> int:
     if COMPLETES in os.environ:
         command.main(args, prog_name="zoscope")
     try:
-        with command.make_context("zoscope", args, obj=tuple(args)) as context:
-            command.invoke(context)
+        with command.make_context("zoscope", args, obj=tuple(args)) as context:  # typer itself exits here
+            try:
+                command.invoke(context)
+            except SystemExit as error:
+                if isinstance(error.__context__, BrokenPipeError):  # rich's
+                    raise
+                raise _exit_within(error) from error
     except typer.Exit as done:
         return done.exit_code
-    except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # rich's
-            raise
-        raise _exit_within(error) from error
     return 0
 
 
