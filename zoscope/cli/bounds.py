@@ -38,11 +38,11 @@ def command(given: Given) -> None:
             on_progress=on_progress,
             **given.keywords("bounds", "strict"),
         )
-    nonsmooth = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
-    emit(result, given.out, [notice for notice in result.warnings if notice not in nonsmooth])
+    missed = [notice for notice in result.warnings if notice.code == PRECISION and given.strict]
+    emit(result, given.out, [notice for notice in result.warnings if notice not in missed])
     illustrate(result, given)
-    if nonsmooth:  # after the result, which is honest all the same
-        raise NumericalError(nonsmooth[0].message)
+    if missed:  # after the result, which is honest all the same
+        raise NumericalError(missed[0].message)
 
 
 def _estimate(loaded: LoadedSpec, given: Given) -> CostEstimate:
