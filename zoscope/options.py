@@ -307,6 +307,7 @@ _TABLE = (
     ),
     _option(
         "mu", Real(high=1e3), "Smoothing radius μ of the estimate.", 1e-3, check="Perturbation scale of the estimate.",
+        bounds=Use("Also judge this smoothing radius μ, MeZO's ε.", None),
         track="Smoothing radius μ.", file="Perturbation scale of the two-point estimate.",
     ),
     _option(
@@ -411,7 +412,10 @@ _TABLE = (
     ),
     _option(
         "replicas", Whole(), "Independent direction streams.", 8,
-        plan=Use("Runs at every step size; half as many where they are rehearsed.", 8, Whole(2)),
+        plan=Use(
+            "Runs at every step size; half as many where they are rehearsed, up to three times as many real ones where "
+            "their edges scatter.", 8, Whole(2),
+        ),
     ),
     _option("edge", FLAG, "Bisect for the empirical edge.", False),
     _option("edge_rtol", FRACTION, "Width of its bracket.", 0.05),
@@ -548,7 +552,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "bounds": {
         "Arguments": "spec",
         "Problem": _PROBLEM,
-        "Optimizer": f"{_RULE} steps threshold lr batch_size",
+        "Optimizer": f"{_RULE} steps threshold lr mu batch_size",
         "Measurement": f"{_MEASURE} estimate",
         "Output": _OUTPUT,
     },
@@ -669,6 +673,7 @@ class BoundsOptions(ProblemOptions, RuleOptions, total=False):
     steps: int
     threshold: Threshold
     lr: float | None
+    mu: float | None
     batch_size: int | None
 
 

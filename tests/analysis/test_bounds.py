@@ -398,3 +398,21 @@ def test_products_add_up_to_what_was_spent() -> None:
     assert document["num_hvps"] == sum(parts) + document["checks"]["num_hvps"]
     assert document["checks"]["num_hvps"] > 0
     assert document["curvature"]["hessian"]["hvp"] == "double-backward"
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "forward"])
+def test_mu_is_judged_where_it_is_asked_about(curvature: str) -> None:
+    problem = Problem.from_function(lambda x: torch.exp(2.0 * x).sum(), start(20))
+    found = measured(problem, curvature=curvature, mu=0.9, optimizers=("gd",))
+    scale = zoscope.perturbation_scale(problem)
+    assert found.perturbation is not None
+    assert found.perturbation.slope_errors == scale.slope_errors
+    assert [notice.code for notice in found.warnings].count("mu") == 1
+    assert f"--mu {scale.best:.2g}" in next(notice.message for notice in found.warnings if notice.code == "mu")
+    assert f"use μ  {scale.best:.2g}" in str(found)
+    document = found.to_dict()
+    assert document["mu"] == 0.9
+    assert document["perturbation"]["best"] == scale.best
+    right = measured(problem, curvature=curvature, mu=scale.best, optimizers=("gd",))
+    assert "mu" not in [notice.code for notice in right.warnings]
+    assert "perturbation" not in measured(problem, curvature=curvature, optimizers=("gd",)).to_dict()

@@ -32,6 +32,9 @@ class Quadratic:
     def batch(self, theta, rows):
         return None
 
+    def bends(self, theta, directions, mu):
+        return 0.5 * mu * (self.eigenvalues * directions**2).sum(dim=1)
+
 
 def top(count: int = 3) -> TopSpace:
     return TopSpace(torch.eye(len(EIGENVALUES), dtype=torch.float64)[:count], EIGENVALUES[:count].copy(), 0.2)
@@ -83,6 +86,22 @@ def test_the_mean_loss_on_a_quadratic_is_that_of_its_recursion(law, lr, macro):
     error = ends.std(ddof=1) / math.sqrt(len(ends))
     # Macro steps of 4 steps are good to a few percent beside the scatter.
     assert abs(ends.mean() - wanted) < 4 * error + (0.04 if macro < steps else 0.01) * wanted
+
+
+def test_one_sided_differences_add_their_noise():
+    mu, lr, steps, replicas = 0.2, 0.02, 100, 400
+    rehearsed = final_losses(Law("gd", one_sided_mu=mu), lr=lr, steps=steps, macro=25, replicas=replicas)
+    random = np.random.default_rng(0)
+    x = np.full((replicas, len(EIGENVALUES)), 0.5)
+    for _ in range(steps):
+        u = random.standard_normal(x.shape)
+        slope = (x * EIGENVALUES * u).sum(axis=1) + 0.5 * mu * (EIGENVALUES * u**2).sum(axis=1)
+        x -= lr * slope[:, None] * u
+    real = 0.5 * (EIGENVALUES * x**2).sum(axis=1)
+    central = final_losses(Law("gd"), lr=lr, steps=steps, macro=25, replicas=replicas)
+    tolerance = 3 * math.hypot(rehearsed.std(), real.std()) / math.sqrt(replicas)
+    assert tolerance < 0.2 * real.mean() < 0.5 * (real.mean() - central.mean())
+    assert abs(rehearsed.mean() - real.mean()) < tolerance
 
 
 def test_steps_along_a_direction_are_those_of_the_recursion():

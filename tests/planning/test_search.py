@@ -99,3 +99,27 @@ def test_runs_that_never_leave_have_no_edge():
     assert high is None
     assert search.edge().lr is None
     assert search.edge().risk(low) == 0.0
+
+
+def test_a_loss_that_only_rises_is_given_up_where_nothing_can_be_gained():
+    def rising(lr, runs, enough):
+        return {run: one(2.0 + lr + lr**2) for run in runs}
+
+    search = Search(rising, 2)
+    assert search.lowest(1.0).mean > 2.0
+    assert len(search.trials) < 25
+
+
+def test_a_dip_far_below_is_found_all_the_same():
+    def dipping(lr, runs, enough):
+        return {run: one(2.0 - 0.3 * lr + 10 * lr**2) for run in runs}
+
+    search = Search(dipping, 2)
+    assert search.lowest(1.0).lr == pytest.approx(0.015, rel=0.2)
+
+
+def test_more_runs_narrow_the_interval():
+    wide = Edge(np.array([[0.7, 0.8], [1.2, 1.3], [0.95, 1.05]]))
+    assert math.log(wide.ci95[1] / wide.lr) == pytest.approx(wide.half_width)
+    assert Edge(np.repeat(wide.brackets, 3, axis=0)).half_width < 0.5 * wide.half_width
+    assert Edge(wide.brackets[:1]).half_width == math.inf

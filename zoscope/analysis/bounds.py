@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
@@ -54,9 +55,23 @@ def bounds(
 
         own = OWN_DTYPE if request.dtype == "auto" else None  # a wider copy would cost more memory than inference
         with curvature_session(problem, request, dtype=own, differentiable=False) as session:
-            return forward_bounds(session, request)
+            return _with_mu(forward_bounds(session, request), session, request)
     with curvature_session(problem, request) as session:
-        return _result(session, request, measure_problem(session.objective, request))
+        result = _result(session, request, measure_problem(session.objective, request))
+        return _with_mu(result, session, request)
+
+
+def _with_mu(result: BoundsResult, session: CurvatureSession, request: Request) -> BoundsResult:
+    """The result with a judgement of the μ asked about."""
+    if request.mu is None:
+        return result
+    from zoscope.planning.mu import measure_trained_scale, perturbation_notices  # late: with --mu only
+
+    how = {"batch_size": request.batch_size, "one_sided": request.differences == "one-sided", "seed": request.seed}
+    scale = measure_trained_scale(session.subject, session.objective, vars(request), **how)
+    told = (*result.warnings, *perturbation_notices(scale, request.mu))
+    seconds = time.perf_counter() - session.started
+    return replace(result, mu=request.mu, perturbation=scale, warnings=told, seconds=seconds)
 
 
 def _result(session: CurvatureSession, request: Request, measurement: Measurement) -> BoundsResult:

@@ -20,7 +20,7 @@ from zoscope.optim.directions import check_law
 from zoscope.optim.replicas import ZerothOrderEstimator
 from zoscope.optim.rules import rule_from_options
 from zoscope.options import SCHEDULES, PlanMethod, PlanOptions, keywords
-from zoscope.planning.mu import PerturbationScale, measure_scale, perturbation_notices
+from zoscope.planning.mu import PerturbationScale, measure_trained_scale, perturbation_notices
 from zoscope.planning.rehearsal import Law
 from zoscope.planning.runs import (
     FEW,
@@ -40,7 +40,6 @@ from zoscope.planning.search import RISKY, SAFE, Edge, Run, Search, Trial, finit
 from zoscope.problem import Notice
 from zoscope.registry import family_of, optimizer_record
 from zoscope.result import JsonObject, MeasuredResult, ProblemInfo
-from zoscope.runtime.devices import HALF
 from zoscope.theory.rules import estimator_moments, update_rule
 
 if TYPE_CHECKING:
@@ -63,6 +62,9 @@ AGREE = 0.05
 
 EDGE_RTOL, REHEARSED_RTOL = 0.1, 0.2
 """Width of the brackets of single runs' edges; a rehearsal is not worth a narrower one."""
+
+SURE, MORE = 0.07, 3
+"""Half of the 95 % interval of the log edge from which on more real runs are made, and most times as many."""
 
 APPROACH_RTOL, NEIGHBOUR = 0.25, 1.5
 """Width of the bracket that few runs find, and the first factor between the step sizes tried for it."""
@@ -400,7 +402,7 @@ class _Planner:
         if low is None or high is None:
             return search.edge(), None
         search.refine(low, high, rtol=EDGE_RTOL)
-        edge = search.settle(rtol=REHEARSED_RTOL if isinstance(self.runs, RehearsedRuns) else EDGE_RTOL)
+        edge = self._settled()
         top = edge.at_risk(RISKY)
         if top is None:
             return edge, None
@@ -409,6 +411,20 @@ class _Planner:
             best = search.lowest(best.lr)
         best = search.lower(best, top)
         return edge, best if math.isfinite(best.mean) else None
+
+    def _settled(self) -> Edge:
+        """The edges of all runs, and of more real ones where theirs scatter."""
+        search, count = self.search, self.search.replicas
+        if isinstance(self.runs, RehearsedRuns):
+            return search.settle(rtol=REHEARSED_RTOL)
+        edge = search.settle(rtol=EDGE_RTOL)
+        try:
+            while edge.found and edge.half_width > SURE and search.replicas < MORE * count:
+                search.replicas += count
+                edge = search.settle(rtol=REHEARSED_RTOL)
+        finally:
+            search.replicas = count
+        return edge
 
     def _made(self, lr: float, numbers: Sequence[int], enough: int) -> dict[int, Run]:
         """Runs at a step size; those that are in the store are not made again."""
@@ -484,7 +500,7 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
     found = keywords("plan", options)
     sizes = read_schedule(found["schedule"], warmup=found["warmup"])
     subject, settings = subject_of(problem, found["params"]), _settings(found, sizes)
-    no_rehearsal = _no_rehearsal(family_of(found["optimizer"]), found["differences"])
+    no_rehearsal = _no_rehearsal(family_of(found["optimizer"]))
     if no_rehearsal is not None and found["method"] == "rehearsal":
         raise UsageError(f"--method rehearsal: {no_rehearsal} Use --method replicas.")
     method: PlanMethod = found["method"] if no_rehearsal is None else "replicas"
@@ -560,25 +576,15 @@ def plan(problem: Problem, *, on_progress: OnPlan | None = None, **options: Unpa
 def _perturbation(
     subject: Problem, found: Mapping[str, Any], objective: Objective, question: Question, lr: float | None
 ) -> PerturbationScale:
-    """At which μ slopes are right: in the weights' own dtype, where no other is asked for."""
-
-    def measured(prepared: Objective) -> PerturbationScale:
-        return measure_scale(
-            prepared,
-            batch_size=question.batch_size,
-            lr=lr if question.law.family == "gd" else None,
-            one_sided=question.estimator.one_sided,
-            seed=question.seed,
-        )
-
-    if found["dtype"] != "auto" or not any(param.dtype in HALF for param in subject.model.parameters()):
-        return measured(objective)
-    options = {name: found[name] for name in ("device", "micro_batch", "max_memory")}
-    try:
-        with subject.prepare(dtype="own", differentiable=False, **options) as trained:
-            return measured(trained)
-    except SpecError:  # batches of another dtype than the weights, which a training would convert
-        return measured(objective)
+    return measure_trained_scale(
+        subject,
+        objective,
+        found,
+        batch_size=question.batch_size,
+        lr=lr if question.law.family == "gd" else None,
+        one_sided=question.estimator.one_sided,
+        seed=question.seed,
+    )
 
 
 def _notices(
@@ -653,6 +659,7 @@ def _question(found: Mapping[str, Any], sizes: StepSizes, objective: Objective) 
         weight_decay=found["weight_decay"] if "weight_decay" in constants else 0.0,
         a=moments.a,
         b=moments.b,
+        one_sided_mu=found["mu"] if found["differences"] == "one-sided" else 0.0,
     )
     estimator = ZerothOrderEstimator(
         mu=found["mu"],
@@ -696,13 +703,11 @@ def _remedy(planner: _Planner, edge: Edge) -> str:
     return advice
 
 
-def _no_rehearsal(family: str, differences: str) -> str | None:
+def _no_rehearsal(family: str) -> str | None:
     """Why runs of an optimizer cannot be rehearsed."""
     record = optimizer_record(family)
     if record.adapts is not None and not record.preconditioned:
         return f"No rehearsal of zo-{family} is known."
-    if differences == "one-sided":
-        return "The noise that one-sided differences add is not rehearsed."
     return None
 
 

@@ -191,6 +191,7 @@ class Request(RuleRequest):
     preconditioner: str
     threshold: Threshold
     lr: float | None = None
+    mu: float | None = None
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -296,6 +297,7 @@ class CurvatureSession:
         objective: The prepared problem.
         request: How it is measured.
         spec: Name of the problem in the result.
+        subject: The problem itself.
         started: When the work began, on the clock of ``time.perf_counter``.
         measurable: What of it is measured while it trains; ``None`` for one that does not.
     """
@@ -303,6 +305,7 @@ class CurvatureSession:
     objective: Objective
     request: MeasureRequest
     spec: str | None
+    subject: Problem
     started: float
     measurable: Measurable | None = None
 
@@ -376,4 +379,4 @@ def curvature_session(
 
             measured = stack.enter_context(measurable(subject, objective, **where))
         name = subject.name if request.spec is None else request.spec
-        yield CurvatureSession(objective, request, name, started, measured)
+        yield CurvatureSession(objective, request, name, subject, started, measured)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.advice import Advisor, Limit
     from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
     from zoscope.curvature.slq import Curvature, ForwardCurvature
+    from zoscope.planning.mu import PerturbationScale
     from zoscope.registry import Directions
     from zoscope.theory.rules import UpdateRule
     from zoscope.theory.stability import HorizonPoint
@@ -313,6 +314,8 @@ class BoundsResult(MeasuredResult):
         optimizers: One entry per update rule.
         estimator: The zeroth-order gradient estimate.
         forward: The Hessian as forward passes see it, where only those were made; ``curvature`` is empty then.
+        mu: μ to judge.
+        perturbation: At which μ slopes are right, with the batch and in the dtype that train, if one was to be judged.
     """
 
     schema = "zoscope.bounds/1"
@@ -323,6 +326,8 @@ class BoundsResult(MeasuredResult):
     optimizers: Mapping[str, OptimizerBounds]
     estimator: Estimator
     forward: ForwardCurvature | None = None
+    mu: float | None = None
+    perturbation: PerturbationScale | None = None
 
     def body(self) -> dict[str, Any]:
         """What only this kind of result has."""
@@ -330,7 +335,7 @@ class BoundsResult(MeasuredResult):
         if self.forward is not None:
             curvature["hessian"] = _forward_dict(self.forward)
         found = {"checks": {"num_hvps": self.num_check_hvps}, "curvature": curvature}
-        return pick(self, "steps rtol") | found | pick(self, "optimizers estimator")
+        return pick(self, "steps rtol") | found | pick(self, "optimizers estimator mu? perturbation?")
 
     @property
     def num_check_hvps(self) -> int:

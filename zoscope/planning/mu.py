@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
 from typing import Any, ClassVar
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from zoscope.curvature.finite_difference import Difference
 from zoscope.curvature.forward import DirectionSampler, exploring
-from zoscope.errors import UsageError
+from zoscope.errors import SpecError, UsageError
 from zoscope.optim.directions import new_generator
 from zoscope.problem import Notice, Objective, Problem
 from zoscope.problem.objective import Examples
 from zoscope.result import JsonObject, RichResult, pick
+from zoscope.runtime.devices import HALF
 from zoscope.theory.spectrum import Estimate, widening
 
 GRID = tuple(10.0 ** (k / 2) for k in range(-12, 1))
@@ -183,6 +185,25 @@ def perturbation_scale(
             directions=directions,
             seed=seed,
         )
+
+
+def measure_trained_scale(
+    subject: Problem, objective: Objective, where: Mapping[str, Any], **how: Any
+) -> PerturbationScale:
+    """Measure the range of μ in the weights' own dtype, if no other is asked for.
+
+    Args:
+        subject: The problem that is prepared.
+        objective: What it is prepared as, perhaps in a wider dtype.
+        where: Options ``dtype``, ``device``, ``micro_batch`` and ``max_memory`` of the command.
+        **how: Keyword arguments of `measure_scale`.
+    """
+    if where["dtype"] == "auto" and any(param.dtype in HALF for param in subject.model.parameters()):
+        options = {name: where[name] for name in ("device", "micro_batch", "max_memory")}
+        # Batches of another dtype than the weights, which a training would convert, are refused.
+        with suppress(SpecError), subject.prepare(dtype="own", differentiable=False, **options) as trained:
+            return measure_scale(trained, **how)
+    return measure_scale(objective, **how)
 
 
 def measure_scale(

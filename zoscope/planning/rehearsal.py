@@ -10,7 +10,9 @@ Hessian, ``QᵀHQ = Λ``, and constant across them, so that with ``m ← βm + �
     (Eδ², Eδm, Em²) ← Aᴷ with the noise as source,   A as in theory/stability.py
 
 A gradient a macro step gives g, a mini-batch or two N. Adam has η divided by ``√v + ε`` in every coordinate, v driven
-by the mean of ``ĝ²``, ``bN + a g_i²``. Weight decay w adds ``w x`` to the gradient and w to λ in the mean.
+by the mean of ``ĝ²``, ``bN + a g_i²``. Weight decay w adds ``w x`` to the gradient and w to λ in the mean. One-sided
+differences add ``(μ/2) uᵀHu u`` to an estimate: ``(μ²/4) (E(uᵀHu)² I + 4 Tr(H) H + 8 H²)`` in its covariance with
+Gaussian u. One u a macro step tells ``uᵀHu``.
 
 The top directions turn while a run goes on. A further gradient each macro step, beside a point of the run, gives the
 Hessian's product with one vector of Q, or with the part of the gradient that lies across Q, where an instability shows
@@ -50,6 +52,9 @@ TRUST = 0.1
 PRODUCTS = 1
 """Products of the Hessian that go with the gradients of all runs."""
 
+BEND = 4
+"""Losses that a one-sided and a central slope take."""
+
 LEAST = 0.05
 """Least share of N that is left by what fades, and of 1 by what noise feeds back."""
 
@@ -73,6 +78,9 @@ class Gradients(Protocol):
     def batch(self, theta: Tensor, rows: list[int]) -> Tensor | None:
         """Gradients ``(R, d)`` over a new mini-batch for each of these rows; ``None`` where steps see all examples."""
 
+    def bends(self, theta: Tensor, directions: Tensor, mu: float) -> Tensor:
+        """One-sided slopes less central ones along ``directions`` ``(R, d)``, ``(R,)``; of the last mini-batches."""
+
     def begin(self, runs: Sequence[int]) -> None:
         """The rows are these runs, and their mini-batches start anew."""
 
@@ -90,6 +98,7 @@ class Law:
         weight_decay: w of ``ĝ + w x``.
         a: Weight of the signal in the estimate's second moment.
         b: Weight of its isotropic noise.
+        one_sided_mu: μ of one-sided differences; 0 for central ones.
     """
 
     family: str
@@ -100,6 +109,7 @@ class Law:
     weight_decay: float = 0.0
     a: float = 2.0
     b: float = 1.0
+    one_sided_mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -269,6 +279,7 @@ class Rehearsed:
         left: For every run the step at which it had left, or ``None``.
         gradients: Gradients over all examples that were taken.
         batches: Gradients over mini-batches.
+        losses_seen: Losses beside them that one-sided differences took, of a step's examples.
     """
 
     steps: Array
@@ -276,6 +287,7 @@ class Rehearsed:
     left: tuple[int | None, ...]
     gradients: int
     batches: int
+    losses_seen: int
 
 
 class Rehearsal:
@@ -322,7 +334,7 @@ class Rehearsal:
         streams = spawn_streams(seed, max(runs) + 1, start.device)
         self._streams = [streams[run] for run in runs]
         self._left: list[int | None] = [None] * len(runs)
-        self._gradients = self._batches = self._looks = 0
+        self._gradients = self._batches = self._losses_seen = self._looks = 0
         self._previous: Tensor | None = None
         self._inverse, self._width = 1.0, 0.0
         self._expected: tuple[Tensor, Tensor, Tensor] | None = None
@@ -370,7 +382,8 @@ class Rehearsal:
             self._drop(gone, self._x, done)
         elif self._index:
             losses[-1] = np.full(len(self._left), np.inf)
-        return Rehearsed(np.array(looked), np.array(losses), tuple(self._left), self._gradients, self._batches)
+        spent = self._gradients, self._batches, self._losses_seen
+        return Rehearsed(np.array(looked), np.array(losses), tuple(self._left), *spent)
 
     def _factor(self, done: int, size: int) -> float:
         if self._shape is None:
@@ -483,17 +496,33 @@ class Rehearsal:
             squares = 0.5 * (batch.square() + again.square())
             power = squares.double().sum(dim=1, keepdim=True)
             extra = extra + math.sqrt(law.a) * across.to(x) * (batch - gradients)
+        bends = None
+        if law.one_sided_mu:
+            bends = self._source.bends(x, self._normal(), law.one_sided_mu)[:, None].to(power)
+            self._losses_seen += BEND * len(x)
+            power = power + bends.square()
         drift = gradients + law.weight_decay * x if law.weight_decay else gradients
         rate, inverse = self._rates(law.a * squares + law.b * power.to(x), eta=eta, count=count, done=done)
         exact, power = self._averaged(gradients, power, rate, count)
         variance = law.b * power * fluctuating
-        noise = self._normal() * variance.sqrt().to(x) + extra
-        second = None if self._m is None else self._normal() * variance.sqrt().to(x)
+        noise = self._noise(variance, bends) + extra
+        second = None if self._m is None else self._noise(variance, bends)
         size = 1.0 if inverse is None else float(inverse.mean())
         self._previous = drift[0]
         self._inverse = size
         self._width = eta * size * math.sqrt(count * float(variance.mean()))
         self._move(drift, noise, second, rate, exact, power, count)
+
+    def _noise(self, variance: Tensor, bends: Tensor | None) -> Tensor:
+        """``(R, d)`` noise of a step; that of one-sided differences is larger where curvature is."""
+        noise = self._normal() * variance.sqrt().to(self._x)
+        if bends is None or not len(self._top.basis):
+            return noise
+        law, mu = self._law, self._law.one_sided_mu
+        values = torch.as_tensor(self._top.values, device=noise.device)
+        more = law.b * (2 * mu * bends * values + 2 * (mu * values) ** 2).clamp_min(0.0)
+        drawn = torch.stack([torch.randn(len(values), generator=s, device=noise.device) for s in self._streams])
+        return noise + (drawn * more.sqrt()).to(noise) @ self._top.basis
 
     def _rates(self, square: Tensor, *, eta: float, count: int, done: int) -> tuple[float | Tensor, Tensor | None]:
         """Step sizes along the momentum, and for Adam ``1/(√v + ε)`` in the middle of the macro step."""

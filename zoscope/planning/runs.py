@@ -156,7 +156,7 @@ class RealRuns:
             estimator=question.estimator,
             lr=lr,
             steps=question.steps,
-            replicas=self.replicas,
+            replicas=max(runs) + 1,
             chosen=tuple(runs),
             seed=question.seed,
             limits=Limits(left=ceiling),
@@ -243,7 +243,8 @@ class RehearsedRuns:
         finally:
             self._objective.write(self._start)
         self._cost.gradients += found.gradients
-        self._cost.forward_passes += GRADIENT * (found.gradients + self._share * found.batches) + len(runs)
+        of_batches = self._share * (GRADIENT * found.batches + found.losses_seen)
+        self._cost.forward_passes += GRADIENT * found.gradients + of_batches + len(runs)
         made = zip(runs, found.left, found.losses.T, strict=True)
         decided = ((run, left, losses) for run, left, losses in made if left is not None or math.isfinite(losses[-1]))
         return {run: Run(left, found.steps, losses) for run, left, losses in decided}

@@ -39,6 +39,12 @@ SCATTER = 0.03
 FALLING = 2.0**0.5
 """Factor between the step sizes among which the lowest loss is looked for."""
 
+FLAT = 1e-3
+"""Rise over the loss at the start, relative to it, below which half the step size gains nothing if it rises there, too.
+
+With ``-a·lr + b·lr²`` what can be gained is an eighth of the rise at a step size at half of which the loss still rises.
+"""
+
 MISSED = 3
 """Most step sizes at which few runs had a lower loss that all runs are made at."""
 
@@ -135,8 +141,13 @@ class Edge:
         """95 % interval of ``lr``."""
         if self.lr is None or len(self.logs) < 2:
             return None
-        wide = float(stats.t.ppf(0.975, len(self.logs) - 1)) * self.scatter / math.sqrt(len(self.logs))
-        return self.lr * math.exp(-wide), self.lr * math.exp(wide)
+        return self.lr * math.exp(-self.half_width), self.lr * math.exp(self.half_width)
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % interval of log ``lr``; infinite for fewer than two runs."""
+        count = len(self.logs)
+        return float(stats.t.ppf(0.975, count - 1)) * self.scatter / math.sqrt(count) if count > 1 else math.inf
 
     def risk(self, lr: float) -> float:
         """Share of new runs that leave at a step size."""
@@ -273,7 +284,7 @@ class Search:
             below, above = tried[place - 1] if place else None, tried[place + 1] if place + 1 < len(tried) else None
             if above is not None and math.isfinite(best.mean) and above.lr / best.lr > NEAR * FALLING:
                 self.trial(math.sqrt(above.lr * best.lr))
-            elif best.lr * WIDEST < top:
+            elif best.lr * WIDEST < top or _nothing_below(best, tried):
                 return best
             elif below is None or not math.isfinite(best.mean):
                 self.trial(tried[0].lr / FALLING)
@@ -300,6 +311,13 @@ class Search:
             if whole.mean < best.mean:
                 best = whole
         return best
+
+
+def _nothing_below(best: Trial, tried: Sequence[Trial]) -> bool:
+    """Whether the loss rises a little at twice the best step size, and rises there still."""
+    start = float(next(iter(best.runs.values())).losses[0])
+    twice = [trial.mean for trial in tried if trial.lr > 1.99 * best.lr]
+    return best.mean > start and bool(twice) and min(twice) - start <= FLAT * abs(start)
 
 
 def _met_again(lr: float) -> float:

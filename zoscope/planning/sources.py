@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoscope.optim.directions import new_generator
 from zoscope.optim.perturbation import SequentialSurface, StackedMiniBatchSurface, StackedSurface, Surface
-from zoscope.problem.objective import Examples
+from zoscope.problem.objective import Examples, Shard
 
 if TYPE_CHECKING:
     from zoscope.problem import Objective
@@ -40,6 +40,7 @@ class ObjectiveGradients:
         if batch_size is not None and isinstance(self._surface, StackedSurface):
             self._stacked = _stacked_batches(objective, batch_size, seed=seed, replicas=most)
         self._generators: list[torch.Generator] = []
+        self._shards: list[Sequence[Shard]] = []
 
     def begin(self, runs: Sequence[int]) -> None:
         """See `Gradients.begin`."""
@@ -66,11 +67,26 @@ class ObjectiveGradients:
             with torch.enable_grad():
                 return self._stacked.batch_gradients(theta)
         gradients = []
-        for point, row in zip(theta, rows, strict=True):
-            shards = self._examples.draw(self._batch_size, self._generators[row])
+        self._shards = [self._examples.draw(self._batch_size, self._generators[row]) for row in rows]
+        for point, shards in zip(theta, self._shards, strict=True):
             self._objective.write(point)
             gradients.append(self._objective.gradient_of(shards)[1])
         return torch.stack(gradients)
+
+    def bends(self, theta: Tensor, directions: Tensor, mu: float) -> Tensor:
+        """See `Gradients.bends`."""
+        if self._examples is None or self._stacked is not None:
+            surface = self._stacked or self._surface
+            central = surface.slopes(theta, directions, mu)[0]
+            return surface.slopes(theta, directions, mu, one_sided=True)[0] - central
+        found = []
+        for point, direction, shards in zip(theta, directions, self._shards, strict=True):
+            losses = []
+            for shift in (mu, -mu, 0.0):
+                self._objective.write(torch.add(point, direction, alpha=shift))
+                losses.append(self._objective.value_of(shards))
+            found.append((losses[0] + losses[1] - 2 * losses[2]) / (2 * mu))
+        return torch.tensor(found, dtype=torch.float64, device=theta.device)
 
 
 def _stacked_batches(

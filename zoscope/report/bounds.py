@@ -12,7 +12,7 @@ from rich.text import Text
 from zoscope.analysis.advice import JUMPS, SHORT
 from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.registry import optimizer_name
-from zoscope.report.answer import as_report, one_line, ruler
+from zoscope.report.answer import as_report, mu_row, one_line, ruler
 from zoscope.report.console import CleanConsole
 from zoscope.report.style import grid, header, heading, number_table
 from zoscope.report.words import (
@@ -370,6 +370,8 @@ def answer(result: BoundsResult, width: int) -> Iterator[RenderableType]:
     yield next((table for table in tables if _natural_width(table) <= width), tables[-1])
     rulers = (_ruler(result, row, width) for row in result.optimizers.values())
     yield from itertools.islice(filter(None, rulers), 1)
+    if result.perturbation is not None:
+        yield grid([mu_row(result.perturbation, asked=result.mu)])
 
 
 def _title(result: BoundsResult, width: int) -> Text:

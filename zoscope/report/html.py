@@ -20,6 +20,7 @@ from zoscope.report.words import (
     OPERATOR_NAMES,
     count,
     duration,
+    percent,
     quantity,
     step_range,
     step_size,
@@ -281,12 +282,6 @@ def _family(name: str) -> str:
     return optimizer_name(f"zo-{name}") if name in OPTIMIZERS else name
 
 
-def _percent(share: float | None) -> str:
-    if share is None:
-        return MISSING
-    return "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
-
-
 def _bounds(document: Document) -> Answer:
     steps, rows, sentences = count(document["steps"]), [], []
     verdicts = []
@@ -340,12 +335,12 @@ def _plan(document: Document) -> Answer:
     sentence = "No step size lowers the loss."
     if answer["lr"] is not None:
         loss = f"loss {quantity(answer['loss_start'])} → {quantity(answer['expected_loss'], digits=3)} expected"
-        sentence = f"Use lr {step_size_at_most(answer['lr'])}: {loss}; {_percent(answer['risk'])} of runs diverge."
+        sentence = f"Use lr {step_size_at_most(answer['lr'])}: {loss}; {percent(answer['risk'])} of runs diverge."
     interval = "" if edge["ci95"] is None else f" (95 %: {step_range(*edge['ci95'])})"
     passes, run = (count(cost[name], rough=True) for name in ("forward_passes", "run"))
     facts = [
         ("half of the runs diverge at", f"{step_size(edge['lr'])}{interval}"),
-        (f"{_percent(safe['risk'])} of the runs diverge at", step_size(safe["lr"])),
+        (f"{percent(safe['risk'])} of the runs diverge at", step_size(safe["lr"])),
         ("looked ahead by", f"{document['method']}, {count(document['replicas'], 'run')} at most per step size"),
         ("cost", f"{passes} forward passes; one run takes {run}"),
     ]
@@ -354,7 +349,7 @@ def _plan(document: Document) -> Answer:
             row["schedule"],
             step_size(row["lr"]),
             quantity(row["expected_loss"], digits=3),
-            _percent(row["risk"]),
+            percent(row["risk"]),
             step_size(row["edge"]),
         )
         for row in document["schedules"]
@@ -365,7 +360,7 @@ def _plan(document: Document) -> Answer:
             quantity(point["loss_mean"]),
             f"{quantity(point['loss_lo'])} – {quantity(point['loss_hi'])}" if point["loss_lo"] is not None else MISSING,
             f"{point['left']} of {point['runs']}",
-            _percent(point["risk"]),
+            percent(point["risk"]),
         )
         for point in document["curve"]
     ]
@@ -516,7 +511,7 @@ def _moments(document: Document) -> Answer:
 
 
 def _perturbation(document: Document) -> Answer:
-    tolerance = _percent(document["tolerance"])
+    tolerance = percent(document["tolerance"])
     best = document["best"]
     low, high = (None if document[end] is None else f"{document[end]['value']:.2g}" for end in ("lower", "upper"))
     ends = ", ".join(filter(None, (low and f"from {low} on", high and f"up to {high}"))) or "as far as it was tried"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from zoscope.registry import optimizer_name
-from zoscope.report.answer import as_report, one_line, ruler
+from zoscope.report.answer import as_report, mu_row, one_line, ruler
 from zoscope.report.style import grid, heading, lines_of, number_table
-from zoscope.report.words import MISSING, count, duration, quantity, step_range, step_size, step_size_at_most
+from zoscope.report.words import MISSING, count, duration, percent, quantity, step_range, step_size, step_size_at_most
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -82,7 +82,7 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
         interval = "" if edge.ci95 is None else f" (95 %: {step_range(*edge.ci95)})"
         yield "edge", f"{step_size(edge.lr)}   half of the runs diverge{interval}"
     if result.perturbation is not None:
-        yield _mu(result.perturbation, asked=result.question["mu"])
+        yield mu_row(result.perturbation, asked=result.question["mu"])
     yield "cost", _runs(result)
     if result.interrupted:
         yield "stopped", Text("interrupted: this is what was known by then", style="yellow")
@@ -95,21 +95,12 @@ def _runs(result: PlanResult) -> str:
     return f"that of {took} runs; a sweep of 15 step sizes, {each} each: {sweep}"
 
 
-def _mu(scale: PerturbationScale, *, asked: float | None = None) -> tuple[str, str | Text]:
-    """The μ to use, which is the one asked for wherever slopes are right at it."""
-    right = f"slopes right within {percent(scale.tolerance)} with"
-    best = asked if asked is not None and scale.allows(asked) else scale.best
-    if best is None:
-        return "use μ", Text(f"{right} {scale.range} tried", style="bold yellow")
-    return "use μ", Text(f"{best:.2g}", style="bold green") + Text(f"   {right} {scale.range}")
-
-
 def scale_answer(result: PerturbationScale, width: int) -> Iterator[RenderableType]:
     """The range of μ."""
     batch = "all examples" if result.batch_size is None else f"batches of {count(result.batch_size)}"
     evaluated = f"{count(result.num_evaluations)} losses"
     yield one_line(["μ, MeZO's ε", batch, result.dtype, evaluated, duration(result.seconds)], width=width)
-    yield grid([_mu(result)])
+    yield grid([mu_row(result)])
 
 
 def scale_details(result: PerturbationScale, width: int) -> Iterator[RenderableType]:
@@ -133,15 +124,6 @@ def _method(result: PlanResult) -> str:
     if result.method == "rehearsal":
         return f"rehearsals, {tried}, {count(result.cost.gradients)} gradients, in all as {passes}"
     return f"real runs, {tried}, up to {count(result.replicas)} runs each, {passes}"
-
-
-def percent(share: float | None) -> str:
-    """A share of runs: ``< 0.1 %``, ``0.5 %``, ``12 %``."""
-    if share is None:
-        return MISSING
-    if share < 0.001:
-        return "< 0.1 %"
-    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def schedules_table(result: PlanResult) -> Table:

@@ -120,6 +120,15 @@ def count(value: float, noun: str = "", *, rough: bool = False) -> str:
     return f"{number} {noun}{'' if value == 1 else 's'}" if noun else number
 
 
+def percent(share: float | None) -> str:
+    """A share of runs: ``< 0.1 %``, ``0.5 %``, ``12 %``."""
+    if share is None:
+        return MISSING
+    if share < 0.001:
+        return "< 0.1 %"
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
 def duration(seconds: float) -> str:
     """``0.4 s``, ``12 s``, ``3 min 20 s``."""
     if seconds < 9.95:
