@@ -53,6 +53,20 @@ def test_one_kink_counts_by_the_directions_that_cross_it():
     assert found.trace.value == pytest.approx(count / width, abs=5 * found.trace.stderr)
 
 
+@pytest.mark.parametrize("reach", [200.0, 600.0])
+def test_kinks_are_counted_over_the_noise_of_ten_steps(reach):
+    count, width = 4000, 0.05
+    c = width * (2 * torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1)
+    problem = Problem.from_function(lambda x: (x - c).abs().sum(), torch.zeros(count, dtype=torch.float64))
+    with problem.prepare(device="cpu") as objective:
+        operator = HessianOperator(objective)
+        found = nonsmooth_curvature(objective, operator, generator=torch.Generator().manual_seed(1), reach=reach)
+    assert found.step == pytest.approx(10**0.5 * 2 * reach / found.trace.value, rel=0.1)
+    z = torch.randn(200, count, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = 2 * (found.step * z.abs() - c.abs()).clamp_min(0).sum(dim=1).mean() / found.step**2
+    assert found.trace.value == pytest.approx(float(expected), abs=5 * found.trace.stderr)
+
+
 class HiddenCube(torch.autograd.Function):
     """Its backward takes what autograd cannot see as a constant."""
 

@@ -123,10 +123,10 @@ EXPLANATIONS: dict[str, Explanation] = {
     ),
     "kinks": Explanation(
         "over short steps second derivatives miss curvature",
-        "Over steps of 1e-3 the loss bends otherwise than its second derivatives say: it has kinks (ReLU, max-pooling, "
+        "Over short steps the loss bends otherwise than its second derivatives say: it has kinks (ReLU, max-pooling, "
         "absolute values), a curvature that changes on the way, or an operation that hides its second derivative.",
-        "The descent threshold is measured with the kinks; the others know second derivatives only and can be wrong by "
-        "as much as the two differ.",
+        "The descent threshold is measured with the kinks, over the noise of ten optimizer steps; the others know "
+        "second derivatives only and can be wrong by as much as the two differ.",
         "Keep a wider margin, compare with `--curvature forward`, or try it: `zoscope plan`, `zoscope probe`.",
     ),
     "step-size-check": Explanation(

@@ -367,7 +367,7 @@ def measure_problem(objective: Objective, request: Request) -> Measurement:
     loss, g = finite_gradient(objective)
     base = curvature_operator(objective, request)
     moments = request.moments(dimension=objective.num_params)
-    nonsmooth = _nonsmooth(objective, base, request)
+    nonsmooth = _nonsmooth(objective, base, request, reach=float(torch.linalg.vector_norm(g.double())) / moments.b**0.5)
     plain = [rule for rule in request.rules.values() if not rule.preconditioned]
     adam = [rule for rule in request.rules.values() if rule.preconditioned]
     preconditioner = _preconditioner(objective, g, request=request, moments=moments) if adam else None
@@ -423,11 +423,11 @@ def finite_gradient(objective: Objective) -> tuple[float, Tensor]:
     return loss, g
 
 
-def _nonsmooth(objective: Objective, base: LinearOperator, request: MeasureRequest) -> Nonsmooth:
+def _nonsmooth(objective: Objective, base: LinearOperator, request: MeasureRequest, *, reach: float = 0.0) -> Nonsmooth:
     if not isinstance(base, HessianOperator):
         return NOTHING
     (generator,) = spawn_generators(request.seed, 1, base.device)
-    return nonsmooth_curvature(objective, base.known(), generator=generator)
+    return nonsmooth_curvature(objective, base.known(), generator=generator, reach=reach)
 
 
 def notify_unseen(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zoscope.analysis.explanations import PROVISIONAL
+from zoscope.curvature.nonsmooth import NOTICEABLE
 from zoscope.curvature.slq import DENSE_LIMIT
 from zoscope.problem import Notice
 from zoscope.runtime import spawn_generators
@@ -296,9 +297,6 @@ def growth_notices(found: Growth | None) -> Iterable[Notice]:
 INDEFINITE = 0.01
 """Negative mass, relative to the positive part, from which the Hessian is called indefinite."""
 
-NOTICEABLE = 0.1
-"""Curvature that only differences see, relative to that of second derivatives, from which it is worth a warning."""
-
 _MISSED = (
     "kinks (ReLU, max-pooling, absolute values), which they cannot see, a curvature that changes within such steps, or "
     "an operation that hides its second derivative, as a custom autograd.Function can"
@@ -357,9 +355,9 @@ def nonsmooth_notices(nonsmooth: Nonsmooth, *, trace: float, positive: float) ->
     if abs(kinks) > NOTICEABLE * max(positive, 0.0):
         yield Notice(
             "kinks",
-            f"Over steps of 1e-3 the loss bends with a trace of {_number(trace + kinks)}, while second derivatives "
-            f"have {_number(trace)}: it has {_MISSED}. The descent threshold uses the former. The others know second "
-            "derivatives only and can be wrong by as much: keep a wider margin, or probe.",
+            f"Over steps of {_number(nonsmooth.step)} the loss bends with a trace of {_number(trace + kinks)}, while "
+            f"second derivatives have {_number(trace)}: it has {_MISSED}. The descent threshold uses the former. The "
+            "others know second derivatives only and can be wrong by as much: keep a wider margin, or probe.",
         )
     elif nonsmooth.disagreement > NOTICEABLE:
         yield Notice(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from zoscope.curvature.operators import LinearOperator
@@ -94,6 +95,12 @@ PROBES = 3
 STEP = 1e-3
 """Step along a direction: the usual μ of zeroth-order training, so that the kinks that count are those it crosses."""
 
+AHEAD, SETTLING = 10, 3
+"""Optimizer steps whose noise is as long as the step with which kinks are measured, and how often that is adapted."""
+
+NOTICEABLE = 0.1
+"""Curvature that only differences see, relative to that of second derivatives, which is worth following and telling."""
+
 CLEAR_OF_ROUNDING = 100.0
 """Second difference of the loss in units of its rounding error; the step is longer where it would be less."""
 
@@ -106,13 +113,16 @@ class Nonsmooth:
     """What differences of the loss see beside the Hessian.
 
     Args:
-        trace: By how much their trace is larger, loss/param², over steps of ``STEP``. Its standard error is that over
-            the directions; its quadrature error is that of a longer step, where rounding asks for one.
-        disagreement: Root mean square difference along a direction, relative to the Hessian's own curvatures.
+        trace: By how much their trace is larger, loss/param², over steps of ``step``. Its standard error is that over
+            the directions; its quadrature error is that of a longer step than ``STEP``, where rounding asks for one.
+        disagreement: Root mean square difference along a direction over steps of ``STEP``, relative to the Hessian's
+            own curvatures.
+        step: In units of the parameters: ``STEP``, or where that sees more the noise of ``AHEAD`` optimizer steps.
     """
 
     trace: Estimate
     disagreement: float
+    step: float = STEP
 
     @property
     def significant(self) -> float:
@@ -124,7 +134,9 @@ class Nonsmooth:
 NOTHING = Nonsmooth(Estimate(0.0), 0.0)
 
 
-def nonsmooth_curvature(objective: Objective, operator: LinearOperator, *, generator: torch.Generator) -> Nonsmooth:
+def nonsmooth_curvature(
+    objective: Objective, operator: LinearOperator, *, generator: torch.Generator, reach: float = 0.0
+) -> Nonsmooth:
     """How much larger the trace is for small random steps than for infinitesimal ones.
 
     At a kink the second derivative is a point mass: autograd returns 0 almost everywhere, yet every step of finite
@@ -132,10 +144,14 @@ def nonsmooth_curvature(objective: Objective, operator: LinearOperator, *, gener
     ``(f(θ+hz) - 2f(θ) + f(θ-hz))/h²`` with ``zᵀHz`` for the same ``z ~ N(0, I)``. For a smooth loss the difference is
     zero up to O(h²), unless an operation hides its second derivative from autograd.
 
+    With kinks this depends on h, and more of them are met further away. So where h = ``STEP`` sees something, h grows
+    to the noise of ``AHEAD`` optimizer steps at the descent threshold that belongs to it, ``√AHEAD · 2 reach / Tr``.
+
     Args:
         objective: The prepared problem; its parameters are the same afterwards.
         operator: Its Hessian.
         generator: Source of the directions.
+        reach: ``‖g‖/√b`` of the estimates that train; 0 where nothing trains.
     """
     vectors = torch.randn(PROBES, operator.dim, generator=generator, dtype=operator.dtype, device=operator.device)
     curvatures = (vectors * operator.matmat(vectors)).sum(dim=1).double().tolist()
@@ -147,6 +163,10 @@ def nonsmooth_curvature(objective: Objective, operator: LinearOperator, *, gener
         objective.write(start - step * vector)
         return above - 2 * loss + objective.value()
 
+    def excess(step: float) -> torch.Tensor:
+        found = [second_difference(z, step) / step**2 - c for z, c in zip(vectors, curvatures, strict=True)]
+        return torch.tensor(found, dtype=torch.float64)
+
     eps, size = torch.finfo(operator.dtype).eps, max(map(abs, curvatures))
     try:
         # Over such a step the loss bends by rounding alone, which may exceed its own: a cross-entropy near zero has
@@ -155,16 +175,29 @@ def nonsmooth_curvature(objective: Objective, operator: LinearOperator, *, gener
         bent = [abs(second_difference(z, nearby) - nearby**2 * c) for z, c in zip(vectors, curvatures, strict=True)]
         noise = max(4 * eps * max(abs(loss), 1e-30), *bent)
         h = max(STEP, math.sqrt(CLEAR_OF_ROUNDING * noise / size)) if size > 0 else STEP
-        excess = [second_difference(z, h) / h**2 - c for z, c in zip(vectors, curvatures, strict=True)]
+        found = excess(h)
+        if size == 0 and float(found.abs().max()) <= noise / h**2:  # a linear loss
+            return NOTHING
+        own, differs = (float(t.square().mean().sqrt()) for t in (torch.tensor(curvatures, dtype=torch.float64), found))
+        share = differs / own if own > 0 else 0.0
+        # Over a longer step a kink bends the loss less, in inverse proportion at most.
+        near = _nonsmooth(found, share, h, rounding=noise / h**2, longer=h / STEP - 1)
+        if differs <= NOTICEABLE * own or reach == 0:
+            return near
+        mean, step = float(np.mean(curvatures)), None
+        for _ in range(SETTLING):
+            trace = mean + float(found.mean())
+            if not 0 < trace < math.inf:
+                return near
+            wanted = 2 * math.sqrt(AHEAD) * reach / trace
+            step = max(wanted if step is None else math.sqrt(step * wanted), h)
+            found = excess(step)
+        assert step is not None
+        return _nonsmooth(found, share, step, rounding=noise / step**2, longer=0.0) if found.isfinite().all() else near
     finally:
         objective.write(start)
-    found = torch.tensor(excess, dtype=torch.float64)
-    rounding = noise / h**2
-    if size == 0 and float(found.abs().max()) <= rounding:  # a linear loss
-        return NOTHING
-    spread = math.hypot(float(found.std()), rounding) / math.sqrt(PROBES)
-    own = torch.tensor(curvatures, dtype=torch.float64).square().mean().sqrt()
-    share = float(found.square().mean().sqrt() / own) if own > 0 else 0.0
-    # Over a longer step a kink bends the loss less, in inverse proportion at most.
-    mean = float(found.mean())
-    return Nonsmooth(Estimate(mean, spread, quadrature=abs(mean) * (h / STEP - 1)), share)
+
+
+def _nonsmooth(excess: torch.Tensor, share: float, step: float, *, rounding: float, longer: float) -> Nonsmooth:
+    mean, spread = float(excess.mean()), math.hypot(float(excess.std()), rounding) / math.sqrt(PROBES)
+    return Nonsmooth(Estimate(mean, spread, quadrature=abs(mean) * longer), share, step)
