@@ -62,13 +62,14 @@ class MiniBatchMoments:
         return self.examples.expectation(lambda h: h @ h, self.batch_size)
 
     def step(self, X, C, V, *, feedback=True, source=0.0):
-        H, d = self.examples.mean, len(self.examples.mean)
+        H, d, w = self.examples.mean, len(self.examples.mean), self.rule.weight_decay
+        pull = H + w * np.eye(d)  # of the mean: weight decay brings no noise
         beta, gain = self.rule.momentum, self.lr * self.rule.lr_scale
         signal = (self._kron @ X.reshape(-1)).reshape(d, d)
         noise = self.moments.b * np.trace(self.square @ X) * feedback + source
-        V = beta**2 * V + beta * gain * (C.T @ H + H @ C)
-        V = V + gain**2 * (self.moments.a * signal + noise * np.eye(d))
-        C = beta * C + gain * X @ H
+        V = beta**2 * V + beta * gain * (C.T @ pull + pull @ C)
+        V = V + gain**2 * (self.moments.a * signal + w * (H @ X + X @ H) + w**2 * X + noise * np.eye(d))
+        C = beta * C + gain * X @ pull
         X = X - C - C.T + V
         return 0.5 * (X + X.T), C - V, 0.5 * (V + V.T)
 

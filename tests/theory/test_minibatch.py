@@ -83,6 +83,19 @@ def test_the_horizon_agrees_with_the_explicit_recursion(rule):
             assert value == pytest.approx(true, rel=AGREES)
 
 
+@pytest.mark.parametrize("steps", [None, 40])
+@pytest.mark.parametrize(("name", "beta"), [("gd", 0.0), ("gdm", 0.8)])
+def test_weight_decay_moves_the_mean_alone(name, beta, steps):
+    for examples in problems(3, seed=3):
+        decay = 0.4 * float(np.trace(examples.mean)) / len(examples.mean)
+        rule = update_rule(name, beta=beta, weight_decay=decay)
+        value = estimated(examples, 2, rule, steps=steps)
+        true = explicit_threshold(examples, 2, rule, GAUSSIAN, guess=value, steps=steps)
+        assert value == pytest.approx(true, rel=AGREES)
+        plain = estimated(examples, 2, update_rule(name, beta=beta), steps=steps)
+        assert abs(value / plain - 1) > 0.05
+
+
 def test_other_estimators_agree_too():
     moments = estimator_moments("sphere", queries=3, dimension=4)
     for examples in problems(4, seed=2):

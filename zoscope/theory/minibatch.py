@@ -217,20 +217,24 @@ class MiniBatchCondition:
         a, eta = self.moments.a, self.rule.lr_scale * lr
         z = eta * (np.maximum(nodes, 0.0) if self.version == "positive" else nodes)
         gains = np.diag(z**2) + eta**2 * self.spread * coupling
-        response = coupled_response(z, gains, self.steps, momentum=self.rule.momentum, a=a)
+        response = coupled_response(z, gains, self.steps, momentum=self.rule.momentum, a=a, drift=self._drift(z, eta))
         if not np.isfinite(response).all():
             return math.inf
         sources = z**2 + eta**2 * self.spread * spread
         return self.moments.b * float(sources @ response) - float(self.full_batch.feedback(nodes, lr).sum())
 
+    def _drift(self, z: Array, eta: float) -> Array | None:
+        return z + eta * self.rule.weight_decay if self.rule.weight_decay else None
+
     def _of_rule(self, rule: Spectrum, lr: float) -> float:
         """What the spread adds through the other modes, by the rule of a probe vector."""
         eta, beta, a = self.rule.lr_scale * lr, self.rule.momentum, self.moments.a
         z = eta * (np.maximum(rule.nodes, 0.0) if self.version == "positive" else rule.nodes)
+        drift = self._drift(z, eta)
         if self.steps is None:
-            response = infinite_response(z, momentum=beta, a=a)
+            response = infinite_response(z, momentum=beta, a=a, drift=drift)
         else:
-            response = horizon_response(z, self.steps, momentum=beta, a=a)
+            response = horizon_response(z, self.steps, momentum=beta, a=a, drift=drift)
         keep = rule.weights != 0
         if np.isinf(response[keep]).any():
             return math.inf

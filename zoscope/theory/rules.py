@@ -81,8 +81,8 @@ class UpdateRule:
         lr_scale: Factor from the user's learning rate to the step along ``m``.
         preconditioned: Whether M is ``P^-1/2 H P^-1/2`` with a frozen preconditioner P, not the Hessian itself.
         adapts: What its steps are divided by; see `floor_factor`.
-        weight_decay: w, loss/param²: a drift without noise. Descent thresholds, intervals, loss curves and mini-batches
-            leave it out.
+        weight_decay: w, loss/param²: a drift without noise. Descent thresholds, intervals and loss curves leave it
+            out.
 
     Raises:
         ValueError: If β is outside ``[0, 1)``, ``lr_scale`` is not positive, or w is negative.

@@ -62,7 +62,7 @@ def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments, d
     With weight decay, ``z' = η(λ+w)``, ``φ = b(1+β) z² / ((1-β) z' (2(1+β) - z') - (a-1)(1+β) z²)``.
     """
     if drift is not None:
-        gap = (1 - momentum) * drift * (2 * (1 + momentum) - drift) - (moments.a - 1) * (1 + momentum) * z**2
+        gap = _decayed_gap(z, drift, momentum=momentum, a=moments.a)
         return np.divide(moments.b * (1 + momentum) * z**2, gap, out=np.full_like(z, np.inf), where=gap > 0)
     result = np.full_like(z, np.inf)
     gap = _gap(z, momentum=momentum, a=moments.a)
@@ -70,10 +70,10 @@ def infinite_feedback(z: Array, *, momentum: float, moments: EstimatorMoments, d
     return result
 
 
-def infinite_response(z: Array, *, momentum: float, a: float) -> Array:
+def infinite_response(z: Array, *, momentum: float, a: float, drift: Array | None = None) -> Array:
     """``Σ_{τ≥0} k(τ) = (1+β) / (z (2(1-β²) - c z))``, ``(n,)``, for ``z ≥ 0``; ``inf`` at 0 and from the pole on."""
     result = np.full_like(z, np.inf)
-    gap = z * _gap(z, momentum=momentum, a=a)
+    gap = z * _gap(z, momentum=momentum, a=a) if drift is None else _decayed_gap(z, drift, momentum=momentum, a=a)
     np.divide(1 + momentum, gap, out=result, where=gap > 0)
     return result
 
@@ -81,6 +81,11 @@ def infinite_response(z: Array, *, momentum: float, a: float) -> Array:
 def _gap(z: Array, *, momentum: float, a: float) -> Array:
     own = (1 - momentum) + (1 + momentum) * (a - 1)
     gap: Array = 2 * (1 - momentum**2) - own * z
+    return gap
+
+
+def _decayed_gap(z: Array, drift: Array, *, momentum: float, a: float) -> Array:
+    gap: Array = (1 - momentum) * drift * (2 * (1 + momentum) - drift) - (a - 1) * (1 + momentum) * z**2
     return gap
 
 
@@ -94,10 +99,10 @@ def horizon_feedback(
     return np.where(np.isnan(feedback), np.inf, feedback)
 
 
-def horizon_response(z: Array, steps: Steps, *, momentum: float, a: float) -> Array:
+def horizon_response(z: Array, steps: Steps, *, momentum: float, a: float, drift: Array | None = None) -> Array:
     """``Σ_{τ<T} k(τ)`` for any real z; ``inf`` where it overflows. Shape of z; ``steps`` may differ by row."""
     with np.errstate(over="ignore", invalid="ignore"):
-        response = _horizon_sum(z, steps, momentum=momentum, a=a)
+        response = _horizon_sum(z, steps, momentum=momentum, a=a, drift=drift)
     return np.where(np.isnan(response), np.inf, response)
 
 
@@ -154,7 +159,9 @@ def _multiply(left: Array, right: Array) -> Array:
     return left[:, 0, None] * right[None, 0] + left[:, 1, None] * right[None, 1] + left[:, 2, None] * right[None, 2]
 
 
-def coupled_response(z: Array, gains: Array, steps: int | None, *, momentum: float, a: float) -> Array:
+def coupled_response(
+    z: Array, gains: Array, steps: int | None, *, momentum: float, a: float, drift: Array | None = None
+) -> Array:
     """``Σ_{τ<T} [A^τ w]`` in ``E x²``, ``(q,)``, where w is one unit of noise in every mode.
 
     Args:
@@ -163,45 +170,49 @@ def coupled_response(z: Array, gains: Array, steps: int | None, *, momentum: flo
         steps: T; ``None`` for infinite time.
         momentum: Heavy-ball β.
         a: Weight of the signal in the estimate.
+        drift: ``(q,)`` ``η(λ+w)`` with weight decay w.
 
     Returns:
         Dimensionless; ``inf`` where the modes are unstable by themselves (infinite time) or the sum overflows.
     """
     if not z.size:
         return np.empty(0)
+    moved = z if drift is None else drift
     with np.errstate(over="ignore", invalid="ignore"):  # an unstable mode overflows on a long horizon
+        squares = a * gains + np.diag(moved**2 - z**2)  # what a step makes of E x², but for its path
         if momentum == 0:
-            total = _plain(z, gains, steps, a=a)
+            total = _plain(moved, squares, steps)
         else:
-            change = _coupled_change(z, gains, momentum=momentum, a=a)
+            change = _coupled_change(moved, squares, momentum=momentum)
             noise = np.repeat(NOISE, z.size)
             total = (_resolvent(change, noise) if steps is None else _summed(change, noise, steps))[: z.size]
     return np.where(np.isfinite(total), total, np.inf)
 
 
-def _plain(z: Array, gains: Array, steps: int | None, *, a: float) -> Array:
-    """Without momentum ``A = I - 2 diag z + aG`` is symmetric."""
-    matrix = a * gains - 2 * np.diag(z)
+def _plain(moved: Array, squares: Array, steps: int | None) -> Array:
+    """Without momentum ``A = I - 2 diag(moved) + squares`` is symmetric."""
+    matrix = squares - 2 * np.diag(moved)
     if not np.isfinite(matrix).all():
-        return np.full(z.size, np.inf)
+        return np.full(moved.size, np.inf)
     excess, vectors = np.linalg.eigh(matrix)
     if steps is not None:
         sums = geometric_sum(excess, steps)
     elif excess[-1] >= 0 or excess[0] <= -2:
-        return np.full(z.size, np.inf)
+        return np.full(moved.size, np.inf)
     else:
         sums = -1 / excess
     total: Array = vectors @ (sums * vectors.sum(axis=0))
     return total
 
 
-def _coupled_change(z: Array, gains: Array, *, momentum: float, a: float) -> Array:
+def _coupled_change(moved: Array, squares: Array, *, momentum: float) -> Array:
     """``A - I`` of all modes, ``(3q, 3q)``, in blocks ``E x², η E xm, η² E m²``."""
-    eye, zero, path = np.eye(z.size), np.zeros((z.size, z.size)), np.diag(z)
-    mm = np.hstack([a * gains, 2 * momentum * path, momentum**2 * eye])
+    count = moved.size
+    eye, zero, path = np.eye(count), np.zeros((count, count)), np.diag(moved)
+    mm = np.hstack([squares, 2 * momentum * path, momentum**2 * eye])
     xm = np.hstack([path, momentum * eye, zero])
     change: Array = np.vstack([mm - 2 * xm, xm - mm, mm])
-    change[z.size :, z.size :] -= np.eye(2 * z.size)
+    change[count:, count:] -= np.eye(2 * count)
     return change
 
 
