@@ -78,6 +78,9 @@ POINTS = 60
 REMEDIES = (0.03, 0.1, 0.3)
 """Shares of the edge at which larger batches are tried where no step size lowers the loss."""
 
+REMEDY_RUNS = 4
+"""Most runs at each of them: a run with larger batches costs as many times more."""
+
 WORTHWHILE = 0.005
 """Share of the loss that it has to fall by to count there."""
 
@@ -696,8 +699,8 @@ def _remedy(planner: _Planner, edge: Edge) -> str:
     for told, asked in tries:
         runs = planner.runs_of(asked)
         for share in REMEDIES:
-            lr, numbers = share * edge.lr, range(runs.replicas)
-            found = Trial(lr, runs(lr, planner.ceiling, numbers, enough=runs.replicas))
+            lr, numbers = share * edge.lr, range(min(runs.replicas, REMEDY_RUNS))
+            found = Trial(lr, runs(lr, planner.ceiling, numbers, enough=len(numbers)))
             if found.mean + loss_stderr(found, planner.loss) < planner.loss * (1 - WORTHWHILE):
                 return f"{told[0].upper()}{told[1:]} does: at {found.lr:.2g} the loss falls to {found.mean:.4g}."
     return advice
