@@ -409,7 +409,8 @@ def test_mu_is_judged_where_it_is_asked_about(curvature: str) -> None:
     assert found.perturbation.slope_errors == scale.slope_errors
     assert [notice.code for notice in found.warnings].count("mu") == 1
     assert f"--mu {scale.best:.2g}" in next(notice.message for notice in found.warnings if notice.code == "mu")
-    assert f"use μ  {scale.best:.2g}" in str(found)
+    assert "μ  0.9 is not right" in str(found)
+    assert f"use {scale.best:.2g}" in str(found)
     document = found.to_dict()
     assert document["mu"] == 0.9
     assert document["perturbation"]["best"] == scale.best

@@ -3,7 +3,18 @@ import math
 import pytest
 
 from zoscope import Estimate
-from zoscope.analysis.advice import APART, DOUBTS, GATE, MARGIN, Limit, Thresholds, advise, choose_binding, stand
+from zoscope.analysis.advice import (
+    APART,
+    DOUBTS,
+    GATE,
+    MARGIN,
+    MID_TRAINING,
+    Limit,
+    Thresholds,
+    advise,
+    choose_binding,
+    stand,
+)
 from zoscope.analysis.thresholds import Binding
 from zoscope.theory.stability import HorizonPoint
 
@@ -56,7 +67,9 @@ def test_the_recommendation_keeps_its_margin() -> None:
 @pytest.mark.parametrize("code", DOUBTS)
 def test_in_doubt_eta_300_of_all_eigenvalues_counts_too_and_the_reason_is_said(code: str) -> None:
     found = advise("binding", thresholds(horizon=2.0, descent=1.5, short=1.2), (code,))
-    assert found.recommended == pytest.approx(MARGIN * 1.2)
+    margin = MID_TRAINING if code == "gradient-not-small" else MARGIN
+    assert found.recommended == pytest.approx(margin * 1.2)
+    assert found.reason.startswith(f"{margin:g} × the smallest")
     assert found.binding == Binding("descent", 1.5)
     assert found.limit is not None
     assert (found.limit.name, found.limit.high) == ("short-horizon", 2.0)

@@ -97,7 +97,7 @@ def test_a_steep_start_is_doubted() -> None:
     gradient = GradientMeasure(np.array([0.01]), np.array([2.0]))
     found = row(POSITIVE, gradient=gradient, steps=1000)
     assert found.doubts == ("gradient-not-small",)
-    assert found.recommended == pytest.approx(0.7 * found.horizon.upper)  # the lower end at 300 steps is above it
+    assert found.recommended == pytest.approx(0.5 * found.horizon.upper)  # the lower end at 300 steps is above it
 
 
 def test_ends_far_apart_make_a_range() -> None:

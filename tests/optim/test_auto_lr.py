@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoscope import ZOGD, ZOGDM, AutoLR, SpecError, ZOAdam, ZONormalized, ZOSignSGD
+from zoscope import ZOGD, ZOGDM, AutoLR, NumericalError, SpecError, ZOAdam, ZONormalized, ZOSignSGD
 from zoscope.optim.step_size import StepSizeController
 
 ALL = [ZOGD, ZOGDM, ZOAdam, ZONormalized, ZOSignSGD]
@@ -288,3 +288,32 @@ def test_a_loss_that_is_another_at_every_call_is_refused(varying, net):
     with pytest.raises(SpecError, match="same batch in every call"):
         AutoLR(ZOGD(net.parameters(), lr=1.0), steps=100).step(loss)
     assert torch.equal(flat(net), before)
+
+
+def test_a_loss_that_is_no_number_from_the_start_is_refused(net):
+    auto = AutoLR(ZOGD(net.parameters(), lr=1.0), steps=50)
+    with pytest.raises(NumericalError, match="the loss of the first batch is nan"):
+        auto.step(lambda: torch.tensor(math.nan))
+
+
+def test_a_run_whose_loss_does_not_come_back_is_given_up_where_it_was_worth_keeping(net):
+    auto = AutoLR(ZOGD(net.parameters(), lr=1.0, seed=1), steps=200)
+    train(auto, Data(net), 40)
+    for _ in range(19):
+        auto.step(lambda: torch.tensor(math.nan))
+    with pytest.raises(NumericalError, match="not been finite for 20 steps in a row, the last at step 60"):
+        auto.step(lambda: torch.tensor(math.nan))
+    assert math.isfinite(flat(net).sum())
+
+
+def test_a_loss_of_several_numbers_is_refused(net):
+    auto = AutoLR(ZOGD(net.parameters(), lr=1.0), steps=50)
+    with pytest.raises(ValueError, match=r"shape \(3,\): expected one number"):
+        auto.step(lambda: torch.ones(3))
+
+
+def test_a_record_prints_itself_in_short(net):
+    auto = AutoLR(ZOGD(net.parameters(), lr=1.0, seed=1), steps=100)
+    train(auto, Data(net), 10)
+    assert str(auto.last).startswith("step 10: loss ")
+    assert len(str(auto.last)) < 100

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 MARGIN = 0.7
 """Share of the limit that is recommended. Runs at 0.8 of it have been seen to sharpen their way past it."""
 
+MID_TRAINING = 0.5
+"""The same where the gradient is not small: the run leaves the place that was measured, on fresh networks for one where
+the threshold is up to twice lower."""
+
 GATE = 0.8
 """Share of the lower end of the limit up to which a step size passes: what ``check`` has by default."""
 
@@ -221,13 +225,18 @@ def advise(wanted: Threshold, thresholds: Thresholds, doubts: Sequence[str] = ()
         return Advice(binding, None, None, "no threshold is known here", tuple(doubts))
     if math.isinf(limit.value):
         return Advice(binding, limit, None, "nothing limits the step size on this quadratic model", tuple(doubts))
-    lr = MARGIN * limit.value
+    lr = margin_of(doubts) * limit.value
     cautious = GATE * limit.low < lr
     lr = min(lr, GATE * limit.low)
     if lr <= 0:
         reason = "the 95 % interval of the threshold reaches down to 0: raise --max-hvps, or measure at another point"
         return Advice(binding, limit, None, reason, tuple(doubts))
     return Advice(binding, limit, lr, _reason(wanted, thresholds, doubts, cautious=cautious), tuple(doubts))
+
+
+def margin_of(doubts: Sequence[str]) -> float:
+    """Share of the limit that is recommended."""
+    return MID_TRAINING if "gradient-not-small" in doubts else MARGIN
 
 
 DOUBTS = {
@@ -257,7 +266,7 @@ def _reason(wanted: Threshold, thresholds: Thresholds, doubts: Sequence[str], *,
     names = [NAMES[name] for name, _ in thresholds.asked(wanted)]
     steps = min(thresholds.horizon.steps, SHORT)
     names.append(f"η*({steps}) of all eigenvalues")
-    share = f"{GATE:g} × the smallest lower 95 % end" if cautious else f"{MARGIN:g} × the smallest"
+    share = f"{GATE:g} × the smallest lower 95 % end" if cautious else f"{margin_of(doubts):g} × the smallest"
     return f"{share} of {joined(names)}; provisional, because {joined([DOUBTS[code] for code in doubts])}"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.errors import SpecError
+from zoscope.errors import NumericalError, SpecError
 from zoscope.optim.optimizers import Closure, ZeroOrderOptimizer, loss_of
 from zoscope.optim.step_size import MARGIN, Decision, Limit, Schedule, StepSizeController
 from zoscope.registry import OPTIMIZERS
@@ -51,6 +51,11 @@ class AutoLRRecord:
     limit: Limit
     rollbacks: int
     clipped: int
+
+    def __str__(self) -> str:
+        edge = "not known yet" if self.edge is None else f"{self.edge:.3g}"
+        held = f"held by {self.limit}, {self.rollbacks} rollbacks"
+        return f"step {self.step}: loss {self.loss:.4g}, lr {self.lr:.3g}, edge {edge}, {held}"
 
     def log_values(self) -> dict[str, float]:
         """What is known, by the names of `zoscope.track`'s logs."""
@@ -159,6 +164,7 @@ class AutoLR:
         self._copies: _Copies | None = None
         self._decision: Decision | None = None
         self._unit = 1.0
+        self._lost = 0
         self.last: AutoLRRecord | None = None
 
     @property
@@ -189,6 +195,8 @@ class AutoLR:
         Raises:
             ValueError: If there is no optimizer.
             SpecError: If the first batch has another loss when it is called again.
+            NumericalError: If the loss of the first step, or of 20 in a row, is not finite. The parameters are those of
+                the last step worth keeping.
         """
         optimizer = self._optimizer
         if optimizer is None:
@@ -210,6 +218,7 @@ class AutoLR:
             self._keep()
         if self._controller.step == self._controller.steps and self._controller.ended_worse():
             self._go_back()
+        self._require_finite()
         return loss
 
     def observe(
@@ -234,6 +243,9 @@ class AutoLR:
 
         Returns:
             The step size, param²/loss; 0 while it measures, and for a step whose loss has left.
+
+        Raises:
+            NumericalError: If the losses of 20 steps in a row are not finite.
         """
         above = [loss_plus] if isinstance(loss_plus, int | float) else list(loss_plus)
         below = [loss_minus] if isinstance(loss_minus, int | float) else list(loss_minus)
@@ -252,6 +264,7 @@ class AutoLR:
             self._log.append((seed, lr * slopes[0]))  # type: ignore[arg-type]
         if decision.keep:
             self._log.clear()
+        self._require_finite()
         return lr
 
     def reach(self) -> float | None:
@@ -272,6 +285,7 @@ class AutoLR:
     def _decide(self, slopes: Sequence[float], loss: float, curvatures: Sequence[float]) -> Decision:
         controller = self._controller
         decision = self._decision = controller.observe(slopes, loss, curvatures)
+        self._lost = 0 if math.isfinite(loss) and all(map(math.isfinite, slopes)) else self._lost + 1
         if self._optimizer is not None and (controller.measures or not self._unit):
             self._unit = _unit(self._optimizer, controller.gradient_sq)
         edge = controller.edge
@@ -292,6 +306,15 @@ class AutoLR:
             for log in self._loggers:
                 log(values, controller.step)
         return decision
+
+    def _require_finite(self) -> None:
+        """Steps that change nothing, as long as nothing comes back, should not go on for hours."""
+        if self._lost >= LOST:
+            raise NumericalError(
+                f"AutoLR: the loss has not been finite for {LOST} steps in a row, the last at step "
+                f"{self._controller.step:,}. Expected finite losses where the run was brought back to. Look for NaN in "
+                "the batches, and for log(0) or 0/0 in the loss."
+            )
 
     def _seed(self, step: int) -> int:
         return int(np.random.SeedSequence(self._base, spawn_key=(step,)).generate_state(1, np.uint64)[0]) >> 1
@@ -336,6 +359,9 @@ class AutoLR:
         self._copies = None if state["copies"] is None else _Copies(*copy.deepcopy(state["copies"]))
 
 
+LOST = 20
+"""Steps in a row without a finite loss after which a run is given up."""
+
 VARIES, UNITS = 1e-4, 4.0
 """Relative change of the loss from one call to the next that no order of additions explains, and the same in units of
 the rounding of the parameters' type, where that is more."""
@@ -345,6 +371,11 @@ the rounding of the parameters' type, where that is more."""
 def _require_same(closure: Closure, *, rounding: float) -> None:
     """See that a closure depends on the parameters alone: slopes between two batches are noise over μ."""
     first, again = float(loss_of(closure)), float(loss_of(closure))
+    if not math.isfinite(first):
+        raise NumericalError(
+            f"AutoLR: the loss of the first batch is {first:g} before any step. Expected a finite number. Look for NaN "
+            "in the batch and in the parameters."
+        )
     if abs(first - again) > max(VARIES, UNITS * rounding) * max(abs(first), abs(again)):
         raise SpecError(
             f"AutoLR: two calls of the loss at the same parameters returned {first:.4g} and {again:.4g}. Expected the "

@@ -328,7 +328,13 @@ def loss_of(closure: Closure) -> float | Tensor:
 
 def _detached(loss: float | Tensor) -> float | Tensor:
     """A loss that stays as it is, wherever the closure writes the next one."""
-    return loss.detach().clone().reshape(()) if isinstance(loss, Tensor) else loss
+    if not isinstance(loss, Tensor):
+        return loss
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the closure returned a tensor of shape {tuple(loss.shape)}: expected one number, the mean loss of a batch"
+        )
+    return loss.detach().clone().reshape(())
 
 
 def _restore(layout: _Layout, direction: Direction, *, sign: int) -> None:

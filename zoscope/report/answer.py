@@ -12,13 +12,12 @@ from rich.text import Text
 from zoscope.analysis.explanations import PROVISIONAL, explanation, rank
 from zoscope.report.console import cleaned
 from zoscope.report.style import grid, heading, to_html, to_text
-from zoscope.report.words import percent, quantity
+from zoscope.report.words import quantity
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
-    from zoscope.planning.mu import PerturbationScale
     from zoscope.problem import Notice
     from zoscope.result import RichResult
 
@@ -204,15 +203,6 @@ def _places(known: dict[str, float], *, low: float, high: float, cells: int) -> 
         exact = round(math.log(lr / low) / math.log(high / low) * (cells - 1))
         last = places[name] = max(exact, last + 1)
     return places
-
-
-def mu_row(scale: PerturbationScale, *, asked: float | None = None) -> tuple[str, str | Text]:
-    """The μ to use, which is the one asked for wherever slopes are right at it."""
-    right = f"slopes right within {percent(scale.tolerance)} with"
-    best = asked if asked is not None and scale.allows(asked) else scale.best
-    if best is None:
-        return "use μ", Text(f"{right} {scale.range} tried", style="bold yellow")
-    return "use μ", Text(f"{best:.2g}", style="bold green") + Text(f"   {right} {scale.range}")
 
 
 def one_line(facts: Sequence[str], *, width: int) -> Text:

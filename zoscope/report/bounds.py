@@ -12,7 +12,7 @@ from rich.text import Text
 from zoscope.analysis.advice import JUMPS, SHORT
 from zoscope.analysis.explanations import PROVISIONAL
 from zoscope.registry import optimizer_name
-from zoscope.report.answer import as_report, mu_row, one_line, ruler
+from zoscope.report.answer import as_report, one_line, ruler
 from zoscope.report.console import CleanConsole
 from zoscope.report.style import grid, header, heading, number_table
 from zoscope.report.words import (
@@ -23,6 +23,7 @@ from zoscope.report.words import (
     digits_for,
     duration,
     error,
+    percent,
     quantity,
     quantity_with_error,
     step_range,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from zoscope.analysis.minibatch import ForwardMiniBatch, MiniBatchBounds
     from zoscope.analysis.thresholds import BoundsResult, Floor, OptimizerBounds, Verdict
     from zoscope.curvature.slq import Curvature, Eigenvalue, ForwardCurvature
+    from zoscope.planning.mu import PerturbationScale
     from zoscope.theory.spectrum import Estimate
     from zoscope.theory.stability import HorizonPoint
 
@@ -370,8 +372,17 @@ def answer(result: BoundsResult, width: int) -> Iterator[RenderableType]:
     yield next((table for table in tables if _natural_width(table) <= width), tables[-1])
     rulers = (_ruler(result, row, width) for row in result.optimizers.values())
     yield from itertools.islice(filter(None, rulers), 1)
-    if result.perturbation is not None:
-        yield grid([mu_row(result.perturbation, asked=result.mu)])
+    if result.perturbation is not None and result.mu is not None:
+        yield grid([_judged_mu(result.perturbation, result.mu)])
+
+
+def _judged_mu(scale: PerturbationScale, asked: float) -> tuple[str, str | Text]:
+    """Whether slopes are right at the μ asked about, and which one to use where they are not."""
+    right = f"slopes right within {percent(scale.tolerance)} with {scale.range}"
+    if scale.allows(asked):
+        return "μ", Text(f"{asked:.3g} is right", style="bold green") + Text(f"   {right}")
+    best = "" if scale.best is None else f"; use {scale.best:.2g}"
+    return "μ", Text(f"{asked:.3g} is not right", style="bold red") + Text(f"   {right}{best}")
 
 
 def _title(result: BoundsResult, width: int) -> Text:
@@ -447,18 +458,18 @@ def _planned(row: OptimizerBounds) -> str:
 
 
 def _use(result: BoundsResult, row: OptimizerBounds) -> Text:
-    """The step size to use: ``≤ 1.15e-2``, ``3e-3 to 1.1e-2``, with a question mark where it is provisional."""
+    """The step size to use: ``≤ 1.15e-2``, ``≤ 1.1e-2 ?`` where it is provisional, ``from 3e-3 ?`` where to begin."""
     if any(notice.code == JUMPS for notice in result.warnings):
         return Text("not known", style="bold yellow")
     if row.recommended is None:
         unlimited = row.limit is not None and math.isinf(row.limit.value)
         return Text("no limit here" if unlimited else "not known", style="bold yellow")
     digits = 1 if LITTLE_CURVATURE in row.doubts else 2 if row.doubts else 3
-    high = step_size_at_most(row.recommended, digits=digits)
     if row.recommended_range is not None:
         low = step_size_at_most(row.recommended_range[0], digits=min(digits, 2))
-        return Text(f"{low} to {high}", style="bold yellow")
-    return Text(f"≤ {high} ?", style="bold yellow") if row.doubts else Text(f"≤ {high}", style="bold green")
+        return Text(f"from {low} ?", style="bold yellow")
+    at_most = f"≤ {step_size_at_most(row.recommended, digits=digits)}"
+    return Text(f"{at_most} ?", style="bold yellow") if row.doubts else Text(at_most, style="bold green")
 
 
 def _ruler(result: BoundsResult, row: OptimizerBounds, width: int) -> Text | None:
@@ -466,7 +477,8 @@ def _ruler(result: BoundsResult, row: OptimizerBounds, width: int) -> Text | Non
         return None
     asked = None if row.verdict is None else row.verdict.lr
     edge = None if row.limit is None else row.limit.value if row.limit.edge is None else row.limit.edge
-    marks = {"use": row.recommended, "edge": edge, "lr": asked, "FO": row.fo}
+    use = row.recommended if row.recommended_range is None else row.recommended_range[0]
+    marks = {"use": use, "edge": edge, "lr": asked, "FO": row.fo}
     return ruler(marks, width=width, label=f"{_name(row)} " if len(result.optimizers) > 1 else "")
 
 
@@ -569,10 +581,8 @@ def _advice(row: OptimizerBounds, steps: int) -> Text:
     text.append(": ")
     shown = 1 if digits == 1 or LITTLE_CURVATURE in row.doubts else 2
     if row.recommended_range is not None:
-        low, high = row.recommended_range
-        span = f"{step_size_at_most(low, digits=shown)} to {step_size_at_most(high, digits=shown)}"
-        text.append("use lr from ").append(span, style="bold yellow")
-        text.append(". Start low, and probe higher ones")
+        low, high = (step_size_at_most(end, digits=shown) for end in row.recommended_range)
+        text.append("begin with lr = ").append(low, style="bold yellow").append(f"; up to {high} may do: probe it")
     elif row.doubts:
         at_most = step_size_at_most(row.recommended, digits=shown)
         text.append("use lr ≤ ").append(at_most, style="bold yellow").append(" for now")

@@ -282,13 +282,22 @@ def _family(name: str) -> str:
     return optimizer_name(f"zo-{name}") if name in OPTIMIZERS else name
 
 
+def _use(zo: Document) -> str | None:
+    """The step size to use, as in the terminal, with its doubt in words."""
+    if zo["recommended"] is None:
+        return None
+    span = zo.get("recommended_range")
+    told = f"from {step_size_at_most(span[0])}" if span else f"≤ {step_size_at_most(zo['recommended'])}"
+    return f"{told} (provisional)" if span or zo["provisional"] else told
+
+
 def _bounds(document: Document) -> Answer:
     steps, rows, sentences = count(document["steps"]), [], []
     verdicts = []
     for name, row in document["optimizers"].items():
         zo = row["zo"]
         planned = (zo.get("minibatch") or {}).get("horizon") or zo["horizon"]
-        best = MISSING if zo["recommended"] is None else step_size_at_most(zo["recommended"])
+        use = _use(zo)
         rows.append(
             (
                 _family(name),
@@ -297,10 +306,10 @@ def _bounds(document: Document) -> Answer:
                 step_size(_value(zo["descent"])),
                 step_range(zo["lower"], zo["upper"]),
                 step_size(zo["exact"]),
-                f"≤ {best}{' (provisional)' if zo['provisional'] else ''}" if best != MISSING else MISSING,
+                MISSING if use is None else use,
             )
         )
-        sentences.append(f"{_family(name)}: lr ≤ {best}" if best != MISSING else f"{_family(name)}: no step size")
+        sentences.append(f"{_family(name)}: no step size" if use is None else f"{_family(name)}: lr {use}")
         if row.get("verdict"):
             verdict = row["verdict"]
             ratio = quantity(verdict["ratio"], digits=3)

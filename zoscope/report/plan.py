@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from zoscope.registry import optimizer_name
-from zoscope.report.answer import as_report, mu_row, one_line, ruler
+from zoscope.report.answer import as_report, one_line, ruler
 from zoscope.report.style import grid, heading, lines_of, number_table
 from zoscope.report.words import MISSING, count, duration, percent, quantity, step_range, step_size, step_size_at_most
 
@@ -82,7 +82,7 @@ def _answer(result: PlanResult) -> Iterator[tuple[str, str | Text]]:
         interval = "" if edge.ci95 is None else f" (95 %: {step_range(*edge.ci95)})"
         yield "edge", f"{step_size(edge.lr)}   half of the runs diverge{interval}"
     if result.perturbation is not None:
-        yield mu_row(result.perturbation, asked=result.question["mu"])
+        yield _mu(result.perturbation, asked=result.question["mu"])
     yield "cost", _runs(result)
     if result.interrupted:
         yield "stopped", Text("interrupted: this is what was known by then", style="yellow")
@@ -95,12 +95,21 @@ def _runs(result: PlanResult) -> str:
     return f"that of {took} runs; a sweep of 15 step sizes, {each} each: {sweep}"
 
 
+def _mu(scale: PerturbationScale, *, asked: float | None = None) -> tuple[str, str | Text]:
+    """The μ to use, which is the one asked for wherever slopes are right at it."""
+    right = f"slopes right within {percent(scale.tolerance)} with"
+    best = asked if asked is not None and scale.allows(asked) else scale.best
+    if best is None:
+        return "use μ", Text(f"{right} {scale.range} tried", style="bold yellow")
+    return "use μ", Text(f"{best:.2g}", style="bold green") + Text(f"   {right} {scale.range}")
+
+
 def scale_answer(result: PerturbationScale, width: int) -> Iterator[RenderableType]:
     """The range of μ."""
     batch = "all examples" if result.batch_size is None else f"batches of {count(result.batch_size)}"
     evaluated = f"{count(result.num_evaluations)} losses"
     yield one_line(["μ, MeZO's ε", batch, result.dtype, evaluated, duration(result.seconds)], width=width)
-    yield grid([mu_row(result)])
+    yield grid([_mu(result)])
 
 
 def scale_details(result: PerturbationScale, width: int) -> Iterator[RenderableType]:
