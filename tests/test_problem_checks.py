@@ -103,6 +103,17 @@ def test_a_loss_that_is_not_finite_is_a_numerical_failure(bad: float, index: int
     with pytest.raises(NumericalError, match=rf"The loss is (-?inf|nan) on batch {index} of 2") as caught:
         problem.prepare(device="cpu").__enter__()
     assert caught.value.exit_code == 3
+    assert "This batch holds NaN or infinity" in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_the_parameters_or_to_itself() -> None:
+    model = linear()
+    with torch.no_grad():
+        model.bias.fill_(math.nan)
+    with pytest.raises(NumericalError, match="holds NaN or infinity in bias: look at the checkpoint"):
+        Problem(model, [(X, Y)], mean_loss).prepare(device="cpu").__enter__()
+    with pytest.raises(NumericalError, match="Parameters and data are finite: look at logarithms"):
+        Problem(linear(), [(X, Y)], lambda m, b: mean_loss(m, b) * math.nan).prepare(device="cpu").__enter__()
 
 
 def test_a_gradient_that_is_not_finite_is_a_numerical_failure() -> None:

@@ -17,7 +17,7 @@ from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError
 from zoscope.problem import pytree as nest
 from zoscope.problem.data import examples_in, user_code, written_at
-from zoscope.problem.model import ActiveLayers, some, uses_batch_statistics, watched
+from zoscope.problem.model import ActiveLayers, local, some, uses_batch_statistics, watched
 from zoscope.problem.objective import Objective, Shard
 from zoscope.runtime import autograd_errors as graph
 
@@ -202,8 +202,8 @@ def _finite(loss: Tensor, index: int, objective: Objective) -> float:
         which = f" on batch {index} of {len(objective.shards)}" if len(objective.shards) > 1 else ""
         half = " float16 overflows above 65,504: use --dtype float32." if objective.dtype == torch.float16 else ""
         raise NumericalError(
-            f"The loss is {value}{which} at the given parameters: expected a finite number. Check the data for NaN, "
-            f"the checkpoint, and logarithms or divisions in the loss.{half}"
+            f"The loss is {value}{which} at the given parameters: expected a finite number. "
+            f"{_not_finite(objective, objective.shards[index])}{half}"
         )
     if abs(value) > LARGEST:
         raise NumericalError(
@@ -211,6 +211,18 @@ def _finite(loss: Tensor, index: int, objective: Objective) -> float:
             "curvatures have to be numbers too. Scale the loss; step sizes then scale by the inverse."
         )
     return value
+
+
+def _not_finite(objective: Objective, shard: Shard) -> str:
+    """What is known of where a loss that is no number comes from."""
+    tensors = dict(objective.model.named_parameters()) | dict(objective.model.named_buffers())
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(local(tensor)).all())]
+    if bad:
+        return f"The model holds NaN or infinity in {some(bad)}: look at the checkpoint, or at the training before."
+    leaves = [leaf for leaf in nest.leaves(shard.batch) if isinstance(leaf, Tensor)]
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        return "This batch holds NaN or infinity: clean the data."
+    return "Parameters and data are finite: look at logarithms and divisions in the loss."
 
 
 def _check_gradient(objective: Objective, loss: Tensor) -> None:
