@@ -21,5 +21,5 @@ def test_the_notebook_runs_and_shows_results_and_a_picture(tmp_path: Path, monke
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
     assert [sum(kind in output.get("data", {}) for output in outputs) for kind in ("text/html", "image/png")] == [2, 1]
-    assert "AutoLRRecord(step=1000" in text
+    assert "step 1000: loss" in text
     assert not any(output.get("name") == "stderr" for output in outputs), text

@@ -5,7 +5,13 @@ from torch import nn
 
 import zoscope
 from zoscope import ZOGD
-from zoscope.optim.perturbation import MiniBatchSurface, SequentialSurface, StackedSurface, choose_surface
+from zoscope.optim.perturbation import (
+    MiniBatchSurface,
+    SequentialSurface,
+    StackedMiniBatchSurface,
+    StackedSurface,
+    choose_surface,
+)
 from zoscope.optim.replicas import Limits, ReplicaPlan, ZerothOrderEstimator, run, run_groups
 from zoscope.optim.rules import GD, GDM, Adam
 
@@ -110,6 +116,15 @@ def test_a_replica_sees_the_same_mini_batches_whichever_replicas_run_beside_it(p
         everyone = run(surface, start, plan, together=False)
     np.testing.assert_array_equal(third.losses[:, 0], everyone.losses[:, 2])
     assert len(set(everyone.losses[-1])) == 3
+
+
+def test_mini_batches_are_the_same_together_and_in_turn(problem):
+    with problem.prepare() as objective:
+        start, chosen = objective.read(), {"replicas": 6, "chosen": (1, 5)}
+        one = trajectory(StackedMiniBatchSurface(objective, 2, seed=0), start, together=True, **chosen)
+        other = trajectory(MiniBatchSurface(objective, 2, seed=0), start, together=False, **chosen)
+    np.testing.assert_allclose(one.losses, other.losses, rtol=1e-7)
+    np.testing.assert_allclose(one.distances, other.distances, rtol=1e-6, atol=1e-15)
 
 
 def test_all_queries_of_a_step_see_one_mini_batch(problem):

@@ -378,7 +378,6 @@ class StackedMiniBatchSurface(StackedSurface):
         """See `Surface.begin`."""
         keys = [np.random.SeedSequence(self.seed, spawn_key=(0, replica)) for replica in replicas]
         self._generators, self._rows = [new_generator(key) for key in keys], list(range(len(replicas)))
-        self.next_step()
 
     def keep(self, rows: Sequence[int]) -> None:
         """See `Surface.keep`."""
@@ -526,6 +525,7 @@ def choose_mini_batches(
         stacked = StackedMiniBatchSurface(objective, batch_size, seed=seed)
         theta, u = start.repeat(replicas, 1), torch.ones_like(start).repeat(replicas, 1)
         stacked.begin(range(replicas))
+        stacked.next_step()
         found = stacked.slopes(theta, u, 1e-3)
         one_by_one.begin([0])
         one_by_one.next_step()

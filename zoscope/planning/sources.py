@@ -97,6 +97,7 @@ def _stacked_batches(
     try:
         surface = StackedMiniBatchSurface(objective, batch_size, seed=seed)
         surface.begin(range(replicas))
+        surface.next_step()
         with torch.enable_grad():
             surface.batch_gradients(start.repeat(replicas, 1))
     except Exception:  # what a user's model raises under vmap can be anything
