@@ -115,8 +115,7 @@ class Nonsmooth:
     Args:
         trace: By how much their trace is larger, loss/param², over steps of ``step``. Its standard error is that over
             the directions; its quadrature error is that of a longer step than ``STEP``, where rounding asks for one.
-        disagreement: Root mean square difference along a direction over steps of ``STEP``, relative to the Hessian's
-            own curvatures.
+        disagreement: Root mean square difference along a direction over ``STEP``, relative to the Hessian's curvatures.
         step: In units of the parameters: ``STEP``, or where that sees more the noise of ``AHEAD`` optimizer steps.
     """
 
@@ -181,23 +180,15 @@ def nonsmooth_curvature(
         own, differs = (float(t.square().mean().sqrt()) for t in (torch.tensor(curvatures, dtype=torch.float64), found))
         share = differs / own if own > 0 else 0.0
         # Over a longer step a kink bends the loss less, in inverse proportion at most.
-        near = _nonsmooth(found, share, h, rounding=noise / h**2, longer=h / STEP - 1)
-        if differs <= NOTICEABLE * own or reach == 0:
-            return near
-        mean, step = float(np.mean(curvatures)), None
-        for _ in range(SETTLING):
-            trace = mean + float(found.mean())
-            if not 0 < trace < math.inf:
-                return near
-            wanted = 2 * math.sqrt(AHEAD) * reach / trace
-            step = max(wanted if step is None else math.sqrt(step * wanted), h)
-            found = excess(step)
-        assert step is not None
-        return _nonsmooth(found, share, step, rounding=noise / step**2, longer=0.0) if found.isfinite().all() else near
+        step, longer, there, ahead = h, h / STEP - 1, found, 0.0
+        for _ in range(SETTLING if differs > NOTICEABLE * own and reach > 0 else 0):
+            trace = float(np.mean(curvatures)) + float(there.mean())
+            wanted = 2 * math.sqrt(AHEAD) * reach / trace if 0 < trace < math.inf else 0.0
+            ahead = max(math.sqrt((ahead or wanted) * wanted), h)
+            there = excess(ahead)
+        if ahead > h and bool(there.isfinite().all()):
+            found, step, longer = there, ahead, 0.0
     finally:
         objective.write(start)
-
-
-def _nonsmooth(excess: torch.Tensor, share: float, step: float, *, rounding: float, longer: float) -> Nonsmooth:
-    mean, spread = float(excess.mean()), math.hypot(float(excess.std()), rounding) / math.sqrt(PROBES)
+    mean, spread = float(found.mean()), math.hypot(float(found.std()), noise / step**2) / math.sqrt(PROBES)
     return Nonsmooth(Estimate(mean, spread, quadrature=abs(mean) * longer), share, step)
