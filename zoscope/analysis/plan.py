@@ -785,7 +785,7 @@ def _store(
         return {}, lambda: None
     folder = Cache.open(Path(cache))
     try:
-        key = folder.key(problem_fingerprint(subject, source=None), {"plan": 3, **settings})
+        key = folder.key(problem_fingerprint(subject, source=None), {"plan": 4, **settings})
     except UncacheableError as error:
         raise UsageError(f"--cache: runs of this problem cannot be kept, as it holds {error}. Leave it out.") from None
     store = folder.get(key) or {}

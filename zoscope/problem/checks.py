@@ -215,13 +215,14 @@ def _finite(loss: Tensor, index: int, objective: Objective) -> float:
 
 def _not_finite(objective: Objective, shard: Shard) -> str:
     """What is known of where a loss that is no number comes from."""
-    tensors = dict(objective.model.named_parameters()) | dict(objective.model.named_buffers())
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(local(tensor)).all())]
+    model = objective.model  # whose buffers may hold masks of -inf
+    bad = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(local(tensor)).all())]
+    bad += [name for name, tensor in model.named_buffers() if bool(torch.isnan(local(tensor)).any())]
     if bad:
         return f"The model holds NaN or infinity in {some(bad)}: look at the checkpoint, or at the training before."
     leaves = [leaf for leaf in nest.leaves(shard.batch) if isinstance(leaf, Tensor)]
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-        return "This batch holds NaN or infinity: clean the data."
+        return "This batch holds NaN or infinity: clean the data, if it is no mask."
     return "Parameters and data are finite: look at logarithms and divisions in the loss."
 
 
