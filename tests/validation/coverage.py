@@ -191,6 +191,9 @@ def judge(found: Interval, truth: float, slack: float) -> tuple[bool, float]:
     value, lower, upper = found
     if value == truth:
         return True, 0.0
+    if math.isinf(truth) and 0.0 < value < math.inf:  # no limit: what is estimated is its inverse, whose truth is 0
+        rate, least = 1.0 / value, 1.0 / upper
+        return least <= 0.0, 1.96 * rate / (rate - least) if rate > least else math.inf
     if math.isnan(value) or math.isinf(truth) or math.isinf(value):
         holds = lower <= truth <= upper
         return holds, 0.0 if holds else math.inf

@@ -74,6 +74,8 @@ def test_an_interval_is_judged_on_the_side_of_the_truth() -> None:
     assert judge((10.0, 10.0, 10.0), 10.1, 0.2) == (True, 0.0)
     assert judge((math.inf, math.inf, math.inf), 3.0, 0.0) == (False, math.inf)
     assert judge((math.inf, 2.0, math.inf), 3.0, 0.0) == (True, 0.0)
+    assert judge((0.5, 0.2, 1.0), math.inf, 0.0) == (False, pytest.approx(1.96 * 2))  # the inverse is 2 ± 1, not 0
+    assert judge((0.5, 0.2, math.inf), math.inf, 0.0) == (True, pytest.approx(1.96))
 
 
 def test_one_seed_gives_every_quantity() -> None:

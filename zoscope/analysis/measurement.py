@@ -72,9 +72,10 @@ class Slope:
         value, low, high = (
             replace(self, trace=self.trace + sign * self.trace_error).threshold(rule, moments) for sign in (0, 1, -1)
         )
-        if math.isfinite(high) or math.isinf(low):
-            return Estimate(value, quadrature=value - low if math.isfinite(value) else 0.0)  # to first order symmetric
-        return Estimate(value, quadrature=math.inf, least=low)  # the trace may be too small to limit anything
+        if math.isinf(low) or not self.trace_error:
+            return Estimate(value)
+        # The inverse is what has a symmetric error; where it may be 0, nothing limits the step size from above.
+        return Estimate(value, quadrature=value - low if math.isfinite(high) else math.inf, ends=(low, high))
 
     def threshold(
         self, rule: UpdateRule, moments: EstimatorMoments, *, noise_curvature: float = 0.0, noise_sq: float = 0.0

@@ -133,7 +133,13 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what a run left."""
         for name in (SUMMARY, CHECKPOINT, METRICS, CONFIG):
-            (self.path / name).unlink(missing_ok=True)
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"--overwrite: {self.path / name} cannot be removed ({reason(error)}). Remove it yourself, or name "
+                    "another folder with --run."
+                ) from None
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -248,7 +254,10 @@ class RunFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UsageError(f"{self.path / METRICS} cannot be read ({reason(error)}).") from None
+            raise UsageError(
+                f"{self.path / METRICS} cannot be read ({reason(error)}). Expected the file that the run wrote: put it "
+                "back, or make it readable."
+            ) from None
 
     def recover_metrics(self, known: Known) -> tuple[tuple[Record, ...], int]:
         """Cut the metrics back to what a checkpoint knows, or to the last whole line where they have lost their end.

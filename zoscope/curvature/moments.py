@@ -264,7 +264,7 @@ class _Measurement(Sampling):
             trace, norm, pieces = self._sampled(chain)
         noise = rounding(op.dtype, 1.0)
         trace = replace(trace, quadrature=noise * abs(trace.value))
-        norm = replace(norm, quadrature=2 * noise * norm.value)
+        norm = replace(norm, quadrature=4 * noise * norm.value)  # of squares, whose roundings add up
         trace, norm, notes = compared(trace, norm, start, dim=op.dim)
         self._notes += notes
         return self._result(trace, norm, ritz_values(start, dtype=op.dtype), pieces=pieces)

@@ -168,8 +168,14 @@ def _compared_with(result: BoundsResult) -> list[str]:
     return [DESCENT] if batches else [DESCENT, COMPARED]
 
 
+UNEVEN = 1.5
+"""Upper end of an interval over its value from which "±" would hide that the lower end is nearer."""
+
+
 def _compared(row: OptimizerBounds) -> list[str]:
-    descent = _with_ends(row.descent, row.descent, row.descent_ci95)
+    descent, ends = _with_ends(row.descent, row.descent, row.descent_ci95), row.descent_ci95
+    if row.descent is not None and ends is not None and UNEVEN * row.descent < ends[1] < math.inf:
+        descent = step_range(*ends, digits=2)
     return [descent] if row.minibatch else [descent, _times_below_fo(row)]
 
 

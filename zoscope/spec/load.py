@@ -262,7 +262,8 @@ def _problem_from(value: Any, settings: Mapping[str, Any], *, label: str) -> Pro
     if not callable(value) or type(value).__module__.startswith("torch.") or hasattr(value, "parameters"):
         raise SpecError(f"{label} is {_kind(value)}: expected a zoscope.Problem, or a function that returns one.")
     _check_arguments(value, settings, label)
-    with loading(f"Calling {label}"):
+    given = ", ".join(f"{name}={setting!r}" for name, setting in settings.items())
+    with loading(f"Calling {label}" + (f" with {given}" if given else "")):
         made = value(**settings)
     if inspect.iscoroutine(made):
         made.close()  # it was never to run

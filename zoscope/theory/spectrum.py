@@ -238,13 +238,13 @@ class Estimate:
         value: The estimate.
         stderr: Standard error from random sampling; 0 for an exact number.
         quadrature: Bound on the deterministic error of the quadrature rule, in the unit of ``value``.
-        least: Lower end of an interval whose upper end is infinite.
+        ends: The 95 % interval where it is not symmetric.
     """
 
     value: float
     stderr: float = 0.0
     quadrature: float = 0.0
-    least: float | None = None
+    ends: tuple[float, float] | None = None
 
     @property
     def half_width(self) -> float:
@@ -254,13 +254,14 @@ class Estimate:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval ``(lo, hi)``."""
-        if self.least is not None:
-            return self.least, math.inf
+        if self.ends is not None:
+            return self.ends
         return self.value - self.half_width, self.value + self.half_width
 
     def scaled(self, factor: float) -> "Estimate":
         """``factor`` > 0 times the number."""
-        return Estimate(factor * self.value, factor * self.stderr, factor * self.quadrature)
+        ends = None if self.ends is None else (factor * self.ends[0], factor * self.ends[1])
+        return Estimate(factor * self.value, factor * self.stderr, factor * self.quadrature, ends)
 
 
 @dataclass(frozen=True)
