@@ -29,7 +29,7 @@ from texts import SOURCES, few_shot
 Tuning = Literal["full", "lora", "prefix"]
 
 PROMPT = "{text} It was about"
-STEPS = {"opt": 40, "roberta": 40, "minilm": 25}
+STEPS = {"opt": 40, "gpt2": 40, "roberta": 40, "minilm": 25}
 RATES = {"full": 5e-5, "lora": 1e-3, "prefix": 1e-2}
 """What a model is trained by Adam beforehand; all of a small random one at twenty times the rate."""
 
@@ -51,7 +51,7 @@ def problem(
     """Classification of one-sentence texts about math, text, files and the network.
 
     Args:
-        model: ``opt`` or ``roberta`` (small, random), ``minilm``, or the folder of a checkpoint.
+        model: ``opt``, ``gpt2`` or ``roberta`` (small, random), ``minilm``, or the folder of a checkpoint.
         tuning: What is trained: everything, a LoRA of the queries and values, or a prefix of five positions.
         steps: Steps of Adam on the examples before anything is measured; none for a checkpoint.
         lr: Their learning rate.
@@ -68,7 +68,7 @@ def problem(
     network = adapted(network, tuning, seed=seed)
     smoothing = SMOOTHING.get(model, 0.0) if smoothing is None else smoothing
     found = problem_from_transformers(network, examples, batch_size=batch_size, label_smoothing=smoothing)
-    rate = RATES[tuning] * (20 if tuning == "full" and model in ("opt", "roberta") else 1)
+    rate = RATES[tuning] * (20 if tuning == "full" and model in models.SMALL else 1)
     train(found, steps=STEPS.get(model, 0) if steps is None else steps, lr=lr or rate)
     return found
 

@@ -19,16 +19,16 @@ def load(name: str, *, texts: list[str], classes: int, seed: int) -> tuple[nn.Mo
     """A model with the head that it was trained with, else one for classification, and its tokenizer.
 
     Args:
-        name: ``opt``, ``roberta`` (small, random), ``minilm``, or the folder of a checkpoint.
+        name: ``opt``, ``gpt2``, ``roberta`` (small, random), ``minilm``, or the folder of a checkpoint.
         texts: What a tokenizer made here has to know.
         classes: Outputs of a classification head.
         seed: Of what is not pretrained.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name in ("opt", "roberta"):
+        if name in SMALL:
             tokenizer = word_tokenizer(texts)
-            return (_small_opt if name == "opt" else _small_roberta)(len(tokenizer)).eval(), tokenizer
+            return SMALL[name](len(tokenizer)).eval(), tokenizer
         folder = _folder(name)
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = (config.architectures or [""])[0]
@@ -85,6 +85,21 @@ def _small_opt(vocabulary: int) -> nn.Module:
     )
 
 
+def _small_gpt2(vocabulary: int) -> nn.Module:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=LONGEST,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    )
+
+
 def _small_roberta(vocabulary: int) -> nn.Module:
     return transformers.RobertaForMaskedLM(
         transformers.RobertaConfig(
@@ -99,3 +114,6 @@ def _small_roberta(vocabulary: int) -> nn.Module:
             eos_token_id=3,
         )
     )
+
+
+SMALL = {"opt": _small_opt, "gpt2": _small_gpt2, "roberta": _small_roberta}

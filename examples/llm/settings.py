@@ -72,7 +72,7 @@ def main() -> None:
             f"     In {scale.updates.dtype} rounding of the weights leaves {scale.updates.kept:.0%} of a step at "
             f"lr {scale.updates.lr:.2g}: keep them in float32 besides, or take lr ≥ {scale.updates.least_lr:.2g}."
         )
-    if options.model not in ("opt", "roberta"):
+    if options.model not in mezo.models.SMALL:
         print(f"MeZO {PUBLISHED[options.tuning]}")
 
 

@@ -32,7 +32,7 @@ def mezo() -> Iterator[ModuleType]:
             sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("model", ["opt", "roberta"])
+@pytest.mark.parametrize("model", ["opt", "gpt2", "roberta"])
 def test_only_the_word_that_answers_counts(mezo: ModuleType, model: str) -> None:
     problem = mezo.problem(model, steps=0, shots=2)
     assert problem.num_examples == 8

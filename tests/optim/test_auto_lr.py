@@ -47,6 +47,27 @@ def train(auto: AutoLR, data: Data, steps: int) -> list[float]:
     return losses
 
 
+def lr_after(steps: int, *, falls: float, of: int) -> float:
+    """Step size where every step lowers the loss by ``falls`` times the damage of its noise; the edge is 1.4e-2."""
+    controller, loss = StepSizeController(of), 0.05
+    for step in range(steps):
+        curvature = 100.0 + 63.0 * (-1) ** step  # Tr H = 100, ‖H‖² = 2,000
+        decision = controller.observe([(-1.0) ** step], loss + 1e-9 * (-1) ** (step // 2), [curvature])
+        loss -= falls * 0.5 * decision.lr**2 * 100.0
+    return decision.lr
+
+
+def test_the_further_a_loss_falls_the_faster_the_step_grows():
+    slow, fast = (lr_after(300, falls=falls, of=3_000) for falls in (0.6, 30.0))
+    assert fast > 3.0 * slow
+
+
+def test_damage_that_there_is_time_to_win_back_is_allowed():
+    # A fall of 0.2 D: too little in a short run, enough in a long one.
+    assert lr_after(300, falls=0.2, of=600) < 1e-5
+    assert lr_after(3_000, falls=0.2, of=50_000) > 1e-3
+
+
 @pytest.mark.parametrize("batch", [None, 15])
 @pytest.mark.parametrize("kind", ALL)
 def test_it_trains_without_being_told_a_step_size(kind, batch, net):

@@ -14,9 +14,12 @@ MARGIN = 0.8  # of the edge: at the edge itself the noise of the estimate eats a
 PEAK: dict[Schedule, float] = {"constant": 1.0, "linear": 1.3, "cosine": 1.25}
 # how much higher a falling schedule may start: at equal largest mean loss, in runs of 300 to 3,000 steps
 SHARE = 0.35  # of the measured damage of the noise that the loss must have fallen by to go on
+PATIENT = 0.07  # the same, where most of the damage will be won back
+RELAXATIONS = 60.0  # relaxation times that this takes
+CLOSING = 0.1  # of the steps, at the end: no time to win anything back
 DAMAGE = 0.002  # of the loss that the first window may cost where nothing is known yet
 LOOK = 4  # measurements before the first step
-RISE, FALL, WAIT = 1.3, 0.5, 0.85  # factors of the step size: fell, did not, cannot tell
+RISE, LEAP, FALL, WAIT = 1.3, 2.0, 0.5, 0.85  # factors of the step size: fell, fell by far, did not, cannot tell
 CLEARLY = 1.5  # standard errors
 WINDOWS = 12  # windows after which "cannot tell" is an answer
 TOLERANCE = 0.3  # rise of the loss over its best that is left alone: sharp landscapes go up before they go down
@@ -86,7 +89,8 @@ class StepSizeController:
     * the noise. A step of size η raises the loss by ``D = η² ‖g_B‖² Tr/2q`` while its mean direction lowers it. Windows
       of steps tell how fast the loss falls, with a standard error. It must fall by at least a share of D: by D the
       fall is as fast as it can be, by 0 the noise eats it all. So D is kept to an allowance, which goes up when the
-      loss falls fast enough, and down when it does not or when nobody can tell: ``η ≤ √(2qD/(‖g_B‖² Tr))``.
+      loss falls fast enough, by the more the faster, and down when it does not or when nobody can tell:
+      ``η ≤ √(2qD/(‖g_B‖² Tr))``. The share is smaller while the run has time to win the damage back.
 
     When the loss has risen clearly above its best level, the run is to go back there, and the margin shrinks.
 
@@ -286,18 +290,34 @@ class StepSizeController:
         middle = sum(t for t, _, _ in self.means) / count
         width = sum((t - middle) ** 2 for t, _, _ in self.means)
         rate = sum((t - middle) * f for t, f, _ in self.means) / width
-        due = SHARE * sum(d for _, _, d in self.means) / count
-        z = (rate + due) / (stderr / math.sqrt(width) + 1e-300)
+        damage = sum(d for _, _, d in self.means) / count
+        error = stderr / math.sqrt(width) + 1e-300
+        z = (rate + self._share() * damage) / error
         if z > CLEARLY:
             self.allowance *= FALL**2
         elif z < -CLEARLY:
+            # The fall goes with η and D with η²: where the fall is r·D, a step r times as long is the best one.
+            sure = (-rate - CLEARLY * error) / (damage + 1e-300)
+            rise = min(max(RISE, 0.5 * sure), LEAP)
             # What is not used must not pile up: the edge may be what limits the step size.
-            self.allowance = min(self.allowance * RISE**2, 4.0 * self._damage(self.lr))
+            self.allowance = min(self.allowance * rise**2, 4.0 * self._damage(self.lr))
         elif count >= WINDOWS:
             self.allowance *= WAIT**2
         else:
             return
         self.means = self.means[-1:]
+
+    def _share(self) -> float:
+        """Share of the damage that the fall must make up for.
+
+        What noise does in a direction of curvature λ is gone after 1/2ηλ steps of smaller size, and the damage lies
+        where λ is large: after some ``τ = Tr/(2η‖H‖²)`` steps most of it is. Only what is left at the end counts.
+        """
+        left, norm = (1.0 - CLOSING) * self.steps - self.step, 0.5 * self.spread.mean
+        if left <= 0.0 or not norm or not self.lr:
+            return SHARE
+        relaxation = self._curvature / (2.0 * self.lr * norm)
+        return min(SHARE, max(PATIENT, SHARE * RELAXATIONS * relaxation / left))
 
     def _damage(self, lr: float) -> float:
         """What the noise of one step costs, loss."""
