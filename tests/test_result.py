@@ -52,7 +52,7 @@ class Foreign:
         (np.bool_(True), True),
         (np.array([[1.0, math.nan]]), [[1.0, None]]),
         ({"a": (1, "two", None)}, {"a": [1, "two", None]}),
-        (Estimate(2.0, 0.1, least=1.0), {"value": 2.0, "stderr": 0.1, "quadrature": 0.0}),
+        (Estimate(2.0, 0.1, ends=(1.0, 4.0)), {"value": 2.0, "stderr": 0.1, "quadrature": 0.0}),
         (Foreign((0.0, math.inf)), {"pair": [0.0, None], "name": "a name"}),
         (Inner(1.0, hidden=object()), {"value": 1.0}),
     ],
