@@ -107,7 +107,8 @@ class Case:
         """That of the row, with the step size asked about."""
         question = ThresholdQuery(steps, threshold, lr, 1.0, GAUSSIAN, self.doubts)
         assert row.advisor is not None
-        found = rows._verdict(self.measured, question, row.advisor, limit=row.limit, minibatch=row.minibatch)
+        advice = row.advisor.at(steps, threshold)
+        found = rows._verdict(self.measured, question, row.advisor, advice=advice, minibatch=row.minibatch)
         assert found is not None
         return found
 

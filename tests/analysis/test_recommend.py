@@ -109,6 +109,16 @@ def test_a_threshold_that_is_poorly_known_is_kept_clear_of() -> None:
     assert "reaches down to 0" in unknown.reason
 
 
+def test_where_the_gradient_is_not_small_less_passes_by_as_much_as_less_is_recommended() -> None:
+    doubts = ("gradient-not-small",)
+    known = advise("horizon", thresholds(error=0.4), doubts)
+    assert known.limit is not None
+    assert known.recommended == pytest.approx(min(MID_TRAINING, GATE * MID_TRAINING / MARGIN * 0.6))
+    assert stand(known.recommended, known.limit, doubts=doubts) == "stable"
+    assert stand(0.99 * GATE * 0.6, known.limit) == "stable"
+    assert stand(0.99 * GATE * 0.6, known.limit, doubts=doubts) == "uncertain"
+
+
 def test_between_descent_and_horizon_a_step_size_is_uncertain() -> None:
     limit = advise("binding", thresholds(horizon=2.0, descent=1.0)).limit
     assert limit is not None

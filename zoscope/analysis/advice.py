@@ -34,7 +34,8 @@ MID_TRAINING = 0.5
 the threshold is up to twice lower."""
 
 GATE = 0.8
-"""Share of the lower end of the limit up to which a step size passes: what ``check`` has by default."""
+"""Share of the lower end of the limit up to which a step size passes: what ``check`` has by default. Less where the
+gradient is not small, by as much as the recommendation."""
 
 SHORT = 300
 """Steps up to which η* of all eigenvalues says anything.
@@ -198,15 +199,16 @@ def recommended_by_forward(limit: Limit, bounds: ForwardBounds) -> float | None:
     return lr if lr > 0 else None
 
 
-def stand(lr: float, limit: Limit, *, margin: float = GATE) -> Outlook:
+def stand(lr: float, limit: Limit, *, margin: float = GATE, doubts: Sequence[str] = ()) -> Outlook:
     """How a step size stands to its limit; of ``check`` this is pass, warn or fail.
 
     Args:
         lr: Step size, param²/loss.
         limit: What it is compared with.
         margin: Share of the lower end that is left to it, in (0, 1].
+        doubts: Codes of why the limit is provisional.
     """
-    if lr <= margin * limit.low:
+    if lr <= passing(margin, doubts) * limit.low:
         return "stable"
     return "unstable" if lr > limit.high else "uncertain"
 
@@ -226,8 +228,9 @@ def advise(wanted: Threshold, thresholds: Thresholds, doubts: Sequence[str] = ()
     if math.isinf(limit.value):
         return Advice(binding, limit, None, "nothing limits the step size on this quadratic model", tuple(doubts))
     lr = margin_of(doubts) * limit.value
-    cautious = GATE * limit.low < lr
-    lr = min(lr, GATE * limit.low)
+    most = passing(GATE, doubts) * limit.low
+    cautious = most < lr
+    lr = min(lr, most)
     if lr <= 0:
         reason = "the 95 % interval of the threshold reaches down to 0: raise --max-hvps, or measure at another point"
         return Advice(binding, limit, None, reason, tuple(doubts))
@@ -237,6 +240,11 @@ def advise(wanted: Threshold, thresholds: Thresholds, doubts: Sequence[str] = ()
 def margin_of(doubts: Sequence[str]) -> float:
     """Share of the limit that is recommended."""
     return MID_TRAINING if "gradient-not-small" in doubts else MARGIN
+
+
+def passing(margin: float, doubts: Sequence[str]) -> float:
+    """Share of the lower end of the limit up to which a step size passes."""
+    return margin * (margin_of(doubts) / MARGIN)
 
 
 DOUBTS = {
@@ -266,7 +274,9 @@ def _reason(wanted: Threshold, thresholds: Thresholds, doubts: Sequence[str], *,
     names = [NAMES[name] for name, _ in thresholds.asked(wanted)]
     steps = min(thresholds.horizon.steps, SHORT)
     names.append(f"η*({steps}) of all eigenvalues")
-    share = f"{GATE:g} × the smallest lower 95 % end" if cautious else f"{margin_of(doubts):g} × the smallest"
+    share = f"{margin_of(doubts):g} × the smallest"
+    if cautious:
+        share = f"{passing(GATE, doubts):.2g} × the smallest lower 95 % end"
     return f"{share} of {joined(names)}; provisional, because {joined([DOUBTS[code] for code in doubts])}"
 
 
@@ -375,7 +385,7 @@ def judge(
     steps: int,
     momentum: float,
     blow_up: Callable[[Version], float],
-    limit: Limit | None,
+    advice: Advice,
     descent: float | None,
     doubling: tuple[float, float] | None = None,
 ) -> Verdict:
@@ -386,18 +396,18 @@ def judge(
         steps: Planned number of steps N.
         momentum: Of the update rule; with it the descent threshold is not about one step.
         blow_up: Steps after which its noise feeds itself, by version.
-        limit: What to compare with; ``None`` where no threshold is known.
+        advice: Whose limit it is compared with.
         descent: Descent threshold.
         doubling: What ``QuadraticModel.doubling_times`` says.
     """
-    ends = blow_up("full"), blow_up("positive")
+    limit, ends = advice.limit, (blow_up("full"), blow_up("positive"))
     first, last = min(ends), max(ends)
     outlook: Outlook = "unstable" if last <= steps else "uncertain" if first <= steps else "stable"
     return Verdict(
         lr=lr,
         steps=steps,
         ratio=None if limit is None else limit.ratio(lr),
-        outlook=outlook if limit is None else stand(lr, limit),
+        outlook=outlook if limit is None else stand(lr, limit, doubts=advice.doubts),
         blow_up=(first, last),
         doubling=doubling,
         descends=None if descent is None or momentum > 0 else lr < descent,

@@ -11,7 +11,7 @@ from decimal import ROUND_DOWN, Context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from zoscope.analysis.advice import DOUBTS, GATE, JUMPS, SHORT, Limit, joined, stand
+from zoscope.analysis.advice import DOUBTS, GATE, JUMPS, SHORT, Limit, joined, passing, stand
 from zoscope.analysis.check_results import BaselineComparison, CheckReport, CheckResult, CheckStatus
 from zoscope.analysis.check_runner import Cache, CheckMeasurement, CheckRunner, Failure, Held
 from zoscope.config.load import (
@@ -72,8 +72,8 @@ def decide(
 ) -> Decision:
     """Hold a step size against the 95 % interval of a limit.
 
-    Pass: ``lr <= margin * low``. Fail: ``lr > high``. Between them, and where nothing is known: warn, which
-    ``on_warn="fail"`` turns into a fail.
+    Pass: ``lr <= margin * low``, less where the gradient is not small. Fail: ``lr > high``. Between them, and where
+    nothing is known: warn, which ``on_warn="fail"`` turns into a fail.
 
     Args:
         lr: Step size, param²/loss.
@@ -83,7 +83,8 @@ def decide(
         steps: Planned steps, for the message.
         doubts: Why the threshold is provisional.
     """
-    largest = round_down(margin * limit.low)
+    share = passing(margin, doubts)
+    largest = round_down(share * limit.low)
     if JUMPS in doubts:
         message = f"{DOUBTS[JUMPS]}, so that no curvature says whether lr {lr:g} is stable."
         return (
@@ -99,14 +100,14 @@ def decide(
     advice = f"The largest lr that passes is {largest:g}." if largest else "No lr passes: the lower end is 0."
     if doubts:
         advice += f" That is provisional: {joined([DOUBTS[code] for code in doubts])}. zoscope plan looks ahead."
-    outlook = stand(lr, limit, margin=margin)
+    outlook = stand(lr, limit, margin=margin, doubts=doubts)
     if outlook == "stable":
         return Decision("pass", f"lr {lr:g} is {limit.ratio(lr):.2g} times the {what}. {advice}", largest)
     if outlook == "unstable":
         expected = "unstable where the curvature was measured" if doubts else "training is expected to become unstable"
         message = f"lr {lr:g} is above the {what}: {expected}. {advice}"
         return Decision("fail", message, largest)
-    message = f"lr {lr:g} is above {margin:g} of the lower end of the {what}, but not above its upper end. {advice}"
+    message = f"lr {lr:g} is above {share:.2g} of the lower end of the {what}, but not above its upper end. {advice}"
     if on_warn == "fail":
         return Decision("fail", f"{message} (on_warn: fail)", largest)
     return Decision("warn", message, largest)

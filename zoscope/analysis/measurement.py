@@ -40,7 +40,7 @@ from zoscope.theory.stability import (
 )
 
 if TYPE_CHECKING:
-    from zoscope.analysis.advice import Limit
+    from zoscope.analysis.advice import Advice
     from zoscope.analysis.minibatch import Batches, BatchSpread, MiniBatchBounds
     from zoscope.analysis.request import MeasureRequest, Request
     from zoscope.curvature.slq import Curvature
@@ -234,7 +234,7 @@ def optimizer_row(
         recommended_reason=advice.reason,
         predicted_lr=None if advice.doubts else _predicted_lr(measured, question, rule=rule, upper=horizon.upper),
         commutator=measured.commutator,
-        verdict=_verdict(measured, question, advisor, limit=advice.limit, minibatch=minibatch),
+        verdict=_verdict(measured, question, advisor, advice=advice, minibatch=minibatch),
         minibatch=minibatch,
         zo_ci95=_interval_ci95(curvature, lambda p1, _, top: bounds.paper(p1, top)) if rule.is_linear else None,
         tight_ci95=_interval_ci95(curvature, bounds.tight, positive=True) if rule.is_linear else None,
@@ -267,7 +267,7 @@ def _verdict(
     question: ThresholdQuery,
     advisor: Advisor,
     *,
-    limit: Limit | None,
+    advice: Advice,
     minibatch: MiniBatchBounds | None,
 ) -> Verdict | None:
     if question.lr is None:
@@ -277,7 +277,7 @@ def _verdict(
     descent = None if advisor.descent is None else advisor.descent.value
     if minibatch is not None:
         ends, steps = (lambda version: minibatch.model.blow_up(lr, version=version)), minibatch.horizon.steps
-        return judge(lr, steps=steps, momentum=momentum, blow_up=ends, limit=limit, descent=descent)
+        return judge(lr, steps=steps, momentum=momentum, blow_up=ends, advice=advice, descent=descent)
     if measured.gradient is not None and question.loss != 0 and advisor.rule.is_linear:
         doubling = model.doubling_times(lr, min(question.steps, LONGEST_LOOK))
         if question.steps > LONGEST_LOOK and math.isinf(doubling[1]):
@@ -287,7 +287,7 @@ def _verdict(
         steps=question.steps,
         momentum=momentum,
         blow_up=lambda version: model.time_to_blow_up(lr, version),
-        limit=limit,
+        advice=advice,
         descent=descent,
         doubling=doubling,
     )

@@ -109,8 +109,8 @@ class Verdict(JsonObject):
         lr: The step size asked about.
         steps: The planned number of steps N.
         ratio: ``lr`` over the limit; 0 where nothing limits the step size, ``None`` without a threshold.
-        outlook: Where ``lr`` stands to the limit: ``stable`` up to 0.8 of its lower end, ``unstable`` above its upper
-            end, ``uncertain`` between them.
+        outlook: Where ``lr`` stands to the limit: ``stable`` up to 0.8 of its lower end (0.57 where the gradient is not
+            small), ``unstable`` above its upper end, ``uncertain`` between them.
         blow_up: Steps from which the noise feeds itself, the earlier one of all eigenvalues and of the positive ones
             first; ``inf`` for never, ``None`` where the spectrum is not known and the outlook is about infinite time.
             After a few hundred steps negative curvature is not the source of noise that the first one takes it for.
