@@ -92,6 +92,14 @@ def test_a_page_says_which_mu_to_use() -> None:
     assert not [key for key in found.blocks if key.startswith("plot-")]
     assert "with no μ." in made(scale(best=None, upper=None)).text
     assert "with μ from 1e-06 on, up to 0.084" in made(scale(lower={"value": 1e-6})).text
+    assert "with every μ that was tried; use 0.001." in made(scale(upper=None)).text
+
+
+@pytest.mark.parametrize("name", ["bounds", "plan"])
+def test_a_page_about_step_sizes_says_which_mu_is_right(name: str) -> None:
+    found = made(golden(name) | {"mu": 1e-3, "perturbation": scale()})
+    assert "right within 10 % with μ up to 0.084; use 0.001." in found.text
+    assert "μ tried" in found.text
 
 
 @pytest.mark.parametrize("name", NAMES.split())

@@ -330,7 +330,7 @@ def _bounds(document: Document) -> Answer:
         Table("The step size asked about", ("", "lr", "× the threshold", "outlook"), verdicts),
         Table("Curvature", ("", "trace", "λ_max", "effective rank", "method"), curvature),
     )
-    return Answer(f"For {steps} steps use {'; '.join(sentences)}.", tables)
+    return _with_mu(Answer(f"For {steps} steps use {'; '.join(sentences)}.", tables), document)
 
 
 def _value(number: Any) -> float | None:
@@ -373,14 +373,12 @@ def _plan(document: Document) -> Answer:
         )
         for point in document["curve"]
     ]
-    return Answer(
-        sentence,
-        (
-            Table("Behind the answer", ("", ""), facts),
-            Table("Schedules", ("", "peak step size", "expected loss", "risk", "half diverge at"), schedules),
-            Table("Step sizes tried", ("step size", "final loss", "range", "diverged", "risk"), tried),
-        ),
+    tables = (
+        Table("Behind the answer", ("", ""), facts),
+        Table("Schedules", ("", "peak step size", "expected loss", "risk", "half diverge at"), schedules),
+        Table("Step sizes tried", ("step size", "final loss", "range", "diverged", "risk"), tried),
     )
+    return _with_mu(Answer(sentence, tables), document)
 
 
 def _probe(document: Document) -> Answer:
@@ -523,9 +521,10 @@ def _perturbation(document: Document) -> Answer:
     tolerance = percent(document["tolerance"])
     best = document["best"]
     low, high = (None if document[end] is None else f"{document[end]['value']:.2g}" for end in ("lower", "upper"))
-    ends = ", ".join(filter(None, (low and f"from {low} on", high and f"up to {high}"))) or "as far as it was tried"
+    ends = ", ".join(filter(None, (low and f"from {low} on", high and f"up to {high}")))
+    which = f"μ {ends}" if ends else "every μ that was tried"
     sentence = (
-        f"Slopes along random directions are right within {tolerance} with μ {ends}; use {best:.2g}."
+        f"Slopes along random directions are right within {tolerance} with {which}; use {best:.2g}."
         if best
         else (f"Slopes along random directions are right within {tolerance} with no μ.")
     )
@@ -533,7 +532,15 @@ def _perturbation(document: Document) -> Answer:
         (f"{mu:.2g}", quantity(error, digits=2), quantity(rise, digits=2))
         for mu, error, rise in zip(document["tried"], document["slope_errors"], document["loss_rises"], strict=True)
     ]
-    return Answer(sentence, (Table("Tried", ("μ", "slopes off by, relative", "loss higher by, relative"), rows),))
+    return Answer(sentence, (Table("μ tried", ("μ", "slopes off by, relative", "loss higher by, relative"), rows),))
+
+
+def _with_mu(answer: Answer, document: Document) -> Answer:
+    """What the document says of μ below the rest, where it says something."""
+    if document.get("perturbation") is None:
+        return answer
+    found = _perturbation(document["perturbation"])
+    return Answer(f"{answer.sentence} {found.sentence}", (*answer.tables, *found.tables))
 
 
 @dataclass(frozen=True)
