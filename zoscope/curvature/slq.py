@@ -673,7 +673,7 @@ KEPT = 10
 """Products kept for what they have in common, which tells the fourth moment."""
 
 TAIL_UNSEEN = 2.0
-"""What the tail ``Tr A⁴/(Tr A²)²`` may be larger by than a few vectors show, times their number."""
+"""What the tail ``Tr A⁴/(Tr A²)²`` may be larger by than vectors show, times their number: in a forecast that of then."""
 
 LARGEST_EXPONENT = 100.0
 """Of an error that is as good as infinite."""
@@ -746,7 +746,7 @@ class DeflatedHutchinson:
         """
         count = count or self.count
         square = float(np.mean(self.squares))
-        tail = self._fourth / square**2 + TAIL_UNSEEN / self.count if square > 0 else 0.0
+        tail = self._fourth / square**2 + TAIL_UNSEEN / count if square > 0 else 0.0
         stderr = math.sqrt(self.variance / count) * (widening(max(1.0, count / tail)) if tail > 0 else 1.0)
         return Estimate(self.exact[0] + float(np.mean(self.traces)), stderr)
 
@@ -758,7 +758,7 @@ class DeflatedHutchinson:
         count, part = count or self.count, float(np.mean(self.squares))
         if part == 0:
             return Estimate(self.exact[1], 0.0)
-        unseen = TAIL_UNSEEN / 2 * part**2 / self.count
+        unseen = TAIL_UNSEEN / 2 * part**2 / count
         variance = max(self._spread(self._fourth + unseen, part), float(np.var(self.squares, ddof=1)))
         relative = widening(max(1, count - 1)) * math.sqrt(variance / count) / part
         stderr = part * math.expm1(min(NORMAL * relative, LARGEST_EXPONENT)) / NORMAL
