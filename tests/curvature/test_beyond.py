@@ -80,3 +80,16 @@ def test_products_that_are_not_finite_are_refused():
     vectors = normal(2, 12, seed=0)
     with pytest.raises(NumericalError, match="not finite"):
         DeflatedHutchinson((3.0, 5.0), 10).add(vectors, vectors * torch.tensor([[1.0], [torch.inf]]))
+
+
+def test_a_single_eigenvalue_of_which_little_is_seen_may_be_large():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(3, 1000, generator=generator, dtype=torch.float64)
+    vectors[:, 0] *= 0.02
+    alone = torch.zeros(1000, dtype=torch.float64)
+    alone[0] = 50.0
+    bulk = torch.full((1000,), 0.02, dtype=torch.float64)
+    for values, found in ((alone, True), (1e-4 * alone, False), (bulk, False), (0 * alone, False)):
+        beyond = DeflatedHutchinson((100.0, 4000.0), 1000)
+        beyond.add(vectors, vectors * values)
+        assert beyond.may_hide(0.01) is found

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoscope.curvature.lanczos import Chain, Rows, project_out, require_finite, rounding
+from zoscope.curvature.lanczos import Chain, Rows, lengths, project_out, require_finite, rounding
 from zoscope.curvature.operators import LinearOperator, ShardOperator
 from zoscope.curvature.slq import (
     AT_ONCE,
@@ -282,8 +282,6 @@ class _Measurement(Sampling):
         pieces = self._pieces if self._count == len(self._pieces) else fewer_pieces(op.objective, self._count)
         return self._sample_apart(beyond, basis, pieces=pieces), beyond.norm(), len(pieces)
 
-    # --- the chain ------------------------------------------------------------------------------------------------
-
     def _enough(self, chain: Chain, beyond: DeflatedHutchinson) -> bool:
         if self._looked_at == 0:
             self._pilot(chain, beyond)
@@ -313,7 +311,8 @@ class _Measurement(Sampling):
         if pieces is None or joint <= 0:
             return
         assert isinstance(op, ShardOperator)
-        vectors = _unit(chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator)))
+        vectors = chain.project_out(self._normal(PILOT_VECTORS, self._pilot_generator))
+        vectors /= lengths(vectors)
         seen = [
             weight * chain.project_out(products)
             for weight, _, products in op.apart(pieces[: max(PILOT_PIECES, len(pieces) // 4)], lambda: vectors)
@@ -323,8 +322,6 @@ class _Measurement(Sampling):
         # No less by Cauchy and Schwarz; less is seen where a quarter of the examples does not bend the loss at all.
         ratio = max(found[self._count] / joint, 1 / self._count)
         self._ratio = ratio if ratio <= PAYS else 1.0
-
-    # --- probe vectors --------------------------------------------------------------------------------------------
 
     def _share_vectors(self, beyond: DeflatedHutchinson, basis: Rows) -> None:
         """Sample with vectors that all examples share, as many as the norm takes; the trace too without pieces."""
@@ -368,9 +365,8 @@ class _Measurement(Sampling):
 
     def _probes(self, count: int, basis: Rows) -> Tensor:
         """Unit vectors of the complement, ``(count, d)``."""
-        return _unit(project_out(self._normal(count, self._probe_generator), basis, passes=2))
-
-    # --- the result -----------------------------------------------------------------------------------------------
+        vectors = project_out(self._normal(count, self._probe_generator), basis, passes=2)
+        return vectors / lengths(vectors)
 
     def _result(self, trace: Estimate, norm: Estimate, ritz: tuple[Eigenvalue, ...], *, pieces: int) -> Moments:
         found = Moments(
@@ -385,11 +381,6 @@ class _Measurement(Sampling):
         )
         self._report("done", found.error)
         return found
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return unit
 
 
 def _vectors_for(estimate: Callable[[int], Estimate], count: int, *, rtol: float) -> int:

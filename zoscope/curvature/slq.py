@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Literal
 
 import numpy as np
@@ -673,7 +673,10 @@ KEPT = 10
 """Products kept for what they have in common, which tells the fourth moment."""
 
 TAIL_UNSEEN = 2.0
-"""What the tail ``Tr A⁴/(Tr A²)²`` may be larger by than vectors show, times their number: in a forecast that of then."""
+"""What the tail ``Tr A⁴/(Tr A²)²`` may be larger by than vectors show, times their number (in a forecast: then)."""
+
+ALONE, HIDDEN = 0.5, 1e4
+"""Squared cosine from which products share an eigenvalue, and its true part over that seen, once in a million times."""
 
 LARGEST_EXPONENT = 100.0
 """Of an error that is as good as infinite."""
@@ -763,6 +766,12 @@ class DeflatedHutchinson:
         relative = widening(max(1, count - 1)) * math.sqrt(variance / count) / part
         stderr = part * math.expm1(min(NORMAL * relative, LARGEST_EXPONENT)) / NORMAL
         return Estimate(self.exact[1] + part, stderr)
+
+    def may_hide(self, rtol: float) -> bool:
+        """Whether one eigenvalue is all that they see, which may be large: each may be nearly orthogonal to it."""
+        cosines_sq = [float(one.dot(other)) ** 2 for (one, _), (other, _) in combinations(self.kept, 2)]
+        part = HIDDEN * float(np.mean(self.squares))
+        return float(np.mean(cosines_sq)) > ALONE and part > rtol * (self.exact[1] + part)
 
     @property
     def _fourth(self) -> float:
@@ -895,6 +904,8 @@ class Sampling(ABC):
 
     def _enough(self, chain: Chain, beyond: DeflatedHutchinson) -> bool:
         """Whether more steps take more products than they save, once the ends have converged."""
+        if beyond.may_hide(self.rtol):
+            return False
         steps, ahead = chain.jacobi.size, self._ahead(chain, beyond)
         if ahead <= MORE_STEPS or ahead > FAR * steps:
             return ahead <= MORE_STEPS
@@ -1096,8 +1107,6 @@ class _Sampling(Sampling):
         whole = joined([(1.0, Spectrum.of(deflated.values)), (1.0, left)])
         noise = Noise(SampledSpectrum(whole, left, 1, beyond.dimension), self.precision)
         return max(least, noise.plan(0.5 * self.rtol, length=SHORT_LENGTHS[0], have=1).cost)
-
-    # --- probe vectors --------------------------------------------------------------------------------------------
 
     def _sample(self, state: Complement, deflation: Deflation) -> None:
         """Draw probe vectors until the precision wanted is reached, the budget spent, or more would not help."""
