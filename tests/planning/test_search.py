@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from zoscope.planning.search import Edge, Run, Search
 
@@ -33,7 +34,8 @@ def test_edges_and_the_lowest_loss_are_found_from_any_guess(guess):
 
 
 def test_the_risk_rises_from_nothing_past_a_half_at_the_edge():
-    edge = Edge(np.array([[0.9, 1.0], [1.0, 1.1], [0.95, 1.05]]))
+    brackets = np.array([[0.9, 1.0], [1.0, 1.1], [0.95, 1.05]])
+    edge = Edge(brackets, brackets)
     assert edge.risk(edge.lr) == pytest.approx(0.5)
     assert edge.risk(0.2 * edge.lr) < 0.01 < edge.risk(0.9 * edge.lr) < 0.5
     assert edge.risk(edge.at_risk(0.05)) == pytest.approx(0.05, rel=1e-6)
@@ -119,7 +121,31 @@ def test_a_dip_far_below_is_found_all_the_same():
 
 
 def test_more_runs_narrow_the_interval():
-    wide = Edge(np.array([[0.7, 0.8], [1.2, 1.3], [0.95, 1.05]]))
+    brackets = np.array([[0.7, 0.8], [1.2, 1.3], [0.95, 1.05]])
+    wide = Edge(brackets, brackets)
     assert math.log(wide.ci95[1] / wide.lr) == pytest.approx(wide.half_width)
-    assert Edge(np.repeat(wide.brackets, 3, axis=0)).half_width < 0.5 * wide.half_width
-    assert Edge(wide.brackets[:1]).half_width == math.inf
+    assert Edge(np.repeat(brackets, 3, axis=0), np.repeat(brackets, 3, axis=0)).half_width < 0.5 * wide.half_width
+    assert Edge(brackets[:1], brackets[:1]).half_width == math.inf
+
+
+def test_runs_that_leave_and_stay_further_up_raise_the_risk():
+    """Each run leaves at random at a step size, and at each on its own: the share of those that left is the risk."""
+    lrs = np.exp(np.linspace(-0.6, 0.6, 25))
+
+    def fate(lr, run):
+        chance = float(stats.norm.cdf(math.log(lr) / 0.15))
+        return np.random.default_rng([run, round(1e4 * lr)]).random() < chance
+
+    def made(lr, runs, enough):
+        return {run: Run(1 if fate(lr, run) else None, np.array([0, 1]), np.array([1.0, 0.5])) for run in runs}
+
+    search = Search(made, 60)
+    for lr in lrs:
+        search.trial(float(lr))
+    edge = search.edge()
+    assert edge.lr == pytest.approx(1.0, rel=0.1)
+    assert (edge.spans[:, 0] <= edge.brackets[:, 0]).all()
+    assert (edge.spans[:, 1] >= edge.brackets[:, 1]).all()
+    for lr in (0.8, 0.9, 1.1):
+        true = float(stats.norm.cdf(math.log(lr) / 0.15))
+        assert edge.risk(lr) == pytest.approx(true, abs=3 * math.sqrt(true * (1 - true) / 60))

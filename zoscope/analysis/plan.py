@@ -279,7 +279,7 @@ class _Planner:
 
     def go(self) -> tuple[Edge, Trial | None]:
         """The edge, and the trial of the best step size: approached by few runs, then by all of them."""
-        edge, best = Edge(np.empty((0, 2))), None
+        edge, best = Edge(np.empty((0, 2)), np.empty((0, 2))), None
         self._go_on(self._first_runs(), FEW)
         try:
             guess = self._guess()

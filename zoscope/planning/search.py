@@ -3,7 +3,8 @@
 Every run r leaves above a step size of its own, since it meets the same random numbers whatever the step size is. So a
 run that left at a smaller step size need not be made, nor one that stayed at a larger one. The logarithms of these
 edges scatter about normally over runs, so that a few runs give the share that leaves at any step size: a Student
-distribution around their mean, wider by what a mean of so few is uncertain.
+distribution around their mean, wider by what a mean of so few is uncertain. Runs that leave at a step size and stay at
+a larger one are no sharp edge: what they say of the risk is as wide as the step sizes at which they did either.
 """
 
 from __future__ import annotations
@@ -110,9 +111,11 @@ class Edge:
     Args:
         brackets: ``(R, 2)`` for every run a step size at which it stays and one at which it leaves; 0 and infinity
             where none was found.
+        spans: ``(R, 2)`` step sizes below which it always stayed, and above which it always left.
     """
 
     brackets: Array
+    spans: Array
 
     @property
     def found(self) -> bool:
@@ -122,9 +125,13 @@ class Edge:
     @property
     def logs(self) -> Array:
         """Logarithms of the edges of the runs that have one."""
-        inside = (self.brackets[:, 0] > 0) & np.isfinite(self.brackets[:, 1])
-        found: Array = np.log(self.brackets[inside]).mean(axis=1)
+        found: Array = np.log(self.brackets[self._inside]).mean(axis=1)
         return found
+
+    @property
+    def _inside(self) -> NDArray[np.bool_]:
+        inside: NDArray[np.bool_] = (self.brackets[:, 0] > 0) & np.isfinite(self.brackets[:, 1])
+        return inside
 
     @property
     def lr(self) -> float | None:
@@ -149,21 +156,25 @@ class Edge:
         count = len(self.logs)
         return float(stats.t.ppf(0.975, count - 1)) * self.scatter / math.sqrt(count) if count > 1 else math.inf
 
+    @property
+    def _spread(self) -> float:
+        """Standard deviation of the log step size at which a new run leaves: anywhere in the span of one of these."""
+        spans, count = np.log(self.spans[self._inside]), len(self.logs)
+        off = spans.mean(axis=1) - self.logs.mean()
+        square = float((np.square(off) + np.square(np.diff(spans)[:, 0]) / 12).sum()) / max(count - 1, 1)
+        return max(self.scatter, math.sqrt(square)) * math.sqrt(1 + 1 / count)
+
     def risk(self, lr: float) -> float:
         """Share of new runs that leave at a step size."""
         if self.lr is None:
             return 0.0
-        count = len(self.logs)
-        wide = self.scatter * math.sqrt(1 + 1 / count)
-        return float(stats.t.cdf(math.log(lr / self.lr) / wide, max(count - 1, 1)))
+        return float(stats.t.cdf(math.log(lr / self.lr) / self._spread, max(len(self.logs) - 1, 1)))
 
     def at_risk(self, risk: float) -> float | None:
         """The step size of a risk."""
         if self.lr is None:
             return None
-        count = len(self.logs)
-        wide = self.scatter * math.sqrt(1 + 1 / count)
-        return self.lr * math.exp(float(stats.t.ppf(risk, max(count - 1, 1))) * wide)
+        return self.lr * math.exp(float(stats.t.ppf(risk, max(len(self.logs) - 1, 1))) * self._spread)
 
 
 @dataclass
@@ -259,7 +270,7 @@ class Search:
 
     def edge(self) -> Edge:
         """What the trials say of every run: the step size that splits them with the fewest exceptions."""
-        brackets = []
+        brackets, spans = [], []
         for run in range(self.replicas):
             tried = sorted((t.lr, t.runs[run].left is not None) for t in self.trials.values() if run in t.runs)
             lrs, gone = [lr for lr, _ in tried], np.array([left for _, left in tried], dtype=bool)
@@ -267,8 +278,12 @@ class Search:
             wrong = [int(gone[:cut].sum() + (~gone[cut:]).sum()) for cut in range(len(lrs) + 1)]
             cuts = np.flatnonzero(np.array(wrong) == min(wrong))
             cut = int(cuts[len(cuts) // 2])
-            brackets.append((lrs[cut - 1] if cut else 0.0, lrs[cut] if cut < len(lrs) else np.inf))
-        return Edge(np.array(brackets))
+            ends = [0.0, *lrs, np.inf]
+            brackets.append((ends[cut], ends[cut + 1]))
+            first, last = min([cut, *np.flatnonzero(gone)]), max([cut - 1, *np.flatnonzero(~gone)])
+            # Open ends are for brackets alone: they say that nothing was tried there.
+            spans.append((ends[first] or brackets[-1][0], ends[last + 2] if last + 1 < len(lrs) else brackets[-1][1]))
+        return Edge(np.array(brackets), np.array(spans))
 
     def lowest(self, top: float) -> Trial:
         """The trial with the lowest mean final loss up to ``top``: one with neighbours no farther than ``FALLING``.
