@@ -367,3 +367,22 @@ def test_a_copy_has_the_step_sizes_that_set_themselves(twin) -> None:
     assert other.control is not None
     assert loss(other_auto, other) == loss(auto, optimizer)
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("closure", "said"),
+    [
+        (torch.tensor(1.0), r"step got a Tensor: expected a function .* step\(lambda: loss\(model, batch\)\)"),
+        (lambda: None, "the closure returned nothing: expected one number"),
+        (lambda: (torch.tensor(1.0), {}), "the closure returned a tuple: expected one number"),
+    ],
+)
+def test_what_is_no_loss_is_said(closure, said) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    for step in (
+        ZOGD([parameter], lr=0.1).step,
+        AutoLR(ZOGD([parameter], lr=1.0), steps=5).step,
+    ):
+        with pytest.raises(TypeError, match=said):
+            step(closure)
+        assert torch.equal(parameter.detach(), torch.ones(3))

@@ -252,13 +252,23 @@ class TrainedBy:
         return rates if any(rates) else [float(group.get("initial_lr", group["lr"])) for group in self.groups]
 
     def second_moment(self) -> tuple[Tensor | None, int]:
-        """Adam's v as ``(d,)``, the largest one of AMSGrad, and its steps; ``None`` where it is not there yet."""
+        """Adam's v as ``(d,)``, the largest one of AMSGrad, and its steps; ``None`` where it is not there yet.
+
+        Tensors that joined later have taken fewer steps: theirs is the v with which the P of all steps is their own.
+        """
         if any("exp_avg_sq" not in state for state in self.states):
             return None, 0
         # The zeroth-order optimizers count steps in the group.
-        step = self.states[0].get("step", self.groups[0].get("step", 0))
-        kept = [state.get("max_exp_avg_sq", state["exp_avg_sq"]) for state in self.states]
-        return torch.cat([v.detach().reshape(-1) for v in kept]), int(step)
+        steps = [int(s.get("step", g.get("step", 0))) for s, g in zip(self.states, self.groups, strict=True)]
+        most, parts = max(steps), []
+        for state, group, step in zip(self.states, self.groups, steps, strict=True):
+            v = state.get("max_exp_avg_sq", state["exp_avg_sq"]).detach().reshape(-1)
+            if 0 < step < most:
+                first, second = ((1 - beta**step) / (1 - beta**most) for beta in group["betas"])
+                eps = group["eps"] * math.sqrt(1 - group["betas"][1] ** most)
+                v = (first * (v / second).sqrt() - (1 - first) * eps).clamp_min(0).square()
+            parts.append(v)
+        return torch.cat(parts), most
 
 
 def differing(groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -819,10 +829,20 @@ MATERIAL = 0.01
 
 
 def _decay_notices(record: Record, trained: TrainedBy) -> Iterable[Notice]:
-    """On weight decay of Adam, which its thresholds leave out; that of the others is in them."""
+    """On weight decay that thresholds leave out: Adam's, and that of groups with other step sizes than the first."""
     group = trained.distinct_groups[0]
     decay = float(group.get("weight_decay", 0.0))
-    if not decay or "betas" not in group or record.ratio is None:
+    if not decay or record.ratio is None:
+        return
+    if "betas" not in group:
+        rates = trained.rates()
+        off = decay * (max(rates) - min(rates)) / 2
+        if off > MATERIAL * max(record.ratio, 0.0):
+            yield Notice(
+                "weight-decay",
+                f"weight_decay={decay:g} counts as if all groups had the step size of the first: the ratio of step "
+                f"size and threshold, {record.ratio:.3g}, may be off by up to {off:.2g}.",
+            )
         return
     if isinstance(trained.optimizers[0], torch.optim.AdamW) or group.get("decoupled_weight_decay"):
         added = record.lr * decay / 2

@@ -317,6 +317,11 @@ _KEPT = ("mu", "queries", "directions", "restore", "one_sided", "evaluations", "
 
 def loss_of(closure: Closure) -> float | Tensor:
     """What a closure returns without gradients; with them where it takes derivatives itself, and fails without."""
+    if not callable(closure):
+        raise TypeError(
+            f"step got a {type(closure).__name__}: expected a function that evaluates the loss of the batch, such as "
+            "step(lambda: loss(model, batch))"
+        )
     try:
         return _detached(closure())
     except RuntimeError as error:
@@ -328,6 +333,9 @@ def loss_of(closure: Closure) -> float | Tensor:
 
 def _detached(loss: float | Tensor) -> float | Tensor:
     """A loss that stays as it is, wherever the closure writes the next one."""
+    if loss is None or isinstance(loss, tuple | list | dict):
+        what = "nothing" if loss is None else f"a {type(loss).__name__}"
+        raise TypeError(f"the closure returned {what}: expected one number, the mean loss of a batch")
     if not isinstance(loss, Tensor):
         return loss
     if loss.numel() != 1:

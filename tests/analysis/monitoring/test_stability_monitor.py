@@ -254,6 +254,46 @@ def test_weight_decay_of_adam_is_said_where_it_matters(kind) -> None:
     assert codes == [[], [], ["weight-decay"]]
 
 
+def test_weight_decay_of_groups_with_other_step_sizes_is_said() -> None:
+    model, problem = network()
+    for lr, expected in ((0.3, []), (0.001, ["weight-decay"])):
+        optimizer = grouped(model, lr, 0.3)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 3.0
+        monitor = zoscope.StabilityMonitor(problem, optimizer, device="cpu", dtype="float64")
+        record = monitor.step()
+        sizes = torch.tensor([lr] * 30 + [0.3] * 14, dtype=torch.float64)
+        with problem.prepare(device="cpu", dtype="float64") as objective:
+            hessian = HessianOperator(objective).dense() + 3.0 * torch.eye(44, dtype=torch.float64)
+        true = float(torch.linalg.eigvalsh(sizes.sqrt()[:, None] * hessian * sizes.sqrt())[-1]) / 2
+        assert [notice.code for notice in monitor.warnings if notice.code == "weight-decay"] == expected
+        assert abs(true - record.ratio) <= 1e-6 + 3.0 * (0.3 - lr) / 2
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_layers_that_join_adam_later_have_a_bias_correction_of_their_own(late: int) -> None:
+    model, problem = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-4)
+    for first in (False, True):
+        model[late].requires_grad_(first)
+        for _ in range(20 - 15 * first):
+            optimizer.zero_grad()
+            problem.loss(model, problem.batches[0]).backward()
+            optimizer.step()
+    record = zoscope.StabilityMonitor(problem, optimizer, device="cpu", dtype="float64").step()
+    scale = []
+    for p in model.parameters():
+        state, (first, second) = optimizer.state[p], optimizer.defaults["betas"]
+        t = float(state["step"])
+        scale.append((1 - first**t) * ((state["exp_avg_sq"] / (1 - second**t)).sqrt() + 1e-4).flatten().double())
+    root = torch.cat(scale).rsqrt()
+    with problem.prepare(device="cpu", dtype="float64") as objective:
+        hessian = HessianOperator(objective).dense()
+    assert record.lambda_max == pytest.approx(
+        float(torch.linalg.eigvalsh(root[:, None] * hessian * root)[-1]), rel=1e-4
+    )
+
+
 def test_amsgrad_divides_by_the_largest_second_moment() -> None:
     model, problem = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True)
