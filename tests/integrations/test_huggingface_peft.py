@@ -107,6 +107,29 @@ def test_labels_are_smoothed_behind_a_prompt_that_is_tuned() -> None:
         assert float(smoothed.loss(model, batch)) == pytest.approx(float(plain.loss(model, batch)), rel=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "counted"), [("prompt", 8), ("p-tuning", 8), ("prefix", 5)])
+def test_batches_weigh_the_tokens_that_are_predicted_behind_a_prompt(kind: str, counted: int) -> None:
+    """A prompt predicts first tokens, so that a text of one counts; a prefix in the cache does not."""
+    import peft
+
+    options: dict[str, Any] = {"num_virtual_tokens": PREFIX, "task_type": "CAUSAL_LM"}
+    config = {
+        "prompt": lambda: peft.PromptTuningConfig(**options),
+        "p-tuning": lambda: peft.PromptEncoderConfig(**options, encoder_hidden_size=8),
+        "prefix": lambda: peft.PrefixTuningConfig(**options),
+    }[kind]()
+    with torch.random.fork_rng(devices=[]):
+        model = peft.get_peft_model(small_model("causal-lm"), config)
+    examples = [{"input_ids": list(range(5, 5 + length))} for length in (1, 2, 5)]
+    whole = problem_from_transformers(model, examples, batch_size=3)
+    each = problem_from_transformers(model, examples, batch_size=1)
+    with torch.no_grad():
+        expected = float(whole.loss(model, whole.batches[0]))
+        parts = [count * float(each.loss(model, b)) for count, b in zip(each.counts, each.batches, strict=True)]
+    assert sum(whole.counts) == sum(each.counts) == counted
+    assert sum(parts) / counted == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_prefix_is_the_keys_and_values_of_tokens_in_front() -> None:
     """In one layer it can be made of real tokens: those then count as if they had been part of the text."""
     model = adapted("sequence-classification", "prefix", num_hidden_layers=1).eval()

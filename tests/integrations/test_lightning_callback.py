@@ -52,6 +52,33 @@ def test_threshold_and_ratio_are_logged_every_so_many_optimizer_steps(tmp_path: 
     assert "zoscope/max_lr" in header
 
 
+class Slow(Module):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+def test_accumulated_losses_are_those_of_the_problem() -> None:
+    """Lightning hands over a part of each."""
+    torch.manual_seed(0)
+    module, data = Slow(), (torch.randn(8, 3), torch.randn(8, 1))
+    problem = zoscope.Problem.from_criterion(module.net, data, nn.MSELoss())
+    callback = StabilityCallback(problem, every=3)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        accumulate_grad_batches=4,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    repeated = torch.utils.data.TensorDataset(*(part.repeat(12, 1) for part in data))
+    trainer.fit(module, torch.utils.data.DataLoader(repeated, batch_size=8))
+    assert callback._monitor.compared
+    assert not [notice for notice in callback.warnings if notice.code == "other-loss"]
+
+
 class TwoOptimizers(Module):
     def __init__(self) -> None:
         super().__init__()

@@ -155,6 +155,49 @@ def test_a_step_that_adds_to_the_loss_is_found_out(tmp_path: Path) -> None:
     assert "training_step" not in vars(training)  # the trainer is as it was
 
 
+class LargerStep(transformers.Trainer):
+    """By less than what the first losses have to differ by on average."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = 1.9 * model(**inputs).loss / self.args.gradient_accumulation_steps
+        loss.backward()
+        return loss.detach()
+
+
+def test_accumulated_losses_of_the_first_step_are_compared(tmp_path: Path) -> None:
+    training = trainer(tmp_path, kind=LargerStep, gradient_accumulation_steps=4)
+    callback = watch_trainer(training, every=6, examples=8, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    training.train()
+    (found,) = [notice for notice in callback.warnings if notice.code == "other-loss"]
+    assert "On its first step" in found.message
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_accumulated_losses_of_a_plain_trainer_are_the_problems(tmp_path: Path, counted: bool) -> None:
+    """Averaged by tokens, where the model is told their number, or evenly."""
+    from tests.integrations.conftest import small_model
+
+    texts = [[5 + (n * k) % 30 for k in range(12)] for n in range(16)]
+    kept = [1 if n % 2 else 11 for n in range(16)]
+    rows = [{"input_ids": t, "labels": [-100] * (12 - k) + t[12 - k :]} for t, k in zip(texts, kept, strict=True)]
+    args = trainer(tmp_path, gradient_accumulation_steps=8, max_grad_norm=0).args
+    args.per_device_train_batch_size, args.max_steps = 1, 1
+    training = transformers.Trainer(model=small_model("causal-lm", dropout=0.0), args=args, train_dataset=rows)
+    training.model_accepts_loss_kwargs = counted
+    callback = watch_trainer(training, every=6, examples=2, optimizer="zo-gd", max_hvps=25, rtol=0.5)
+    training.train()
+    assert len([expected for expected in callback._first if expected is not None]) == 8
+    assert not [notice for notice in callback.warnings if notice.code == "other-loss"]
+
+
+@pytest.mark.parametrize(("found", "other"), [(4.6, False), (3.0, False), (1.9 * 4.6, True), (1.0, True)])
+def test_a_mean_over_a_step_is_even_or_by_what_counts(tmp_path: Path, found: float, other: bool) -> None:
+    callback = watch_trainer(trainer(tmp_path), examples=8)
+    callback._first = [(1.0, 1), (5.0, 9)]
+    callback._compare(found)
+    assert [notice.code for notice in callback.warnings] == (["other-loss"] if other else [])
+
+
 class OwnLoader(transformers.Trainer):
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(self.train_dataset, batch_size=4, collate_fn=self.data_collator)

@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 from zoscope import ZOGD, UsageError
 from zoscope.integrations.trainer import ZOTrainer, ZOTrainingArguments
 
+from .conftest import small_model
 from .zo_trainer_job import examples, flat, network, trainer
 
 JOB = Path(__file__).parent / "zo_trainer_job.py"
@@ -66,6 +67,87 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     twice.train()
     assert torch.allclose(flat(once.model), flat(twice.model), rtol=0, atol=1e-6)
     assert losses(once) == pytest.approx(losses(twice), rel=1e-5)
+
+
+class Pops(ZOTrainer):
+    """As transformers documents it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+
+
+class Divides(ZOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits, labels, reduction="sum") / num_items_in_batch
+
+
+class DividesAtOnce(Divides):
+    """Of the whole step, as it declares."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.heard = num_items_in_batch
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("own", [Pops, Divides, DividesAtOnce, "function", "smoothed"])
+def test_every_evaluation_of_a_step_sees_the_whole_batch(own: object, tmp_path: Path) -> None:
+    """Of two batches with different numbers of labels, against one batch of both."""
+    options = {"learning_rate": 1e-3, "max_steps": 3, "train_sampling_strategy": "sequential"}
+    more = {"label_smoothing_factor": 0.3} if own == "smoothed" else {}
+    once = trainer(tmp_path, **options, **more)
+    twice = trainer(
+        tmp_path,
+        kind=own if isinstance(own, type) else ZOTrainer,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        **options,
+        **more,
+    )
+    if own == "function":
+        twice.compute_loss_func = lambda outputs, labels, num_items_in_batch: (
+            torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+        )
+    rows = [{**row, "labels": -100} if n % 16 < 5 else row for n, row in enumerate(examples())]
+    for training in (once, twice):
+        training.train_dataset = rows
+        training.train()
+    assert losses(once) == pytest.approx(losses(twice), rel=1e-5)
+    assert torch.allclose(flat(once.model), flat(twice.model), rtol=0, atol=1e-6)
+    if own is DividesAtOnce:
+        assert int(twice.heard) == 11
+
+
+def test_accumulated_texts_weigh_what_is_predicted_of_them(tmp_path: Path) -> None:
+    """The first token is not."""
+    rows = []
+    for length in (2, 9):
+        ids, filler = list(range(5, 5 + length)), 9 - length
+        rows.append(
+            {
+                "input_ids": ids + [0] * filler,
+                "attention_mask": [1] * length + [0] * filler,
+                "labels": ids + [-100] * filler,
+            }
+        )
+    found = []
+    for size in (2, 1):
+        training = trainer(
+            tmp_path,
+            small_model("causal-lm"),
+            learning_rate=1e-9,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=2 // size,
+            logging_steps=1,
+        )
+        training.train_dataset = rows
+        training.train()
+        found += losses(training)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

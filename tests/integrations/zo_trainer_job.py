@@ -21,12 +21,12 @@ def examples() -> list[dict]:
     return [{"input_ids": [n % 30, 3 * n % 30, 5], "labels": int(n % 30 > 14)} for n in range(64)]
 
 
-def trainer(folder: Path, model: torch.nn.Module | None = None, **arguments) -> ZOTrainer:
+def trainer(folder: Path, model: torch.nn.Module | None = None, kind=ZOTrainer, **arguments) -> ZOTrainer:
     given = {"max_steps": 40, "per_device_train_batch_size": 16, "save_strategy": "no", "logging_steps": 10}
     args = ZOTrainingArguments(
         output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, **{**given, **arguments}
     )
-    return ZOTrainer(network() if model is None else model, args, train_dataset=examples(), eval_dataset=examples())
+    return kind(network() if model is None else model, args, train_dataset=examples(), eval_dataset=examples())
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:

@@ -30,6 +30,7 @@ IGNORED = -100
 """Label of a token that does not count."""
 
 _LABELS = ("labels", "label", "label_ids")
+_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # kinds of peft whose tokens are keys and values, which predict nothing
 
 
 def make_batches(
@@ -152,14 +153,20 @@ class Counted:
 
     task: Task
     weighting: Weighting
+    prompted: bool = False
+    """Whether trained embeddings in front of the text predict its first token."""
+
+    @property
+    def shifted(self) -> bool:
+        """Whether nothing predicts first tokens, as in a causal model by itself."""
+        return self.task == "causal-lm" and not self.prompted
 
     def __call__(self, batch: Mapping[str, Any]) -> int:
         """The weight of a batch."""
         labels = batch.get("labels")
         by_token = isinstance(labels, Tensor) and labels.ndim >= 2 and not labels.is_floating_point()
         if isinstance(labels, Tensor) and by_token and self.task != "sequence-classification":
-            # A causal model predicts every token but the first.
-            counted = int((labels[:, 1:] if self.task == "causal-lm" else labels).ne(IGNORED).sum())
+            counted = int((labels[:, 1:] if self.shifted else labels).ne(IGNORED).sum())
             return counted if self.weighting == "tokens" else (len(labels) if counted else 0)
         return self.examples_of(batch)
 
@@ -167,6 +174,12 @@ class Counted:
         """Its number of examples, whatever it weighs."""
         tensors = (value for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0)
         return next((len(tensor) for tensor in tensors), 1)
+
+
+def count_of(model: Any, task: Task, weighting: Weighting) -> Counted:
+    """What batches of a model weigh: as its loss, a mean over what counts."""
+    config = _prompt_config(model)
+    return Counted(task, weighting, config is not None and config.peft_type not in _IN_CACHE)
 
 
 def nothing_counts(batches: list[Batch]) -> str:
@@ -256,11 +269,11 @@ def problem_from_transformers(
     batches = make_batches(
         dataset, collator=collator, batch_size=batch_size, names=names, pad=pad, task=task, seed=seed
     )
-    count = Counted(task, weighting)
+    count = count_of(model, task, weighting)
     counted = [batch for batch in batches if count(batch) > 0]
     if not counted:
         raise SpecError(nothing_counts(batches))
-    extra = {"use_cache": False} if "use_cache" in names and not _has_prefix(model) else {}
+    extra = {"use_cache": False} if "use_cache" in names and _prompt_config(model) is None else {}
     loss = HeadLoss(task, extra=extra, label_smoothing=label_smoothing)
     problem = Problem(model, counted, loss, params=params, batch_size_of=count)
     problem.name = type(head).__name__
@@ -340,9 +353,13 @@ def _head(model: Any) -> nn.Module:
     return bare
 
 
-def _has_prefix(model: nn.Module) -> bool:
-    """Whether ``peft`` passes a trained prefix through the key-value cache, which then must stay on."""
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+def _prompt_config(model: Any) -> Any:
+    """How ``peft`` trains tokens in front of the text, if it does; a prefix needs the key-value cache to stay on."""
+    bare = model
+    while isinstance(bare, nn.Module) and (inner := wrapped(bare)) is not None:
+        bare = inner
+    config = getattr(bare, "active_peft_config", None)
+    return config if getattr(config, "is_prompt_learning", False) else None
 
 
 def task_of(head: nn.Module) -> Task:

@@ -59,7 +59,9 @@ class StabilityCallback(Monitored, Callback):
         """Measure every so often."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1 and self._monitor is not None and not self._monitor.compared:
-            self._monitor.hear(float(loss))
+            # Lightning divides it by the number of accumulated batches, where it steps itself.
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._monitor.hear(float(loss) * parts)
         self._measured(trainer)
 
     def _measured(self, trainer: Any) -> None:

@@ -10,14 +10,13 @@ import torch
 
 from zoscope.analysis.monitor import Monitored, StabilityMonitor, log_values
 from zoscope.errors import SpecError, UsageError
-from zoscope.integrations.huggingface import Counted, problem_from_transformers, task_of
+from zoscope.integrations.huggingface import count_of, problem_from_transformers, task_of
 from zoscope.problem import Notice, Problem
-from zoscope.problem.data import user_code
+from zoscope.problem.data import examples_in, user_code
 from zoscope.problem.model import randomness
 from zoscope.runtime import preserved_rng
 
 try:
-    import transformers
     from transformers import TrainerCallback
 except ImportError:
     raise UsageError(
@@ -25,7 +24,7 @@ except ImportError:
         "'zoscope[hf]'"
     ) from None
 
-from zoscope.integrations.zo_trainer import ZOTrainer, ZOTrainingArguments
+from zoscope.integrations.zo_trainer import ZOTrainer, ZOTrainingArguments, overrides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +79,7 @@ def trainer_problem(trainer: Trainer, examples: int) -> Problem:
     if model is None or trainer.train_dataset is None:
         raise ValueError("the trainer has no model or no training set yet: pass the problem to measure")
     size = trainer.args.per_device_train_batch_size
-    loaded = _overrides(trainer, "get_train_dataloader")
+    loaded = overrides(trainer, "get_train_dataloader")
     chosen: Any = _own_batches(trainer, examples) if loaded else _first(trainer.train_dataset, examples)
     collator: Any = trainer.data_collator
     if hasattr(trainer, "_get_collator_with_removed_columns"):  # the columns that the trainer drops
@@ -97,7 +96,7 @@ def trainer_problem(trainer: Trainer, examples: int) -> Problem:
         if not loaded:
             with preserved_rng(), user_code("The trainer's data collator", remedy="It receives a list of examples."):
                 chosen = [collator(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        count = Counted(task_of(model), "tokens")
+        count = count_of(model, task_of(model), "tokens")
         batches = [dict(batch) if isinstance(batch, Mapping) else batch for batch in chosen]
         batches = [batch for batch in batches if not isinstance(batch, dict) or count(batch)]
         if not batches:
@@ -113,17 +112,11 @@ def trainer_problem(trainer: Trainer, examples: int) -> Problem:
     return problem
 
 
-def _overrides(trainer: Trainer, method: str) -> bool:
-    """Whether a trainer has a method of its own, by its class or by assignment."""
-    found = getattr(trainer, method)
-    return getattr(found, "__func__", found) is not getattr(transformers.Trainer, method)
-
-
 def _own_loss(trainer: Trainer) -> bool:
     """Whether the loss is another than the model's own with smoothed labels."""
     smoother: Any = trainer.label_smoother
     return (
-        _overrides(trainer, "compute_loss")
+        overrides(trainer, "compute_loss")
         or trainer.compute_loss_func is not None
         or type(smoother).__name__ not in ("NoneType", "LabelSmoother")
         or not hasattr(trainer.model, "config")
@@ -198,6 +191,7 @@ class StabilityCallback(Monitored, TrainerCallback):
         self._name, self._options = optimizer, options
         self.examples: int | None = None  # of the default problem, which follows the trainer to another model
         self._step_loss: list[float] = []  # of the micro-batches of a step
+        self._first: list[tuple[float, int] | None] = []  # what is `_expected` of the batches of the first step
         self._first_heard = False
         self._stop_listening: Callable[[], None] = lambda: None
         self._other_loss: Notice | None = None
@@ -206,7 +200,9 @@ class StabilityCallback(Monitored, TrainerCallback):
     def warnings(self) -> Sequence[Notice]:
         """What the last measurement had to say, and whether the trainer's loss is another one."""
         found = super().warnings
-        return found if self._other_loss is None else (*found, self._other_loss)
+        if self._other_loss is None or any(notice.code == self._other_loss.code for notice in found):
+            return found
+        return (*found, self._other_loss)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure where training starts."""
@@ -229,6 +225,9 @@ class StabilityCallback(Monitored, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure every so often."""
+        if self._step_loss and not self._first_heard:
+            self._first_heard = True
+            self._compare(sum(self._step_loss))
         if self._step_loss and self._monitor is not None:
             self._monitor.hear(sum(self._step_loss))  # each is a part of the mean
             self._step_loss.clear()
@@ -265,20 +264,17 @@ class StabilityCallback(Monitored, TrainerCallback):
             if self._monitor is None or self._monitor.compared:
                 stop()
                 return step(model, inputs, *args, **kwargs)
-            expected = None if self._first_heard else self._loss_of(model, inputs)
-            self._first_heard = True
+            if not self._first_heard:
+                self._first.append(self._expected(model, inputs))
             loss = step(model, inputs, *args, **kwargs)
-            found = float(loss)
-            self._step_loss.append(found)
-            if expected is not None and trainer.args.gradient_accumulation_steps == 1:
-                self._compare(found, expected)
+            self._step_loss.append(float(loss))
             return loss
 
-        self._first_heard, self._stop_listening = False, stop
+        self._first, self._first_heard, self._stop_listening = [], False, stop
         trainer.training_step = heard
 
-    def _loss_of(self, model: nn.Module, inputs: Any) -> float | None:
-        """The problem's loss of a batch of the training; ``None`` where it takes other batches."""
+    def _expected(self, model: nn.Module, inputs: Any) -> tuple[float, int] | None:
+        """The problem's loss of a batch of the training, and its weight; ``None`` where it takes other batches."""
         modes = [(module, module.training) for module in model.modules()]
         try:
             with preserved_rng(), torch.no_grad():
@@ -286,24 +282,34 @@ class StabilityCallback(Monitored, TrainerCallback):
                 if not isinstance(self._problem.loss, TrainerLoss) and isinstance(batch, Mapping):
                     names = set().union(*(b for b in self._problem.batches if isinstance(b, Mapping)))
                     batch = {key: value for key, value in batch.items() if key in names}
-                return float(self._problem.loss(model, batch))
+                weight = examples_in(batch, self._problem.batch_size_of)  # first: a loss may take labels out
+                return float(self._problem.loss(model, batch)), weight
         except Exception:
             return None
         finally:
             for module, mode in modes:
                 module.training = mode
 
-    def _compare(self, found: float, expected: float) -> None:
-        """Hold the loss of the first training step against the problem's, on the same batch."""
+    def _compare(self, found: float) -> None:
+        """Hold the loss of the first training step against the problem's, on the same batches."""
+        known = [expected for expected in self._first if expected is not None]
+        # The parts of a mean over the tokens of all processes are no mean of one process.
+        if len(known) < len(self._first) or (len(known) > 1 and self._trainer.args.world_size > 1):
+            return
         model: Any = self._trainer.model
-        varies = any(randomness(module) for module in model.modules()) or _overrides(self._trainer, "training_step")
+        varies = any(randomness(module) for module in model.modules()) or overrides(self._trainer, "training_step")
         tolerance = VARYING if varies else FIXED
+        # Trainers average accumulated batches by what counts in them, or evenly.
+        weighted = sum(loss * weight for loss, weight in known) / sum(weight for _, weight in known)
+        even = sum(loss for loss, _ in known) / len(known)
+        expected = min(weighted, even, key=lambda loss: abs(found - loss))
         if abs(found - expected) > tolerance * max(abs(found), abs(expected)):
+            where, more = ("batch", "") if len(known) == 1 else ("step", ", or means of batches that it adds up")
             self._other_loss = Notice(
                 "other-loss",
-                f"On its first batch the trainer's loss is {found:.3g}, and the problem's {expected:.3g}: what is "
-                "measured is not what is trained. Look for a training_step of the trainer's own, or pass the problem "
-                "to measure.",
+                f"On its first {where} the trainer's loss is {found:.3g}, and the problem's {expected:.3g}: what is "
+                f"measured is not what is trained. Look for a training_step of the trainer's own{more}, or pass the "
+                "problem to measure.",
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zoscope.errors import UsageError
-from zoscope.integrations.huggingface import IGNORED
+from zoscope.integrations.huggingface import IGNORED, count_of, task_of
 from zoscope.optim import optimizers
 from zoscope.optim.auto_lr import AutoLR
 from zoscope.optim.optimizers import ZeroOrderOptimizer
@@ -161,22 +162,44 @@ class ZOTrainer(Trainer):
         if len(self._waiting) < self.current_gradient_accumulation_steps:
             return torch.zeros((), device=self.args.device)
         batches, self._waiting = self._waiting, []
+        counts = self._counts(batches, num_items_in_batch)
         taken: Any = self.auto_lr if self.auto_lr is not None else self._zo
         with torch.no_grad():
-            loss = taken.step(lambda: self._loss(model, batches, num_items_in_batch))
+            loss = taken.step(lambda: self._loss(model, batches, counts))
         return torch.tensor(loss, device=self.args.device)
 
-    def _loss(self, model: nn.Module, batches: list[Any], num_items_in_batch: Any) -> Tensor:
-        """Mean over the batches of a step, and over processes."""
+    @property
+    def _of_whole_step(self) -> bool:
+        """Whether losses are parts of the mean over a step, as the Trainer takes them, and not means of their own."""
+        return self.compute_loss_func is not None or bool(getattr(self, "loss_is_scaled_for_ga", None))
+
+    def _counts(self, batches: list[Any], num_items_in_batch: Any) -> list[Any]:
+        """What `compute_loss` hears for each batch as its number of items."""
         # A model may take num_items_in_batch and still return a mean: only a loss of the user's own is asked to use it.
-        own = self.compute_loss_func is not None
-        counted = num_items_in_batch if own else None
+        if num_items_in_batch is None or not (self._of_whole_step or overrides(self, "compute_loss")):
+            return [None] * len(batches)
+        if self._of_whole_step or len(batches) == 1:
+            return [num_items_in_batch] * len(batches)
+        # Of its own batch: then a loss that divides by it is a mean, like that of one which does not.
+        each = [self._get_num_items_in_batch([batch], self.args.device) for batch in batches]
+        return [None if count is None else torch.as_tensor(count).clamp(min=1) for count in each]  # for 0 / 0
+
+    def _loss(self, model: nn.Module, batches: list[Any], counts: list[Any]) -> Tensor:
+        """Mean over the batches of a step, and over processes."""
         with self.compute_loss_context_manager():
-            losses = [self.compute_loss(model, batch, num_items_in_batch=counted) for batch in batches]
+            losses = [
+                # A copy: compute_loss may take the labels out, and the next evaluation of the step needs them.
+                self.compute_loss(model, copy.copy(batch), num_items_in_batch=count)
+                for batch, count in zip(batches, counts, strict=True)
+            ]
         means = torch.stack([cast(Tensor, loss).detach().float().mean() for loss in losses])
-        weights = torch.ones_like(means) if own else torch.tensor([_items(b) for b in batches]).to(means)
-        total = (means * weights).sum()
-        loss = total if own and counted is not None else total / weights.sum()
+        if self._of_whole_step:
+            loss = means.mean() if counts[0] is None else means.sum()
+        else:
+            shifted = count_of(self.model, task_of(cast(nn.Module, self.model)), "tokens").shifted
+            weights = [_items(b, shifted) if count is None else count for b, count in zip(batches, counts, strict=True)]
+            shares = torch.stack([torch.as_tensor(weight).float().mean() for weight in weights]).to(means)
+            loss = (means * shares).sum() / shares.sum()
         return cast(Tensor, self.accelerator.reduce(loss, reduction="mean")) if self.args.world_size > 1 else loss
 
     def _get_learning_rate(self) -> float:
@@ -221,11 +244,17 @@ class _Shell(Optimizer):
             self.auto.load_state_dict(state_dict["auto"])
 
 
-def _items(batch: Any) -> int:
+def overrides(trainer: Trainer, method: str) -> bool:
+    """Whether a trainer has a method of its own, by its class or by assignment."""
+    found = getattr(trainer, method)
+    return getattr(found, "__func__", found) is not getattr(Trainer, method)
+
+
+def _items(batch: Any, shifted: bool) -> int:
     """What the mean loss of a batch is over: tokens that count, else rows."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and labels.ndim:
-        return max(int((labels != IGNORED).sum()), 1)
+        return max(int((labels[:, 1:] if shifted and labels.ndim > 1 else labels).ne(IGNORED).sum()), 1)
     rows = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim), None) if labels is None else None
     return 1 if rows is None else len(rows)
 
