@@ -429,6 +429,12 @@ EXPLANATIONS: dict[str, Explanation] = {
         "They are computed in another way, which takes longer or has a small error.",
         "Nothing, or change what the reason names.",
     ),
+    "gradient-hooks": _good_to_know(
+        "hooks change gradients; curvature is without them",
+        "Parameters have gradient hooks (`register_hook`), which scale or mask gradients on their way.",
+        "First-order training sees them, zeroth-order training does not: it is the loss itself that is measured.",
+        "Nothing, for zeroth-order training. For thresholds of first-order training, write them into the loss.",
+    ),
     "half-precision": _good_to_know(
         "curvature is measured in float32, as 16 bits are too coarse",
         "Training steps are in 16 bits, and second derivatives are not.",

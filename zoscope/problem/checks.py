@@ -26,6 +26,9 @@ _AGREEMENT = {torch.float64: 1e-10, torch.float32: 1e-5}
 _MEAN_RTOL = 1e-3  # a mean over examples, or not: rounding stays far below, padding or class weights show above
 _MEAN_LIMIT = 0.05  # beyond this, cutting a batch measures another function
 LARGEST = 1e50  # losses and gradients: the fourth powers of curvatures, of which error bars are made, stay numbers
+IGNORED = -100
+"""Label that the losses of torch leave out."""
+
 _SHAPES = (
     r"shapes? .*(multipl|broadcast|mismatch|invalid)|size mismatch|must match the size|batch_size .*match"
     r"|expected input.* to have"
@@ -220,9 +223,16 @@ def _not_finite(objective: Objective, shard: Shard) -> str:
     bad += [name for name, tensor in model.named_buffers() if bool(torch.isnan(local(tensor)).any())]
     if bad:
         return f"The model holds NaN or infinity in {some(bad)}: look at the checkpoint, or at the training before."
-    leaves = [leaf for leaf in nest.leaves(shard.batch) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in nest.leaves(shard.batch) if isinstance(leaf, Tensor)]
+    leaves = [part for tensor in tensors for part in (tensor.unbind() if tensor.is_nested else [tensor])]
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
         return "This batch holds NaN or infinity: clean the data, if it is no mask."
+    labels = [tensor for tensor in tensors if tensor.dtype == torch.int64 and not tensor.is_nested and tensor.numel()]
+    if any(bool((tensor == IGNORED).all()) for tensor in labels):
+        return (
+            f"Every label of this batch is {IGNORED}, which losses ignore: their mean is over nothing. Leave the batch "
+            "out, or look at how labels are masked and texts are cut off."
+        )
     return "Parameters and data are finite: look at logarithms and divisions in the loss."
 
 

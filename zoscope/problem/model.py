@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from zoscope import runtime
 from zoscope.errors import NumericalError, SpecError, UsageError
@@ -648,6 +649,8 @@ def restored(model: nn.Module, names: tuple[str, ...], *, aside: bool = False) -
 def trainable(model: nn.Module, selection: Selection, *, gradients: bool = True) -> Iterator[tuple[nn.Parameter, ...]]:
     """Let exactly the selected parameters require gradients, without ``.grad``, and tie those that share memory.
 
+    Their gradient hooks are off meanwhile: zeroth-order training never runs them, and a product would, twice.
+
     Args:
         model: The model.
         selection: Parameters to vary.
@@ -668,4 +671,106 @@ def trainable(model: nn.Module, selection: Selection, *, gradients: bool = True)
             if parameter.requires_grad != (id(parameter) in wanted):
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(id(parameter) in wanted)
+        for parameter in chosen.values():
+            if parameter._backward_hooks:  # the same dictionary goes back: the user's handles remove hooks from it
+                stack.callback(setattr, parameter, "_backward_hooks", parameter._backward_hooks)
+                parameter._backward_hooks = None
         yield tuple(chosen.values())
+
+
+def hooked(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Those of the named parameters whose gradients go through hooks."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in names if parameters[name]._backward_hooks]
+
+
+class _BeforeWriting(TorchFunctionMode):
+    """Copies the parameters that an operation is about to write to; a frozen base model is never copied."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+        self._at: dict[int, list[tuple[str, Tensor]]] = {}  # .data and views have the memory of a parameter in common
+        for name, parameter in parameters.items():
+            self._at.setdefault(_memory(parameter), []).append((name, parameter))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place or name == "__setitem__" or name.startswith("__i"):
+            self._keep(args[:1])
+        if "out" in kwargs:
+            self._keep(kwargs["out"])
+        return func(*args, **kwargs)
+
+    def _keep(self, written: Any) -> None:
+        for tensor in nest.leaves(written):
+            if isinstance(tensor, Tensor):
+                for name, parameter in self._at.get(_memory(tensor), ()):
+                    if name not in self.kept:
+                        self.kept[name] = parameter.clone()
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where a tensor begins to have memory; 0 for one without any of its own, as within a transform of functions."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+@contextmanager
+def frozen(model: nn.Module, varied: Sequence[Tensor]) -> Iterator[None]:
+    """See that an evaluation leaves the parameters that are not varied as they are.
+
+    Args:
+        model: The model.
+        varied: Its parameters that are.
+
+    Raises:
+        SpecError: If one has changed, as a mean teacher does that the loss moves along. It has its value back then.
+    """
+    own = {id(parameter) for parameter in varied}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in own and parameter.is_floating_point() and _memory(parameter)
+    }
+    if not parameters:
+        yield
+        return
+    before = {name: parameter.detach() for name, parameter in parameters.items()}
+    watch = _BeforeWriting(before)
+    try:
+        with watch:
+            yield
+    finally:
+        changed = [name for name in before if _put_back(parameters[name], before[name], watch.kept.get(name))]
+    if changed:
+        raise SpecError(
+            f"The loss changes parameters of the model that are not varied ({some(changed)}): expected a function that "
+            "leaves the model as it is, since no other has a curvature. Move a teacher, or an average of parameters, "
+            "outside of the loss."
+        )
+
+
+@torch.no_grad()
+def _put_back(parameter: Tensor, before: Tensor, value: Tensor | None) -> bool:
+    """Undo what was done to a parameter; whether that was anything.
+
+    Args:
+        parameter: The parameter.
+        before: A view of its memory as it was.
+        value: What was in it; ``None`` where nothing wrote to it.
+    """
+    now = parameter.detach()
+    replaced = now.data_ptr() != before.data_ptr() and now.dtype == before.dtype  # layers may cast theirs for good
+    if replaced and (now.shape != before.shape or not torch.equal(now, before)):
+        parameter.data = before
+    else:
+        replaced = False
+    if value is None or torch.equal(before, value):
+        return replaced
+    before.copy_(value)
+    return True

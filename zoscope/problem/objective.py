@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from zoscope.errors import SpecError
 from zoscope.problem import pytree as nest
 from zoscope.problem.data import LossFunction, LossModule, Metric, examples_in, number_of_examples, pair, user_code
-from zoscope.problem.model import ShardedGroup, ShardedLoss, local
+from zoscope.problem.model import ShardedGroup, ShardedLoss, frozen, local
 from zoscope.runtime import ALONE, Ranks, Twin, collective, is_out_of_memory
 
 Indices = NDArray[np.int64]
@@ -234,6 +234,7 @@ class Objective(Twin):
         self.session: ExitStack | None = None  # what ends with it, on another rank
         self.metrics: Mapping[str, Metric] = {}
         self.differentiates = False  # whether the loss takes derivatives itself, and needs gradients on
+        self.changes_batches: bool | None = None  # whether the loss writes into its batch, once that is known
         self._loss = loss
         self.batch_size_of = batch_size_of
         self._sizes = [p.numel() for p in self.params]
@@ -244,8 +245,13 @@ class Objective(Twin):
     # --- the loss -------------------------------------------------------------------------------------------------
 
     def batch(self, shard: Shard) -> Any:
-        """The batch of a shard, on the device; a loss may take things out of it, as those of a training loop do."""
+        """The batch of a shard, on the device; a loss may take things out of it, as those of a training loop do.
+
+        A loss that writes into its batch gets a copy: data are the user's, and graphs that are kept need what they saw.
+        """
         batch = self.placed(shard).batch if self.on_host else shard.batch
+        if self.changes_batches is not False:
+            return nest.cloned(batch)
         return copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
 
     def placed(self, shard: Shard) -> Shard:
@@ -259,7 +265,17 @@ class Objective(Twin):
 
     def loss(self, shard: Shard) -> Tensor:
         """Mean loss of a shard, a scalar that can be differentiated twice by :attr:`params`."""
-        return self._as_trained(lambda: self._loss(self.model, self.batch(shard)))
+        return self._as_trained(lambda: self._evaluate(self.batch(shard)))
+
+    def _evaluate(self, batch: Any) -> Tensor:
+        """The loss; the first time, with a look at what it writes to."""
+        if self.changes_batches is not None:
+            return self._loss(self.model, batch)
+        before = nest.versions(batch)
+        with nullcontext() if self.mirrored else frozen(self.model, self.params):
+            loss = self._loss(self.model, batch)
+        self.changes_batches = nest.versions(batch) != before
+        return loss
 
     def _as_trained(self, evaluate: Callable[[], T]) -> T:
         """Evaluate with gradients on where a loss needs them inside, as physics-informed ones and force fields do.

@@ -69,7 +69,10 @@ def outlined(nest: Any, *, most: int = 4) -> str:
     if isinstance(nest, (Tensor, np.ndarray)):
         kind = "tensor" if isinstance(nest, Tensor) else "NumPy array"
         dtype = str(nest.dtype).removeprefix("torch.")
-        shape = " × ".join(map(str, nest.shape)) or "scalar"
+        if isinstance(nest, Tensor) and nest.is_nested:  # it has no shape
+            shape = f"{nest.size(0)} × …"
+        else:
+            shape = " × ".join(map(str, nest.shape)) or "scalar"
         return f"{kind} {shape}" + ("" if dtype.startswith(("float", "bfloat")) else f" of {dtype}")
     if isinstance(nest, str):
         return "text"
@@ -91,7 +94,7 @@ def leading_dimension(nest: Any) -> int | None:
         if isinstance(item, PackedSequence):
             return int(item.batch_sizes[0])
         if isinstance(item, (Tensor, np.ndarray)) and item.ndim > 0:
-            return int(item.shape[0])
+            return int(item.size(0) if isinstance(item, Tensor) else item.shape[0])  # nested tensors have no shape
     return None
 
 
@@ -107,6 +110,8 @@ def _same_leaf(x: Any, y: Any) -> bool:
     if isinstance(x, PackedSequence) and isinstance(y, PackedSequence):
         return _same_leaf(x.data, y.data) and _same_leaf(x.batch_sizes, y.batch_sizes)
     if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if x.is_nested or y.is_nested:
+            return x.is_nested and y.is_nested and same(x.unbind(), y.unbind())
         if x.shape != y.shape or x.dtype != y.dtype or x.layout != torch.strided:
             return x.layout != torch.strided and x.layout == y.layout and x.shape == y.shape
         return bool(
@@ -142,6 +147,28 @@ def moved(nest: Any, *, device: torch.device, dtype: torch.dtype | None) -> Any:
         return item.to(device)
 
     return map_leaves(nest, leaf)
+
+
+def cloned(nest: Any) -> Any:
+    """A nest with tensors of its own, whose values and attributes are the same."""
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, PackedSequence):
+            return item._replace(data=item.data.clone())
+        if not isinstance(item, Tensor):
+            return item
+        copied = item.detach().clone().requires_grad_(item.requires_grad)
+        if type(item) is Tensor:  # others may keep their numbers there
+            vars(copied).update(vars(item))
+        return copied
+
+    return map_leaves(nest, leaf)
+
+
+def versions(nest: Any) -> list[int]:
+    """How often each tensor of a nest has been written to."""
+    tensors = (item.data if isinstance(item, PackedSequence) else item for item in leaves(nest))
+    return [tensor._version for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def split(nest: Any, sizes: Sequence[int]) -> list[Any] | None:

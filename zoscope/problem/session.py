@@ -23,6 +23,7 @@ from zoscope.problem.model import (
     copied,
     devices_of,
     entrance,
+    hooked,
     is_sharded,
     refuse_partly_sharded,
     refuse_quantised,
@@ -71,7 +72,9 @@ def fit(objective: Objective, *, differentiable: bool) -> bool:
     rows = largest.rows or 1
     evaluate = _twice_differentiated if differentiable else _evaluated
     try:
-        if objective.indivisible is not None or rows <= TRIED:
+        whole = objective.indivisible is not None or rows <= TRIED
+        _evaluated(objective, largest if whole else objective.cut(TRIED)[0])  # the first time takes a copy of the batch
+        if whole:
             fixed, each = OVERHEAD * _bytes(objective, largest, evaluate) / rows, 0.0
             fixed, each = (fixed * rows, 0.0) if objective.indivisible is not None else (0.0, fixed)
         else:
@@ -128,6 +131,11 @@ OWN_DTYPE = "own"
 AUTOCAST = (
     "The loss runs under torch.autocast. Its curvature is measured without it, in float32: second derivatives through "
     "half precision carry about 1 % of noise each, which no error bar would contain."
+)
+
+HOOKS = (
+    "Gradients of {} go through hooks (register_hook), which first-order training sees and zeroth-order training does "
+    "not. The curvature is that of the loss, without them."
 )
 
 
@@ -258,6 +266,7 @@ class Preparation:
         precision, selection, counts = self.precision, self.selection, problem.counts
         dtype = runtime.widest_dtype(model) if precision is None else precision
         halves = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.dtype in runtime.HALF})
+        hooks = hooked(model, selection.names)
         if not self.in_parts and _elsewhere(model, device, precision):
             model = copied(model, device=device, dtype=precision)
         else:
@@ -288,6 +297,8 @@ class Preparation:
         objective.warnings.extend(problem.notices)
         objective.on_host, objective.batch_dtype = on_host or spread, precision
         _note_precision(objective, halves, on_host, converted=precision is not None)
+        if differentiable and hooks:
+            objective.notify("gradient-hooks", HOOKS.format(some(hooks)))
         _note_sizes(objective)
         statistics = [f"{type(m).__name__} '{n}'" for n, m in model.named_modules() if uses_batch_statistics(m)]
         if self.options.micro_batch is not None:
