@@ -352,6 +352,10 @@ MOST_PATHS = 6
 """Loss curves of a plan that are drawn."""
 
 
+PAST_EDGE = 2.5
+"""Step sizes above so many times the edge, where the search began, are left out: all runs diverge there."""
+
+
 def _plan(document: Document) -> Picture:
     question, answer = document["question"], document["answer"]
     title = _title(document, optimizer_name(question["optimizer"]), f"{count(question['steps'])} steps")
@@ -380,7 +384,9 @@ def _path_name(lr: float, answer: float | None) -> str:
 
 
 def _losses_by_size(document: Document) -> Chart:
-    curve, answer, edge = document["curve"], document["answer"], document["edge"]
+    answer, edge = document["answer"], document["edge"]
+    most = PAST_EDGE * (edge["lr"] or math.inf)
+    curve = [point for point in document["curve"] if point["lr"] <= most] or document["curve"]
     lrs = [point["lr"] for point in curve]
     low, high, mean = ([point[key] for point in curve] for key in ("loss_lo", "loss_hi", "loss_mean"))
     risk = [point["risk"] for point in curve]
@@ -417,7 +423,8 @@ def _losses_by_size(document: Document) -> Chart:
 
 def _chosen_paths(document: Document) -> list[Document]:
     """The answer's curve first, then others spread over the step sizes."""
-    paths = document["paths"]
+    most = PAST_EDGE * (document["edge"]["lr"] or math.inf)
+    paths = [path for path in document["paths"] if path["lr"] <= most]
     step = max(1, -(-len(paths) // (MOST_PATHS - 1)))
     answers = [entry for entry in paths if entry["lr"] == document["answer"]["lr"]]
     return answers + [entry for n, entry in enumerate(paths) if entry not in answers and n % step == 0]
@@ -461,9 +468,12 @@ def _curves(document: Document, runs: Sequence[Document]) -> Chart:
                 marks.append(Line(curves["steps"], column, f"{label}, runs" if number == 0 else "", shown))
         if any(value is not None for value in curves["predicted"]):
             ceiling = 10.0 * abs(run["loss_start"]) + run["loss_start"]
-            below = [value if value is not None and value < ceiling else None for value in curves["predicted"]]
+            seen = [value for row in curves["losses"] for value in row if value is not None]
+            floor = min(seen, default=0.0)
+            floor = 0.0 if floor > 0 else floor - abs(run["loss_start"])  # a quadratic model may fall for ever
+            inside = [v if v is not None and floor < v < ceiling else None for v in curves["predicted"]]
             predicted = replace(look, dash="dashed", width=2.2, opacity=1.0)
-            losses.append(Line(curves["steps"], below, f"{label}, predicted", predicted))
+            losses.append(Line(curves["steps"], inside, f"{label}, predicted", predicted))
     losses.append(Rule(document["problem"]["loss"], "loss at the start", level=True))
     distances = [replace(mark, label="", y=_above_zero(mark.y)) for mark in distances if isinstance(mark, Line)]
     log = _all_positive(mark.y for mark in losses if isinstance(mark, Line))

@@ -44,6 +44,10 @@ def answer(result: ProbeResult, width: int) -> Iterator[RenderableType]:
     yield Text(f"Threshold {step_size(threshold.value)}: {THRESHOLD_NAMES[threshold.name]}.")
     if result.runs:
         yield runs_table(result, short=True)
+    lost = [run for run in result.runs if run.verdict == "stable" and run.diverged]
+    if lost:
+        some = f"{sum(run.diverged for run in lost)} of {count(sum(run.replicas for run in lost), 'run')}"
+        yield Text(f"{some} that are called stable diverged all the same: zoscope plan says which step size is safe.")
     if result.edge is not None:
         yield Text(_edge_line(result, result.edge))
 
@@ -123,7 +127,7 @@ def runs_table(result: ProbeResult, *, short: bool = False) -> Table:
         "diverged": [f"{run.diverged} of {run.replicas}" for run in runs],
         "loss at end": [quantity(run.loss_end, digits=3) for run in runs],
         "curve off by": [_curve_error(run) for run in runs],
-        "verdict": [Text(run.verdict, style=VERDICT_STYLES[run.as_predicted]) for run in runs],
+        "verdict": [Text(_verdict(run), style=VERDICT_STYLES[run.as_predicted]) for run in runs],
     }
     unknown = [name for name in ("ρ per step", "curve off by") if short or set(columns[name]) == {MISSING}]
     shown = {name: cells for name, cells in columns.items() if name not in unknown}
@@ -134,6 +138,10 @@ def runs_table(result: ProbeResult, *, short: bool = False) -> Table:
     if len(runs) < len(result.runs):
         table.add_row(f"+{len(result.runs) - len(runs)} more")
     return table
+
+
+def _verdict(run: ProbeRun) -> str:
+    return "mostly stable" if run.verdict == "stable" and run.diverged else run.verdict
 
 
 def _steps(run: ProbeRun) -> str:
