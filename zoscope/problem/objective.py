@@ -250,7 +250,7 @@ class Objective(Twin):
         A loss that writes into its batch gets a copy: data are the user's, and graphs that are kept need what they saw.
         """
         batch = self.placed(shard).batch if self.on_host else shard.batch
-        if self.changes_batches is not False:
+        if self.changes_batches:
             return nest.cloned(batch)
         return copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
 
@@ -271,6 +271,7 @@ class Objective(Twin):
         """The loss; the first time, with a look at what it writes to."""
         if self.changes_batches is not None:
             return self._loss(self.model, batch)
+        batch = nest.cloned(batch)
         before = nest.versions(batch)
         with nullcontext() if self.mirrored else frozen(self.model, self.params):
             loss = self._loss(self.model, batch)
