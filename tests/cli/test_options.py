@@ -29,6 +29,8 @@ BAD = [
     (["--optimizer", "zo-sgd"], "'zo-gd'"),
     (["--optimizer", "gd", "--optimizer", "adma"], "'adam'"),
     (["--steps", "0"], "--steps"),
+    (["--steps", "2e4"], "'--steps': expected a whole number"),
+    (["--optimiser", "gd"], "--optimizer"),
     (["--beta", "-0.1"], "--beta"),
     (["--beta", "1"], "--beta"),
     (["--beta", "nan"], "--beta"),
@@ -112,3 +114,20 @@ def test_eps_is_adams_and_mezos_is_mu(zoscope_cli, command: str) -> None:
     finished = zoscope_cli(command, "missing.py", "--optimizer", "zo-gd", "--eps", "1e-3")
     assert finished.code == 2
     assert "--mu" in finished.paragraph
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--lr", "0.1"], "No such option: --lr. See"),  # not --html
+        (["--schedule", "cos"], "--schedule: got 'cos'. Expected constant, linear, cosine"),
+    ],
+)
+def test_what_plan_does_not_take(zoscope_cli, tmp_path: Path, args: list[str], said: str) -> None:
+    spec = tmp_path / "spec.py"
+    spec.write_text(
+        "import torch, zoscope\nproblem = zoscope.Problem.from_function(lambda x: (x * x).sum(), torch.ones(3))\n"
+    )
+    finished = zoscope_cli("plan", spec, *args)
+    assert finished.code == 2
+    assert said in finished.paragraph

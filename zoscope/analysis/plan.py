@@ -726,9 +726,10 @@ def read_schedule(schedule: str | StepSizes, *, warmup: float | None) -> StepSiz
         return Schedule(schedule, 1.0, warmup or 0.0)
     try:
         sizes = parse_step_sizes(schedule)
-    except ValueError as error:
+    except ValueError:
         raise UsageError(
-            f"--schedule: {error}. Expected constant, linear, cosine, or factors from a step on, such as 1,2000:0.1."
+            f"--schedule: got {schedule!r}. Expected constant, linear, cosine, or factors from a step on, such as "
+            "1,2000:0.1."
         ) from None
     if warmup:
         raise UsageError("--warmup goes with constant, linear and cosine. Leave it out, or write it into the factors.")

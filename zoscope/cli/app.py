@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from typing import IO, Annotated, Any, NoReturn
 
@@ -188,10 +189,21 @@ def complain(message: str, *, frame: str = "", label: str = "Error: ", file: IO[
         console.print(Text(frame.rstrip("\n"), style="dim"))
 
 
+CLOSE = 0.7
+"""Likeness of two names from which one is suggested for the other."""
+
+UNREADABLE = "Input should be a valid integer"
+"""How the reader of options begins to say that a text is no number."""
+
+
 def _usage_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "zoscope"
+    if getattr(error, "possibilities", None):  # "--html" is no help to who wants "--lr"
+        error.possibilities = get_close_matches(error.option_name, error.possibilities, cutoff=CLOSE)
     message = error.format_message()
+    if UNREADABLE in message:
+        message = message.partition(UNREADABLE)[0] + "expected a whole number, such as 2000"
     return f"{message}{'' if message.endswith(('.', '?')) else '.'} See '{where} --help'."
 
 

@@ -53,7 +53,8 @@ def _question(result: PlanResult) -> list[str]:
     question = result.question
     batch = "all examples" if question["batch_size"] is None else f"batches of {count(question['batch_size'])}"
     warmup = f", warm-up {question['warmup']:g}" if question["warmup"] else ""
-    return [f"{count(question['steps'])} steps", batch, f"{question['schedule']} step size{warmup}"]
+    schedule = "constant step size" if question["schedule"] == "constant" else question["schedule"]
+    return [f"{count(question['steps'])} steps", batch, f"{schedule}{warmup}"]
 
 
 def _problem(result: PlanResult) -> list[str]:
