@@ -367,7 +367,9 @@ def _closest(result: TrackResult) -> Iterator[Text]:
     if known:
         highest = max(known, key=lambda record: record.ratio or 0.0)
         ratio, step = quantity(highest.ratio, digits=2), count(highest.step)
-        yield Text(f"lr was at most {ratio} × the threshold η*, at step {step}")
+        noisier = bool(result.config.get("batch_size")) and highest.exact_batches is None
+        which = "η* of all examples" if noisier and result.optimizer.startswith("zo-") else "η*"
+        yield Text(f"lr was at most {ratio} × the threshold {which}, at step {step}")
 
 
 def header(result: TrackResult) -> Text:
