@@ -185,7 +185,7 @@ def bytes_of(text: str) -> int | None:
         return None
     power = " kmgt".index(found[2] or " ")
     size = float(found[1]) * (1024 if found[3] else 1000) ** power
-    return int(size) if 1 <= size < math.inf else None
+    return int(size) if 1 <= size <= 2**63 else None
 
 
 Method = Literal["auto", "dense", "deflated-slq"]

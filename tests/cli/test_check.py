@@ -1,6 +1,7 @@
 """``zoscope check`` from the command line."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,17 @@ def test_the_job_summary_is_appended_to(zoscope_cli, project: Path, monkeypatch:
     text = summary.read_text()
     assert text.startswith("before\n### zoscope check\n")
     assert "| zo | zo-gd |" in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe with a name")
+def test_a_job_summary_that_nobody_reads_is_no_wait(
+    zoscope_cli, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(project / "pipe")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project / "pipe"))
+    done = zoscope_cli("check")
+    assert done.code == 2
+    assert "GITHUB_STEP_SUMMARY: cannot append to" in done.paragraph
 
 
 def test_a_baseline_is_written_and_compared_with(zoscope_cli, project: Path) -> None:

@@ -26,6 +26,7 @@ BAD = [
     (["--seed", "1.5"], "--seed"),
     (["--micro-batch", "0"], "--micro-batch"),
     (["--max-memory", "lots"], "--max-memory"),
+    (["--max-memory", "9" * 25], "--max-memory"),
     (["--optimizer", "zo-sgd"], "'zo-gd'"),
     (["--optimizer", "gd", "--optimizer", "adma"], "'adam'"),
     (["--steps", "0"], "--steps"),

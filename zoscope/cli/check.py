@@ -108,13 +108,18 @@ def repository_path(file: str | None) -> str | None:
     return resolved(Path(file)).relative_to(resolved(Path(workspace))).as_posix()
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for whoever may read a pipe one day."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def _append_summary(text: str) -> None:
     """GitHub concatenates the summaries of a job's steps in this file: it is appended to, never replaced."""
     file = os.environ.get(SUMMARY_VARIABLE)
     if not file:
         return
     try:
-        with open(file, "a", encoding="utf-8") as summary:
+        with open(file, "a", encoding="utf-8", opener=_at_once) as summary:
             summary.write(f"{text}\n")
     except OSError as error:
         raise UsageError(f"{SUMMARY_VARIABLE}: cannot append to {file} ({error.strerror}).") from None
