@@ -145,6 +145,7 @@ def test_runs_are_compared(zoscope_cli, spec) -> None:
         (("SPEC",), "--lr is missing"),
         (("SPEC", "--lr", "x"), "--lr: got 'x'"),
         (("SPEC", "--lr", "0.1", "--optimizer", "zo-gdn"), "Did you mean 'zo-gd'"),
+        (("SPEC", "--lr", "0.1", "--optimizer", "zo-gdn", "--eps", "1e-8"), "Did you mean 'zo-gd'"),
         (("SPEC", "--lr", "0.1", "--every", "often"), "--every must be a number of steps, auto or adaptive"),
         (("SPEC", "--lr", "0.1", "--betas", "0.9"), "--betas must be a list of two values, got 1 of them"),
         (("SPEC", "SPEC", "--lr", "0.1"), "got 2 of them"),

@@ -48,6 +48,7 @@ class Given:
         """MeZO's users call ε what is μ here; ε is Adam's, and of no effect on other optimizers."""
         named = self.values["optimizer"] or ()
         names = (named,) if isinstance(named, str) else tuple(named)
+        names = tuple(name for name in names if family_of(name) in OPTIMIZERS)  # others are refused in their turn
         if names and not any("eps" in OPTIMIZERS[family_of(name)].options for name in names):
             raise UsageError(
                 f"--eps is the ε of Adam, and {', '.join(names)} has none. Expected it with an Adam. The step of the "
